@@ -1,0 +1,1 @@
+"""Reads the store back and says which configurations and techniques win."""

@@ -1,0 +1,1 @@
+"""The experiment: which combinations of techniques are trained, how, where, and what is recorded."""

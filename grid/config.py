@@ -1,0 +1,227 @@
+"""What one trial is: its levels, its settings, its keys, and its spelling as MLflow parameters.
+
+Standard library only, so that everything may import it and nothing pays for it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from math import isfinite
+
+LEVELS: dict[str, tuple[str, ...]] = {
+    "model": ("mlp", "cnn"),
+    "lr_schedule": ("constant", "step", "cosine", "one_cycle", "exponential", "plateau"),
+    "activation": ("relu", "leaky_relu", "elu", "gelu", "silu", "prelu", "tanh"),
+    "optimizer": ("sgd", "adam", "rmsprop", "asgd", "adagrad", "adamw", "nadam"),
+    "batch_norm": ("off", "on"),
+    "regularization": ("none", "l1", "l2", "elastic"),
+    "dropout": ("off", "on"),
+}
+"""Every factor with every level it can take. What a level does stands in the table of its parts (`ACTIVATIONS`, ...)."""
+
+FACTORS = tuple(LEVELS)
+
+NUMERICS_VERSION = 1
+"""Raised by hand whenever a change of the code changes the numbers that a trial yields; part of every trial key."""
+
+EPOCH_METRICS = (
+    "train_loss",
+    "train_accuracy",
+    "val_loss",
+    "val_accuracy",
+    "learning_rate",
+    "epoch_seconds",
+    "samples_per_second",
+)
+"""What every trial reports after every epoch; the names of MLflow metrics, whose step is the epoch."""
+
+STATUSES = ("completed", "stopped", "diverged", "failed")
+"""How a trial ends: full budget, by early stopping, loss not finite, error."""
+
+Params = dict[str, str]
+"""A configuration as MLflow stores it: every value a string."""
+
+
+class InputError(ValueError):
+    """Wrong input from the user. Its text is one line: what is wrong, what is allowed, what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialConfig:
+    """Everything that changes the result of one training; two equal configurations yield the same numbers.
+
+    Raises:
+        InputError: Any value is out of its range; the text names all faults at once.
+    """
+
+    model: str = "mlp"
+    """Factor; a name in `LEVELS["model"]`."""
+    lr_schedule: str = "constant"
+    """Factor; a name in `LEVELS["lr_schedule"]`."""
+    activation: str = "relu"
+    """Factor; a name in `LEVELS["activation"]`."""
+    optimizer: str = "adam"
+    """Factor; a name in `LEVELS["optimizer"]`."""
+    batch_norm: bool = False
+    """Factor; stored as `on` or `off`."""
+    regularization: str = "none"
+    """Factor; a name in `LEVELS["regularization"]`."""
+    dropout: bool = False
+    """Factor; stored as `on` or `off`."""
+
+    seed: int = 0
+    """Replicate: draws the initial weights, the order of the images and the dropout masks. 0 or more."""
+    lr_scale: float = 1.0
+    """Nuisance: what the optimizer's base learning rate is multiplied with. More than 0."""
+
+    learning_rate: float
+    """Peak learning rate: base rate of the optimizer x `lr_scale`. More than 0."""
+    epochs: int
+    """Full budget in passes over the training images; a schedule spans it. 1 or more."""
+    batch_size: int = 128
+    """Images per step. 2 or more (batch norm has no variance of one)."""
+    dropout_rate: float = 0.25
+    """Share of units dropped where `dropout` is on, in (0, 1)."""
+    l1_strength: float = 1e-5
+    """Weight of the sum of |w| in the loss where `regularization` is l1 or elastic. 0 or more."""
+    l2_strength: float = 1e-4
+    """Weight of the sum of w^2 / 2 in the loss where `regularization` is l2 or elastic. 0 or more."""
+    hidden_sizes: str = "512-256-128"
+    """Widths of the MLP's hidden layers, joined by '-'."""
+    channels: str = "32-64"
+    """Output channels of the CNN's convolutions, joined by '-'."""
+    dense_size: int = 128
+    """Width of the CNN's dense layer. 1 or more."""
+
+    device: str = "cpu"
+    """Kind of device that trains: `cpu` or `cuda`."""
+    precision: str = "float32"
+    """Of the forward and backward pass: `float32`, or `bfloat16` by autocast (weights stay float32)."""
+    memory_format: str = "contiguous"
+    """Layout of images and convolution weights: `contiguous` or `channels_last`."""
+    fused: bool = False
+    """Whether the optimizer updates all weights in one kernel, where torch has one for it."""
+
+    data: str = ""
+    """Name of the data set, as a reader knows it."""
+    data_fingerprint: str = ""
+    """Hash of the training and validation images and labels that the trial sees."""
+    numerics_version: int = NUMERICS_VERSION
+    """Version of the code's numbers."""
+
+    def __post_init__(self) -> None:
+        faults = [_level_fault(name, _spell(getattr(self, name))) for name in FACTORS]
+        faults += [f"{name} must be {rule}, got {getattr(self, name)!r}" for name, rule, holds in self._rules() if not holds]
+        if any(faults):
+            raise InputError("; ".join(fault for fault in faults if fault))
+
+    def _rules(self) -> list[tuple[str, str, bool]]:
+        return [
+            ("seed", "0 or more", self.seed >= 0),
+            ("lr_scale", "finite and above 0", 0 < self.lr_scale and isfinite(self.lr_scale)),
+            ("learning_rate", "finite and above 0", 0 < self.learning_rate and isfinite(self.learning_rate)),
+            ("epochs", "1 or more", self.epochs >= 1),
+            ("batch_size", "2 or more", self.batch_size >= 2),
+            ("dropout_rate", "between 0 and 1, both excluded", 0 < self.dropout_rate < 1),
+            ("l1_strength", "0 or more", self.l1_strength >= 0),
+            ("l2_strength", "0 or more", self.l2_strength >= 0),
+            ("hidden_sizes", "whole numbers above 0 joined by '-'", _are_sizes(self.hidden_sizes)),
+            ("channels", "whole numbers above 0 joined by '-'", _are_sizes(self.channels)),
+            ("dense_size", "1 or more", self.dense_size >= 1),
+            ("device", "cpu or cuda", self.device in ("cpu", "cuda")),
+            ("precision", "float32 or bfloat16", self.precision in ("float32", "bfloat16")),
+            ("memory_format", "contiguous or channels_last", self.memory_format in ("contiguous", "channels_last")),
+        ]
+
+    @property
+    def cell(self) -> dict[str, str]:
+        """The level of every factor."""
+        return {name: _spell(getattr(self, name)) for name in FACTORS}
+
+    @property
+    def cell_key(self) -> str:
+        """Short hash of the cell: equal for all replicates and nuisance levels."""
+        return _hash(self.cell)
+
+    @property
+    def trial_key(self) -> str:
+        """Short hash of all fields: one key, one training, one live MLflow run."""
+        return _hash(self.to_params())
+
+    @property
+    def name(self) -> str:
+        """The trial as a person reads it, such as `mlp cosine gelu adam batch_norm l2 seed=0`."""
+        parts = [cell_name(self.cell), f"seed={self.seed}"]
+        if self.lr_scale != 1:
+            parts.append(f"lr x{self.lr_scale:g}")
+        return " ".join(parts)
+
+    def to_params(self) -> Params:
+        """Return every field as a string; `from_params` inverts it."""
+        return {name: _spell(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, str]) -> "TrialConfig":
+        """Build a configuration from strings; names that are no field are passed over.
+
+        Raises:
+            InputError: A value can't be read as the type of its field, or is out of range.
+        """
+        known = {
+            field.name: _parse(field.name, field.type, params[field.name])
+            for field in fields(cls)
+            if field.name in params
+        }
+        missing = [name for name in ("learning_rate", "epochs") if name not in known]
+        if missing:
+            raise InputError(f"a trial needs {' and '.join(missing)}")
+        return cls(**known)  # type: ignore[arg-type]
+
+
+def cell_name(cell: Mapping[str, str]) -> str:
+    """Spell a cell for people: its levels in the order of the factors, `on` by the factor's name, none and off left out."""
+    words = [factor if cell[factor] == "on" else cell[factor] for factor in FACTORS if factor in cell]
+    return " ".join(word for word in words if word not in ("off", "none"))
+
+
+def check_level(factor: str, level: str) -> None:
+    """Raise `InputError` unless `level` is a level of `factor`."""
+    if factor not in LEVELS:
+        raise InputError(f"unknown factor '{factor}'; choose from {', '.join(sorted(LEVELS))}")
+    if fault := _level_fault(factor, level):
+        raise InputError(fault)
+
+
+def parse_sizes(sizes: str) -> tuple[int, ...]:
+    """Return `512-256` as (512, 256)."""
+    return tuple(int(size) for size in sizes.split("-"))
+
+
+def _level_fault(factor: str, level: str) -> str:
+    if level in LEVELS[factor]:
+        return ""
+    return f"unknown {factor} '{level}'; choose from {', '.join(sorted(LEVELS[factor]))}"
+
+
+def _are_sizes(sizes: str) -> bool:
+    return all(size.isdecimal() and int(size) > 0 for size in sizes.split("-"))
+
+
+def _spell(value: str | float | bool) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def _parse(name: str, kind: object, text: str) -> str | float | bool:
+    readers = {int: int, float: float, bool: {"on": True, "off": False}.__getitem__, str: str}
+    try:
+        return readers[kind](text)
+    except (ValueError, KeyError):
+        wanted = {int: "a whole number", float: "a number", bool: "on or off"}[kind]
+        raise InputError(f"{name} must be {wanted}, got '{text}'") from None
+
+
+def _hash(values: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

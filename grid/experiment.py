@@ -1,0 +1,161 @@
+"""A grid from request to verdict: plan, data, Ray, store, table. Heavy to import; `grid.run` is the light door to it."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from grid import forecast, tuner
+from grid.asha import FACTOR, Asha, rung_epochs
+from grid.config import FACTORS, InputError
+from grid.data import Dataset, is_here, load
+from grid.datasets import DATASETS
+from grid.hardware import Packing
+from grid.manifest import describe_code, describe_plan
+from grid.plan import Plan, make_plan
+from grid.progress import spell_seconds, top_table
+from grid.record import Recorder, Store, open_spool
+from grid.request import Request
+from grid.space import ORDER_SEED, settings_of
+from grid.watcher import Watcher
+
+
+def dry_run(request: Request) -> int:
+    """Print what a request would run and cost; start nothing, write nothing."""
+    packing = tuner.local_packing(request.concurrency)
+    plan = make_plan(request, device=packing.device, fingerprint="")
+    train_images, source = _training_images(request)
+    seconds_per_image, spread = forecast.calibrate(plan.trials, DATASETS[request.data].class_count)
+    cost = forecast.forecast(
+        plan.trials,
+        plan.controls,
+        seconds_per_image=seconds_per_image,
+        spread=spread,
+        train_images=train_images,
+        concurrency=packing.concurrency,
+    )
+    facts = _describe(request, plan)
+    facts["data"] = f"{request.data}, {train_images:,} training images {source}"
+    _print_facts(facts | _describe_cost(cost, packing, request.price_per_hour))
+    return 0
+
+
+def run(request: Request) -> int:
+    """Run what is left of a grid, print its best, and return the exit code.
+
+    Raises:
+        InputError: The request can't be met; nothing has been written.
+    """
+    dataset = load(request.data, request.data_dir, per_class=request.per_class, split_seed=ORDER_SEED)
+    packing = tuner.connect(request.address, request.concurrency)
+    try:
+        return _run_connected(request, dataset, packing)
+    finally:
+        tuner.disconnect()
+
+
+def _run_connected(request: Request, dataset: Dataset, packing: Packing) -> int:
+    plan = make_plan(request, device=packing.device, fingerprint=dataset.fingerprint)
+    store = Store(request.store, request.experiment)
+    store.create()
+    stored = store.trials()
+    asha = Asha(rung_epochs(request.epochs))
+    recorder = Recorder(store, open_spool(request.spool, request.store, request.experiment))
+    recorder.begin(_manifest(request, plan, asha), stored)
+    watcher = Watcher(plan, stored, recorder, rungs=asha.rungs, concurrency=packing.concurrency)
+    _print_facts(_describe(request, plan) | {"runs": f"{len(watcher.todo)} left to run, {packing}"})
+    with watcher.until_interrupted():
+        if watcher.todo:
+            tuner.run_trials(
+                watcher.todo,
+                dataset,
+                watcher,
+                asha=asha,
+                controls=plan.controls,
+                packing=packing,
+                storage=request.storage,
+                experiment=request.experiment,
+            )
+            watcher.progress.show(last=True)
+        delivered = recorder.close(finished=not watcher.interrupted)
+    return _conclude(request, watcher, "" if delivered else recorder.error)
+
+
+def _conclude(request: Request, watcher: Watcher, undelivered: str) -> int:
+    standings = list(watcher.standings.values())
+    print(f"\n{top_table(standings)}\n")
+    if undelivered:
+        print(f"not everything has reached {request.store}: {undelivered}", file=sys.stderr)
+        print(f"it is kept in {request.spool}; the same command delivers it", file=sys.stderr)
+    if watcher.interrupted:
+        print(f"interrupted; go on with:  {_command()}", file=sys.stderr)
+        return 130
+    look = {
+        "ranking": f"python -m analysis.rank --experiment {request.experiment} --store {request.store}",
+        "all runs": f"mlflow server --host 127.0.0.1 --backend-store-uri {request.store}",
+        "replicate": f"{_command()} --seeds {request.seeds + 2}",
+    }
+    _print_facts(look)
+    failed = any(standing.status == "failed" for standing in standings)
+    return 1 if failed or undelivered or len(standings) < watcher.total else 0
+
+
+def _training_images(request: Request) -> tuple[int, str]:
+    if is_here(request.data, request.data_dir):
+        dataset = load(request.data, request.data_dir, per_class=request.per_class, split_seed=ORDER_SEED)
+        return len(dataset.train_images), "on this disk"
+    return DATASETS[request.data].cut_sizes(request.per_class)[0], "by its publisher (not on this disk yet)"
+
+
+def _describe(request: Request, plan: Plan) -> dict[str, str]:
+    levels = " x ".join(str(len(request.levels[factor])) for factor in FACTORS)
+    facts = {"grid": f"{request.grid}: {levels} levels, {len(plan.cells):,} cells"}
+    for reason, count in plan.excluded.items():
+        facts["excluded"] = f"{count:,} cells: {reason}"
+    facts["trials"] = (
+        f"{len(plan.trials):,} = cells x {request.seeds} seeds x {len(request.lr_scales)} learning-rate scales, "
+        f"{len(plan.controls)} of them never stopped"
+    )
+    rungs = ", ".join(map(str, rung_epochs(request.epochs))) or "none"
+    facts["budget"] = f"{request.epochs} epochs; one in {FACTOR} goes on after epoch {rungs}"
+    return facts
+
+
+def _describe_cost(cost: forecast.Forecast, packing: Packing, price_per_hour: float | None) -> dict[str, str]:
+    saved = 1 - cost.epochs / cost.full_epochs
+    hours = cost.seconds / 3600
+    facts = {
+        "epochs": f"{cost.epochs:,.0f} expected of {cost.full_epochs:,} ({saved:.0%} saved by stopping early)",
+        "time": f"{spell_seconds(cost.seconds)} on this machine, {packing} (cells vary by {cost.spread:.0%})",
+    }
+    if packing.gpus_per_trial:
+        facts["GPU-hours"] = f"{hours * packing.concurrency * packing.gpus_per_trial:,.1f}"
+    if price_per_hour is not None:
+        facts["price"] = f"{hours * price_per_hour:,.2f} at {price_per_hour:g} per hour"
+    return facts
+
+
+def _manifest(request: Request, plan: Plan, asha: Asha) -> dict[str, Any]:
+    described = describe_plan(
+        grid=request.grid,
+        levels=request.levels,
+        excluded=plan.excluded,
+        cells=len(plan.cells),
+        trials=len(plan.trials),
+        order_seed=ORDER_SEED,
+        rungs=asha.rungs,
+        rung_factor=asha.factor,
+        seeds=request.seeds,
+        lr_scales=request.lr_scales,
+        controls=request.controls,
+        settings=settings_of(plan.trials[0]),
+    )
+    return described | describe_code()
+
+
+def _print_facts(facts: Mapping[str, str]) -> None:
+    for name, text in facts.items():
+        print(f"{name:<9}  {text}", flush=True)
+
+
+def _command() -> str:
+    return " ".join(["python -m grid.run", *sys.argv[1:]])

@@ -1,0 +1,133 @@
+"""What a person sees of a running grid: one line while it runs, a table of the best at the end."""
+
+import shutil
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TextIO
+
+from grid.config import STATUSES, cell_name
+
+TERMINAL_SECONDS = 0.5
+"""Between two updates of the line on a terminal."""
+LOG_SECONDS = 30.0
+"""Between two lines in a file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """Where one trial stands at the end."""
+
+    cell: Mapping[str, str]
+    seed: int
+    lr_scale: float
+    status: str
+    epochs_run: int
+    best_val_accuracy: float | None
+
+
+@dataclass
+class Progress:
+    """Counts what has happened and shows it.
+
+    Args:
+        total: Trials of the grid.
+        expected_epochs: By model, in this run.
+        concurrency: Trials at once.
+        done: Trials that had ended before, by status.
+        stream: Where the line goes.
+    """
+
+    total: int
+    expected_epochs: Mapping[str, float]
+    concurrency: int
+    done: Counter[str] = field(default_factory=Counter)
+    stream: TextIO = sys.stdout
+    running: int = 0
+    best: tuple[float, str] | None = None
+    """Highest validation accuracy and the name of its cell."""
+    _epochs: Counter[str] = field(default_factory=Counter)
+    _seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _shown_at: float = 0.0
+
+    def epoch_ended(self, cell: Mapping[str, str], seconds: float, val_accuracy: float | None) -> None:
+        """Count an epoch of a trial."""
+        self._epochs[cell["model"]] += 1
+        self._seconds[cell["model"]] += seconds
+        if val_accuracy is not None and (self.best is None or val_accuracy > self.best[0]):
+            self.best = (val_accuracy, cell_name(cell))
+
+    def seconds_left(self) -> float | None:
+        """Return the expected seconds to the end; None before the first epoch of every model."""
+        if not all(self._epochs[model] for model in self.expected_epochs):
+            return None
+        left = sum(
+            max(0.0, expected - self._epochs[model]) * self._seconds[model] / self._epochs[model]
+            for model, expected in self.expected_epochs.items()
+        )
+        return left / self.concurrency
+
+    def line(self, width: int) -> str:
+        """Return the state in one line of at most `width` characters."""
+        ended = self.done["completed"] + self.done["stopped"] + self.done["diverged"] + self.done["failed"]
+        parts = [f"{ended}/{self.total} done", f"{self.running} running"]
+        parts += [f"{self.done[status]} {status}" for status in STATUSES[1:] if self.done[status] or status != "failed"]
+        left = self.seconds_left()
+        parts.append("time left unknown" if left is None else f"{spell_seconds(left)} left")
+        if self.best:
+            parts.append(f"best {self.best[0]:.1%} {self.best[1]}")
+        line = " | ".join(parts)
+        return line if len(line) <= width else line[: width - 1] + "…"
+
+    def show(self, *, last: bool = False) -> None:
+        """Write the line if it is due: over itself on a terminal, now and then elsewhere."""
+        terminal = self.stream.isatty()
+        now = time.monotonic()
+        if not last and now - self._shown_at < (TERMINAL_SECONDS if terminal else LOG_SECONDS):
+            return
+        self._shown_at = now
+        line = self.line(shutil.get_terminal_size().columns - 1 if terminal else 120)
+        self.stream.write(f"\r\x1b[K{line}" if terminal else f"{line}\n")
+        if last and terminal:
+            self.stream.write("\n")
+        self.stream.flush()
+
+
+def top_table(standings: Sequence[Standing], count: int = 10) -> str:
+    """Return the best trials as a table of at most 80 columns.
+
+    Trials with the full budget come first, then the stopped ones by the epochs they had: an accuracy after one epoch is
+    not compared with one after nine. Diverged and failed trials have no rank; they are counted below.
+    """
+    ranked = sorted(
+        (standing for standing in standings if standing.status in ("completed", "stopped") and standing.best_val_accuracy),
+        key=lambda standing: (-standing.epochs_run, -(standing.best_val_accuracy or 0)),
+    )
+    lines = [f"{'rank':>4}  {'val acc':>7}  {'epochs':>6}  {'status':<9}  trial"]
+    for rank, standing in enumerate(ranked[:count], start=1):
+        lines.append(
+            f"{rank:>4}  {standing.best_val_accuracy:>7.2%}  {standing.epochs_run:>6}  {standing.status:<9}  {_name(standing)}"
+        )
+    return "\n".join([*lines, _footer(standings, min(count, len(ranked)))])
+
+
+def spell_seconds(seconds: float) -> str:
+    """Return a duration such as `42 s`, `7 min` or `3 h 20 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _name(standing: Standing) -> str:
+    name = cell_name(standing.cell)
+    name += f" seed={standing.seed}" if standing.seed else ""
+    return name + (f" lr x{standing.lr_scale:g}" if standing.lr_scale != 1 else "")
+
+
+def _footer(standings: Sequence[Standing], shown: int) -> str:
+    counts = Counter(standing.status for standing in standings)
+    by_status = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
+    return f"{shown} of {len(standings)} trials shown: {by_status or 'none'}"

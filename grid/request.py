@@ -1,0 +1,86 @@
+"""What a user asks of `grid.run`, checked as far as it can be without data, torch or Ray. Standard library only."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from grid.config import InputError
+from grid.datasets import check_name, check_per_class
+from grid.space import Levels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A grid, what it is trained with, and where it runs and is recorded.
+
+    Raises:
+        InputError: A value is out of its range.
+    """
+
+    grid: str
+    """Name in `GRIDS`."""
+    levels: Levels
+    """What is crossed: the grid's levels, narrowed by `--only`."""
+    data: str
+    """Name in `DATASETS`."""
+    data_dir: Path
+    """Holds, or is to hold, the files of all data sets."""
+    per_class: int | None
+    """Training images per class; None for all."""
+    epochs: int
+    """Full budget of a trial."""
+    seeds: int
+    """Replicates per cell."""
+    lr_scales: tuple[float, ...]
+    """Nuisance levels."""
+    controls: float
+    """Share of trials exempt from stopping, in [0, 1]."""
+    store: str
+    """MLflow tracking URI, absolute."""
+    experiment: str
+    """Name of the MLflow experiment."""
+    storage: str
+    """Folder or URI for checkpoints that all nodes reach."""
+    spool: Path
+    """Local folder of what has not reached the store yet."""
+    address: str | None
+    """Of a running Ray cluster; None starts Ray on this machine."""
+    concurrency: int | None
+    """Trials at once; None lets the machine decide."""
+    precision: str
+    """`auto`, `float32` or `bfloat16`."""
+    price_per_hour: float | None
+    """Of the machine or cluster, in any currency; for the forecast."""
+
+    def __post_init__(self) -> None:
+        check_name(self.data)
+        check_per_class(self.per_class)
+        for name, value in (("--epochs", self.epochs), ("--seeds", self.seeds), ("--concurrency", self.concurrency)):
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be 1 or more, got {value}")
+        if not 0 <= self.controls <= 1:
+            raise InputError(f"--controls must be a share between 0 and 1, got {self.controls:g}")
+        if not all(0 < scale < float("inf") for scale in self.lr_scales):
+            raise InputError(f"--lr-scales must be finite and above 0, got {','.join(map(str, self.lr_scales))}")
+        if len(set(self.lr_scales)) < len(self.lr_scales):
+            raise InputError(f"--lr-scales must differ, got {','.join(map(str, self.lr_scales))}")
+        if not self.experiment.strip():
+            raise InputError("--experiment must not be empty")
+
+
+def check_storage(storage: str) -> str:
+    """Return a storage folder made absolute, or a URI as it is, after a test that the folder can be written.
+
+    Raises:
+        InputError: It can't.
+    """
+    if urlsplit(storage).scheme:
+        return storage
+    folder = Path(storage).absolute()
+    present = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=present).close()
+    except OSError as error:
+        raise InputError(f"can't write to the storage folder {folder}: {error.strerror}; pass another --storage") from error
+    return str(folder)

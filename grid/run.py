@@ -1,0 +1,123 @@
+"""The command line: `python -m grid.run --grid smoke`. Checks what can be checked at once, then loads the rest."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from grid.config import InputError
+from grid.datasets import NAMES
+from grid.request import Request, check_storage
+from grid.space import GRIDS, find_grid, restrict
+from grid.store_uri import check_store_uri
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code.
+
+    0: every trial has ended and none failed; 1: some failed, or not all has reached the store; 2: wrong input;
+    130: interrupted.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        request = read_request(options)
+        from grid import experiment  # noqa: PLC0415  (torch and ray: seconds that --help and a wrong argument need not)
+
+        return experiment.dry_run(request) if options.dry_run else experiment.run(request)
+    except InputError as error:
+        if options.debug:
+            raise
+        print(f"grid.run: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("grid.run: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def read_request(options: argparse.Namespace) -> Request:
+    """Check the options, and fill what is missing from the named grid.
+
+    Raises:
+        InputError: A value is wrong.
+    """
+    grid = find_grid(options.grid)
+    data = options.data or grid.data
+    return Request(
+        grid=options.grid,
+        levels=restrict(grid.levels, [_split_only(only) for only in options.only]),
+        data=data,
+        data_dir=options.data_dir.absolute(),
+        per_class=grid.per_class if options.per_class is None else options.per_class,
+        epochs=grid.epochs if options.epochs is None else options.epochs,
+        seeds=options.seeds,
+        lr_scales=_split_numbers(options.lr_scales),
+        controls=options.controls,
+        store=check_store_uri(options.store),
+        experiment=f"{options.grid}-{data}" if options.experiment is None else options.experiment,
+        storage=check_storage(options.storage),
+        spool=Path("spool").absolute(),
+        address=options.address,
+        concurrency=options.concurrency,
+        precision=options.precision,
+        price_per_hour=options.price_per_hour,
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"grid.run: {message}; see --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m grid.run",
+        description="Train every combination of techniques with ASHA early stopping; every trial is logged to MLflow. "
+        "The same command again goes on where it stopped.",
+        epilog="grids: " + "; ".join(f"{name}: {grid.question}" for name, grid in GRIDS.items()),
+    )
+    what = parser.add_argument_group("what is trained")
+    what.add_argument("--grid", default="full", metavar="NAME", help=f"{', '.join(GRIDS)} (full)")
+    what.add_argument(
+        "--only", action="append", default=[], metavar="FACTOR=LEVEL[,LEVEL]", help="hold a factor; may be repeated"
+    )
+    what.add_argument("--data", metavar="NAME", help=f"{', '.join(NAMES)} (the grid's own)")
+    what.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="files of data sets (data)")
+    what.add_argument("--per-class", type=int, metavar="N", help="training images per class (the grid's own, or all)")
+    what.add_argument("--epochs", type=int, metavar="N", help="full budget of a trial (the grid's own)")
+    what.add_argument("--seeds", type=int, default=1, metavar="N", help="replicates per cell (1)")
+    what.add_argument("--lr-scales", default="1", metavar="X[,X]", help="factors on the base learning rates (1)")
+    what.add_argument("--controls", type=float, default=0.03, metavar="SHARE", help="trials never stopped (0.03)")
+    what.add_argument(
+        "--precision", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: what the device is fast at"
+    )
+    where = parser.add_argument_group("where it runs and is recorded")
+    where.add_argument("--store", metavar="URI", help="MLflow tracking URI (sqlite:///mlflow.db)")
+    where.add_argument("--experiment", metavar="NAME", help="MLflow experiment (GRID-DATA)")
+    where.add_argument("--storage", default="storage", metavar="DIR", help="checkpoints, reached by all nodes (storage)")
+    where.add_argument("--address", metavar="ADDR", help="a running Ray cluster, or auto; else Ray starts here")
+    where.add_argument("--concurrency", type=int, metavar="N", help="trials at once (what the machine holds)")
+    where.add_argument("--dry-run", action="store_true", help="print cells, trials and the expected cost; start nothing")
+    where.add_argument("--price-per-hour", type=float, metavar="X", help="of the machine or cluster, for --dry-run")
+    where.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _split_only(text: str) -> tuple[str, tuple[str, ...]]:
+    factor, equals, levels = text.partition("=")
+    if not equals:
+        raise InputError(f"--only takes FACTOR=LEVEL[,LEVEL], got '{text}'")
+    return factor, tuple(levels.split(","))
+
+
+def _split_numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise InputError(f"--lr-scales takes numbers joined by commas, got '{text}'") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""Which trials a grid consists of: named grids, exclusions, replicates, nuisance levels, order and controls."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from grid.config import FACTORS, LEVELS, InputError, TrialConfig, check_level
+
+ORDER_SEED = 0
+"""Draws the order of the trials, the controls and the validation split; recorded in the manifest."""
+
+Cell = dict[str, str]
+"""One combination: factor -> level."""
+Levels = dict[str, tuple[str, ...]]
+"""Factor -> the levels to cross."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A named grid: a question, the levels that answer it, and what it is trained with unless the user says otherwise."""
+
+    question: str
+    levels: Levels
+    data: str = "emnist-balanced"
+    """Name of the data set."""
+    per_class: int | None = None
+    """Training images per class; None for all."""
+    epochs: int = 27
+    """Full budget of a trial."""
+
+
+_FULL: Levels = {
+    "model": ("mlp", "cnn"),
+    "lr_schedule": ("constant", "step", "cosine", "one_cycle"),
+    "activation": ("relu", "leaky_relu", "elu", "gelu"),
+    "optimizer": ("sgd", "adam", "rmsprop", "asgd", "adagrad"),
+    "batch_norm": ("off", "on"),
+    "regularization": ("none", "l1", "l2"),
+    "dropout": ("off", "on"),
+}
+
+GRIDS: dict[str, Grid] = {
+    "full": Grid(question="Which combination of all techniques wins, and what does each contribute?", levels=_FULL),
+    "mlp": Grid(question="The full grid for the MLP alone", levels=_FULL | {"model": ("mlp",)}),
+    "cnn": Grid(question="The full grid for the CNN alone", levels=_FULL | {"model": ("cnn",)}),
+    "techniques": Grid(
+        question="Which techniques matter at all? A screening with two levels per factor",
+        levels={
+            "model": ("mlp", "cnn"),
+            "lr_schedule": ("constant", "one_cycle"),
+            "activation": ("relu", "gelu"),
+            "optimizer": ("sgd", "adam"),
+            "batch_norm": ("off", "on"),
+            "regularization": ("none", "l2"),
+            "dropout": ("off", "on"),
+        },
+    ),
+    "smoke": Grid(
+        question="Does everything work here? A small grid on images drawn from fonts, without a network",
+        levels={
+            "model": ("mlp", "cnn"),
+            "lr_schedule": ("cosine",),
+            "activation": ("relu", "gelu"),
+            "optimizer": ("sgd", "adam"),
+            "batch_norm": ("off", "on"),
+            "regularization": ("none",),
+            "dropout": ("off", "on"),
+        },
+        data="glyphs",
+        per_class=100,
+        epochs=9,
+    ),
+}
+
+EXCLUSIONS: dict[str, Callable[[Cell], bool]] = {
+    "adamw decays the weights already; l2 in the loss would decay them twice": (
+        lambda cell: cell["optimizer"] == "adamw" and cell["regularization"] in ("l2", "elastic")
+    ),
+}
+"""Reason, printed and stored -> which cells it takes out of every grid."""
+
+
+def find_grid(name: str) -> Grid:
+    """Return a named grid.
+
+    Raises:
+        InputError: There is no grid of that name.
+    """
+    if name not in GRIDS:
+        raise InputError(f"unknown grid '{name}'; choose from {', '.join(sorted(GRIDS))}")
+    return GRIDS[name]
+
+
+def restrict(levels: Levels, only: Iterable[tuple[str, Sequence[str]]]) -> Levels:
+    """Return `levels` with some factors held to the levels asked for.
+
+    A factor may be held to any of its levels, also to those that the grid itself leaves out. Held twice, it keeps the
+    levels that stand in both.
+
+    Args:
+        levels: The grid's own levels.
+        only: Pairs of a factor and the levels it is held to.
+
+    Raises:
+        InputError: Unknown factor or level, or no level left.
+    """
+    held: Levels = {}
+    for factor, wanted in only:
+        for level in wanted:
+            check_level(factor, level)
+        held[factor] = tuple(level for level in held.get(factor, LEVELS[factor]) if level in wanted)
+        if not held[factor]:
+            raise InputError(f"--only leaves no cell: no {factor} is left; give {factor}=LEVEL[,LEVEL] once")
+    return {factor: held.get(factor, levels[factor]) for factor in FACTORS}
+
+
+def cross(levels: Levels) -> tuple[list[Cell], dict[str, int]]:
+    """Return the cells of the full factorial, and how many each exclusion took out of it.
+
+    Raises:
+        InputError: The exclusions leave nothing.
+    """
+    cells: list[Cell] = []
+    excluded: Counter[str] = Counter()
+    for combination in product(*(levels[factor] for factor in FACTORS)):
+        cell = dict(zip(FACTORS, combination, strict=True))
+        reasons = [reason for reason, excludes in EXCLUSIONS.items() if excludes(cell)]
+        excluded.update(reasons[:1])
+        if not reasons:
+            cells.append(cell)
+    if not cells:
+        raise InputError(f"--only leaves no cell: all are excluded ({'; '.join(excluded)}); allow other levels")
+    return cells, dict(excluded)
+
+
+def expand(
+    cells: Sequence[Cell],
+    *,
+    seeds: int,
+    lr_scales: Sequence[float],
+    order_seed: int,
+    configure: Callable[[Cell, int, float], TrialConfig],
+) -> list[TrialConfig]:
+    """Return the trials of a grid in random order.
+
+    The place of a trial depends on `order_seed` and the trial alone: a grid that grows keeps the order it had.
+
+    Args:
+        cells: What to train.
+        seeds: Replicates per cell.
+        lr_scales: Nuisance levels per replicate.
+        order_seed: Draws the order.
+        configure: Makes the trial of a cell, a seed and a nuisance level.
+    """
+    trials = [configure(cell, seed, scale) for cell in cells for seed in range(seeds) for scale in lr_scales]
+    return sorted(trials, key=lambda trial: _draw(order_seed, trial.cell_key, trial.seed, trial.lr_scale))
+
+
+def draw_controls(trials: Sequence[TrialConfig], fraction: float, seed: int) -> frozenset[str]:
+    """Draw the keys of the trials that are exempt from stopping, spread evenly over the levels of every factor.
+
+    Args:
+        trials: Where to draw from.
+        fraction: Share of them in [0, 1]; above 0 it yields at least one.
+        seed: Of the draw.
+    """
+    wanted = min(len(trials), max(round(fraction * len(trials)), 1 if fraction > 0 else 0))
+    pool = sorted(trials, key=lambda trial: _draw(seed, "control", trial.cell_key, trial.seed, trial.lr_scale))
+    drawn: list[TrialConfig] = []
+    counts: Counter[tuple[str, str]] = Counter()
+    while len(drawn) < wanted:
+        rarest = min(pool[:64], key=lambda trial: sum(counts[level] for level in trial.cell.items()))
+        pool.remove(rarest)
+        drawn.append(rarest)
+        counts.update(rarest.cell.items())
+    return frozenset(trial.trial_key for trial in drawn)
+
+
+def settings_of(trial: TrialConfig) -> Mapping[str, str]:
+    """Return what all trials of a grid have in common: all but factors, seed and nuisance."""
+    apart = {*FACTORS, "seed", "lr_scale", "learning_rate"}
+    return {name: value for name, value in trial.to_params().items() if name not in apart}
+
+
+def _draw(*parts: object) -> str:
+    return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()

@@ -1,0 +1,78 @@
+"""A durable queue on the local disk: what was appended survives the death of the process and is delivered later.
+
+One line of JSON per event. A second file holds how many bytes were delivered.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+"""What happened, in JSON's types."""
+
+
+class Spool:
+    """Events of one experiment that wait for the store.
+
+    Args:
+        path: The file; it and its folder are made if missing. A line that a crash left half-written is cut off.
+
+    Raises:
+        OSError: The file can't be written.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._mark = path.with_suffix(".delivered")
+        self._delivered = int(self._mark.read_text()) if self._mark.exists() else 0
+        self._file = path.open("ab+")
+        self._cut_torn_line()
+
+    def append(self, event: Event) -> None:
+        """Return only once the event is on the disk."""
+        line = json.dumps(event, separators=(",", ":")).encode() + b"\n"
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            self._file.write(line)
+            self._file.flush()
+            os.fdatasync(self._file.fileno())
+        except OSError:
+            self._forget_after(end)
+            raise
+
+    def pending(self, limit: int = 10_000) -> tuple[list[Event], int]:
+        """Return up to `limit` events not yet delivered, oldest first, and what `delivered` takes once they are."""
+        events: list[Event] = []
+        end = self._delivered
+        with self.path.open("rb") as file:
+            file.seek(end)
+            for line in file:
+                if len(events) == limit or not line.endswith(b"\n"):
+                    break
+                events.append(json.loads(line))
+                end += len(line)
+        return events, end
+
+    def delivered(self, end: int) -> None:
+        """Note that everything before `end` has arrived."""
+        fresh = self._mark.with_suffix(".new")
+        fresh.write_text(str(end))
+        fresh.replace(self._mark)
+        self._delivered = end
+
+    def close(self) -> None:
+        """Close the file, and remove it if nothing waits in it."""
+        self._file.close()
+        if self._delivered == self.path.stat().st_size:
+            self._mark.unlink(missing_ok=True)
+            self.path.unlink()
+
+    def _cut_torn_line(self) -> None:
+        content = self.path.read_bytes()
+        self._forget_after(content.rfind(b"\n") + 1)
+
+    def _forget_after(self, end: int) -> None:
+        if os.fstat(self._file.fileno()).st_size > end:
+            self._file.truncate(end)

@@ -1,0 +1,85 @@
+"""Where the store is: its address made absolute and checked, before anything heavy is imported or anything written."""
+
+import os
+import re
+import socket
+from hashlib import sha256
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from grid.config import InputError
+
+SQLITE_MAGIC = b"SQLite format 3\0"
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+
+
+def check_store_uri(uri: str | None) -> str:
+    """Return an absolute store URI that can be opened and written, as far as can be told without writing.
+
+    Args:
+        uri: Any MLflow tracking URI; None for `mlflow.db` in the working folder.
+
+    Raises:
+        InputError: It can't.
+    """
+    uri = uri or "sqlite:///mlflow.db"
+    scheme = urlsplit(uri).scheme.split("+")[0]
+    if scheme == "sqlite":
+        return _check_sqlite(uri)
+    if scheme in ("http", "https"):
+        return _check_server(uri)
+    if scheme not in DATABASES:
+        raise InputError(f"can't open the store '{uri}'; give sqlite:///FILE, http://HOST:PORT or a database URI")
+    return uri
+
+
+def artifact_location(uri: str, experiment: str) -> str | None:
+    """Return where the artifacts of a new experiment go: beside a sqlite file; None leaves it to the server."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return (_sqlite_path(uri).parent / "mlartifacts" / slug(uri, experiment)).as_uri()
+
+
+def slug(uri: str, experiment: str) -> str:
+    """Return a file name for an experiment of a store."""
+    return f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', experiment)[:80]}-{sha256(f'{uri} {experiment}'.encode()).hexdigest()[:8]}"
+
+
+def _sqlite_path(uri: str) -> Path:
+    return Path(uri.removeprefix("sqlite:///"))
+
+
+def _check_sqlite(uri: str) -> str:
+    path = _sqlite_path(uri).absolute()
+    absolute = f"sqlite:///{path}"
+    fault = ""
+    if not uri.startswith("sqlite:///") or path.name == "":
+        fault = "it names no file"
+    elif path.is_dir():
+        fault = "it is a folder"
+    elif not path.parent.is_dir():
+        fault = f"there is no folder {path.parent}"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK) or not os.access(path.parent, os.W_OK):
+        fault = "it can't be written"
+    elif not _is_sqlite_or_new(path):
+        fault = "the file is no sqlite database"
+    if fault:
+        raise InputError(f"can't open the store {absolute}: {fault}; pass another --store")
+    return absolute
+
+
+def _is_sqlite_or_new(path: Path) -> bool:
+    if not path.exists():
+        return True
+    with path.open("rb") as file:
+        return file.read(len(SQLITE_MAGIC)) in (b"", SQLITE_MAGIC)
+
+
+def _check_server(uri: str) -> str:
+    parts = urlsplit(uri)
+    try:
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        socket.create_connection((parts.hostname or "", port), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise InputError(f"can't open the store {uri}: {error}; start the server or pass another --store") from error
+    return uri

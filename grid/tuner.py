@@ -1,0 +1,256 @@
+"""The only file that knows Ray: runs the trials of a grid as Ray Tune trials, stops them by ASHA, tells a listener."""
+
+import os
+import traceback
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+for _name, _value in {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import ray  # noqa: E402  (after the settings that it reads when imported)
+import torch  # noqa: E402
+from ray import tune  # noqa: E402
+from ray.tune.experiment import Trial as TuneTrial  # noqa: E402
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler  # noqa: E402
+
+from grid.asha import Asha  # noqa: E402
+from grid.config import InputError, TrialConfig  # noqa: E402
+from grid.data import Dataset  # noqa: E402
+from grid.hardware import Packing, gpu_memory, pack  # noqa: E402
+from grid.trial import DeviceData, EpochReport, Trial  # noqa: E402
+
+WORKER_RESTARTS = 8
+"""How often a trial whose worker died is run again. Errors of the trial itself never restart a worker."""
+TRIES = 2
+"""How often an epoch that raises is tried."""
+
+
+class Listener(Protocol):
+    """What is told how the trials go; called from the driver's main thread, and must return quickly."""
+
+    def started(self, config: TrialConfig) -> None:
+        """A trial has begun, for the first time or again."""
+
+    def reported(self, config: TrialConfig, report: EpochReport) -> None:
+        """An epoch has ended."""
+
+    def ended(self, config: TrialConfig, status: str, error: str) -> None:
+        """A trial has ended with one of `grid.config.STATUSES`; `error` is the traceback of a failed one."""
+
+    def tick(self) -> None:
+        """Called often."""
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether to stop now and leave the unfinished trials unfinished."""
+
+
+def connect(address: str | None, concurrency: int | None) -> Packing:
+    """Start Ray on this machine, or join a running cluster, and choose how trials share it.
+
+    Args:
+        address: Of a running cluster, `auto` for the one on this machine; None starts a private one.
+        concurrency: Trials at once, chosen by the user.
+
+    Raises:
+        InputError: No Ray answers at `address`, or `concurrency` is out of range.
+    """
+    quiet: dict[str, Any] = {"logging_level": "CRITICAL", "log_to_driver": False, "configure_logging": True}
+    if address is None:
+        packing = local_packing(concurrency)
+        ray.init(
+            num_cpus=max(1, int(packing.concurrency * packing.cpus_per_trial)),
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            **quiet,
+        )
+        return packing
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"no Ray runs at '{address}' ({reason}); start one with `ray start --head`") from error
+    resources = ray.cluster_resources()
+    return pack(resources.get("CPU", 1), resources.get("GPU", 0), gpu_memory() or 16 * 2**30, concurrency)
+
+
+def local_packing(concurrency: int | None) -> Packing:
+    """Choose how trials share this machine, without starting Ray."""
+    return pack(len(os.sched_getaffinity(0)), torch.cuda.device_count(), gpu_memory(), concurrency)
+
+
+def disconnect() -> None:
+    """Leave the cluster; a private one ends."""
+    ray.shutdown()
+
+
+def run_trials(
+    trials: Sequence[TrialConfig],
+    dataset: Dataset,
+    listener: Listener,
+    *,
+    asha: Asha,
+    controls: Collection[str],
+    packing: Packing,
+    storage: str,
+    experiment: str,
+) -> None:
+    """Run trials to their ends; Ray must be connected.
+
+    Args:
+        trials: In the order in which they are to start.
+        dataset: Travels to each node once.
+        listener: Is told of everything.
+        asha: Its rungs, with earlier arrivals if a grid is resumed.
+        controls: Keys of the trials that are never stopped.
+        packing: How many at once, with which resources.
+        storage: Folder or URI that all nodes reach.
+        experiment: Name of Tune's folder in it.
+    """
+    worker = tune.with_resources(
+        tune.with_parameters(TrialWorker, dataset=dataset),
+        {"CPU": packing.cpus_per_trial, "GPU": packing.gpus_per_trial},
+    )
+    tuner = tune.Tuner(
+        worker,
+        param_space={"trial": tune.grid_search([trial.to_params() for trial in trials])},
+        tune_config=tune.TuneConfig(
+            scheduler=AshaScheduler(asha, controls),
+            max_concurrent_trials=packing.concurrency,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: _config(trial).trial_key,
+        ),
+        run_config=tune.RunConfig(
+            name=experiment,
+            storage_path=storage,
+            verbose=0,
+            stop=_Interruption(listener),
+            callbacks=[_Bridge(listener)],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            failure_config=tune.FailureConfig(max_failures=WORKER_RESTARTS),
+        ),
+    )
+    tuner.fit()
+
+
+class TrialWorker(tune.Trainable):
+    """Trains one trial after another in one process, which keeps torch and the images."""
+
+    def setup(self, config: dict[str, Any], dataset: Dataset) -> None:
+        """Take up the first trial."""
+        torch.set_num_threads(1)
+        self._data = DeviceData.of(dataset, config["trial"]["device"])
+        self._trial: Trial | None = None
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take up another trial; always possible."""
+        self._trial = None
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Train one epoch; an error of the trial is a result, so that the worker lives on."""
+        config = TrialConfig.from_params(self.config["trial"])
+        for attempt in range(TRIES):
+            try:
+                if self._trial is None:
+                    self._trial = Trial(config, self._data)
+                report = self._trial.run_epoch()
+            except Exception:  # noqa: BLE001  (whatever it is, it is recorded as the trial's failure)
+                self._trial = None
+                if attempt == TRIES - 1:
+                    return {"error": traceback.format_exc(), "done": True}
+            else:
+                return {**asdict(report), "done": report.diverged or report.epoch == config.epochs}
+        raise AssertionError("unreachable")
+
+
+class AshaScheduler(FIFOScheduler):  # type: ignore[misc]
+    """Asks `Asha` at every result."""
+
+    def __init__(self, asha: Asha, controls: Collection[str]):
+        super().__init__()
+        self._asha = asha
+        self._controls = controls
+
+    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
+        """Stop a trial that is not among the best at a rung."""
+        config = _config(trial)
+        goes_on = self._asha.goes_on(
+            config.trial_key,
+            group=config.model,
+            epoch=result["epoch"],
+            value=result["val_accuracy"],
+            control=config.trial_key in self._controls,
+        )
+        return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
+
+    def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
+        """Count a diverged trial at the rung that it does not reach."""
+        if result.get("diverged"):
+            config = _config(trial)
+            self._asha.diverge(config.trial_key, group=config.model, epoch=result["epoch"])
+
+
+class _DriverOnly:
+    """Holds a listener, which stays in the driver: Tune pickles its parts for `Tuner.restore`, which is not used here."""
+
+    def __init__(self, listener: Listener):
+        self._listener = listener
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Bridge(_DriverOnly, tune.Callback):  # type: ignore[misc]
+    """Translates Tune's calls for a `Listener`."""
+
+    def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        self._listener.tick()
+
+    def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        self._listener.started(_config(trial))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
+    ) -> None:
+        if "error" not in result:
+            report = EpochReport(**{name: result[name] for name in EpochReport.__dataclass_fields__})
+            self._listener.reported(_config(trial), report)
+
+    def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        status = _status(_config(trial), trial.last_result)
+        if status != "stopped" or not self._listener.interrupted:
+            self._listener.ended(_config(trial), status, trial.last_result.get("error", ""))
+
+    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        self._listener.ended(_config(trial), "failed", trial.get_error())
+
+
+class _Interruption(_DriverOnly, tune.Stopper):  # type: ignore[misc]
+    """Ends the whole run when the listener says so."""
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return "error" in result  # the trial is over; ASHA has nothing to judge
+
+    def stop_all(self) -> bool:
+        return self._listener.interrupted
+
+
+def _config(trial: TuneTrial) -> TrialConfig:
+    return TrialConfig.from_params(trial.config["trial"])
+
+
+def _status(config: TrialConfig, result: dict[str, Any]) -> str:
+    if "error" in result:
+        return "failed"
+    if result["diverged"]:
+        return "diverged"
+    return "completed" if result["epoch"] == config.epochs else "stopped"

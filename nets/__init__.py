@@ -1,0 +1,1 @@
+"""The networks under study, in plain torch."""

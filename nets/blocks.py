@@ -1,0 +1,108 @@
+"""Building blocks; the order layer -> norm -> activation -> pool -> dropout is said here and nowhere else."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from nets.activations import ACTIVATIONS, gain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Techniques:
+    """What a net is built with, apart from its sizes."""
+
+    activation: str
+    """A name in `ACTIVATIONS`."""
+    batch_norm: bool
+    dropout_rate: float
+    """Share of units dropped while training, in [0, 1); 0 leaves the dropout layers out."""
+
+
+class SeededDropout(nn.Module):
+    """Dropout that draws from a generator of its own, so that no other code can change what a trial drops.
+
+    Args:
+        rate: Share of units set to zero while training, in (0, 1).
+        generator: Source of the masks; on the device that the net is trained on.
+
+    Reference: Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html
+    """
+
+    def __init__(self, rate: float, generator: torch.Generator):
+        super().__init__()
+        self.rate = rate
+        self.generator = generator
+
+    def forward(self, features: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
+        """Zero a share `rate` of the features and scale up the others; the identity in evaluation mode."""
+        if not self.training:
+            return features
+        kept = torch.empty_like(features).bernoulli_(1 - self.rate, generator=self.generator)
+        return features * kept.div_(1 - self.rate)
+
+    def extra_repr(self) -> str:
+        """Show the rate where the net is printed."""
+        return f"rate={self.rate}"
+
+
+def linear(in_features: int, out_features: int, *, gain: float, bias: bool, generator: torch.Generator) -> nn.Linear:
+    """Build a linear layer whose weights are drawn from `generator` with standard deviation gain / sqrt(fan_in)."""
+    return _drawn(skip_init(nn.Linear, in_features, out_features, bias=bias), gain, generator)
+
+
+def conv3x3(in_channels: int, out_channels: int, *, gain: float, bias: bool, generator: torch.Generator) -> nn.Conv2d:
+    """Build a size-keeping 3x3 convolution, drawn like `linear`."""
+    layer = skip_init(nn.Conv2d, in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
+    return _drawn(layer, gain, generator)
+
+
+def block(
+    layer: Callable[..., nn.Module],
+    in_size: int,
+    out_size: int,
+    techniques: Techniques,
+    weights: torch.Generator,
+    masks: torch.Generator,
+    pool: nn.Module | None = None,
+) -> Iterator[nn.Module]:
+    """Yield the modules of one hidden block.
+
+    A layer in front of a norm has no bias: the norm would subtract it again.
+
+    Args:
+        layer: `linear` or `conv3x3`.
+        in_size: Features (channels) that come in.
+        out_size: Features (channels) that go out.
+        techniques: Activation, batch norm and dropout.
+        weights: Draws the initial weights; on the CPU.
+        masks: Draws the dropout masks; on the device that trains.
+        pool: Put between activation and dropout.
+
+    Reference: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167 (norm before activation, no bias)
+    """
+    norms = {linear: nn.BatchNorm1d, conv3x3: nn.BatchNorm2d}
+    yield layer(
+        in_size, out_size, gain=gain(techniques.activation), bias=not techniques.batch_norm, generator=weights
+    )
+    if techniques.batch_norm:
+        yield norms[layer](out_size)
+    yield ACTIVATIONS[techniques.activation]()
+    if pool is not None:
+        yield pool
+    if techniques.dropout_rate > 0:
+        yield SeededDropout(techniques.dropout_rate, masks)
+
+
+def _drawn(layer: Any, gain: float, generator: torch.Generator) -> Any:
+    fan_in = layer.weight[0].numel()
+    with torch.no_grad():
+        layer.weight.normal_(0, gain / math.sqrt(fan_in), generator=generator)
+        if layer.bias is not None:
+            layer.bias.zero_()
+    return layer

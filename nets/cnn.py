@@ -1,0 +1,50 @@
+"""Convolutional net: conv 32, conv 64, each pooled to half the side, then dense 128 unless told otherwise."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nets.blocks import Techniques, block, conv3x3, linear
+
+
+class CNN(nn.Module):
+    """3x3 convolution blocks with 2x2 max pooling, then one dense block.
+
+    Args:
+        side: Height and width of an image; halved (rounded down) by every convolution block.
+        classes: Number of outputs.
+        channels: Output channels of each convolution block.
+        dense_size: Width of the dense block.
+        techniques: Activation, batch norm and dropout.
+        weights: Draws the initial weights; on the CPU.
+        masks: Draws the dropout masks; on the device that trains.
+    """
+
+    def __init__(
+        self,
+        *,
+        side: int,
+        classes: int,
+        channels: Sequence[int],
+        dense_size: int,
+        techniques: Techniques,
+        weights: torch.Generator,
+        masks: torch.Generator,
+    ):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for in_channels, out_channels in pairwise((1, *channels)):
+            layers += block(conv3x3, in_channels, out_channels, techniques, weights, masks, pool=nn.MaxPool2d(2))
+        pixels = (side >> len(channels)) ** 2
+        layers.append(nn.Flatten())
+        layers += block(linear, channels[-1] * pixels, dense_size, techniques, weights, masks)
+        layers.append(linear(dense_size, classes, gain=1.0, bias=True, generator=weights))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Float[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch classes"]:
+        """Return the logits."""
+        logits: Tensor = self.layers(images)
+        return logits

@@ -1,0 +1,45 @@
+"""Multi-layer perceptron: 784-512-256-128-classes unless told otherwise."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nets.blocks import Techniques, block, linear
+
+
+class MLP(nn.Module):
+    """Hidden blocks of falling width on the flattened image.
+
+    Args:
+        pixels: Height x width of an image.
+        classes: Number of outputs.
+        hidden_sizes: Width of each hidden layer.
+        techniques: Activation, batch norm and dropout.
+        weights: Draws the initial weights; on the CPU.
+        masks: Draws the dropout masks; on the device that trains.
+    """
+
+    def __init__(
+        self,
+        *,
+        pixels: int,
+        classes: int,
+        hidden_sizes: Sequence[int],
+        techniques: Techniques,
+        weights: torch.Generator,
+        masks: torch.Generator,
+    ):
+        super().__init__()
+        layers: list[nn.Module] = [nn.Flatten()]
+        for in_size, out_size in pairwise((pixels, *hidden_sizes)):
+            layers += block(linear, in_size, out_size, techniques, weights, masks)
+        layers.append(linear(hidden_sizes[-1], classes, gain=1.0, bias=True, generator=weights))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Float[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch classes"]:
+        """Return the logits."""
+        logits: Tensor = self.layers(images)
+        return logits
