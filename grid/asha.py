@@ -1,7 +1,8 @@
-"""Asynchronous successive halving: which trials go on at a rung. Plain values in and out; `grid.tuner` hangs it into Ray.
+"""Asynchronous successive halving: which trials go on at a rung. Plain values in, plain values out.
 
-Unlike Ray Tune's scheduler it never takes a value that is not finite for a good one, keeps each model's trials apart
-(an MLP is not stopped for being no CNN), decides once per trial and rung, and can be rebuilt from recorded arrivals.
+`grid.tuner` hangs it into Ray. Unlike Ray's own scheduler it never takes a value that is not finite for a good one,
+keeps each model's trials apart (an MLP is not stopped for being no CNN), decides once per trial and rung, and can be
+rebuilt from recorded arrivals.
 
 Reference: Li et al. 2020, https://arxiv.org/abs/1810.05934 (stopping variant)
 """

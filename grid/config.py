@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from math import isfinite
+from typing import Any
 
 LEVELS: dict[str, tuple[str, ...]] = {
     "model": ("mlp", "cnn"),
@@ -18,7 +19,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "regularization": ("none", "l1", "l2", "elastic"),
     "dropout": ("off", "on"),
 }
-"""Every factor with every level it can take. What a level does stands in the table of its parts (`ACTIVATIONS`, ...)."""
+"""Every factor with every level it can take. What a level does stands in a table (`ACTIVATIONS`, ...)."""
 
 FACTORS = tuple(LEVELS)
 
@@ -112,15 +113,17 @@ class TrialConfig:
 
     def __post_init__(self) -> None:
         faults = [_level_fault(name, _spell(getattr(self, name))) for name in FACTORS]
-        faults += [f"{name} must be {rule}, got {getattr(self, name)!r}" for name, rule, holds in self._rules() if not holds]
+        faults += [
+            f"{name} must be {rule}, got {getattr(self, name)!r}" for name, rule, holds in self._rules() if not holds
+        ]
         if any(faults):
             raise InputError("; ".join(fault for fault in faults if fault))
 
     def _rules(self) -> list[tuple[str, str, bool]]:
         return [
             ("seed", "0 or more", self.seed >= 0),
-            ("lr_scale", "finite and above 0", 0 < self.lr_scale and isfinite(self.lr_scale)),
-            ("learning_rate", "finite and above 0", 0 < self.learning_rate and isfinite(self.learning_rate)),
+            ("lr_scale", "finite and above 0", self.lr_scale > 0 and isfinite(self.lr_scale)),
+            ("learning_rate", "finite and above 0", self.learning_rate > 0 and isfinite(self.learning_rate)),
             ("epochs", "1 or more", self.epochs >= 1),
             ("batch_size", "2 or more", self.batch_size >= 2),
             ("dropout_rate", "between 0 and 1, both excluded", 0 < self.dropout_rate < 1),
@@ -176,11 +179,11 @@ class TrialConfig:
         missing = [name for name in ("learning_rate", "epochs") if name not in known]
         if missing:
             raise InputError(f"a trial needs {' and '.join(missing)}")
-        return cls(**known)  # type: ignore[arg-type]
+        return cls(**known)
 
 
 def cell_name(cell: Mapping[str, str]) -> str:
-    """Spell a cell for people: its levels in the order of the factors, `on` by the factor's name, none and off left out."""
+    """Spell a cell for people: its levels in the order of the factors; `on` by the factor's name, off and none not."""
     words = [factor if cell[factor] == "on" else cell[factor] for factor in FACTORS if factor in cell]
     return " ".join(word for word in words if word not in ("off", "none"))
 
@@ -214,10 +217,10 @@ def _spell(value: str | float | bool) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def _parse(name: str, kind: object, text: str) -> str | float | bool:
-    readers = {int: int, float: float, bool: {"on": True, "off": False}.__getitem__, str: str}
+def _parse(name: str, kind: Any, text: str) -> Any:
+    switch = {"on": True, "off": False}
     try:
-        return readers[kind](text)
+        return switch[text] if kind is bool else kind(text)
     except (ValueError, KeyError):
         wanted = {int: "a whole number", float: "a number", bool: "on or off"}[kind]
         raise InputError(f"{name} must be {wanted}, got '{text}'") from None

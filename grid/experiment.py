@@ -1,4 +1,4 @@
-"""A grid from request to verdict: plan, data, Ray, store, table. Heavy to import; `grid.run` is the light door to it."""
+"""A grid from request to verdict: plan, data, Ray, store, table. Heavy to import; `grid.run` is the light door."""
 
 import sys
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 from grid import forecast, tuner
 from grid.asha import FACTOR, Asha, rung_epochs
-from grid.config import FACTORS, InputError
+from grid.config import FACTORS
 from grid.data import Dataset, is_here, load
 from grid.datasets import DATASETS
 from grid.hardware import Packing

@@ -45,8 +45,9 @@ References:
 """
 
 
-def build_optimizer(name: str, parameters: Iterable[nn.Parameter], *, learning_rate: float, fused: bool,
-                    average_from_step: int) -> Optimizer:
+def build_optimizer(
+    name: str, parameters: Iterable[nn.Parameter], *, learning_rate: float, fused: bool, average_from_step: int
+) -> Optimizer:
     """Build an optimizer of `OPTIMIZERS`.
 
     Args:

@@ -1,6 +1,6 @@
 """The penalties under study: terms of the loss on weights, never on biases or normalisation."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -41,8 +41,5 @@ References:
 
 def penalised_weights(net: nn.Module) -> list[nn.Parameter]:
     """Return the weights of all linear and convolution layers of `net`."""
-    return [module.weight for module in _layers(net)]
-
-
-def _layers(net: nn.Module) -> Iterable[nn.Linear | nn.Conv2d]:
-    return (module for module in net.modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    layers = (module for module in net.modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    return [parameter for layer in layers for name, parameter in layer.named_parameters() if name == "weight"]

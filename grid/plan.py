@@ -46,7 +46,5 @@ def make_plan(request: Request, *, device: str, fingerprint: str) -> Plan:
         varying = {"seed": str(seed), "lr_scale": repr(lr_scale), "learning_rate": repr(rate)}
         return TrialConfig.from_params({**shared, **cell, **varying})
 
-    trials = expand(
-        cells, seeds=request.seeds, lr_scales=request.lr_scales, order_seed=ORDER_SEED, configure=configure
-    )
+    trials = expand(cells, seeds=request.seeds, lr_scales=request.lr_scales, order_seed=ORDER_SEED, configure=configure)
     return Plan(cells, excluded, trials, draw_controls(trials, request.controls, ORDER_SEED))

@@ -102,14 +102,17 @@ def top_table(standings: Sequence[Standing], count: int = 10) -> str:
     not compared with one after nine. Diverged and failed trials have no rank; they are counted below.
     """
     ranked = sorted(
-        (standing for standing in standings if standing.status in ("completed", "stopped") and standing.best_val_accuracy),
+        (
+            standing
+            for standing in standings
+            if standing.status in ("completed", "stopped") and standing.best_val_accuracy
+        ),
         key=lambda standing: (-standing.epochs_run, -(standing.best_val_accuracy or 0)),
     )
     lines = [f"{'rank':>4}  {'val acc':>7}  {'epochs':>6}  {'status':<9}  trial"]
-    for rank, standing in enumerate(ranked[:count], start=1):
-        lines.append(
-            f"{rank:>4}  {standing.best_val_accuracy:>7.2%}  {standing.epochs_run:>6}  {standing.status:<9}  {_name(standing)}"
-        )
+    for rank, trial in enumerate(ranked[:count], start=1):
+        figures = f"{rank:>4}  {trial.best_val_accuracy:>7.2%}  {trial.epochs_run:>6}"
+        lines.append(f"{figures}  {trial.status:<9}  {_name(trial)}")
     return "\n".join([*lines, _footer(standings, min(count, len(ranked)))])
 
 

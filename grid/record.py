@@ -21,9 +21,9 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
-import mlflow.exceptions  # noqa: E402  (after the settings that it reads when imported)
-from mlflow.entities import Metric, Param, RunTag, ViewType  # noqa: E402
-from mlflow.tracking import MlflowClient  # noqa: E402
+import mlflow.exceptions
+from mlflow.entities import Metric, Param, RunTag, ViewType
+from mlflow.tracking import MlflowClient
 
 BATCH_SIZE = 900
 """Metrics in one request; MLflow allows 1000 entries of all kinds."""
@@ -76,10 +76,12 @@ class Store:
                 self.experiment_id = self.client.create_experiment(self.experiment, artifact_location=location)
                 return
         except mlflow.exceptions.MlflowException as error:
-            raise InputError(f"can't write to the store {self.uri}: {_first_line(error)}; pass another --store") from error
+            raise InputError(
+                f"can't write to the store {self.uri}: {_first_line(error)}; pass another --store"
+            ) from error
         if found.lifecycle_stage == "deleted":
             raise InputError(
-                f"experiment '{self.experiment}' is deleted in {self.uri}; restore it there or pass another --experiment"
+                f"experiment '{self.experiment}' is deleted in {self.uri}; restore it or pass another --experiment"
             )
         self.experiment_id = found.experiment_id
 
@@ -139,9 +141,12 @@ class Recorder:
         """Make or take up the parent run, attach the manifest, and start to deliver."""
         self._run_ids = {key: trial.run_id for key, trial in stored.items()}
         client = self.store.client
-        self._parent_id = self.store.parent_run() or client.create_run(
-            self.store.experiment_id, tags={"kind": "grid"}, run_name=self.store.experiment
-        ).info.run_id
+        self._parent_id = (
+            self.store.parent_run()
+            or client.create_run(
+                self.store.experiment_id, tags={"kind": "grid"}, run_name=self.store.experiment
+            ).info.run_id
+        )
         client.update_run(self._parent_id, status="RUNNING")
         client.log_dict(self._parent_id, dict(manifest), "grid.json")
         self._thread.start()
@@ -279,7 +284,9 @@ def open_spool(folder: Path, store_uri: str, experiment: str) -> Spool:
     try:
         return Spool(path)
     except OSError as error:
-        raise InputError(f"can't write to the spool {path}: {error.strerror}; free the disk or mend its rights") from error
+        raise InputError(
+            f"can't write to the spool {path}: {error.strerror}; free the disk or mend its rights"
+        ) from error
 
 
 def _metrics(events: Iterable[Event]) -> Iterable[Metric]:

@@ -82,5 +82,7 @@ def check_storage(storage: str) -> str:
     try:
         tempfile.TemporaryFile(dir=present).close()
     except OSError as error:
-        raise InputError(f"can't write to the storage folder {folder}: {error.strerror}; pass another --storage") from error
+        raise InputError(
+            f"can't write to the storage folder {folder}: {error.strerror}; pass another --storage"
+        ) from error
     return str(folder)

@@ -96,10 +96,14 @@ def _parser() -> argparse.ArgumentParser:
     where = parser.add_argument_group("where it runs and is recorded")
     where.add_argument("--store", metavar="URI", help="MLflow tracking URI (sqlite:///mlflow.db)")
     where.add_argument("--experiment", metavar="NAME", help="MLflow experiment (GRID-DATA)")
-    where.add_argument("--storage", default="storage", metavar="DIR", help="checkpoints, reached by all nodes (storage)")
+    where.add_argument(
+        "--storage", default="storage", metavar="DIR", help="checkpoints, reached by all nodes (storage)"
+    )
     where.add_argument("--address", metavar="ADDR", help="a running Ray cluster, or auto; else Ray starts here")
     where.add_argument("--concurrency", type=int, metavar="N", help="trials at once (what the machine holds)")
-    where.add_argument("--dry-run", action="store_true", help="print cells, trials and the expected cost; start nothing")
+    where.add_argument(
+        "--dry-run", action="store_true", help="print cells, trials and the expected cost; start nothing"
+    )
     where.add_argument("--price-per-hour", type=float, metavar="X", help="of the machine or cluster, for --dry-run")
     where.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser

@@ -19,7 +19,7 @@ Levels = dict[str, tuple[str, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A named grid: a question, the levels that answer it, and what it is trained with unless the user says otherwise."""
+    """A named grid: a question, the levels that answer it, and what it is trained with by default."""
 
     question: str
     levels: Levels

@@ -13,11 +13,12 @@ SQLITE_MAGIC = b"SQLite format 3\0"
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
-def check_store_uri(uri: str | None) -> str:
+def check_store_uri(uri: str | None, *, must_exist: bool = False) -> str:
     """Return an absolute store URI that can be opened and written, as far as can be told without writing.
 
     Args:
         uri: Any MLflow tracking URI; None for `mlflow.db` in the working folder.
+        must_exist: Refuse a sqlite file that is not there, which MLflow would make.
 
     Raises:
         InputError: It can't.
@@ -25,7 +26,7 @@ def check_store_uri(uri: str | None) -> str:
     uri = uri or "sqlite:///mlflow.db"
     scheme = urlsplit(uri).scheme.split("+")[0]
     if scheme == "sqlite":
-        return _check_sqlite(uri)
+        return _check_sqlite(uri, must_exist)
     if scheme in ("http", "https"):
         return _check_server(uri)
     if scheme not in DATABASES:
@@ -42,14 +43,16 @@ def artifact_location(uri: str, experiment: str) -> str | None:
 
 def slug(uri: str, experiment: str) -> str:
     """Return a file name for an experiment of a store."""
-    return f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', experiment)[:80]}-{sha256(f'{uri} {experiment}'.encode()).hexdigest()[:8]}"
+    return (
+        f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', experiment)[:80]}-{sha256(f'{uri} {experiment}'.encode()).hexdigest()[:8]}"
+    )
 
 
 def _sqlite_path(uri: str) -> Path:
     return Path(uri.removeprefix("sqlite:///"))
 
 
-def _check_sqlite(uri: str) -> str:
+def _check_sqlite(uri: str, must_exist: bool) -> str:
     path = _sqlite_path(uri).absolute()
     absolute = f"sqlite:///{path}"
     fault = ""
@@ -59,6 +62,8 @@ def _check_sqlite(uri: str) -> str:
         fault = "it is a folder"
     elif not path.parent.is_dir():
         fault = f"there is no folder {path.parent}"
+    elif must_exist and not path.exists():
+        fault = "there is no such file"
     elif not os.access(path if path.exists() else path.parent, os.W_OK) or not os.access(path.parent, os.W_OK):
         fault = "it can't be written"
     elif not _is_sqlite_or_new(path):

@@ -92,7 +92,9 @@ class EpochReport:
     def metrics(self) -> dict[str, float]:
         """The finite ones of `EPOCH_METRICS`."""
         values = asdict(self)
-        return {name: value for name, value in values.items() if name not in ("epoch", "diverged") and math.isfinite(value)}
+        return {
+            name: value for name, value in values.items() if name not in ("epoch", "diverged") and math.isfinite(value)
+        }
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,9 @@ class TrialResult:
         return max((report.val_accuracy for report in self.reports if not report.diverged), default=None)
 
 
-def train(config: TrialConfig, data: DeviceData, on_epoch: Callable[[EpochReport], bool] = lambda report: False) -> TrialResult:
+def train(
+    config: TrialConfig, data: DeviceData, on_epoch: Callable[[EpochReport], bool] = lambda report: False
+) -> TrialResult:
     """Train one configuration to its full budget.
 
     Args:
@@ -144,8 +148,11 @@ class Trial:
         self.epoch = 0
         self._order = _generator(config.seed, "order", "cpu")
         self._dropout = _generator(config.seed, "dropout", config.device)
-        self._layout = getattr(torch, "channels_last" if config.memory_format == "channels_last" else "contiguous_format")
-        self.net = build_net(config, data, self._dropout).to(config.device, memory_format=self._layout)
+        self._layout = getattr(
+            torch, "channels_last" if config.memory_format == "channels_last" else "contiguous_format"
+        )
+        self.net = build_net(config, data, self._dropout).to(device=config.device)
+        self.net = self.net.to(memory_format=self._layout)
         self._weights = penalised_weights(self.net)
         self._penalty = PENALTIES[config.regularization](config.l1_strength, config.l2_strength)
         count = len(data.train_labels)
@@ -219,7 +226,7 @@ class Trial:
         logits = self._logits(images)
         loss = F.cross_entropy(logits, labels)
         objective = loss if self._penalty is None else loss + self._penalty(self._weights)
-        objective.backward()  # type: ignore[no-untyped-call]
+        objective.backward()
         self._optimizer.step()
         self._schedule.after_step()
         correct = (logits.detach().argmax(dim=1) == labels).sum()
@@ -231,7 +238,9 @@ class Trial:
         images, labels = self.data.val_images, self.data.val_labels
         totals = torch.zeros(2, dtype=torch.float64, device=self.config.device)
         with averaged_weights(self.net, self._optimizer, self._norm_batches()):
-            for some, wanted in zip(images.split(EVALUATION_BATCH_SIZE), labels.split(EVALUATION_BATCH_SIZE), strict=True):
+            for some, wanted in zip(
+                images.split(EVALUATION_BATCH_SIZE), labels.split(EVALUATION_BATCH_SIZE), strict=True
+            ):
                 logits = self._logits(self._scaled(some))
                 correct = (logits.argmax(dim=1) == wanted).sum()
                 totals += torch.stack((F.cross_entropy(logits, wanted, reduction="sum"), correct.to(logits.dtype)))
@@ -270,15 +279,25 @@ def build_net(config: TrialConfig, data: DeviceData, dropout: torch.Generator) -
         batch_norm=config.batch_norm,
         dropout_rate=config.dropout_rate if config.dropout else 0.0,
     )
-    shared = {
-        "classes": data.classes,
-        "techniques": techniques,
-        "weights": _generator(config.seed, "weights", "cpu"),
-        "masks": dropout,
-    }
+    weights = _generator(config.seed, "weights", "cpu")
     if config.model == "mlp":
-        return MLP(pixels=data.side**2, hidden_sizes=parse_sizes(config.hidden_sizes), **shared)
-    return CNN(side=data.side, channels=parse_sizes(config.channels), dense_size=config.dense_size, **shared)
+        return MLP(
+            pixels=data.side**2,
+            classes=data.classes,
+            hidden_sizes=parse_sizes(config.hidden_sizes),
+            techniques=techniques,
+            weights=weights,
+            masks=dropout,
+        )
+    return CNN(
+        side=data.side,
+        classes=data.classes,
+        channels=parse_sizes(config.channels),
+        dense_size=config.dense_size,
+        techniques=techniques,
+        weights=weights,
+        masks=dropout,
+    )
 
 
 def _generator(seed: int, purpose: str, device: str) -> torch.Generator:

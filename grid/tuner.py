@@ -144,7 +144,7 @@ def run_trials(
 class TrialWorker(tune.Trainable):
     """Trains one trial after another in one process, which keeps torch and the images."""
 
-    def setup(self, config: dict[str, Any], dataset: Dataset) -> None:
+    def setup(self, config: dict[str, Any], dataset: Dataset) -> None:  # type: ignore[override]
         """Take up the first trial."""
         torch.set_num_threads(1)
         self._data = DeviceData.of(dataset, config["trial"]["device"])
@@ -172,7 +172,7 @@ class TrialWorker(tune.Trainable):
         raise AssertionError("unreachable")
 
 
-class AshaScheduler(FIFOScheduler):  # type: ignore[misc]
+class AshaScheduler(FIFOScheduler):
     """Asks `Asha` at every result."""
 
     def __init__(self, asha: Asha, controls: Collection[str]):
@@ -200,7 +200,7 @@ class AshaScheduler(FIFOScheduler):  # type: ignore[misc]
 
 
 class _DriverOnly:
-    """Holds a listener, which stays in the driver: Tune pickles its parts for `Tuner.restore`, which is not used here."""
+    """Holds a listener, which stays in the driver: Tune pickles its parts for a restore, which is not used here."""
 
     def __init__(self, listener: Listener):
         self._listener = listener
@@ -209,7 +209,7 @@ class _DriverOnly:
         return {}
 
 
-class _Bridge(_DriverOnly, tune.Callback):  # type: ignore[misc]
+class _Bridge(_DriverOnly, tune.Callback):
     """Translates Tune's calls for a `Listener`."""
 
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
@@ -231,10 +231,10 @@ class _Bridge(_DriverOnly, tune.Callback):  # type: ignore[misc]
             self._listener.ended(_config(trial), status, trial.last_result.get("error", ""))
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        self._listener.ended(_config(trial), "failed", trial.get_error())
+        self._listener.ended(_config(trial), "failed", str(trial.get_error()))
 
 
-class _Interruption(_DriverOnly, tune.Stopper):  # type: ignore[misc]
+class _Interruption(_DriverOnly, tune.Stopper):
     """Ends the whole run when the listener says so."""
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:

@@ -96,7 +96,7 @@ class Watcher:
 
     @contextmanager
     def until_interrupted(self) -> Iterator[None]:
-        """Let Ctrl-C and a polite kill end the run in good order while the block lasts; a second one ends it at once."""
+        """Let Ctrl-C and a polite kill end the run in good order; a second one ends it at once."""
         kept = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield

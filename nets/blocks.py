@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -53,13 +52,16 @@ class SeededDropout(nn.Module):
 
 def linear(in_features: int, out_features: int, *, gain: float, bias: bool, generator: torch.Generator) -> nn.Linear:
     """Build a linear layer whose weights are drawn from `generator` with standard deviation gain / sqrt(fan_in)."""
-    return _drawn(skip_init(nn.Linear, in_features, out_features, bias=bias), gain, generator)
+    layer: nn.Linear = skip_init(nn.Linear, in_features, out_features, bias=bias)
+    _draw(layer, gain, generator)
+    return layer
 
 
 def conv3x3(in_channels: int, out_channels: int, *, gain: float, bias: bool, generator: torch.Generator) -> nn.Conv2d:
     """Build a size-keeping 3x3 convolution, drawn like `linear`."""
-    layer = skip_init(nn.Conv2d, in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
-    return _drawn(layer, gain, generator)
+    layer: nn.Conv2d = skip_init(nn.Conv2d, in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
+    _draw(layer, gain, generator)
+    return layer
 
 
 def block(
@@ -87,9 +89,7 @@ def block(
     Reference: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167 (norm before activation, no bias)
     """
     norms = {linear: nn.BatchNorm1d, conv3x3: nn.BatchNorm2d}
-    yield layer(
-        in_size, out_size, gain=gain(techniques.activation), bias=not techniques.batch_norm, generator=weights
-    )
+    yield layer(in_size, out_size, gain=gain(techniques.activation), bias=not techniques.batch_norm, generator=weights)
     if techniques.batch_norm:
         yield norms[layer](out_size)
     yield ACTIVATIONS[techniques.activation]()
@@ -99,10 +99,9 @@ def block(
         yield SeededDropout(techniques.dropout_rate, masks)
 
 
-def _drawn(layer: Any, gain: float, generator: torch.Generator) -> Any:
+def _draw(layer: nn.Linear | nn.Conv2d, gain: float, generator: torch.Generator) -> None:
     fan_in = layer.weight[0].numel()
     with torch.no_grad():
         layer.weight.normal_(0, gain / math.sqrt(fan_in), generator=generator)
         if layer.bias is not None:
             layer.bias.zero_()
-    return layer

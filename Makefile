@@ -1,0 +1,44 @@
+# What a person runs and what CI runs are the same commands. `make` alone prints this list.
+PYTHON ?= python3
+BIN := .venv/bin
+export RAY_USAGE_STATS_ENABLED := 0
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test check lint types imports format clean
+
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/ready  ## make .venv and install everything into it (minutes, once; 7 GB)
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or later is needed: make PYTHON=python3.11')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+run: setup  ## run the quick grid offline: 32 trials, a ranked table in minutes
+	$(BIN)/python -m grid.run --grid smoke
+
+test: setup  ## run all tests
+	$(BIN)/python -m pytest
+
+check: lint types imports  ## lint, types, imports
+
+lint: setup  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup  ## mypy --strict
+	$(BIN)/mypy
+
+imports: setup  ## which module may import which
+	$(BIN)/lint-imports
+
+format: setup  ## let ruff format and mend what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove the environment and caches, not your results
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

@@ -1,0 +1,91 @@
+"""Where the base learning rates in `grid.optimizers` come from: a sweep over a 1-2-5 ladder.
+
+    python -m benchmarks.base_rates --data emnist-bymerge --data-dir DIR
+
+For every optimizer and rate it trains four cells of each model (batch norm on or off, activation relu or gelu) and
+prints the mean of the best validation accuracies. The base rate is the rate whose worse model lies closest to that
+model's own best: one rate for both models, so that the optimizer means the same in every cell.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from grid.config import TrialConfig
+from grid.data import Dataset, load
+from grid.hardware import numeric_settings
+from grid.optimizers import OPTIMIZERS
+from grid.trial import DeviceData, train
+
+RATES = [mantissa * 10.0**exponent for exponent in (-4, -3, -2, -1) for mantissa in (1, 2, 5)]
+MODELS = ("mlp", "cnn")
+_data: DeviceData
+
+
+def main() -> None:
+    """Sweep and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="glyphs")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--per-class", type=int, default=100)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS))
+    options = parser.parse_args()
+    dataset = load(options.data, options.data_dir, per_class=options.per_class)
+    begun = time.monotonic()
+    print(f"{'optimizer':<10} {'rate':>7}  " + "  ".join(f"{model:>7}" for model in MODELS) + "  behind the best rate")
+    with get_context("spawn").Pool(len(os.sched_getaffinity(0)), _set_up, (dataset,)) as pool:
+        for optimizer in options.optimizers:
+            jobs = [(optimizer, rate, model, options.epochs) for rate in RATES for model in MODELS]
+            _print_optimizer(optimizer, dict(zip(jobs, pool.map(_accuracy, jobs, chunksize=1), strict=True)))
+    print(f"{time.monotonic() - begun:.0f} s")
+
+
+def _set_up(dataset: Dataset) -> None:
+    global _data
+    torch.set_num_threads(1)
+    _data = DeviceData.of(dataset)
+
+
+def _accuracy(job: tuple[str, float, str, int]) -> float:
+    optimizer, rate, model, epochs = job
+    numeric = numeric_settings("cpu")
+    accuracies = []
+    for batch_norm, activation in product(("off", "on"), ("relu", "gelu")):
+        config = TrialConfig.from_params(
+            {
+                **numeric,
+                "model": model,
+                "optimizer": optimizer,
+                "batch_norm": batch_norm,
+                "activation": activation,
+                "learning_rate": repr(rate),
+                "epochs": str(epochs),
+            }
+        )
+        accuracies.append(train(config, _data).best_val_accuracy or 0.0)  # 0: diverged at once, the worst there is
+    return statistics.mean(accuracies)
+
+
+def _print_optimizer(optimizer: str, accuracies: dict[tuple[str, float, str, int], float]) -> None:
+    table: dict[float, dict[str, float]] = {rate: {} for rate in RATES}
+    for (_, rate, model, _), accuracy in accuracies.items():
+        table[rate][model] = accuracy
+    best = {model: max(row[model] for row in table.values()) for model in MODELS}
+    behind = {rate: max(best[model] - row[model] for model in MODELS) for rate, row in table.items()}
+    chosen = min(behind, key=behind.__getitem__)
+    for rate, row in table.items():
+        figures = "  ".join(f"{row[model]:>7.2%}" for model in MODELS)
+        mark = "  <- best for both" if rate == chosen else ""
+        mark += "  (base rate)" if rate == OPTIMIZERS[optimizer].base_learning_rate else ""
+        print(f"{optimizer:<10} {rate:>7.4g}  {figures}  {behind[rate]:>7.2%}{mark}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
