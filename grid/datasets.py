@@ -75,4 +75,4 @@ def check_per_class(per_class: int | None, *, largest: int | None = None) -> Non
     if per_class is None or (per_class >= 1 and (largest is None or per_class <= largest)):
         return
     allowed = "at least 1" if largest is None else f"1 to {largest}, what validation leaves of the smallest class"
-    raise InputError(f"images per class must be {allowed}; not {per_class}")
+    raise InputError(f"--per-class must be {allowed}; got {per_class}")

@@ -44,7 +44,7 @@ def pack(cpus: float, gpus: float, gpu_bytes: int, concurrency: int | None = Non
         concurrency: The user's own number instead.
 
     Raises:
-        InputError: `concurrency` is below 1 or above what the machine can hold.
+        InputError: `concurrency` is below 1.
     """
     if concurrency is not None and concurrency < 1:
         raise InputError(f"--concurrency must be 1 or more, got {concurrency}")

@@ -22,12 +22,12 @@ class Part:
 
 OPTIMIZERS: dict[str, Part] = {
     "sgd": Part(partial(SGD, momentum=0.9), 0.05, fused=True),
-    "adam": Part(Adam, 1e-3, fused=True),
+    "adam": Part(Adam, 2e-3, fused=True),
     "rmsprop": Part(RMSprop, 1e-3, fused=False),
-    "asgd": Part(partial(ASGD, lambd=0.0), 0.1, fused=False),
+    "asgd": Part(partial(ASGD, lambd=0.0), 0.2, fused=False),
     "adagrad": Part(Adagrad, 1e-2, fused=True),
-    "adamw": Part(partial(AdamW, weight_decay=1e-2), 1e-3, fused=True),
-    "nadam": Part(NAdam, 1e-3, fused=False),
+    "adamw": Part(partial(AdamW, weight_decay=1e-2), 2e-3, fused=True),
+    "nadam": Part(NAdam, 5e-3, fused=False),
 }
 """Name -> factory and base learning rate.
 

@@ -24,10 +24,12 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 import mlflow.exceptions
 from mlflow.entities import Metric, Param, RunTag, ViewType
 from mlflow.tracking import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError
 
 BATCH_SIZE = 900
 """Metrics in one request; MLflow allows 1000 entries of all kinds."""
 PARAM_BATCH_SIZE = 90
+PAGE_SIZE = 1000
 LONGEST_WAIT_SECONDS = 30.0
 """Between two attempts to reach a store that does not answer."""
 
@@ -53,6 +55,9 @@ class Store:
     Args:
         uri: Checked by `grid.store_uri.check_store_uri`.
         experiment: Made by `create` if missing.
+
+    Raises:
+        InputError: The store can't be opened.
     """
 
     def __init__(self, uri: str, experiment: str):
@@ -60,14 +65,17 @@ class Store:
             logging.getLogger(name).setLevel(logging.ERROR)
         self.uri = uri
         self.experiment = experiment
-        self.client = MlflowClient(tracking_uri=uri)
+        try:
+            self.client = MlflowClient(tracking_uri=uri)
+        except (mlflow.exceptions.MlflowException, SQLAlchemyError, ImportError) as error:
+            raise InputError(f"can't open the store {uri}: {_first_line(error)}; pass another --store") from error
         self.experiment_id = ""
 
     def create(self) -> None:
         """Make database and experiment where they are missing.
 
         Raises:
-            InputError: The store does not answer, can't be written, or the experiment was deleted in it.
+            InputError: The store can't be written, or the experiment was deleted in it.
         """
         try:
             found = self.client.get_experiment_by_name(self.experiment)
@@ -96,7 +104,11 @@ class Store:
         token = None
         while token != "":
             page = self.client.search_runs(
-                [self.experiment_id], "tags.kind = 'trial'", ViewType.ACTIVE_ONLY, max_results=1000, page_token=token
+                [self.experiment_id],
+                "tags.kind = 'trial'",
+                ViewType.ACTIVE_ONLY,
+                max_results=PAGE_SIZE,
+                page_token=token,
             )
             stored.update({run.data.tags["trial_key"]: self._stored(run) for run in page})
             token = page.token or ""

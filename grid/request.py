@@ -1,6 +1,6 @@
 """What a user asks of `grid.run`, checked as far as it can be without data, torch or Ray. Standard library only."""
 
-import tempfile
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from grid.config import InputError
 from grid.datasets import check_name, check_per_class
 from grid.space import Levels
+from grid.store_uri import write_fault
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,28 @@ class Request:
             raise InputError("--experiment must not be empty")
 
 
+def check_address(address: str | None) -> str | None:
+    """Return the address of a Ray cluster, after a test that something answers there.
+
+    Args:
+        address: `HOST:PORT`, `auto` for the cluster that runs on this machine, or None for none.
+
+    Raises:
+        InputError: It has another form, or nothing answers.
+    """
+    if address in (None, "auto"):
+        return address
+    host, _, port = address.rpartition(":")
+    mend = "start one with `ray start --head`, or leave --address out"
+    if not host or not port.isdecimal():
+        raise InputError(f"--address must be HOST:PORT or auto, got '{address}'; {mend}")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"no Ray runs at '{address}' ({error}); {mend}") from error
+    return address
+
+
 def check_storage(storage: str) -> str:
     """Return a storage folder made absolute, or a URI as it is, after a test that the folder can be written.
 
@@ -79,10 +102,6 @@ def check_storage(storage: str) -> str:
         return storage
     folder = Path(storage).absolute()
     present = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    try:
-        tempfile.TemporaryFile(dir=present).close()
-    except OSError as error:
-        raise InputError(
-            f"can't write to the storage folder {folder}: {error.strerror}; pass another --storage"
-        ) from error
+    if fault := write_fault(present):
+        raise InputError(f"can't make the storage folder {folder}: {fault}; pass another --storage")
     return str(folder)

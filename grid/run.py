@@ -8,8 +8,8 @@ from typing import NoReturn
 
 from grid.config import InputError
 from grid.datasets import NAMES
-from grid.request import Request, check_storage
-from grid.space import GRIDS, find_grid, restrict
+from grid.request import Request, check_address, check_storage
+from grid.space import GRIDS, cross, find_grid, restrict
 from grid.store_uri import check_store_uri
 
 
@@ -43,9 +43,11 @@ def read_request(options: argparse.Namespace) -> Request:
     """
     grid = find_grid(options.grid)
     data = options.data or grid.data
+    levels = restrict(grid.levels, [_split_only(only) for only in options.only])
+    cross(levels)  # raises if nothing is left
     return Request(
         grid=options.grid,
-        levels=restrict(grid.levels, [_split_only(only) for only in options.only]),
+        levels=levels,
         data=data,
         data_dir=options.data_dir.absolute(),
         per_class=grid.per_class if options.per_class is None else options.per_class,
@@ -57,7 +59,7 @@ def read_request(options: argparse.Namespace) -> Request:
         experiment=f"{options.grid}-{data}" if options.experiment is None else options.experiment,
         storage=check_storage(options.storage),
         spool=Path("spool").absolute(),
-        address=options.address,
+        address=check_address(options.address),
         concurrency=options.concurrency,
         precision=options.precision,
         price_per_hour=options.price_per_hour,

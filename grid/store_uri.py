@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+import tempfile
 from hashlib import sha256
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -48,6 +49,15 @@ def slug(uri: str, experiment: str) -> str:
     )
 
 
+def write_fault(folder: Path) -> str:
+    """Say why no file can be made in `folder`; empty if one can. Rights alone would not tell of a full disk."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return f"can't write to the folder {folder} ({error.strerror})"
+    return ""
+
+
 def _sqlite_path(uri: str) -> Path:
     return Path(uri.removeprefix("sqlite:///"))
 
@@ -64,10 +74,12 @@ def _check_sqlite(uri: str, must_exist: bool) -> str:
         fault = f"there is no folder {path.parent}"
     elif must_exist and not path.exists():
         fault = "there is no such file"
-    elif not os.access(path if path.exists() else path.parent, os.W_OK) or not os.access(path.parent, os.W_OK):
-        fault = "it can't be written"
     elif not _is_sqlite_or_new(path):
         fault = "the file is no sqlite database"
+    elif path.exists() and not os.access(path, os.W_OK):
+        fault = "the file can't be written"
+    else:
+        fault = write_fault(path.parent)
     if fault:
         raise InputError(f"can't open the store {absolute}: {fault}; pass another --store")
     return absolute

@@ -183,7 +183,7 @@ class Trial:
             epoch=self.epoch,
             train_loss=train_loss,
             train_accuracy=train_accuracy,
-            val_loss=val_loss,
+            val_loss=val_loss if finite else math.nan,
             val_accuracy=val_accuracy if finite else math.nan,
             learning_rate=learning_rate,
             epoch_seconds=time.perf_counter() - begun,
@@ -259,7 +259,8 @@ class Trial:
             yield self._scaled(self.data.train_images[chosen]), self.data.train_labels[chosen]
 
     def _norm_batches(self) -> Iterator[Tensor]:
-        for images in self.data.train_images.split(self._batch_size)[:NORM_BATCHES]:
+        """Yield whole batches: what is left over may be a single image, which has no variance."""
+        for images in self.data.train_images.split(self._batch_size)[: min(self._steps, NORM_BATCHES)]:
             yield self._scaled(images)
 
     def _scaled(self, images: UInt8[Tensor, "batch 1 side side"]) -> Float[Tensor, "batch 1 side side"]:

@@ -76,8 +76,8 @@ def connect(address: str | None, concurrency: int | None) -> Packing:
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"no Ray runs at '{address}' ({reason}); start one with `ray start --head`") from error
+        mend = "start one with `ray start --head`, or leave --address out"
+        raise InputError(f"no Ray runs at '{address}' ({type(error).__name__}); {mend}") from error
     resources = ray.cluster_resources()
     return pack(resources.get("CPU", 1), resources.get("GPU", 0), gpu_memory() or 16 * 2**30, concurrency)
 
@@ -147,7 +147,8 @@ class TrialWorker(tune.Trainable):
     def setup(self, config: dict[str, Any], dataset: Dataset) -> None:  # type: ignore[override]
         """Take up the first trial."""
         torch.set_num_threads(1)
-        self._data = DeviceData.of(dataset, config["trial"]["device"])
+        self._dataset = dataset
+        self._data: DeviceData | None = None
         self._trial: Trial | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -160,9 +161,7 @@ class TrialWorker(tune.Trainable):
         config = TrialConfig.from_params(self.config["trial"])
         for attempt in range(TRIES):
             try:
-                if self._trial is None:
-                    self._trial = Trial(config, self._data)
-                report = self._trial.run_epoch()
+                report = self._take_up(config).run_epoch()
             except Exception:  # noqa: BLE001  (whatever it is, it is recorded as the trial's failure)
                 self._trial = None
                 if attempt == TRIES - 1:
@@ -171,12 +170,19 @@ class TrialWorker(tune.Trainable):
                 return {**asdict(report), "done": report.diverged or report.epoch == config.epochs}
         raise AssertionError("unreachable")
 
+    def _take_up(self, config: TrialConfig) -> Trial:
+        if self._data is None:
+            self._data = DeviceData.of(self._dataset, config.device)
+        if self._trial is None:
+            self._trial = Trial(config, self._data)
+        return self._trial
+
 
 class AshaScheduler(FIFOScheduler):
     """Asks `Asha` at every result."""
 
     def __init__(self, asha: Asha, controls: Collection[str]):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._asha = asha
         self._controls = controls
 

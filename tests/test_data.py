@@ -323,7 +323,7 @@ def test_an_unknown_name_is_refused_by_every_loader(loader: object, tmp_path: Pa
 
 @pytest.mark.parametrize("per_class", [0, -1])
 def test_a_subset_below_one_is_refused_before_anything_is_touched(per_class: int, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=f"^images per class must be at least 1; not {per_class}$"):
+    with pytest.raises(InputError, match=f"^--per-class must be at least 1; got {per_class}$"):
         load("emnist-balanced", tmp_path, per_class=per_class)
     assert list(tmp_path.iterdir()) == []
 

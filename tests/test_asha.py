@@ -1,0 +1,97 @@
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grid.asha import Asha, rung_epochs
+
+values = st.lists(st.floats(0, 1), min_size=1, max_size=60)
+
+
+def arrive(asha: Asha, accuracies: list[float], epoch: int = 1, group: str = "mlp") -> list[bool]:
+    return [
+        asha.goes_on(f"{group} {index}", group=group, epoch=epoch, value=value)
+        for index, value in enumerate(accuracies)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rungs"), [(1, ()), (2, (1,)), (3, (1,)), (9, (1, 3)), (27, (1, 3, 9)), (28, (1, 3, 9, 27))]
+)
+def test_rungs_rise_by_the_factor_and_end_below_the_budget(epochs: int, rungs: tuple[int, ...]) -> None:
+    assert rung_epochs(epochs) == rungs
+
+
+def test_the_first_arrival_goes_on() -> None:
+    assert arrive(Asha((1,)), [0.1]) == [True]
+
+
+def test_a_falling_row_keeps_a_third_and_a_rising_row_all() -> None:
+    assert sum(arrive(Asha((1,)), [1 - index / 100 for index in range(81)])) == 1
+    assert all(arrive(Asha((1,)), [index / 100 for index in range(81)]))
+
+
+def test_a_random_order_keeps_about_a_third() -> None:
+    rng = random.Random(0)
+    kept = [sum(arrive(Asha((1,)), rng.sample(range(81), 81))) for _ in range(300)]
+    assert 27 <= sum(kept) / len(kept) <= 31
+
+
+@given(values)
+def test_who_goes_on_was_among_the_best_third_on_arrival(accuracies: list[float]) -> None:
+    for count, (value, goes_on) in enumerate(zip(accuracies, arrive(Asha((1,)), accuracies), strict=True), start=1):
+        better = sum(earlier > value for earlier in accuracies[:count])
+        assert goes_on == (better < math.ceil(count / 3))
+
+
+@given(values)
+def test_replaying_the_arrivals_rebuilds_rungs_and_decisions(accuracies: list[float]) -> None:
+    first, again = Asha((1, 3)), Asha((1, 3))
+    assert arrive(first, accuracies) == arrive(again, accuracies)
+    assert first.arrivals("mlp", 1) == again.arrivals("mlp", 1)
+
+
+def test_between_rungs_every_trial_goes_on_and_nothing_is_recorded() -> None:
+    asha = Asha((1, 3))
+    assert arrive(asha, [0.9, 0.1], epoch=2) == [True, True]
+    assert (asha.arrivals("mlp", 1), asha.arrivals("mlp", 3)) == ((), ())
+
+
+def test_a_second_arrival_of_a_trial_gets_the_same_answer_and_is_not_counted() -> None:
+    asha = Asha((1,))
+    assert asha.goes_on("a", group="mlp", epoch=1, value=0.5)
+    arrive(asha, [0.9, 0.8])
+    assert asha.goes_on("a", group="mlp", epoch=1, value=0.5)
+    assert asha.arrivals("mlp", 1) == (0.5, 0.8, 0.9)
+
+
+def test_models_are_not_compared_with_each_other() -> None:
+    asha = Asha((1,))
+    arrive(asha, [0.9] * 9, group="cnn")
+    assert arrive(asha, [0.1], group="mlp") == [True]
+
+
+def test_controls_go_on_and_count_for_the_others() -> None:
+    asha = Asha((1,))
+    arrive(asha, [0.9])
+    assert asha.goes_on("control", group="mlp", epoch=1, value=0.1, control=True)
+    assert asha.arrivals("mlp", 1) == (0.1, 0.9)
+
+
+def test_a_diverged_trial_counts_as_the_worst_at_the_rung_it_does_not_reach() -> None:
+    asha = Asha((1, 3))
+    asha.diverge("a", group="mlp", epoch=2)
+    assert asha.arrivals("mlp", 3) == (-math.inf,)
+    assert asha.arrivals("mlp", 1) == ()
+
+
+def test_a_trial_that_diverges_behind_the_last_rung_is_not_counted() -> None:
+    asha = Asha((1, 3))
+    asha.diverge("a", group="mlp", epoch=4)
+    assert asha.arrivals("mlp", 3) == ()
+
+
+def test_not_a_number_is_never_good_enough() -> None:
+    assert arrive(Asha((1,)), [math.nan, 0.0]) == [False, True]

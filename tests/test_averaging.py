@@ -1,0 +1,110 @@
+from contextlib import suppress
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from grid.averaging import averaged_weights
+from grid.optimizers import OPTIMIZERS, build_optimizer
+from nets.blocks import SeededDropout
+
+AVERAGE_FROM = 3
+INPUTS = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+BATCHES = INPUTS.split(10)
+
+
+def trained(
+    name: str = "asgd", steps: int = 12
+) -> tuple[nn.Sequential, torch.optim.Optimizer, list[dict[str, Tensor]]]:
+    """Return a net in evaluation mode, its optimizer, and the net's parameters after every step."""
+    torch.manual_seed(0)
+    masks = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), SeededDropout(0.5, masks), nn.Linear(8, 1))
+    optimizer = build_optimizer(name, net.parameters(), learning_rate=0.1, fused=False, average_from_step=AVERAGE_FROM)
+    path = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        (net(BATCHES[step % 4]) - 1).square().mean().backward()
+        optimizer.step()
+        path.append({name: parameter.detach().clone() for name, parameter in net.named_parameters()})
+    return net.eval(), optimizer, path
+
+
+def assert_same_bits(first: object, second: object) -> None:
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_inside_the_net_has_the_average_of_its_weights():
+    net, optimizer, path = trained()
+    with averaged_weights(net, optimizer, BATCHES):
+        for name, parameter in net.named_parameters():
+            average = torch.stack([weights[name] for weights in path[AVERAGE_FROM + 1 :]]).mean(dim=0)
+            torch.testing.assert_close(parameter.detach(), average)
+            assert not torch.equal(parameter, path[-1][name])
+
+
+def test_inside_the_norms_have_the_statistics_of_the_batches():
+    net, optimizer, _ = trained()
+    with averaged_weights(net, optimizer, BATCHES), torch.no_grad():
+        features = torch.stack([net[0](batch) for batch in BATCHES])
+        torch.testing.assert_close(net[1].running_mean, features.mean(dim=1).mean(dim=0))
+        torch.testing.assert_close(net[1].running_var, features.var(dim=1).mean(dim=0))
+
+
+def test_inside_all_of_the_net_is_in_evaluation_mode():
+    net, optimizer, _ = trained()
+    with averaged_weights(net, optimizer, BATCHES):
+        assert not any(module.training for module in net.modules())
+
+
+def test_estimating_the_norms_draws_no_dropout_mask():
+    net, optimizer, _ = trained()
+    state = net[3].generator.get_state()
+    with averaged_weights(net, optimizer, BATCHES):
+        assert torch.equal(net[3].generator.get_state(), state)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_afterwards_everything_is_back_bit_by_bit(interrupted):
+    net, optimizer, _ = trained()
+    before = deepcopy((net.state_dict(), optimizer.state_dict()))
+    with suppress(KeyboardInterrupt), averaged_weights(net, optimizer, BATCHES):
+        if interrupted:
+            raise KeyboardInterrupt
+    assert_same_bits((net.state_dict(), optimizer.state_dict()), before)
+    assert (net[1].momentum, net[1].training) == (0.1, False)
+
+
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"asgd"}))
+def test_nothing_changes_under_other_optimizers(name):
+    net, optimizer, _ = trained(name)
+    before = deepcopy(net.state_dict())
+    with averaged_weights(net, optimizer, BATCHES):
+        assert_same_bits(net.state_dict(), before)
+
+
+@pytest.mark.parametrize("steps", [0, AVERAGE_FROM])
+def test_nothing_changes_before_the_averaging_begins(steps):
+    net, optimizer, _ = trained(steps=steps)
+    before = deepcopy(net.state_dict())
+    with averaged_weights(net, optimizer, BATCHES):
+        assert_same_bits(net.state_dict(), before)
+
+
+def test_the_averaged_net_predicts_otherwise_than_the_last_one():
+    net, optimizer, _ = trained()
+    last = net(INPUTS)
+    with averaged_weights(net, optimizer, BATCHES):
+        assert not torch.allclose(net(INPUTS), last)
+    assert torch.equal(net(INPUTS), last)
+
+
+def test_a_net_without_norms_reads_no_batch():
+    net = nn.Sequential(nn.Linear(4, 1))
+    optimizer = build_optimizer("asgd", net.parameters(), learning_rate=0.1, fused=False, average_from_step=0)
+    net(INPUTS).sum().backward()
+    optimizer.step()
+    batches = iter(BATCHES)
+    with averaged_weights(net, optimizer, batches):
+        assert len(list(batches)) == len(BATCHES)

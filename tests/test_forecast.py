@@ -1,0 +1,48 @@
+import pytest
+
+from grid.config import TrialConfig
+from grid.forecast import calibrate, expected_epochs, forecast
+from grid.space import GRIDS, cross, expand
+
+
+def trials(epochs: int = 9, name: str = "full") -> list[TrialConfig]:
+    cells, _ = cross(GRIDS[name].levels)
+    fixed = {"learning_rate": "0.01", "epochs": str(epochs)}
+    return expand(
+        cells,
+        seeds=1,
+        lr_scales=(1.0,),
+        order_seed=0,
+        configure=lambda cell, seed, scale: TrialConfig.from_params({**cell, **fixed, "seed": str(seed)}),
+    )
+
+
+def test_without_rungs_every_trial_takes_its_budget() -> None:
+    assert expected_epochs(trials(epochs=1), ()) == {"mlp": pytest.approx(960), "cnn": pytest.approx(960)}
+
+
+def test_asha_takes_what_its_thirds_take() -> None:
+    ideal = 960 * (1 + 2 / 3 + 6 / 9)  # all one epoch, a third two more, a ninth six more
+    for epochs in expected_epochs(trials(), ()).values():
+        assert ideal <= epochs <= 1.06 * ideal  # the first arrivals have little to be judged by
+
+
+def test_controls_take_their_full_budget() -> None:
+    some = trials(name="smoke")
+    assert sum(expected_epochs(some, {trial.trial_key for trial in some}).values()) == pytest.approx(9 * len(some))
+
+
+def test_the_cost_is_epochs_times_images_times_seconds_over_the_slots() -> None:
+    some = trials(epochs=1, name="smoke")
+    cost = forecast(
+        some, (), seconds_per_image={"mlp": 1e-4, "cnn": 1e-3}, spread=0.1, train_images=1000, concurrency=2
+    )
+    assert (cost.epochs, cost.full_epochs) == (pytest.approx(32), 32)
+    assert cost.seconds == pytest.approx(16 * 1000 * (1e-4 + 1e-3) / 2)
+
+
+def test_calibration_times_every_model() -> None:
+    seconds, spread = calibrate(trials(name="smoke"), classes=47)
+    assert set(seconds) == {"mlp", "cnn"}
+    assert 0 < seconds["mlp"] < seconds["cnn"] < 1
+    assert spread >= 0

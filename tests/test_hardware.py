@@ -1,0 +1,131 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grid.config import InputError, TrialConfig
+from grid.hardware import GPU_BYTES_PER_TRIAL, MAX_TRIALS_PER_GPU, Packing, gpu_memory, numeric_settings, pack
+
+GIB = 2**30
+CAPACITY = st.floats(0.5, 64)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "gpu_bytes", "expected"),
+    [
+        (4, 0, 0, Packing(4, 1.0, 0.0)),
+        (2.5, 0, 0, Packing(2, 1.0, 0.0)),
+        (0.5, 0, 0, Packing(1, 0.5, 0.0)),
+        (8, 1, 80 * GIB, Packing(8, 1.0, 1 / 8)),
+        (4, 1, 80 * GIB, Packing(4, 1.0, 1 / 4)),  # CPUs are short
+        (64, 1, 80 * GIB, Packing(8, 1.0, 1 / 8)),  # one GPU holds eight at most
+        (64, 1, 9 * GIB, Packing(4, 1.0, 1 / 4)),  # memory is short
+        (64, 1, 1 * GIB, Packing(1, 1.0, 1.0)),
+        (16, 8, 80 * GIB, Packing(16, 1.0, 1 / 2)),
+        (2, 4, 80 * GIB, Packing(4, 0.5, 1.0)),  # fewer CPUs than GPUs
+    ],
+)
+def test_trials_at_once_follow_from_the_machine(cpus, gpus, gpu_bytes, expected):
+    assert pack(cpus, gpus, gpu_bytes) == expected
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "concurrency", "expected"),
+    [
+        (4, 0, 1, Packing(1, 1.0, 0.0)),
+        (4, 0, 8, Packing(8, 0.5, 0.0)),
+        (8, 1, 1, Packing(1, 1.0, 1.0)),
+        (8, 1, 16, Packing(16, 0.5, 1 / 16)),
+        (8, 2, 3, Packing(3, 1.0, 1 / 2)),
+        (8, 4, 1, Packing(1, 1.0, 1.0)),
+    ],
+)
+def test_the_user_may_choose_how_many(cpus, gpus, concurrency, expected):
+    assert pack(cpus, gpus, 80 * GIB, concurrency) == expected
+
+
+@given(
+    cpus=CAPACITY,
+    gpus=st.integers(0, 16),
+    gpu_bytes=st.integers(0, 200 * GIB),
+    concurrency=st.none() | st.integers(1, 200),
+)
+def test_all_trials_fit_the_machine_at_once(cpus, gpus, gpu_bytes, concurrency):
+    packing = pack(cpus, gpus, gpu_bytes, concurrency)
+    assert packing.concurrency == (concurrency or packing.concurrency) >= 1
+    assert packing.concurrency * packing.cpus_per_trial <= cpus * (1 + 1e-9)
+    assert packing.concurrency * packing.gpus_per_trial <= gpus * (1 + 1e-9)
+
+
+@given(cpus=CAPACITY, gpus=st.integers(1, 16), gpu_bytes=st.integers(GPU_BYTES_PER_TRIAL, 200 * GIB))
+def test_the_trials_of_a_gpu_fit_its_memory(cpus, gpus, gpu_bytes):
+    per_gpu = pack(cpus, gpus, gpu_bytes).concurrency / gpus
+    assert 1 <= per_gpu <= MAX_TRIALS_PER_GPU
+    assert per_gpu * GPU_BYTES_PER_TRIAL <= gpu_bytes
+
+
+@pytest.mark.parametrize("concurrency", [0, -3])
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_less_than_one_trial_at_once_is_refused(concurrency, gpus):
+    with pytest.raises(InputError, match=f"^--concurrency must be 1 or more, got {concurrency}$"):
+        pack(4, gpus, 80 * GIB, concurrency)
+
+
+@pytest.mark.parametrize(
+    ("packing", "device", "text"),
+    [
+        (Packing(4, 1.0, 0.0), "cpu", "4 at once, 1 CPU each"),
+        (Packing(8, 1.0, 0.125), "cuda", "8 at once, 0.125 GPU each"),
+        (Packing(3, 1.0, 1 / 3), "cuda", "3 at once, 0.333 GPU each"),
+    ],
+)
+def test_a_packing_says_its_device_and_itself(packing, device, text):
+    assert (packing.device, str(packing)) == (device, text)
+
+
+@pytest.mark.parametrize(("sizes", "smallest"), [([], 0), ([80 * GIB], 80 * GIB), ([80 * GIB, 24 * GIB], 24 * GIB)])
+def test_gpu_memory_is_that_of_the_smallest(sizes, smallest, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(sizes))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=sizes[index]))
+    assert gpu_memory() == smallest
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bfloat16"), (False, "float32")])
+def test_a_gpu_trains_in_bfloat16_if_it_can(native, precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: native)
+    assert numeric_settings("cuda")["precision"] == precision
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "precision"),
+    [
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"amx_bf16": True, "avx512_bf16": False}, "bfloat16"),
+        ({"avx2": True, "avx512_bf16": False}, "float32"),
+        ({}, "float32"),
+    ],
+)
+def test_a_cpu_trains_in_bfloat16_if_it_has_the_instructions(capabilities, precision, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert numeric_settings("cpu")["precision"] == precision
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("has", [True, False])
+def test_a_precision_given_overrides_the_choice(precision, has, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has})
+    assert numeric_settings("cpu", precision)["precision"] == precision
+
+
+def test_this_torch_names_the_instructions_that_are_asked_for():
+    """On x86; an ARM build names `bf16` instead."""
+    assert {"avx512_bf16", "amx_bf16", "bf16"} & set(torch.cpu.get_capabilities())
+
+
+def test_settings_are_fields_of_a_configuration():
+    settings = numeric_settings("cpu")
+    params = TrialConfig.from_params({**settings, "learning_rate": "0.1", "epochs": "1"}).to_params()
+    assert {name: params[name] for name in settings} == settings
+    assert set(settings) == {"device", "precision", "memory_format", "fused"}

@@ -1,0 +1,105 @@
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from grid.config import LEVELS
+from grid.optimizers import OPTIMIZERS, build_optimizer
+
+CURVATURES = torch.linspace(0.5, 2.0, 10)
+
+
+def parameter() -> nn.Parameter:
+    return nn.Parameter(torch.linspace(-1.0, 1.0, 10))
+
+
+def optimizer_of(name: str, weights: nn.Parameter, *, fused: bool = False, average_from_step: int = 1):
+    learning_rate = OPTIMIZERS[name].base_learning_rate
+    return build_optimizer(
+        name, [weights], learning_rate=learning_rate, fused=fused, average_from_step=average_from_step
+    )
+
+
+def descend(optimizer: torch.optim.Optimizer, weights: nn.Parameter, steps: int) -> list[torch.Tensor]:
+    """Step down a quadratic and return the weights after each step."""
+    path = []
+    for _ in range(steps):
+        weights.grad = CURVATURES * weights.detach()
+        optimizer.step()
+        path.append(weights.detach().clone())
+    return path
+
+
+def loss(weights: torch.Tensor) -> float:
+    return (CURVATURES * weights.detach().square()).sum().item() / 2
+
+
+def test_optimizers_are_the_levels_of_their_factor():
+    assert set(OPTIMIZERS) == set(LEVELS["optimizer"]), (
+        "an optimizer is one line in OPTIMIZERS (grid/optimizers.py) and one name in LEVELS (grid/config.py)"
+    )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_base_learning_rates_are_above_zero_and_below_one(name):
+    assert 0 < OPTIMIZERS[name].base_learning_rate < 1
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_learning_rate_given_is_the_one_used(name):
+    optimizer = build_optimizer(name, [parameter()], learning_rate=0.25, fused=False, average_from_step=1)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_lowers_a_quadratic_at_its_base_rate(name):
+    weights = parameter()
+    descend(optimizer_of(name, weights), weights, steps=200)
+    assert loss(weights) < 0.8 * loss(parameter())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_only_adamw_decays_weights_that_have_no_gradient(name):
+    weights = parameter()
+    weights.grad = torch.zeros(10)
+    optimizer_of(name, weights).step()
+    decay = 1 - OPTIMIZERS[name].base_learning_rate * 1e-2 if name == "adamw" else 1.0
+    torch.testing.assert_close(weights.detach(), parameter().detach() * decay)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_fused_is_said_of_the_optimizers_that_have_a_kernel(name):
+    kind = type(optimizer_of(name, parameter()))
+    assert OPTIMIZERS[name].fused == ("fused" in inspect.signature(kind).parameters)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_fused_kernel_is_used_where_asked_for_and_there(name):
+    groups = optimizer_of(name, parameter(), fused=True).param_groups
+    assert groups[0].get("fused", False) == OPTIMIZERS[name].fused
+    assert not optimizer_of(name, parameter(), fused=False).param_groups[0].get("fused")
+
+
+@pytest.mark.parametrize("name", [name for name, part in OPTIMIZERS.items() if part.fused])
+def test_fused_equals_unfused(name):
+    fused, unfused = parameter(), parameter()
+    descend(optimizer_of(name, fused, fused=True), fused, steps=20)
+    descend(optimizer_of(name, unfused, fused=False), unfused, steps=20)
+    torch.testing.assert_close(fused, unfused, rtol=1e-5, atol=1e-6)
+
+
+def test_asgd_steps_like_plain_sgd():
+    weights = parameter()
+    path = descend(optimizer_of("asgd", weights), weights, steps=3)
+    torch.testing.assert_close(path[2], parameter().detach() * (1 - 0.1 * CURVATURES) ** 3)
+
+
+def test_asgd_begins_to_average_after_the_step_given():
+    """Torch takes two steps to get going: the average is that of the weights from the second step past it."""
+    weights = parameter()
+    optimizer = optimizer_of("asgd", weights, average_from_step=5)
+    path = descend(optimizer, weights, steps=7)
+    assert torch.equal(optimizer.state[weights]["ax"], path[6])
+    path += descend(optimizer, weights, steps=13)
+    torch.testing.assert_close(optimizer.state[weights]["ax"], torch.stack(path[6:]).mean(dim=0))

@@ -1,0 +1,96 @@
+import io
+from collections import Counter
+
+import pytest
+
+from grid.config import FACTORS, LEVELS
+from grid.progress import Progress, Standing, spell_seconds, top_table
+
+MLP = {factor: LEVELS[factor][0] for factor in FACTORS}
+CNN = {**MLP, "model": "cnn", "batch_norm": "on"}
+LONGEST = {factor: max(("on",) if "on" in levels else levels, key=len) for factor, levels in LEVELS.items()}
+
+
+def progress(**changes: object) -> Progress:
+    settings = {"total": 32, "expected_epochs": {"mlp": 10.0, "cnn": 20.0}, "concurrency": 2, "stream": io.StringIO()}
+    return Progress(**(settings | changes))  # type: ignore[arg-type]
+
+
+def standing(status: str, epochs_run: int, accuracy: float | None, **changes: object) -> Standing:
+    settings = {"cell": MLP, "seed": 0, "lr_scale": 1.0}
+    return Standing(status=status, epochs_run=epochs_run, best_val_accuracy=accuracy, **(settings | changes))  # type: ignore[arg-type]
+
+
+def test_the_line_counts_what_happened() -> None:
+    state = progress(done=Counter(completed=3, stopped=5, diverged=1), running=2)
+    state.epoch_ended(CNN, 1.0, 0.845)
+    assert state.line(200) == (
+        "9/32 done | 2 running | 5 stopped | 1 diverged | time left unknown | best 84.5% cnn constant relu sgd batch_norm"
+    )
+
+
+def test_failed_trials_are_shown_when_there_are_some() -> None:
+    assert "failed" not in progress().line(200)
+    assert "1 failed" in progress(done=Counter(failed=1)).line(200)
+
+
+@pytest.mark.parametrize("width", [40, 79])
+def test_the_line_fits_the_terminal(width: int) -> None:
+    state = progress()
+    state.epoch_ended(LONGEST, 1.0, 0.845)
+    assert len(state.line(width)) == width
+
+
+def test_the_best_is_the_highest_ever_seen() -> None:
+    state = progress()
+    for accuracy in (0.5, 0.7, 0.6, None):
+        state.epoch_ended(MLP, 1.0, accuracy)
+    assert state.best == (0.7, "mlp constant relu sgd")
+
+
+def test_the_time_left_weighs_each_model_by_its_own_pace() -> None:
+    state = progress()
+    state.epoch_ended(MLP, 1.0, 0.5)
+    assert state.seconds_left() is None
+    state.epoch_ended(CNN, 10.0, 0.5)
+    assert state.seconds_left() == pytest.approx((9 * 1.0 + 19 * 10.0) / 2)
+
+
+def test_a_file_gets_whole_lines_now_and_then() -> None:
+    state = progress()
+    state.show()
+    state.show()
+    state.show(last=True)
+    assert isinstance(state.stream, io.StringIO)
+    assert state.stream.getvalue() == f"{state.line(120)}\n" * 2
+
+
+def test_the_table_ranks_full_budgets_above_higher_accuracies_of_fewer_epochs() -> None:
+    table = top_table([standing("stopped", 1, 0.99), standing("completed", 9, 0.7), standing("completed", 9, 0.8)])
+    assert [line.split()[1] for line in table.splitlines()[1:4]] == ["80.00%", "70.00%", "99.00%"]
+
+
+def test_diverged_and_failed_trials_have_no_rank_but_are_counted() -> None:
+    table = top_table([standing("diverged", 2, 0.9), standing("failed", 0, None), standing("completed", 9, 0.7)])
+    assert table.splitlines()[1].split()[1] == "70.00%"
+    assert table.splitlines()[-1] == "1 of 3 trials shown: 1 completed, 1 diverged, 1 failed"
+
+
+def test_an_empty_table_says_so() -> None:
+    assert top_table([]).splitlines()[-1] == "0 of 0 trials shown: none"
+
+
+def test_the_usual_table_fits_80_columns() -> None:
+    table = top_table([standing("completed", 27, 0.8, cell=CNN)] * 20)
+    assert len(table.splitlines()) == 12
+    assert max(map(len, table.splitlines())) <= 80
+
+
+def test_the_table_tells_seeds_and_learning_rate_scales_apart() -> None:
+    table = top_table([standing("completed", 9, 0.8, seed=2, lr_scale=0.5)])
+    assert table.splitlines()[1].endswith("mlp constant relu sgd seed=2 lr x0.5")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(42, "42 s"), (420, "7 min"), (12000, "3 h 20 min")])
+def test_durations_are_spelled_for_people(seconds: float, text: str) -> None:
+    assert spell_seconds(seconds) == text

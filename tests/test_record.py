@@ -1,0 +1,185 @@
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from mlflow.entities import Run
+
+from grid.config import EPOCH_METRICS, InputError, TrialConfig
+from grid.record import Recorder, Store, open_spool
+from grid.spool import Spool
+
+CONFIG = TrialConfig(learning_rate=1e-3, epochs=3, batch_norm=True)
+METRICS = dict.fromkeys(EPOCH_METRICS, 0.25)
+
+
+@pytest.fixture
+def store(store_uri: str) -> Store:
+    store = Store(store_uri, "some grid")
+    store.create()
+    return store
+
+
+@pytest.fixture
+def recorder(store: Store, tmp_path: Path) -> Recorder:
+    recorder = Recorder(store, Spool(tmp_path / "spool.jsonl"))
+    recorder.begin({"grid": "smoke"}, {})
+    return recorder
+
+
+def runs(store: Store, kind: str = "trial") -> list[Run]:
+    return list(store.client.search_runs([store.experiment_id], f"tags.kind = '{kind}'"))
+
+
+def record_trial(recorder: Recorder, status: str = "completed", epochs: int = 3, config: TrialConfig = CONFIG) -> None:
+    recorder.trial_started(config, control=False)
+    for epoch in range(1, epochs + 1):
+        recorder.epoch_ended(config, epoch, {**METRICS, "val_accuracy": epoch / 10}, is_rung=epoch == 1)
+    recorder.trial_ended(config, status, epochs_run=epochs, best_val_accuracy=epochs / 10, error="")
+
+
+def test_a_trial_becomes_one_run_of_the_contract(store: Store, recorder: Recorder) -> None:
+    record_trial(recorder)
+    assert recorder.close(finished=True)
+    (run,) = runs(store)
+    (parent,) = runs(store, "grid")
+    tags = {name: value for name, value in run.data.tags.items() if not name.startswith("mlflow.")}
+    assert tags == {
+        "kind": "trial",
+        "trial_key": CONFIG.trial_key,
+        "cell_key": CONFIG.cell_key,
+        "control": "false",
+        "status": "completed",
+    }
+    assert run.data.params == CONFIG.to_params()
+    assert run.data.metrics == {
+        **METRICS,
+        "val_accuracy": 0.3,
+        "val_accuracy_at_1": 0.1,
+        "best_val_accuracy": 0.3,
+        "epochs_run": 3,
+    }
+    assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert run.info.run_name == CONFIG.name
+    assert (run.info.status, parent.info.status) == ("FINISHED", "FINISHED")
+
+
+def test_every_epoch_is_one_value_per_metric_at_its_step(store: Store, recorder: Recorder) -> None:
+    record_trial(recorder)
+    recorder.close(finished=True)
+    (run,) = runs(store)
+    history = store.client.get_metric_history(run.info.run_id, "val_accuracy")
+    assert [(point.step, point.value) for point in history] == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    (rung,) = store.client.get_metric_history(run.info.run_id, "val_accuracy_at_1")
+    assert (rung.step, rung.value) == (1, 0.1)
+
+
+def test_no_metric_of_the_test_set_is_written(store: Store, recorder: Recorder) -> None:
+    record_trial(recorder)
+    recorder.close(finished=True)
+    assert not [
+        name for run in store.client.search_runs([store.experiment_id]) for name in run.data.metrics if "test" in name
+    ]
+
+
+def test_the_parent_run_holds_the_manifest(store: Store, recorder: Recorder) -> None:
+    recorder.close(finished=False)
+    (parent,) = runs(store, "grid")
+    assert store.client.download_artifacts(parent.info.run_id, "grid.json")
+    assert parent.info.status == "KILLED"
+
+
+def test_a_second_recorder_takes_up_the_parent_run(store: Store, recorder: Recorder, tmp_path: Path) -> None:
+    recorder.close(finished=False)
+    again = Recorder(store, Spool(tmp_path / "again.jsonl"))
+    again.begin({}, store.trials())
+    again.close(finished=True)
+    assert len(runs(store, "grid")) == 1
+
+
+def test_a_stopped_trial_tells_its_last_epoch(store: Store, recorder: Recorder) -> None:
+    record_trial(recorder, "stopped", epochs=1)
+    recorder.close(finished=True)
+    (run,) = runs(store)
+    assert (run.data.tags["status"], run.data.tags["stopped_at_epoch"]) == ("stopped", "1")
+
+
+def test_a_failed_trial_keeps_its_traceback(store: Store, recorder: Recorder) -> None:
+    recorder.trial_started(CONFIG, control=True)
+    error = "Traceback (most recent call last):\n  ...\nRuntimeError: no luck"
+    recorder.trial_ended(CONFIG, "failed", epochs_run=0, best_val_accuracy=None, error=error)
+    recorder.close(finished=True)
+    (run,) = runs(store)
+    assert (run.info.status, run.data.tags["status"], run.data.tags["control"]) == ("FAILED", "failed", "true")
+    assert run.data.tags["error"] == "RuntimeError: no luck"
+    assert Path(store.client.download_artifacts(run.info.run_id, "traceback.txt")).read_text() == error
+    assert "best_val_accuracy" not in run.data.metrics
+
+
+def test_what_was_recorded_reads_back(store: Store, recorder: Recorder) -> None:
+    record_trial(recorder)
+    recorder.trial_started(other := TrialConfig(learning_rate=1.0, epochs=3), control=True)
+    recorder.epoch_ended(other, 1, METRICS, is_rung=False)
+    recorder.close(finished=False)
+    stored = store.trials()
+    assert stored[CONFIG.trial_key].config == CONFIG
+    assert (stored[CONFIG.trial_key].status, stored[CONFIG.trial_key].control) == ("completed", False)
+    assert (stored[other.trial_key].status, stored[other.trial_key].control) == ("", True)
+    assert stored[other.trial_key].val_accuracies == (0.25,)
+
+
+def test_more_trials_than_a_page_read_back(store: Store, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grid.record.PAGE_SIZE", 2)
+    for seed in range(5):
+        recorder.trial_started(TrialConfig(learning_rate=1.0, epochs=3, seed=seed), control=False)
+    recorder.close(finished=False)
+    assert {trial.config.seed for trial in store.trials().values()} == set(range(5))
+
+
+def test_the_driver_does_not_wait_for_a_slow_store(
+    store: Store, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    create_run = store.client.create_run
+    monkeypatch.setattr(store.client, "create_run", lambda *arguments: (released.wait(60), create_run(*arguments))[1])
+    begun = time.monotonic()
+    record_trial(recorder)
+    assert time.monotonic() - begun < 10  # takes milliseconds; the store would hold it for a minute
+    assert runs(store) == []
+    released.set()
+    assert recorder.close(finished=True)
+    assert len(runs(store)) == 1
+
+
+def test_a_store_that_stays_away_is_told_and_the_spool_kept(
+    store: Store, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **named: object) -> None:
+        raise OSError("the cable is cut")
+
+    monkeypatch.setattr(store.client, "create_run", refuse)
+    record_trial(recorder)
+    assert not recorder.close(finished=True, patience_seconds=0.5)
+    assert recorder.error == "the cable is cut"
+    monkeypatch.undo()
+    again = Recorder(store, Spool(tmp_path / "spool.jsonl"))
+    again.begin({}, store.trials())
+    assert again.close(finished=True)
+    assert [run.data.tags["status"] for run in runs(store)] == ["completed"]
+
+
+def test_an_experiment_that_was_deleted_is_refused(store: Store) -> None:
+    store.client.delete_experiment(store.experiment_id)
+    with pytest.raises(InputError, match="^experiment 'some grid' is deleted in sqlite.*; restore it or pass another"):
+        Store(store.uri, "some grid").create()
+
+
+def test_a_database_that_cannot_be_reached_is_refused() -> None:
+    uri = "postgresql://nobody@127.0.0.1:1/none"
+    with pytest.raises(InputError, match="^can't open the store postgresql.*No module named 'psycopg"):
+        Store(uri, "some grid")
+
+
+def test_a_spool_folder_that_cannot_be_written_is_refused() -> None:
+    with pytest.raises(InputError, match="^can't write to the spool /proc/spool/"):
+        open_spool(Path("/proc/spool"), "sqlite:////x.db", "some grid")

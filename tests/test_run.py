@@ -1,0 +1,140 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from grid.config import InputError
+from grid.request import check_address, check_storage
+from grid.run import _parser, main, read_request
+from grid.space import GRIDS
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--grid", "x"], "unknown grid 'x'; choose from cnn, full, mlp, smoke, techniques"),
+        (["--only", "x=1"], "unknown factor 'x'; choose from activation, batch_norm"),
+        (["--only", "activation=rely"], "unknown activation 'rely'; choose from elu, gelu"),
+        (["--only", "activation"], "--only takes FACTOR=LEVEL[,LEVEL], got 'activation'"),
+        (["--only", "activation="], "unknown activation ''"),
+        (["--only", "model=mlp", "--only", "model=cnn"], "--only leaves no cell: no model is left"),
+        (["--only", "optimizer=adamw", "--only", "regularization=l2"], "--only leaves no cell: all are excluded"),
+        (["--data", "mnist"], "unknown data set 'mnist'; choose from emnist-balanced"),
+        (["--per-class", "0"], "--per-class must be at least 1; got 0"),
+        (["--per-class", "-5"], "--per-class must be at least 1; got -5"),
+        (["--grid", "smoke", "--per-class", "99999"], "--per-class must be 1 to 250, what validation leaves"),
+        (["--epochs", "0"], "--epochs must be 1 or more, got 0"),
+        (["--seeds", "0"], "--seeds must be 1 or more, got 0"),
+        (["--seeds", "two"], "argument --seeds: invalid int value: 'two'; see --help"),
+        (["--controls", "1.5"], "--controls must be a share between 0 and 1, got 1.5"),
+        (["--controls", "nan"], "--controls must be a share between 0 and 1, got nan"),
+        (["--lr-scales", "1,x"], "--lr-scales takes numbers joined by commas, got '1,x'"),
+        (["--lr-scales", "1,0"], "--lr-scales must be finite and above 0, got 1.0,0.0"),
+        (["--lr-scales", "1,1"], "--lr-scales must differ, got 1.0,1.0"),
+        (["--concurrency", "0"], "--concurrency must be 1 or more, got 0"),
+        (["--experiment", " "], "--experiment must not be empty"),
+        (["--store", "foo://x"], "can't open the store 'foo://x'"),
+        (["--store", "sqlite:////nowhere/x.db"], "can't open the store sqlite:////nowhere/x.db: there is no folder"),
+        (["--storage", "/proc/x"], "can't make the storage folder /proc/x: can't write to the folder /proc ("),
+        (["--address", "127.0.0.1:1"], "no Ray runs at '127.0.0.1:1'"),
+        (["--address", "head"], "--address must be HOST:PORT or auto, got 'head'"),
+        (["--nonsense"], "unrecognized arguments: --nonsense; see --help"),
+    ],
+)
+def test_wrong_input_is_one_line_exit_code_2_and_nothing_written(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], glyphs_dir: Path
+) -> None:
+    try:
+        code = main(["--data-dir", str(glyphs_dir), *arguments])
+    except SystemExit as ended:  # argparse's own faults
+        code = int(ended.code or 0)
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert err.startswith(f"grid.run: {message}")
+    assert (err.count("\n"), out) == (1, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_are_nowhere_are_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchvision.datasets.EMNIST.url", "http://127.0.0.1:1/gzip.zip")
+    assert main(["--data", "emnist-balanced"]) == 2
+    assert "no emnist-balanced-train-*-ubyte in" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_data_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = tmp_path / "data" / "EMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for kind in ("images-idx3", "labels-idx1"):
+        (raw / f"emnist-balanced-train-{kind}-ubyte").write_bytes(b"\0\0\x08\x03 no")
+    assert main([]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("grid.run: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["--only", "activation=rely"], 2)])
+def test_help_and_wrong_arguments_load_neither_torch_nor_ray(arguments: list[str], code: int) -> None:
+    script = (
+        "import sys, grid.run\n"
+        "try: code = grid.run.main(sys.argv[1:])\n"
+        "except SystemExit as ended: code = ended.code\n"
+        "assert not {'torch', 'ray', 'mlflow', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(code)"
+    )
+    begun = time.monotonic()
+    found = subprocess.run([sys.executable, "-c", script, *arguments], check=False, capture_output=True)
+    assert found.returncode == code
+    assert time.monotonic() - begun < 10  # takes a tenth of a second
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_request_takes_from_the_grid_what_the_user_leaves_open(name: str) -> None:
+    request = read_request(_parser().parse_args(["--grid", name]))
+    grid = GRIDS[name]
+    assert (request.levels, request.data, request.per_class) == (grid.levels, grid.data, grid.per_class)
+    assert (request.epochs, request.experiment) == (grid.epochs, f"{name}-{grid.data}")
+
+
+def test_what_the_user_says_beats_the_grid() -> None:
+    arguments = [
+        "--grid",
+        "smoke",
+        "--data",
+        "emnist-digits",
+        "--per-class",
+        "7",
+        "--epochs",
+        "2",
+        "--experiment",
+        "mine",
+    ]
+    request = read_request(_parser().parse_args(arguments))
+    assert (request.data, request.per_class, request.epochs, request.experiment) == ("emnist-digits", 7, 2, "mine")
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(InputError, match="unknown grid"):
+        main(["--grid", "x", "--debug"])
+
+
+def test_a_storage_uri_is_left_as_it_is() -> None:
+    assert check_storage("s3://bucket/folder") == "s3://bucket/folder"
+
+
+def test_a_storage_folder_is_made_absolute_but_not_made(tmp_path: Path) -> None:
+    assert check_storage("new/storage") == str(tmp_path / "new/storage")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_cluster_of_this_machine_is_left_to_ray() -> None:
+    assert check_address("auto") == "auto"

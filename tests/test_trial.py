@@ -1,0 +1,394 @@
+import io
+import math
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from jaxtyping import TypeCheckError
+from torch import Tensor, nn
+
+from grid import trial as trial_module
+from grid.config import EPOCH_METRICS, LEVELS, STATUSES, TrialConfig
+from grid.data import Dataset
+from grid.optimizers import OPTIMIZERS
+from grid.penalties import penalised_weights
+from grid.schedules import SCHEDULES
+from grid.trial import DeviceData, EpochReport, Trial, TrialResult, build_net, train
+from nets.activations import gain
+from nets.blocks import SeededDropout
+
+CLASSES, PER_CLASS, VAL_PER_CLASS, SIDE = 8, 24, 6, 28
+SECONDS = ("epoch_seconds", "samples_per_second")
+CELLS = [(factor, level) for factor, levels in LEVELS.items() for level in levels]
+
+
+def noisy_templates(per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return images of one fixed template of noise per class, each blended with noise of its own."""
+    templates = np.random.default_rng(0).integers(0, 256, (CLASSES, SIDE, SIDE))
+    labels = np.tile(np.arange(CLASSES), per_class)
+    noise = np.random.default_rng(seed).integers(0, 256, (len(labels), SIDE, SIDE))
+    return ((templates[labels] + 2 * noise) // 3).astype(np.uint8), labels.astype(np.int64)
+
+
+def dataset(**changes: object) -> Dataset:
+    train_images, train_labels = noisy_templates(PER_CLASS, seed=1)
+    val_images, val_labels = noisy_templates(VAL_PER_CLASS, seed=2)
+    arrays = {
+        "train_images": train_images,
+        "train_labels": train_labels,
+        "val_images": val_images,
+        "val_labels": val_labels,
+    }
+    return Dataset(**{"name": "noise", "classes": tuple("abcdefgh"), "fingerprint": "", **arrays, **changes})
+
+
+@pytest.fixture(scope="module")
+def data() -> DeviceData:
+    return DeviceData.of(dataset())
+
+
+def config(**changes: object) -> TrialConfig:
+    """Return a small net with batch norm, dropout and six batches per epoch, trained at the optimizer's base rate."""
+    rate = OPTIMIZERS[str(changes.get("optimizer", "adam"))].base_learning_rate
+    small = {"hidden_sizes": "24-16", "channels": "4-6", "dense_size": 16, "batch_size": 32}
+    return TrialConfig(**{"learning_rate": rate, "epochs": 2, "batch_norm": True, "dropout": True, **small, **changes})
+
+
+def cell_config(factor: str, level: str) -> TrialConfig:
+    plain = config(batch_norm=False, dropout=False, epochs=1).to_params()
+    return TrialConfig.from_params({**plain, factor: level})
+
+
+def untimed(report: EpochReport) -> dict[str, float]:
+    return {name: value for name, value in asdict(report).items() if name not in SECONDS}
+
+
+def untimed_reports(result: TrialResult) -> list[dict[str, float]]:
+    return [untimed(report) for report in result.reports]
+
+
+def through_file(state: object) -> object:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def images_seen(trial: Trial) -> list[Tensor]:
+    """Return the batches of the next epoch."""
+    seen: list[Tensor] = []
+    hook = trial.net.register_forward_pre_hook(lambda net, inputs: seen.append(inputs[0]) if net.training else None)
+    trial.run_epoch()
+    hook.remove()
+    return seen
+
+
+def assert_same_bits(first: object, second: object) -> None:
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def scaled(images: Tensor, data: DeviceData) -> Tensor:
+    return (images.float() - data.mean) / data.std
+
+
+@pytest.mark.parametrize("model", LEVELS["model"])
+def test_one_configuration_yields_the_same_bits_again(data, model):
+    assert untimed_reports(train(config(model=model), data)) == untimed_reports(train(config(model=model), data))
+
+
+@pytest.mark.parametrize("model", LEVELS["model"])
+def test_another_seed_yields_other_numbers(data, model):
+    first, second = (train(config(model=model, seed=seed), data).reports[-1] for seed in (0, 1))
+    assert first.val_loss != second.val_loss
+
+
+def test_other_code_that_draws_changes_nothing(data):
+    def draw(report: EpochReport) -> bool:
+        torch.manual_seed(1)
+        np.random.seed(1)
+        return bool(torch.rand(5).sum() < 0)
+
+    assert untimed_reports(train(config(), data, draw)) == untimed_reports(train(config(), data))
+
+
+def test_a_training_leaves_the_global_generator_alone(data):
+    state = torch.get_rng_state()
+    train(config(), data)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("factor", "level"), [(factor, level) for factor, level in CELLS if factor != "model"])
+def test_cells_of_one_seed_start_from_the_same_draws(data, factor, level):
+    """Weights differ by the gain of their activation only; the images come in the same order."""
+    base, other = Trial(config(), data), Trial(cell_config(factor, level), data)
+    ratio = gain(other.config.activation) / gain("relu")
+    *hidden, output = zip(penalised_weights(base.net), penalised_weights(other.net), strict=True)
+    for weight, other_weight in hidden:
+        torch.testing.assert_close(ratio * weight, other_weight)
+    assert torch.equal(*output)
+    assert_same_bits(images_seen(base), images_seen(other))
+
+
+def test_models_of_one_seed_see_the_images_in_the_same_order(data):
+    mlp, cnn = (Trial(config(model=model), data) for model in ("mlp", "cnn"))
+    assert_same_bits(images_seen(mlp), images_seen(cnn))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "asgd"])
+def test_validation_does_not_change_the_training(data, optimizer):
+    fewer = replace(data, val_images=data.val_images[:9], val_labels=data.val_labels[:9])
+    runs = [train(config(optimizer=optimizer, epochs=4), some).reports for some in (data, fewer)]
+    first, second = ([(report.train_loss, report.train_accuracy) for report in reports] for reports in runs)
+    assert first == second
+    assert runs[0][-1].val_loss != runs[1][-1].val_loss
+
+
+def test_batches_are_whole_and_show_no_image_twice(data):
+    seen = images_seen(Trial(config(batch_size=50), data))
+    assert [len(images) for images in seen] == [50] * 3
+    assert len(torch.cat(seen).unique(dim=0)) == 150
+
+
+def test_every_epoch_has_another_order(data):
+    trial = Trial(config(), data)
+    first, second = torch.cat(images_seen(trial)), torch.cat(images_seen(trial))
+    assert not torch.equal(first, second)
+    assert torch.equal(first.unique(dim=0), second.unique(dim=0))
+
+
+def test_a_batch_larger_than_the_data_is_all_of_it(data):
+    assert [len(images) for images in images_seen(Trial(config(batch_size=10_000), data))] == [CLASSES * PER_CLASS]
+
+
+@pytest.mark.parametrize("model", LEVELS["model"])
+def test_64_images_with_random_labels_are_learnt_by_heart(data, model):
+    labels = torch.randint(CLASSES, (64,), generator=torch.Generator().manual_seed(0))
+    few = replace(data, train_images=data.train_images[:64], train_labels=labels)
+    sizes = {"hidden_sizes": "64", "channels": "16-32", "dense_size": 64}
+    free = config(model=model, batch_norm=False, dropout=False, epochs=40, **sizes)
+    last = train(free, few).reports[-1]
+    assert last.train_accuracy == 1
+    assert last.train_loss < 0.1
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_learns_at_its_base_rate(data, optimizer):
+    result = train(config(optimizer=optimizer, epochs=12, dropout=False, batch_size=16), data)
+    assert result.best_val_accuracy > 0.9
+
+
+@pytest.mark.parametrize(("factor", "level"), CELLS)
+def test_every_level_trains(data, factor, level):
+    trial = Trial(cell_config(factor, level), data)
+    before = [weight.detach().clone() for weight in penalised_weights(trial.net)]
+    report = trial.run_epoch()
+    assert math.isfinite(report.train_loss)
+    assert math.isfinite(report.val_loss)
+    assert not report.diverged
+    assert not any(map(torch.equal, before, penalised_weights(trial.net)))
+
+
+@pytest.mark.parametrize("model", LEVELS["model"])
+def test_bfloat16_trains_near_float32_with_weights_in_float32(data, model):
+    rough = Trial(config(model=model, precision="bfloat16"), data)
+    kinds = set()
+    rough.net.layers[-1].register_forward_hook(lambda net, inputs, logits: kinds.add(logits.dtype))
+    report, exact = rough.run_epoch(), Trial(config(model=model), data).run_epoch()
+    assert kinds == {torch.bfloat16}
+    assert {parameter.dtype for parameter in rough.net.parameters()} == {torch.float32}
+    assert report.train_loss == pytest.approx(exact.train_loss, rel=0.02)
+    assert report.train_loss != exact.train_loss
+
+
+@pytest.mark.parametrize("changes", [{"memory_format": "channels_last"}, {"fused": True}])
+def test_layout_and_fused_kernels_change_no_more_than_rounding(data, changes):
+    plain, fast = (train(config(model="cnn", dropout=False, **some), data).reports[-1] for some in ({}, changes))
+    assert fast.train_loss == pytest.approx(plain.train_loss, rel=1e-3)
+    assert fast.val_loss == pytest.approx(plain.val_loss, rel=1e-2)
+
+
+def test_channels_last_is_the_layout_of_images_and_weights(data):
+    trial = Trial(config(model="cnn", memory_format="channels_last"), data)
+    second_convolution = penalised_weights(trial.net)[1]
+    assert second_convolution.is_contiguous(memory_format=torch.channels_last)
+    assert not second_convolution.is_contiguous()
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_dropout_rate_counts_only_where_dropout_is_on(data, dropout):
+    net = build_net(config(dropout=dropout, dropout_rate=0.125), data, torch.Generator())
+    rates = [module.rate for module in net.modules() if isinstance(module, SeededDropout)]
+    assert rates == [0.125, 0.125] * dropout
+
+
+def frozen_report(data: DeviceData, **changes: object) -> tuple[nn.Module, EpochReport]:
+    """Return a net and the report of an epoch of four batches, whose steps are too small to change it."""
+    frozen = {"batch_size": 48, "learning_rate": 1e-30, "batch_norm": False, "dropout": False}
+    trial = Trial(config(**frozen, **changes), data)
+    return trial.net, trial.run_epoch()
+
+
+@pytest.mark.parametrize("model", LEVELS["model"])
+def test_losses_and_accuracies_are_means_over_the_images(data, model, monkeypatch):
+    monkeypatch.setattr(trial_module, "EVALUATION_BATCH_SIZE", 7)
+    net, report = frozen_report(data, model=model)
+    parts = (data.train_images, data.train_labels), (data.val_images, data.val_labels)
+    for name, (images, labels) in zip(("train", "val"), parts, strict=True):
+        logits = net(scaled(images, data))
+        assert getattr(report, f"{name}_loss") == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+        accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
+        assert getattr(report, f"{name}_accuracy") == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize("regularization", ["l1", "l2", "elastic"])
+def test_penalties_are_left_out_of_the_reported_losses(data, regularization):
+    _, free = frozen_report(data)
+    _, penalised = frozen_report(data, regularization=regularization, l1_strength=1e3, l2_strength=1e3)
+    assert (penalised.train_loss, penalised.val_loss) == (free.train_loss, free.val_loss)
+
+
+@pytest.mark.parametrize("regularization", ["l1", "l2", "elastic"])
+def test_penalties_shrink_the_weights(data, regularization):
+    strong = {"l1_strength": 0.01, "l2_strength": 0.1, "optimizer": "sgd"}
+    free, penalised = Trial(config(**strong), data), Trial(config(**strong, regularization=regularization), data)
+    sizes = []
+    for trial in (free, penalised):
+        trial.run_epoch()
+        sizes.append(sum(weight.abs().sum().item() for weight in penalised_weights(trial.net)))
+    assert sizes[1] < 0.98 * sizes[0]
+
+
+def test_learning_rate_is_that_of_the_last_step_of_the_epoch(data):
+    reports = train(config(lr_schedule="exponential", learning_rate=0.01), data).reports
+    steps = 2 * CLASSES * PER_CLASS // 32
+    expected = [0.01 * 0.01 ** ((step - 1) / steps) for step in (steps / 2, steps)]
+    assert [report.learning_rate for report in reports] == pytest.approx(expected)
+
+
+def test_seconds_and_throughput_belong_together(data):
+    report = Trial(config(batch_size=50), data).run_epoch()
+    assert 0 < 150 / report.samples_per_second < report.epoch_seconds
+
+
+def test_metrics_are_the_epoch_metrics(data):
+    report = Trial(config(), data).run_epoch()
+    assert tuple(report.metrics) == EPOCH_METRICS
+    assert report.metrics["val_loss"] == report.val_loss
+
+
+def test_best_val_accuracy_is_the_highest_of_all_epochs():
+    report = EpochReport(1, 1.0, 0.5, 1.0, 0.5, 0.1, 1.0, 1.0, diverged=False)
+    better, broken = replace(report, val_accuracy=0.75), replace(report, val_accuracy=math.nan, diverged=True)
+    assert TrialResult("diverged", (report, better, report, broken)).best_val_accuracy == 0.75
+    assert TrialResult("diverged", (broken,)).best_val_accuracy is None
+
+
+def status_and_epochs(result: TrialResult) -> tuple[str, list[int]]:
+    assert result.status in STATUSES
+    return result.status, [report.epoch for report in result.reports]
+
+
+def test_full_budget_is_completed_and_told_epoch_by_epoch(data):
+    told: list[EpochReport] = []
+    result = train(config(epochs=3), data, lambda report: bool(told.append(report)))
+    assert status_and_epochs(result) == ("completed", [1, 2, 3])
+    assert tuple(told) == result.reports
+
+
+@pytest.mark.parametrize(("stop_at", "expected"), [(2, ("stopped", [1, 2])), (3, ("completed", [1, 2, 3]))])
+def test_callback_stops_the_training_unless_it_is_over(data, stop_at, expected):
+    assert status_and_epochs(train(config(epochs=3), data, lambda report: report.epoch == stop_at)) == expected
+
+
+@pytest.mark.parametrize("batch_size", [32, 10_000])
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_loss_that_is_not_finite_ends_the_training_as_diverged(data, batch_size, stop):
+    """With one batch per epoch the training loss is still finite, and validation tells."""
+    absurd = config(optimizer="sgd", learning_rate=1e30, batch_size=batch_size, batch_norm=False, epochs=5)
+    result = train(absurd, data, lambda report: stop)
+    assert status_and_epochs(result) == ("diverged", [1])
+    last = result.reports[-1]
+    assert last.diverged
+    assert math.isnan(last.val_loss)
+    assert math.isnan(last.val_accuracy)
+    assert not {"val_loss", "val_accuracy"} & set(last.metrics)
+    assert math.isfinite(last.train_loss) == ("train_loss" in last.metrics) == (batch_size == 10_000)
+
+
+def test_an_infinite_validation_loss_is_reported_as_nan(data, monkeypatch):
+    monkeypatch.setattr(Trial, "_validate", lambda trial: (math.inf, 0.5))
+    report = Trial(config(), data).run_epoch()
+    assert report.diverged
+    assert math.isnan(report.val_loss)
+    assert math.isnan(report.val_accuracy)
+
+
+def test_a_penalty_that_is_not_finite_is_a_divergence(data):
+    tiny_steps = {"optimizer": "sgd", "learning_rate": 1e-45}
+    report = Trial(config(regularization="l2", l2_strength=1e38, **tiny_steps), data).run_epoch()
+    assert report.diverged
+    assert math.isfinite(report.train_loss)
+
+
+def assert_goes_on_identically(config: TrialConfig, data: DeviceData, epochs_before: int) -> None:
+    whole, first, second = Trial(config, data), Trial(config, data), Trial(config, data)
+    reports = [untimed(whole.run_epoch()) for _ in range(config.epochs)]
+    for _ in range(epochs_before):
+        first.run_epoch()
+    second.load_state_dict(through_file(first.state_dict()))
+    assert [untimed(second.run_epoch()) for _ in range(config.epochs - epochs_before)] == reports[epochs_before:]
+    for part in ("net", "order", "dropout"):
+        assert_same_bits(second.state_dict()[part], whole.state_dict()[part])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_goes_on_identically(data, optimizer):
+    assert_goes_on_identically(config(optimizer=optimizer, lr_schedule="one_cycle", epochs=4), data, 2)
+
+
+@pytest.mark.parametrize("lr_schedule", SCHEDULES)
+def test_every_schedule_goes_on_identically(data, lr_schedule):
+    assert_goes_on_identically(config(lr_schedule=lr_schedule, optimizer="sgd", epochs=6), data, 3)
+
+
+@pytest.mark.parametrize("epochs_before", [1, 3])
+@pytest.mark.parametrize("changes", [{"precision": "bfloat16"}, {"fused": True}, {"memory_format": "channels_last"}])
+def test_every_setting_goes_on_identically_in_a_cnn(data, changes, epochs_before):
+    assert_goes_on_identically(config(model="cnn", epochs=4, **changes), data, epochs_before)
+
+
+def test_data_are_standardised_by_the_mean_and_deviation_of_the_training_pixels(data):
+    images = torch.cat(images_seen(Trial(config(), data)))
+    assert len(images) == CLASSES * PER_CLASS
+    assert images.mean().item() == pytest.approx(0, abs=1e-5)
+    assert images.std(correction=0).item() == pytest.approx(1, rel=1e-5)
+
+
+def test_data_on_the_device_are_those_of_the_data_set(data):
+    source = dataset()
+    assert np.array_equal(data.train_images.squeeze(1).numpy(), source.train_images)
+    assert np.array_equal(data.val_images.squeeze(1).numpy(), source.val_images)
+    assert np.array_equal(data.train_labels.numpy(), source.train_labels)
+    assert np.array_equal(data.val_labels.numpy(), source.val_labels)
+    assert (data.classes, data.side) == (CLASSES, SIDE)
+
+
+def test_blank_images_are_not_divided_by_zero():
+    blank = DeviceData.of(dataset(train_images=np.zeros((CLASSES * PER_CLASS, SIDE, SIDE), np.uint8)))
+    assert blank.std == 1
+    assert math.isfinite(Trial(config(), blank).run_epoch().train_loss)
+
+
+def test_images_of_another_shape_are_refused(data):
+    with pytest.raises(TypeCheckError, match="train_images"):
+        replace(data, train_images=data.train_images.squeeze(1))
+
+
+@pytest.mark.parametrize("model", LEVELS["model"])
+def test_averaged_weights_need_no_whole_last_batch(data, model):
+    """The 33rd image alone would give batch norm no variance."""
+    odd = replace(data, train_images=data.train_images[:33], train_labels=data.train_labels[:33])
+    report = train(config(model=model, optimizer="asgd", epochs=3), odd).reports[-1]
+    assert math.isfinite(report.val_loss)
