@@ -75,7 +75,8 @@ def _search(uri: str, experiment: str) -> pd.DataFrame:
 
 
 def _row(run_id: str, data: object) -> dict[str, object]:
-    row: dict[str, object] = {"run_id": run_id, "metrics.best_val_accuracy": float("nan")}
+    missing = {"tags.status": "", "metrics.epochs_run": 0.0, "metrics.best_val_accuracy": float("nan")}
+    row: dict[str, object] = {"run_id": run_id, **missing}
     for kind in ("params", "tags", "metrics"):
         row |= {f"{kind}.{name}": value for name, value in getattr(data, kind).items()}
     return row

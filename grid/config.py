@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 LEVELS: dict[str, tuple[str, ...]] = {
@@ -127,8 +127,8 @@ class TrialConfig:
             ("epochs", "1 or more", self.epochs >= 1),
             ("batch_size", "2 or more", self.batch_size >= 2),
             ("dropout_rate", "between 0 and 1, both excluded", 0 < self.dropout_rate < 1),
-            ("l1_strength", "0 or more", self.l1_strength >= 0),
-            ("l2_strength", "0 or more", self.l2_strength >= 0),
+            ("l1_strength", "finite and 0 or more", 0 <= self.l1_strength < inf),
+            ("l2_strength", "finite and 0 or more", 0 <= self.l2_strength < inf),
             ("hidden_sizes", "whole numbers above 0 joined by '-'", _are_sizes(self.hidden_sizes)),
             ("channels", "whole numbers above 0 joined by '-'", _are_sizes(self.channels)),
             ("dense_size", "1 or more", self.dense_size >= 1),

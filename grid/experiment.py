@@ -1,5 +1,6 @@
 """A grid from request to verdict: plan, data, Ray, store, table. Heavy to import; `grid.run` is the light door."""
 
+import shlex
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -158,4 +159,4 @@ def _print_facts(facts: Mapping[str, str]) -> None:
 
 
 def _command() -> str:
-    return " ".join(["python -m grid.run", *sys.argv[1:]])
+    return shlex.join(["python", "-m", "grid.run", *sys.argv[1:]])

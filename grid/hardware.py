@@ -28,7 +28,7 @@ class Packing:
         return "cuda" if self.gpus_per_trial else "cpu"
 
     def __str__(self) -> str:
-        share = f"{self.gpus_per_trial:.3g} GPU" if self.gpus_per_trial else "1 CPU"
+        share = f"{self.gpus_per_trial:.3g} GPU" if self.gpus_per_trial else f"{self.cpus_per_trial:.3g} CPU"
         return f"{self.concurrency} at once, {share} each"
 
 

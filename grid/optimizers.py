@@ -31,8 +31,9 @@ OPTIMIZERS: dict[str, Part] = {
 }
 """Name -> factory and base learning rate.
 
-`adamw` decays weights apart from the loss (decoupled). `asgd` has torch's decay term off: decay is the business of the
-factor `regularization`.
+The base rates come out of `python -m benchmarks.base_rates` on real images (the table is in LOG.md). `adamw` decays
+weights apart from the loss (decoupled). `asgd` has torch's decay term off: decay is the business of the factor
+`regularization`; it follows a schedule one step late, as torch's does.
 
 References:
     sgd: Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13.html (momentum)

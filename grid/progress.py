@@ -44,7 +44,7 @@ class Progress:
     expected_epochs: Mapping[str, float]
     concurrency: int
     done: Counter[str] = field(default_factory=Counter)
-    stream: TextIO = sys.stdout
+    stream: TextIO = field(default_factory=lambda: sys.stdout)
     running: int = 0
     best: tuple[float, str] | None = None
     """Highest validation accuracy and the name of its cell."""
@@ -75,7 +75,8 @@ class Progress:
         parts = [f"{ended}/{self.total} done", f"{self.running} running"]
         parts += [f"{self.done[status]} {status}" for status in STATUSES[1:] if self.done[status] or status != "failed"]
         left = self.seconds_left()
-        parts.append("time left unknown" if left is None else f"{spell_seconds(left)} left")
+        if ended < self.total:
+            parts.append("time left unknown" if left is None else f"{spell_seconds(left)} left")
         if self.best:
             parts.append(f"best {self.best[0]:.1%} {self.best[1]}")
         line = " | ".join(parts)

@@ -1,5 +1,6 @@
 """What a user asks of `grid.run`, checked as far as it can be without data, torch or Ray. Standard library only."""
 
+import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,10 +87,26 @@ def check_address(address: str | None) -> str | None:
     if not host or not port.isdecimal():
         raise InputError(f"--address must be HOST:PORT or auto, got '{address}'; {mend}")
     try:
-        socket.create_connection((host, int(port)), timeout=5).close()
+        with socket.create_connection((host, int(port)), timeout=5) as connection:
+            speaks_grpc = _speaks_http2(connection)
     except (OSError, OverflowError) as error:
         raise InputError(f"no Ray runs at '{address}' ({error}); {mend}") from error
+    if not speaks_grpc:
+        raise InputError(f"no Ray runs at '{address}' (something else answers there); {mend}")
     return address
+
+
+def _speaks_http2(connection: socket.socket) -> bool:
+    """Say whether gRPC, and so perhaps Ray, answers: Ray itself would wait minutes for another server to become one.
+
+    Reference: RFC 9113 section 3.4, https://www.rfc-editor.org/rfc/rfc9113 (a server's first frame is SETTINGS)
+    """
+    if os.environ.get("RAY_USE_TLS", "0") != "0":
+        return True
+    settings_frame = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings_frame)
+    answer = connection.recv(len(settings_frame))
+    return len(answer) > 3 and answer[3] == settings_frame[3]
 
 
 def check_storage(storage: str) -> str:

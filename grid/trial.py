@@ -74,7 +74,7 @@ class EpochReport:
     train_loss: float
     """Mean cross-entropy in nats over the epoch's training batches, penalties left out."""
     train_accuracy: float
-    """Share of training images classified rightly while training (dropout on), in [0, 1]."""
+    """Share of training images classified rightly while training (dropout on), in [0, 1]; NaN if diverged."""
     val_loss: float
     """Mean cross-entropy in nats on the validation images; NaN if diverged."""
     val_accuracy: float
@@ -182,7 +182,7 @@ class Trial:
         return EpochReport(
             epoch=self.epoch,
             train_loss=train_loss,
-            train_accuracy=train_accuracy,
+            train_accuracy=train_accuracy if finite else math.nan,
             val_loss=val_loss if finite else math.nan,
             val_accuracy=val_accuracy if finite else math.nan,
             learning_rate=learning_rate,
@@ -192,7 +192,7 @@ class Trial:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that the epochs to come depend on; tensors and plain values only."""
+        """Return everything that the epochs to come depend on; live tensors, to be saved before the next epoch."""
         return {
             "epoch": self.epoch,
             "net": self.net.state_dict(),

@@ -18,6 +18,7 @@ for _name, _value in {
 import ray  # noqa: E402  (after the settings that it reads when imported)
 import torch  # noqa: E402
 from ray import tune  # noqa: E402
+from ray._private import ray_constants  # noqa: E402
 from ray.tune.experiment import Trial as TuneTrial  # noqa: E402
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler  # noqa: E402
 
@@ -66,13 +67,14 @@ def connect(address: str | None, concurrency: int | None) -> Packing:
     quiet: dict[str, Any] = {"logging_level": "CRITICAL", "log_to_driver": False, "configure_logging": True}
     if address is None:
         packing = local_packing(concurrency)
+        ray_constants.ENABLE_RAY_CLUSTER = False  # a Ray that no other machine joins listens on localhost alone
         ray.init(
-            num_cpus=max(1, int(packing.concurrency * packing.cpus_per_trial)),
+            num_cpus=max(1, round(packing.concurrency * packing.cpus_per_trial)),
             include_dashboard=False,
-            _node_ip_address="127.0.0.1",
             **quiet,
         )
         return packing
+    ray_constants.ENABLE_RAY_CLUSTER = True
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:

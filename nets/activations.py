@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable
+from functools import cache
 
+import torch
 from torch import nn
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -26,21 +28,22 @@ References:
     tanh: LeCun et al. 1998, https://doi.org/10.1007/3-540-49430-8_2
 """
 
-EXACT_GAINS: dict[str, float] = {
-    "tanh": 5 / 3,
-    "leaky_relu": math.sqrt(2 / (1 + 0.01**2)),
-    "prelu": math.sqrt(2 / (1 + 0.25**2)),
-}
-"""Gains with a closed form other than ReLU's; `torch.nn.init.calculate_gain` gives the same numbers."""
+POINTS = 20_001
+"""Of the trapezoidal rule over [-10, 10]; the gains are right to eight digits."""
 
 
+@cache
 def gain(activation: str) -> float:
     """Return what the standard deviation 1/sqrt(fan_in) of a layer in front of `activation` is multiplied with.
 
-    Rectifier-like units (relu, elu, gelu, silu, and any activation added later) take ReLU's sqrt(2): their second
-    moment under a standard normal input is close to ReLU's half.
+    It is 1/sqrt(E[f(z)^2]) for a standard normal z, so that the second moment of the features stays 1 from layer to
+    layer whatever the activation: sqrt(2) for relu, as in He et al.
 
-    Reference: He et al. 2015, https://arxiv.org/abs/1502.01852; Glorot & Bengio 2010,
-    https://proceedings.mlr.press/v9/glorot10a.html
+    Reference: He et al. 2015, https://arxiv.org/abs/1502.01852; Klambauer et al. 2017,
+    https://arxiv.org/abs/1706.02515 (for any activation)
     """
-    return EXACT_GAINS.get(activation, math.sqrt(2))
+    inputs = torch.linspace(-10, 10, POINTS, dtype=torch.float64)
+    density = torch.exp(-inputs.square() / 2) / math.sqrt(2 * math.pi)
+    with torch.no_grad():
+        outputs = ACTIVATIONS[activation]().double()(inputs)
+    return torch.trapezoid(density * outputs.square(), inputs).rsqrt().item()

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -7,15 +5,14 @@ from torch.func import functional_call
 from torch.nn.init import calculate_gain
 
 from grid.config import LEVELS
-from nets.activations import ACTIVATIONS, EXACT_GAINS, gain
+from nets.activations import ACTIVATIONS, gain
 from nets.blocks import Techniques, block, linear
 from nets.mlp import MLP
 
-TORCH_GAINS = {
+RECTIFIER_GAINS = {
     "relu": calculate_gain("relu"),
     "leaky_relu": calculate_gain("leaky_relu", nn.LeakyReLU().negative_slope),
     "prelu": calculate_gain("leaky_relu", nn.PReLU().weight.item()),
-    "tanh": calculate_gain("tanh"),
 }
 
 
@@ -27,10 +24,6 @@ def test_activations_are_the_levels_of_their_factor():
     assert set(ACTIVATIONS) == set(LEVELS["activation"]), (
         "an activation is one line in ACTIVATIONS (nets/activations.py) and one name in LEVELS (grid/config.py)"
     )
-
-
-def test_exact_gains_belong_to_activations():
-    assert set(EXACT_GAINS) <= set(ACTIVATIONS)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -61,23 +54,22 @@ def test_gradients_by_inputs_and_own_parameters_are_right(name):
     )
 
 
-@pytest.mark.parametrize("name", TORCH_GAINS)
-def test_gains_are_those_of_torch(name):
-    assert gain(name) == pytest.approx(TORCH_GAINS[name], rel=1e-12)
+@pytest.mark.parametrize("name", RECTIFIER_GAINS)
+def test_gains_of_rectifiers_are_those_of_torch(name):
+    assert gain(name) == pytest.approx(RECTIFIER_GAINS[name], rel=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(set(ACTIVATIONS) - set(EXACT_GAINS)))
-def test_second_moment_is_near_a_half_where_the_gain_is_that_of_relu(name):
-    inputs = torch.randn(100_000, generator=generator())
-    moment = ACTIVATIONS[name]()(inputs).square().mean().item()
-    assert gain(name) == math.sqrt(2)
-    assert moment == pytest.approx(0.5, abs=0.2), f"{name} needs a gain of its own in EXACT_GAINS: {moment**-0.5:.3f}"
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_gain_restores_the_second_moment_of_a_normal_input(name):
+    inputs = torch.randn(1_000_000, generator=generator())
+    moment = (gain(name) * ACTIVATIONS[name]()(inputs)).square().mean().item()
+    assert moment == pytest.approx(1.0, abs=0.01)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_signal_neither_dies_nor_explodes_over_ten_layers(name):
-    """Second moment within a factor of 250 (1.74 per layer); silu is the weakest, near 100."""
+    """Second moment within a factor of 30 after ten layers; silu and gelu drift, the others stay within 3."""
     techniques, draws = Techniques(activation=name, batch_norm=False, dropout_rate=0.0), generator()
     modules = [module for _ in range(10) for module in block(linear, 256, 256, techniques, draws, draws)]
     outputs = nn.Sequential(*modules)(torch.randn(256, 256, generator=draws))
-    assert 1 / 250 < outputs.square().mean().item() < 250
+    assert 1 / 30 < outputs.square().mean().item() * gain(name) ** 2 < 30

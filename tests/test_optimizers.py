@@ -90,9 +90,10 @@ def test_fused_equals_unfused(name):
 
 
 def test_asgd_steps_like_plain_sgd():
+    rate = OPTIMIZERS["asgd"].base_learning_rate
     weights = parameter()
     path = descend(optimizer_of("asgd", weights), weights, steps=3)
-    torch.testing.assert_close(path[2], parameter().detach() * (1 - 0.1 * CURVATURES) ** 3)
+    torch.testing.assert_close(path[2], parameter().detach() * (1 - rate * CURVATURES) ** 3)
 
 
 def test_asgd_begins_to_average_after_the_step_given():

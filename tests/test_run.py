@@ -1,5 +1,7 @@
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -134,6 +136,22 @@ def test_a_storage_uri_is_left_as_it_is() -> None:
 def test_a_storage_folder_is_made_absolute_but_not_made(tmp_path: Path) -> None:
     assert check_storage("new/storage") == str(tmp_path / "new/storage")
     assert not (tmp_path / "new").exists()
+
+
+def answer_once(server: socket.socket, answer: bytes) -> None:
+    connection, _ = server.accept()
+    with connection:
+        connection.sendall(answer)
+
+
+def test_something_else_than_ray_at_the_address_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=answer_once, args=(server, b"HTTP/1.1 400 Bad Request\r\n"))
+        thread.start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(InputError, match=f"^no Ray runs at '{address}' \\(something else answers there"):
+            check_address(address)
+        thread.join()
 
 
 def test_the_cluster_of_this_machine_is_left_to_ray() -> None:

@@ -1,5 +1,6 @@
 import io
 import math
+from copy import deepcopy
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -104,6 +105,14 @@ def test_another_seed_yields_other_numbers(data, model):
     assert first.val_loss != second.val_loss
 
 
+def test_another_seed_draws_other_weights_another_order_and_other_masks(data):
+    first, second = (Trial(config(seed=seed), data).state_dict() for seed in (0, 1))
+    for part in ("order", "dropout"):
+        assert not torch.equal(first[part], second[part])
+    assert not torch.equal(first["net"]["layers.1.weight"], second["net"]["layers.1.weight"])
+    assert not torch.equal(first["order"], first["dropout"])
+
+
 def test_other_code_that_draws_changes_nothing(data):
     def draw(report: EpochReport) -> bool:
         torch.manual_seed(1)
@@ -173,6 +182,20 @@ def test_64_images_with_random_labels_are_learnt_by_heart(data, model):
     assert last.train_loss < 0.1
 
 
+def test_an_epoch_is_the_loop_of_the_textbook(data):
+    trial = Trial(config(optimizer="sgd", dropout=False), data)
+    net = deepcopy(trial.net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=trial.config.learning_rate, momentum=0.9)
+    pairs = zip(scaled(data.train_images, data), data.train_labels, strict=True)
+    label_of = {image.numpy().tobytes(): label for image, label in pairs}
+    for images in images_seen(trial):
+        labels = torch.stack([label_of[image.numpy().tobytes()] for image in images])
+        optimizer.zero_grad()
+        F.cross_entropy(net(images), labels).backward()
+        optimizer.step()
+    torch.testing.assert_close(trial.net.state_dict(), net.state_dict())
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_learns_at_its_base_rate(data, optimizer):
     result = train(config(optimizer=optimizer, epochs=12, dropout=False, batch_size=16), data)
@@ -209,7 +232,13 @@ def test_layout_and_fused_kernels_change_no_more_than_rounding(data, changes):
     assert fast.val_loss == pytest.approx(plain.val_loss, rel=1e-2)
 
 
-def test_channels_last_is_the_layout_of_images_and_weights(data):
+def test_fused_reaches_the_optimizer(data):
+    for fused in (False, True):
+        groups = Trial(config(fused=fused), data).state_dict()["optimizer"]["param_groups"]
+        assert bool(groups[0]["fused"]) == fused
+
+
+def test_channels_last_is_the_layout_of_convolution_weights(data):
     trial = Trial(config(model="cnn", memory_format="channels_last"), data)
     second_convolution = penalised_weights(trial.net)[1]
     assert second_convolution.is_contiguous(memory_format=torch.channels_last)
@@ -265,6 +294,35 @@ def test_learning_rate_is_that_of_the_last_step_of_the_epoch(data):
     steps = 2 * CLASSES * PER_CLASS // 32
     expected = [0.01 * 0.01 ** ((step - 1) / steps) for step in (steps / 2, steps)]
     assert [report.learning_rate for report in reports] == pytest.approx(expected)
+
+
+def test_plateau_is_told_the_validation_loss_after_every_epoch(data, monkeypatch):
+    monkeypatch.setattr(Trial, "_validate", lambda trial: (1.0, 0.5))
+    reports = train(config(lr_schedule="plateau", learning_rate=0.01, epochs=6), data).reports
+    assert [report.learning_rate for report in reports] == pytest.approx([0.01] * 3 + [0.003] * 2 + [0.0009])
+
+
+def test_asgd_is_judged_by_its_averages_from_the_second_epoch_on(data):
+    trial = Trial(config(optimizer="asgd", batch_norm=False, dropout=False), data)
+    reported, own = [], []
+    for _ in range(2):
+        reported.append(trial.run_epoch().val_loss)
+        own.append(F.cross_entropy(trial.net(scaled(data.val_images, data)), data.val_labels).item())
+    assert reported[0] == pytest.approx(own[0], rel=1e-5)
+    assert reported[1] != pytest.approx(own[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(("most", "images"), [(20, 150), (2, 100)])
+def test_norms_of_averages_are_estimated_from_whole_training_batches(data, monkeypatch, most, images):
+    monkeypatch.setattr(trial_module, "NORM_BATCHES", most)
+    trial, seen = Trial(config(optimizer="asgd", batch_size=50, dropout=False), data), []
+    trial.run_epoch()
+    norm = next(module for module in trial.net.modules() if isinstance(module, nn.BatchNorm1d))
+    trial.net.register_forward_pre_hook(
+        lambda net, inputs: seen.append(inputs[0]) if norm.training and not net.training else None
+    )
+    trial.run_epoch()
+    torch.testing.assert_close(torch.cat(seen), scaled(data.train_images[:images], data))
 
 
 def test_seconds_and_throughput_belong_together(data):
@@ -326,8 +384,8 @@ def test_an_infinite_validation_loss_is_reported_as_nan(data, monkeypatch):
 
 
 def test_a_penalty_that_is_not_finite_is_a_divergence(data):
-    tiny_steps = {"optimizer": "sgd", "learning_rate": 1e-45}
-    report = Trial(config(regularization="l2", l2_strength=1e38, **tiny_steps), data).run_epoch()
+    one_batch = {"batch_size": 10_000, "regularization": "l2", "l2_strength": 1e38}
+    report = Trial(config(**one_batch), data).run_epoch()
     assert report.diverged
     assert math.isfinite(report.train_loss)
 

@@ -1,0 +1,133 @@
+"""The command as a user gives it, with Ray, sqlite and real trainings."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow.entities import Run
+
+from analysis.rank import main as rank
+from grid import experiment
+from grid.config import EPOCH_METRICS, FACTORS, STATUSES, TrialConfig
+from grid.plan import Plan, make_plan
+from grid.record import Store
+from grid.run import main
+
+pytestmark = pytest.mark.slow
+
+TINY = ["--grid", "smoke", "--only", "model=mlp", "--only", "activation=relu", "--per-class", "20", "--epochs", "3"]
+
+
+@pytest.fixture
+def arguments(store_uri: str, glyphs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    return [*TINY, "--data-dir", str(glyphs_dir), "--store", store_uri]
+
+
+def runs(uri: str, kind: str) -> list[Run]:
+    store = Store(uri, "smoke-glyphs")
+    store.create()
+    return list(store.client.search_runs([store.experiment_id], f"tags.kind = '{kind}'"))
+
+
+def test_a_grid_runs_to_its_table_and_the_store_holds_the_contract(
+    arguments: list[str], store_uri: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert "8/8 done | 0 running" in out
+    assert re.search(r"^   1  +\d\d\.\d\d%  +3  completed  mlp cosine relu ", out, re.MULTILINE)
+    (parent,) = runs(store_uri, "grid")
+    trials = runs(store_uri, "trial")
+    assert len(trials) == len({run.data.tags["trial_key"] for run in trials}) == 8
+    for run in trials:
+        check_contract(run, parent.info.run_id)
+    manifest = json.loads(next((tmp_path / "mlartifacts").rglob("grid.json")).read_text())
+    assert (manifest["cells"], manifest["trials"], manifest["rungs"]["epochs"]) == (8, 8, [1])
+    assert manifest["settings"]["data_fingerprint"] == trials[0].data.params["data_fingerprint"]
+    assert list(tmp_path.glob("spool/*")) == []
+
+
+def check_contract(run: Run, parent_id: str) -> None:
+    tags, params, metrics = run.data.tags, run.data.params, run.data.metrics
+    assert tags["mlflow.parentRunId"] == parent_id
+    assert tags["status"] in STATUSES
+    assert (run.info.status, tags["control"] in ("true", "false")) == ("FINISHED", True)
+    config = TrialConfig.from_params(params)
+    assert (config.trial_key, config.cell_key) == (tags["trial_key"], tags["cell_key"])
+    assert {*FACTORS, "seed", "lr_scale", "learning_rate", "epochs", "batch_size", "dropout_rate", "precision"} <= set(
+        params
+    )
+    assert set(metrics) == {*EPOCH_METRICS, "best_val_accuracy", "epochs_run", "val_accuracy_at_1"}
+    assert not [name for name in metrics if "test" in name]
+
+
+def test_the_same_command_again_runs_nothing_twice_and_one_more_seed_only_what_is_missing(
+    arguments: list[str], store_uri: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 0
+    first = {run.info.run_id: run.data.metrics for run in runs(store_uri, "trial")}
+    assert main(arguments) == 0
+    assert {run.info.run_id: run.data.metrics for run in runs(store_uri, "trial")} == first
+    capfd.readouterr()
+    assert main([*arguments, "--seeds", "2"]) == 0
+    assert "8 left to run" in capfd.readouterr().out
+    assert len(runs(store_uri, "trial")) == 16
+    assert len(runs(store_uri, "grid")) == 1
+    assert rank(["--experiment", "smoke-glyphs", "--store", store_uri]) == 0
+    assert "8 of 8 cells shown; 16 trials" in capfd.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the trial fails for want of a GPU")
+def test_a_failed_trial_is_exit_code_1_and_the_others_are_done(
+    arguments: list[str], store_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_one(*given: object, **named: object) -> Plan:
+        plan = make_plan(*given, **named)  # type: ignore[arg-type]
+        broken = TrialConfig.from_params({**plan.trials[0].to_params(), "device": "cuda"})
+        return Plan(plan.cells, plan.excluded, [broken, *plan.trials[1:]], plan.controls)
+
+    monkeypatch.setattr(experiment, "make_plan", break_one)
+    assert main(arguments) == 1
+    statuses = [run.data.tags["status"] for run in runs(store_uri, "trial")]
+    assert (len(statuses), statuses.count("failed")) == (8, 1)
+    (failed,) = [run for run in runs(store_uri, "trial") if run.data.tags["status"] == "failed"]
+    assert failed.info.status == "FAILED"
+    assert failed.data.tags["error"].startswith("RuntimeError: ")
+
+
+def test_a_dry_run_forecasts_the_full_grid_and_starts_and_writes_nothing(tmp_path: Path) -> None:
+    script = (
+        "import sys, grid.run, ray\n"
+        "code = grid.run.main(['--dry-run', '--price-per-hour', '2'])\n"
+        "assert not ray.is_initialized()\n"
+        "sys.exit(code)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    found = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert "1,920 cells" in found.stdout
+    assert re.search(r"^epochs     8,\d\d\d expected of 51,840", found.stdout, re.MULTILINE)
+    assert re.search(r"^time +\d", found.stdout, re.MULTILINE)
+    assert re.search(r"^price +[\d.,]+ at 2 per hour", found.stdout, re.MULTILINE)
+    assert found.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif("EMNIST_DIR" not in os.environ, reason="needs EMNIST files: set EMNIST_DIR to their folder")
+def test_real_images_are_learnt(store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data_dir = Path(os.environ["EMNIST_DIR"]).absolute()
+    monkeypatch.chdir(tmp_path)
+    only = ["model=mlp", "lr_schedule=cosine", "activation=gelu", "regularization=none", "batch_norm=on", "dropout=off"]
+    arguments = ["--data", "emnist-bymerge", "--data-dir", str(data_dir), "--store", store_uri, "--per-class", "200"]
+    for one in only:
+        arguments += ["--only", one]
+    assert main([*arguments, "--epochs", "9", "--experiment", "smoke-glyphs"]) == 0
+    assert max(run.data.metrics["best_val_accuracy"] for run in runs(store_uri, "trial")) > 0.75

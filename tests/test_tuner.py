@@ -1,0 +1,138 @@
+"""Ray for real: one private cluster for all tests of the file."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import torch
+
+from grid.asha import Asha
+from grid.config import TrialConfig
+from grid.data import Dataset, load
+from grid.hardware import Packing
+from grid.trial import DeviceData, EpochReport, train
+from grid.tuner import connect, disconnect, run_trials
+
+pytestmark = pytest.mark.slow
+
+CONFIG = TrialConfig(learning_rate=0.05, optimizer="sgd", epochs=3, hidden_sizes="32-32", batch_norm=True)
+
+
+def worker_pids() -> set[int]:
+    return {process.pid for process in psutil.Process().children(recursive=True) if "TrialWorker" in process.name()}
+
+
+class Notes:
+    """A listener that writes everything down, and asks for an end after some epochs."""
+
+    def __init__(self, end_after: int = 10**9):
+        self.starts: list[str] = []
+        self.reports: dict[str, list[EpochReport]] = {}
+        self.ends: dict[str, tuple[str, str]] = {}
+        self.worker_pids: set[int] = set()
+        self.end_after = end_after
+
+    def started(self, config: TrialConfig) -> None:
+        self.starts.append(config.trial_key)
+
+    def reported(self, config: TrialConfig, report: EpochReport) -> None:
+        self.reports.setdefault(config.trial_key, []).append(report)
+
+    def ended(self, config: TrialConfig, status: str, error: str) -> None:
+        self.ends[config.trial_key] = (status, error)
+
+    def tick(self) -> None:
+        self.worker_pids |= worker_pids()
+
+    @property
+    def interrupted(self) -> bool:
+        return sum(map(len, self.reports.values())) >= self.end_after
+
+
+@pytest.fixture(scope="module")
+def packing() -> Iterator[Packing]:
+    yield connect(None, 2)
+    disconnect()
+
+
+@pytest.fixture(scope="module")
+def dataset(glyphs_dir: Path) -> Dataset:
+    return load("glyphs", glyphs_dir, per_class=20)
+
+
+def run(trials: list[TrialConfig], dataset: Dataset, packing: Packing, folder: Path, **changes: object) -> Notes:
+    notes = Notes(**({"end_after": changes.pop("end_after")} if "end_after" in changes else {}))  # type: ignore[arg-type]
+    settings = {"asha": Asha(()), "controls": (), "packing": packing, "storage": str(folder), "experiment": "test"}
+    run_trials(trials, dataset, notes, **(settings | changes))  # type: ignore[arg-type]
+    return notes
+
+
+def test_a_trial_in_a_worker_yields_the_numbers_of_a_plain_training(
+    dataset: Dataset, packing: Packing, tmp_path: Path
+) -> None:
+    notes = run([CONFIG], dataset, packing, tmp_path)
+    plain = train(CONFIG, DeviceData.of(dataset)).reports
+    assert notes.ends == {CONFIG.trial_key: ("completed", "")}
+    assert [(one.val_loss, one.val_accuracy) for one in notes.reports[CONFIG.trial_key]] == [
+        (one.val_loss, one.val_accuracy) for one in plain
+    ]
+
+
+def test_asha_stops_trials_but_never_controls(dataset: Dataset, packing: Packing, tmp_path: Path) -> None:
+    trials = [replace(CONFIG, seed=seed, learning_rate=0.05 / 4**seed) for seed in range(6)]
+    control = trials[-1].trial_key
+    asha = Asha((1,))
+    notes = run(trials, dataset, packing, tmp_path, asha=asha, controls={control})
+    statuses = [notes.ends[trial.trial_key][0] for trial in trials]
+    assert statuses[-1] == "completed"
+    assert "stopped" in statuses
+    assert len(asha.arrivals("mlp", 1)) == 6
+    for trial, status in zip(trials, statuses, strict=True):
+        assert len(notes.reports[trial.trial_key]) == (1 if status == "stopped" else 3)
+
+
+def test_a_diverged_trial_is_neither_stopped_nor_completed(dataset: Dataset, packing: Packing, tmp_path: Path) -> None:
+    wild = replace(CONFIG, learning_rate=1e20, batch_norm=False)
+    notes = run([wild, CONFIG], dataset, packing, tmp_path, asha=Asha((1,)))
+    assert notes.ends[wild.trial_key] == ("diverged", "")
+    assert notes.ends[CONFIG.trial_key][0] in ("completed", "stopped")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the trial fails for want of a GPU")
+def test_a_trial_that_raises_is_failed_with_its_traceback_and_the_others_go_on(
+    dataset: Dataset, packing: Packing, tmp_path: Path
+) -> None:
+    broken = replace(CONFIG, device="cuda")
+    others = [replace(CONFIG, seed=seed) for seed in range(3)]
+    notes = run([broken, *others], dataset, packing, tmp_path)
+    status, error = notes.ends[broken.trial_key]
+    assert status == "failed"
+    assert error.startswith("Traceback")
+    assert "cuda" in error.lower()
+    assert [notes.ends[other.trial_key] for other in others] == [("completed", "")] * 3
+
+
+def test_workers_are_kept_for_many_trials(dataset: Dataset, packing: Packing, tmp_path: Path) -> None:
+    trials = [replace(CONFIG, seed=seed, epochs=1) for seed in range(8)]
+    before = worker_pids()
+    notes = run(trials, dataset, packing, tmp_path)
+    assert sorted(notes.ends) == sorted(trial.trial_key for trial in trials)
+    assert 1 <= len(notes.worker_pids - before) <= packing.concurrency
+
+
+def test_an_interruption_leaves_trials_without_an_end(dataset: Dataset, packing: Packing, tmp_path: Path) -> None:
+    trials = [replace(CONFIG, seed=seed, epochs=50) for seed in range(3)]
+    notes = run(trials, dataset, packing, tmp_path, end_after=4)
+    assert notes.ends == {}
+    assert 4 <= sum(map(len, notes.reports.values())) < 50
+
+
+def test_a_private_ray_listens_on_this_machine_alone(packing: Packing) -> None:
+    assert ray.util.get_node_ip_address() == "127.0.0.1"
+    mine = {process.pid for process in psutil.Process().children(recursive=True)}
+    listening = [one for one in psutil.net_connections("tcp") if one.status == "LISTEN" and one.pid in mine]
+    assert listening
+    assert {one.laddr.ip.removeprefix("::ffff:") for one in listening} == {"127.0.0.1"}
