@@ -213,33 +213,38 @@ def _obtain(raw: Path, split: str, part: str) -> None:
     """Bring the two files of one part of EMNIST into `raw` if they are missing; each appears whole or not at all."""
     if not _missing(raw, split, part):
         return
-    _make_folder(raw, split)
+    made = _make_folder(raw, split)
     for path in _missing(raw, split, part):
         packed = path.with_name(f"{path.name}.gz")
         if packed.is_file():
             _unpack(packed, path, packed)
     if _missing(raw, split, part):
-        _unpack_archive(
-            _fetch_archive(raw, split, part), [*_missing(raw, split, "train"), *_missing(raw, split, "test")]
-        )
+        try:
+            archive = _fetch_archive(raw, split, part)
+        except InputError:
+            _remove_empty(made)
+            raise
+        _unpack_archive(archive, [*_missing(raw, split, "train"), *_missing(raw, split, "test")])
 
 
 def _missing(raw: Path, split: str, part: str) -> list[Path]:
     return [path for path in _files(raw, split, part) if not path.is_file()]
 
 
-def _make_folder(raw: Path, split: str) -> None:
+def _make_folder(raw: Path, split: str) -> list[Path]:
+    """Make the folder if it is missing; return those that had to be made, innermost first."""
+    missing = [folder for folder in (raw, *raw.parents) if not folder.exists()]
     try:
         raw.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make {raw} ({error.strerror}); choose another data folder") from error
     if not os.access(raw, os.W_OK):
         raise InputError(f"cannot write to {raw}, where emnist-{split} files are missing; choose another data folder")
+    return missing
 
 
-def _remove_empty(raw: Path) -> None:
-    """Take back the folders that `_make_folder` made if nothing came to lie in them."""
-    for folder in (raw, raw.parent, raw.parent.parent):
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
         if any(folder.iterdir()):
             return
         folder.rmdir()
@@ -280,7 +285,6 @@ def _fetch_archive(raw: Path, split: str, part: str) -> Path:
     try:
         _download(EMNIST.url, unfinished)
     except (OSError, HTTPException) as error:
-        _remove_empty(raw)
         raise InputError(
             f"no emnist-{split}-{part}-*-ubyte in {raw} and the download failed ({_reason(error)}); "
             "put them there or run again with a network, which continues the download"

@@ -113,8 +113,8 @@ def _describe(request: Request, plan: Plan) -> dict[str, str]:
     for reason, count in plan.excluded.items():
         facts["excluded"] = f"{count:,} cells: {reason}"
     facts["trials"] = (
-        f"{len(plan.trials):,} = cells x {request.seeds} seeds x {len(request.lr_scales)} learning-rate scales, "
-        f"{len(plan.controls)} of them never stopped"
+        f"{len(plan.trials):,} = cells x {_count(request.seeds, 'seed')} x "
+        f"{_count(len(request.lr_scales), 'learning-rate scale')}; {len(plan.controls)} never stopped (controls)"
     )
     rungs = ", ".join(map(str, rung_epochs(request.epochs))) or "none"
     facts["budget"] = f"{request.epochs} epochs; one in {FACTOR} goes on after epoch {rungs}"
@@ -151,6 +151,10 @@ def _manifest(request: Request, plan: Plan, asha: Asha) -> dict[str, Any]:
         settings=settings_of(plan.trials[0]),
     )
     return described | describe_code()
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _print_facts(facts: Mapping[str, str]) -> None:

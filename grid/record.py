@@ -81,7 +81,8 @@ class Store:
             found = self.client.get_experiment_by_name(self.experiment)
             if found is None:
                 location = artifact_location(self.uri, self.experiment)
-                self.experiment_id = self.client.create_experiment(self.experiment, artifact_location=location)
+                tags = {"mlflow.experimentKind": "custom_model_development"}  # the UI's view for trainings
+                self.experiment_id = self.client.create_experiment(self.experiment, location, tags)
                 return
         except mlflow.exceptions.MlflowException as error:
             raise InputError(

@@ -330,7 +330,7 @@ def test_a_subset_below_one_is_refused_before_anything_is_touched(per_class: int
 
 def test_a_subset_above_what_is_left_is_refused_with_the_range(data_dir: Path) -> None:
     assert len(load("emnist-balanced", data_dir, per_class=10).train_labels) == 470
-    with pytest.raises(InputError, match="must be 1 to 10, what validation leaves of the smallest class; not 11"):
+    with pytest.raises(InputError, match="must be 1 to 10, what validation leaves of the smallest class; got 11"):
         load("emnist-balanced", data_dir, per_class=11)
 
 
@@ -475,7 +475,7 @@ def test_without_a_network_the_line_says_what_to_put_where(tmp_path: Path, offli
     fault = rf"no emnist-balanced-train-\*-ubyte in {raw} and the download failed \(.*refused\)"
     with pytest.raises(InputError, match=rf"^{fault}; put them there or run again with a network"):
         load("emnist-balanced", tmp_path)
-    assert list(raw.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_of_the_server_is_passed_on(tmp_path: Path, nist: FakeNist) -> None:
