@@ -65,6 +65,19 @@ class Asha:
         if coming := [rung for rung in self.rungs if rung >= epoch]:
             self.goes_on(trial_key, group=group, epoch=coming[0], value=math.nan)
 
+    def restore(self, trial_key: str, *, group: str, epoch: int, value: float, went_on: bool) -> None:
+        """Take over a recorded arrival with the decision that was made, whatever would be decided today.
+
+        Args:
+            trial_key: Who arrived.
+            group: Trials are compared within a group only.
+            epoch: The rung.
+            value: Validation accuracy; NaN for a trial that diverged on the way to it.
+            went_on: What was decided.
+        """
+        insort(self._values[group, epoch], -math.inf if math.isnan(value) else value)
+        self._decisions[trial_key, epoch] = went_on
+
     def arrivals(self, group: str, epoch: int) -> tuple[float, ...]:
         """Return the values recorded at a rung, lowest first."""
         return tuple(self._values[group, epoch])

@@ -1,23 +1,28 @@
 """A grid from request to verdict: plan, data, Ray, store, table. Heavy to import; `grid.run` is the light door."""
 
+import os
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 from grid import forecast, tuner
 from grid.asha import FACTOR, Asha, rung_epochs
-from grid.config import FACTORS
+from grid.checkpoint import Checkpoints
+from grid.config import FACTORS, InputError
 from grid.data import Dataset, is_here, load
 from grid.datasets import DATASETS
 from grid.hardware import Packing
 from grid.manifest import describe_code, describe_plan
-from grid.plan import Plan, make_plan
+from grid.plan import Plan, check_comparable, make_plan
 from grid.progress import spell_seconds, top_table
-from grid.record import Recorder, Store, open_spool
+from grid.record import Recorder, open_spool
 from grid.request import Request
 from grid.space import ORDER_SEED, settings_of
-from grid.watcher import Watcher
+from grid.spool import Spool
+from grid.store import Store
+from grid.watcher import Watcher, restore_rungs
 
 
 def dry_run(request: Request) -> int:
@@ -44,25 +49,38 @@ def run(request: Request) -> int:
     """Run what is left of a grid, print its best, and return the exit code.
 
     Raises:
-        InputError: The request can't be met; nothing has been written.
+        InputError: The request can't be met; nothing has been written but what an earlier run had left to write.
     """
     dataset = load(request.data, request.data_dir, per_class=request.per_class, split_seed=ORDER_SEED)
-    packing = tuner.connect(request.address, request.concurrency)
-    try:
-        return _run_connected(request, dataset, packing)
-    finally:
-        tuner.disconnect()
+    with closing(open_spool(request.spool, request.store, request.experiment)) as spool:
+        packing = tuner.connect(request.address, request.concurrency)
+        try:
+            if request.address is None:
+                tuner.guard(_give_up)
+            return _run_connected(request, dataset, packing, spool)
+        finally:
+            tuner.disconnect()
 
 
-def _run_connected(request: Request, dataset: Dataset, packing: Packing) -> int:
-    plan = make_plan(request, device=packing.device, fingerprint=dataset.fingerprint)
+def _run_connected(request: Request, dataset: Dataset, packing: Packing, spool: Spool) -> int:
     store = Store(request.store, request.experiment)
     store.create()
-    stored = store.trials()
+    store.claim()
+    recorder = Recorder(store, spool)
+    try:
+        recorder.recover()
+        stored = store.trials()
+        begun = {key: trial.control for key, trial in stored.items()}
+        plan = make_plan(request, device=packing.device, fingerprint=dataset.fingerprint, begun=begun)
+        check_comparable(plan.trials, [trial.config for trial in stored.values()], request.experiment)
+    except InputError:
+        store.release()
+        raise
     asha = Asha(rung_epochs(request.epochs))
-    recorder = Recorder(store, open_spool(request.spool, request.store, request.experiment))
+    restore_rungs(asha, stored)
     recorder.begin(_manifest(request, plan, asha), stored)
-    watcher = Watcher(plan, stored, recorder, rungs=asha.rungs, concurrency=packing.concurrency)
+    checkpoints = Checkpoints(request.storage, request.experiment)
+    watcher = Watcher(plan, stored, recorder, checkpoints, rungs=asha.rungs, concurrency=packing.concurrency)
     _print_facts(_describe(request, plan) | {"runs": f"{len(watcher.todo)} left to run, {packing}"})
     with watcher.until_interrupted():
         if watcher.todo:
@@ -73,12 +91,20 @@ def _run_connected(request: Request, dataset: Dataset, packing: Packing) -> int:
                 asha=asha,
                 controls=plan.controls,
                 packing=packing,
+                checkpoints=checkpoints,
                 storage=request.storage,
                 experiment=request.experiment,
             )
             watcher.progress.show(last=True)
-        delivered = recorder.close(finished=not watcher.interrupted)
+        watcher.put_down()
+        delivered = recorder.close(finished=len(watcher.standings) == watcher.total)
     return _conclude(request, watcher, "" if delivered else recorder.error)
+
+
+def _give_up() -> None:
+    """End at once: Ray is gone and would let us wait; all that was reported is in the spool."""
+    print(f"\nRay has died under the run; go on with:  {_command()}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _conclude(request: Request, watcher: Watcher, undelivered: str) -> int:
@@ -86,7 +112,13 @@ def _conclude(request: Request, watcher: Watcher, undelivered: str) -> int:
     print(f"\n{top_table(standings)}\n")
     if undelivered:
         print(f"not everything has reached {request.store}: {undelivered}", file=sys.stderr)
-        print(f"it is kept in {request.spool}; the same command delivers it", file=sys.stderr)
+        where = shlex.join(["--experiment", request.experiment, "--store", request.store])
+        print(
+            f"it is kept in {request.spool}; deliver it with:  python -m grid.record --replay {where}", file=sys.stderr
+        )
+    if watcher.fault:
+        print(f"{watcher.fault}; free the disk, then go on with:  {_command()}", file=sys.stderr)
+        return 1
     if watcher.interrupted:
         print(f"interrupted; go on with:  {_command()}", file=sys.stderr)
         return 130

@@ -1,140 +1,41 @@
-"""The only MLflow writer: a background thread that carries events from the spool to the store, in batches.
+"""The writer: a background thread that carries events from the spool to the store, in batches.
 
-The driver appends an event and goes on; nothing here makes Tune's loop wait for a database or a server.
+The driver appends an event and goes on; nothing here makes Tune's loop wait for a database or a server. What a dead
+driver left behind is delivered by the next run, or by
+
+    python -m grid.record --replay --experiment NAME [--store URI] [--spool FOLDER]
 """
 
-import logging
-import os
+import argparse
+import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlflow.entities import Metric, Param, RunTag
+
 from grid.config import InputError, TrialConfig
 from grid.spool import Event, Spool
-from grid.store_uri import artifact_location, slug
-
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-
-import mlflow.exceptions
-from mlflow.entities import Metric, Param, RunTag, ViewType
-from mlflow.tracking import MlflowClient
-from sqlalchemy.exc import SQLAlchemyError
+from grid.store import UNREACHABLE, Store, StoredTrial, first_line
+from grid.store_uri import check_store_uri, slug
 
 BATCH_SIZE = 900
 """Metrics in one request; MLflow allows 1000 entries of all kinds."""
 PARAM_BATCH_SIZE = 90
-PAGE_SIZE = 1000
-LONGEST_WAIT_SECONDS = 30.0
+LONGEST_WAIT_SECONDS = 15.0
 """Between two attempts to reach a store that does not answer."""
-
-
-@dataclass(frozen=True)
-class StoredTrial:
-    """A trial as the store has it."""
-
-    run_id: str
-    status: str
-    """One of `grid.config.STATUSES`, or empty while it has not ended."""
-    config: TrialConfig
-    metrics: Mapping[str, float]
-    """Last value of each."""
-    control: bool
-    val_accuracies: tuple[float, ...] = ()
-    """Validation accuracy after each recorded epoch of a trial that has not ended; empty for the others."""
-
-
-class Store:
-    """One experiment in an MLflow store.
-
-    Args:
-        uri: Checked by `grid.store_uri.check_store_uri`.
-        experiment: Made by `create` if missing.
-
-    Raises:
-        InputError: The store can't be opened.
-    """
-
-    def __init__(self, uri: str, experiment: str):
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        self.uri = uri
-        self.experiment = experiment
-        try:
-            self.client = MlflowClient(tracking_uri=uri)
-        except (mlflow.exceptions.MlflowException, SQLAlchemyError, ImportError) as error:
-            raise InputError(f"can't open the store {uri}: {_first_line(error)}; pass another --store") from error
-        self.experiment_id = ""
-
-    def create(self) -> None:
-        """Make database and experiment where they are missing.
-
-        Raises:
-            InputError: The store can't be written, or the experiment was deleted in it.
-        """
-        try:
-            found = self.client.get_experiment_by_name(self.experiment)
-            if found is None:
-                location = artifact_location(self.uri, self.experiment)
-                tags = {"mlflow.experimentKind": "custom_model_development"}  # the UI's view for trainings
-                self.experiment_id = self.client.create_experiment(self.experiment, location, tags)
-                return
-        except mlflow.exceptions.MlflowException as error:
-            raise InputError(
-                f"can't write to the store {self.uri}: {_first_line(error)}; pass another --store"
-            ) from error
-        if found.lifecycle_stage == "deleted":
-            raise InputError(
-                f"experiment '{self.experiment}' is deleted in {self.uri}; restore it or pass another --experiment"
-            )
-        self.experiment_id = found.experiment_id
-
-    def parent_run(self) -> str | None:
-        """Return the id of the run with tag `kind=grid`."""
-        runs = self.client.search_runs([self.experiment_id], "tags.kind = 'grid'", max_results=1)
-        return str(runs[0].info.run_id) if runs else None
-
-    def trials(self) -> dict[str, StoredTrial]:
-        """Return the recorded trials by their keys."""
-        stored = {}
-        token = None
-        while token != "":
-            page = self.client.search_runs(
-                [self.experiment_id],
-                "tags.kind = 'trial'",
-                ViewType.ACTIVE_ONLY,
-                max_results=PAGE_SIZE,
-                page_token=token,
-            )
-            stored.update({run.data.tags["trial_key"]: self._stored(run) for run in page})
-            token = page.token or ""
-        return stored
-
-    def _stored(self, run: Any) -> StoredTrial:
-        tags = run.data.tags
-        status = tags.get("status", "")
-        unfinished = status in ("", "failed")
-        history = self.client.get_metric_history(run.info.run_id, "val_accuracy") if unfinished else []
-        return StoredTrial(
-            run_id=run.info.run_id,
-            status=status,
-            config=TrialConfig.from_params(run.data.params),
-            metrics=run.data.metrics,
-            control=tags.get("control") == "true",
-            val_accuracies=tuple(point.value for point in sorted(history, key=lambda point: point.step)),
-        )
+HEARTBEAT_SECONDS = 15.0
+"""Between two signs of life of a driver in the store."""
 
 
 class Recorder:
     """Takes what trials report and sees that it reaches the store.
 
     Args:
-        store: Where to.
+        store: Where to; its experiment exists.
         spool: Keeps what has not arrived yet.
     """
 
@@ -144,28 +45,37 @@ class Recorder:
         """Why the last attempt failed; empty if it did not."""
         self._spool = spool
         self._run_ids: dict[str, str] = {}
-        self._parent_id = ""
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._deliver_until_closed, name="recorder", daemon=True)
         self._last_time = 0
 
+    def recover(self) -> int:
+        """Deliver what an earlier driver left in the spool; return the number of events.
+
+        Raises:
+            InputError: The store does not take them.
+        """
+        try:
+            self._run_ids = self.store.run_ids()
+            return self._deliver_pending()
+        except UNREACHABLE as error:
+            kept = f"the reports of an earlier run stay in {self._spool.path}"
+            raise InputError(f"can't write to the store {self.store.uri}: {first_line(error)}; {kept}") from error
+
     def begin(self, manifest: Mapping[str, Any], stored: Mapping[str, StoredTrial]) -> None:
-        """Make or take up the parent run, attach the manifest, and start to deliver."""
-        self._run_ids = {key: trial.run_id for key, trial in stored.items()}
+        """Attach the manifest, close the runs that a dead driver left open, and start to deliver."""
         client = self.store.client
-        self._parent_id = (
-            self.store.parent_run()
-            or client.create_run(
-                self.store.experiment_id, tags={"kind": "grid"}, run_name=self.store.experiment
-            ).info.run_id
-        )
-        client.update_run(self._parent_id, status="RUNNING")
-        client.log_dict(self._parent_id, dict(manifest), "grid.json")
+        self._run_ids = {key: trial.run_id for key, trial in stored.items()}
+        client.update_run(self.store.parent_id, status="RUNNING")
+        client.log_dict(self.store.parent_id, dict(manifest), "grid.json")
+        for trial in stored.values():
+            if not trial.status:
+                client.update_run(trial.run_id, status="KILLED")
         self._thread.start()
 
     def trial_started(self, config: TrialConfig, *, control: bool) -> None:
-        """Record that a trial has begun."""
+        """Record that a trial has begun, or goes on."""
         self._append(
             "start",
             config,
@@ -179,10 +89,13 @@ class Recorder:
             },
         )
 
-    def epoch_ended(self, config: TrialConfig, epoch: int, metrics: Mapping[str, float], *, is_rung: bool) -> None:
-        """Record what an epoch yielded."""
+    def epoch_ended(
+        self, config: TrialConfig, epoch: int, metrics: Mapping[str, float], *, is_rung: bool, stopped: bool = False
+    ) -> None:
+        """Record what an epoch yielded and, in the same breath, whether ASHA stopped the trial after it."""
         rung = {f"val_accuracy_at_{epoch}": metrics["val_accuracy"]} if is_rung and "val_accuracy" in metrics else {}
-        self._append("epoch", config, epoch=epoch, metrics={**metrics, **rung})
+        tags = {"stopped_at_epoch": str(epoch)} if stopped else {}
+        self._append("epoch", config, epoch=epoch, metrics={**metrics, **rung}, tags=tags)
 
     def trial_ended(
         self, config: TrialConfig, status: str, *, epochs_run: int, best_val_accuracy: float | None, error: str = ""
@@ -201,6 +114,10 @@ class Recorder:
         metrics = {**best, "epochs_run": float(epochs_run)}
         self._append("end", config, epoch=epochs_run, metrics=metrics, tags=tags, status=status, error=error)
 
+    def trial_put_down(self, config: TrialConfig) -> None:
+        """Record that a trial rests until another run takes it up."""
+        self._append("rest", config)
+
     def close(self, *, finished: bool, patience_seconds: float = 30.0) -> bool:
         """Deliver what waits, end the parent run, and say whether everything has arrived.
 
@@ -215,11 +132,17 @@ class Recorder:
         self._closing.set()
         self._wake.set()
         self._thread.join()
-        delivered = not self._spool.pending(limit=1)[0]
-        if delivered:
-            self.store.client.set_terminated(self._parent_id, "FINISHED" if finished else "KILLED")
+        delivered = not self._spool.pending(limit=1)[0] and self._end_parent(finished)
         self._spool.close()
         return delivered
+
+    def _end_parent(self, finished: bool) -> bool:
+        try:
+            self.store.client.set_terminated(self.store.parent_id, "FINISHED" if finished else "KILLED")
+            self.store.release()
+        except UNREACHABLE as error:
+            self.error = first_line(error)
+        return not self.error
 
     def _append(self, kind: str, config: TrialConfig, **fields: Any) -> None:
         self._last_time = max(self._last_time + 1, time.time_ns() // 1_000_000)
@@ -227,58 +150,70 @@ class Recorder:
         self._wake.set()
 
     def _deliver_until_closed(self) -> None:
-        wait = 0.5
+        wait, shown_life_at = 0.5, time.monotonic()
         while not self._closing.is_set():
-            self._wake.wait()
+            self._wake.wait(HEARTBEAT_SECONDS)
             self._wake.clear()
             try:
                 self._deliver_pending()
+                if time.monotonic() - shown_life_at >= HEARTBEAT_SECONDS:
+                    self.store.show_life()
+                    shown_life_at = time.monotonic()
                 self.error, wait = "", 0.5
-            except (mlflow.exceptions.MlflowException, OSError) as error:
-                self.error = _first_line(error)
+            except UNREACHABLE as error:
+                self.error = first_line(error)
                 self._closing.wait(wait)
                 self._wake.set()
                 wait = min(2 * wait, LONGEST_WAIT_SECONDS)
 
-    def _deliver_pending(self) -> None:
+    def _deliver_pending(self) -> int:
+        count = 0
         while True:
             events, end = self._spool.pending()
             if not events:
-                return
+                return count
             by_trial = defaultdict(list)
             for event in events:
                 by_trial[event["trial_key"]].append(event)
             for trial_key, some in by_trial.items():
                 self._deliver(trial_key, some)
             self._spool.delivered(end)
+            count += len(events)
 
     def _deliver(self, trial_key: str, events: list[Event]) -> None:
         client = self.store.client
-        starts, ends = (([event for event in events if event["kind"] == kind]) for kind in ("start", "end"))
-        if trial_key not in self._run_ids:
-            self._run_ids[trial_key] = self._create_run(starts[0])
-        elif starts:
-            client.update_run(self._run_ids[trial_key], status="RUNNING")
+        for start in (event for event in events if event["kind"] == "start"):
+            self._begin_run(trial_key, start)
         run_id = self._run_ids[trial_key]
-        for part in _chunks(list(_metrics(events)), BATCH_SIZE):
-            client.log_batch(run_id, metrics=part)
-        if ends:
-            self._end_run(run_id, ends[-1])
+        metrics = list(_metrics(events))
+        tags = [RunTag(*tag) for event in events if event["kind"] == "epoch" for tag in event["tags"].items()]
+        for begin in range(0, len(metrics), BATCH_SIZE):
+            client.log_batch(run_id, metrics=metrics[begin : begin + BATCH_SIZE], tags=tags)
+        if events[-1]["kind"] == "end":
+            self._end_run(run_id, events[-1])
+        if events[-1]["kind"] == "rest":
+            client.set_terminated(run_id, "KILLED", events[-1]["time"])
 
-    def _create_run(self, start: Event) -> str:
-        client = self.store.client
-        tags = {**start["tags"], "mlflow.parentRunId": self._parent_id}
-        run = client.create_run(self.store.experiment_id, start["time"], tags, start["name"])
-        for part in _chunks([Param(name, value) for name, value in start["params"].items()], PARAM_BATCH_SIZE):
-            client.log_batch(run.info.run_id, params=part)
-        return str(run.info.run_id)
+    def _begin_run(self, trial_key: str, start: Event) -> None:
+        if trial_key not in self._run_ids and self.error:  # an attempt whose answer was lost may have made it
+            self._run_ids |= self.store.run_ids(trial_key)
+        if trial_key in self._run_ids:
+            self.store.client.update_run(self._run_ids[trial_key], status="RUNNING")
+        else:
+            tags = {**start["tags"], "mlflow.parentRunId": self.store.parent_id}
+            run = self.store.client.create_run(self.store.experiment_id, start["time"], tags, start["name"])
+            self._run_ids[trial_key] = run.info.run_id
+        params = [Param(name, value) for name, value in start["params"].items()]
+        for begin in range(0, len(params), PARAM_BATCH_SIZE):
+            self.store.client.log_batch(self._run_ids[trial_key], params=params[begin : begin + PARAM_BATCH_SIZE])
 
     def _end_run(self, run_id: str, end: Event) -> None:
         client = self.store.client
-        client.log_batch(run_id, tags=[RunTag(name, value) for name, value in end["tags"].items()])
-        if end["error"]:
+        last_words = end["error"].strip().splitlines()[-1][:500] if end["error"] else ""
+        if last_words:
             client.log_text(run_id, end["error"], "traceback.txt")
-            client.set_tag(run_id, "error", end["error"].strip().splitlines()[-1][:500])
+        tags = end["tags"] | ({"error": last_words} if last_words else {})
+        client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
         client.set_terminated(run_id, "FAILED" if end["status"] == "failed" else "FINISHED", end["time"])
 
 
@@ -291,15 +226,40 @@ def open_spool(folder: Path, store_uri: str, experiment: str) -> Spool:
         experiment: Its name.
 
     Raises:
-        InputError: The folder can't be written.
+        InputError: Another driver has it open, or the folder can't be written.
     """
     path = folder / f"{slug(store_uri, experiment)}.jsonl"
     try:
         return Spool(path)
+    except BlockingIOError as error:
+        mend = "wait for it or stop it"
+        raise InputError(f"experiment '{experiment}' is being run by another process from here; {mend}") from error
     except OSError as error:
         raise InputError(
             f"can't write to the spool {path}: {error.strerror}; free the disk or mend its rights"
         ) from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Deliver what waits in the spool of an experiment; return the exit code: 0, or 2 if it could not be done."""
+    parser = argparse.ArgumentParser(prog="python -m grid.record", description="Deliver what waits in a spool.")
+    parser.add_argument("--replay", action="store_true", required=True, help="deliver")
+    parser.add_argument("--experiment", required=True, metavar="NAME", help="MLflow experiment")
+    parser.add_argument("--store", metavar="URI", help="MLflow tracking URI (sqlite:///mlflow.db)")
+    parser.add_argument("--spool", type=Path, default=Path("spool"), metavar="DIR", help="folder of spools (spool)")
+    options = parser.parse_args(arguments)
+    try:
+        store = Store(check_store_uri(options.store), options.experiment)
+        spool = open_spool(options.spool.absolute(), store.uri, options.experiment)
+        try:
+            store.create()
+            print(f"{Recorder(store, spool).recover()} reports delivered to {store.uri}")
+        finally:
+            spool.close()
+    except InputError as error:
+        print(f"grid.record: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _metrics(events: Iterable[Event]) -> Iterable[Metric]:
@@ -308,9 +268,5 @@ def _metrics(events: Iterable[Event]) -> Iterable[Metric]:
             yield Metric(name, value, event["time"], event["epoch"])
 
 
-def _chunks(items: list[Any], size: int) -> Iterable[list[Any]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+if __name__ == "__main__":
+    sys.exit(main())

@@ -158,19 +158,25 @@ def expand(
     return sorted(trials, key=lambda trial: _draw(order_seed, trial.cell_key, trial.seed, trial.lr_scale))
 
 
-def draw_controls(trials: Sequence[TrialConfig], fraction: float, seed: int) -> frozenset[str]:
+def draw_controls(
+    trials: Sequence[TrialConfig], fraction: float, seed: int, begun: Mapping[str, bool] | None = None
+) -> frozenset[str]:
     """Draw the keys of the trials that are exempt from stopping, spread evenly over the levels of every factor.
 
     Args:
         trials: Where to draw from.
         fraction: Share of them in [0, 1]; above 0 it yields at least one.
         seed: Of the draw.
+        begun: Keys of the trials that have begun in an earlier run, and whether they are controls; they stay what they
+            are, and the draw fills up from the others.
     """
+    begun = begun or {}
     wanted = min(len(trials), max(round(fraction * len(trials)), 1 if fraction > 0 else 0))
-    pool = sorted(trials, key=lambda trial: _draw(seed, "control", trial.cell_key, trial.seed, trial.lr_scale))
-    drawn: list[TrialConfig] = []
-    counts: Counter[tuple[str, str]] = Counter()
-    while len(drawn) < wanted:
+    drawn = [trial for trial in trials if begun.get(trial.trial_key)]
+    fresh = [trial for trial in trials if trial.trial_key not in begun]
+    pool = sorted(fresh, key=lambda trial: _draw(seed, "control", trial.cell_key, trial.seed, trial.lr_scale))
+    counts = Counter(level for trial in drawn for level in trial.cell.items())
+    while pool and len(drawn) < wanted:
         rarest = min(pool[:64], key=lambda trial: sum(counts[level] for level in trial.cell.items()))
         pool.remove(rarest)
         drawn.append(rarest)

@@ -3,6 +3,7 @@
 One line of JSON per event. A second file holds how many bytes were delivered.
 """
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -19,12 +20,19 @@ class Spool:
         path: The file; it and its folder are made if missing. A line that a crash left half-written is cut off.
 
     Raises:
+        BlockingIOError: Another process has it open.
         OSError: The file can't be written.
     """
 
     def __init__(self, path: Path):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = path.with_suffix(".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
+        except BlockingIOError:
+            self._lock.close()
+            raise
         self._mark = path.with_suffix(".delivered")
         self._delivered = int(self._mark.read_text()) if self._mark.exists() else 0
         self._file = path.open("ab+")
@@ -63,11 +71,14 @@ class Spool:
         self._delivered = end
 
     def close(self) -> None:
-        """Close the file, and remove it if nothing waits in it."""
+        """Close the file, remove it if nothing waits in it, and let others have it; may be called twice."""
+        if self._file.closed:
+            return
         self._file.close()
         if self._delivered == self.path.stat().st_size:
             self._mark.unlink(missing_ok=True)
             self.path.unlink()
+        self._lock.close()
 
     def _cut_torn_line(self) -> None:
         content = self.path.read_bytes()

@@ -208,8 +208,8 @@ class Trial:
         self.net.load_state_dict(state["net"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
-        self._order.set_state(state["order"])
-        self._dropout.set_state(state["dropout"])
+        self._order.set_state(state["order"].cpu())
+        self._dropout.set_state(state["dropout"].cpu())
 
     def _train_epoch(self) -> tuple[float, float, float, bool]:
         self.net.train()

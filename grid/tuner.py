@@ -1,8 +1,9 @@
 """The only file that knows Ray: runs the trials of a grid as Ray Tune trials, stops them by ASHA, tells a listener."""
 
 import os
+import threading
 import traceback
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+import psutil  # noqa: E402
 import ray  # noqa: E402  (after the settings that it reads when imported)
 import torch  # noqa: E402
 from ray import tune  # noqa: E402
@@ -23,6 +25,7 @@ from ray.tune.experiment import Trial as TuneTrial  # noqa: E402
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler  # noqa: E402
 
 from grid.asha import Asha  # noqa: E402
+from grid.checkpoint import Checkpoints  # noqa: E402
 from grid.config import InputError, TrialConfig  # noqa: E402
 from grid.data import Dataset  # noqa: E402
 from grid.hardware import Packing, gpu_memory, pack  # noqa: E402
@@ -34,14 +37,17 @@ TRIES = 2
 """How often an epoch that raises is tried."""
 
 
+_leaving = threading.Event()
+
+
 class Listener(Protocol):
     """What is told how the trials go; called from the driver's main thread, and must return quickly."""
 
     def started(self, config: TrialConfig) -> None:
         """A trial has begun, for the first time or again."""
 
-    def reported(self, config: TrialConfig, report: EpochReport) -> None:
-        """An epoch has ended."""
+    def reported(self, config: TrialConfig, report: EpochReport, *, stopped: bool) -> None:
+        """An epoch has ended; `stopped` if ASHA has decided that it was the last."""
 
     def ended(self, config: TrialConfig, status: str, error: str) -> None:
         """A trial has ended with one of `grid.config.STATUSES`; `error` is the traceback of a failed one."""
@@ -89,8 +95,24 @@ def local_packing(concurrency: int | None) -> Packing:
     return pack(len(os.sched_getaffinity(0)), torch.cuda.device_count(), gpu_memory(), concurrency)
 
 
+def guard(on_death: Callable[[], None]) -> None:
+    """Watch over the processes of a private Ray, and call `on_death` from another thread if one of them dies."""
+    children = psutil.Process().children(recursive=True)
+    servers = [process for process in children if process.name() in ("gcs_server", "raylet")]
+    _leaving.clear()
+
+    def watch() -> None:
+        while not _leaving.wait(1.0):
+            if any(not server.is_running() or server.status() == psutil.STATUS_ZOMBIE for server in servers):
+                on_death()
+                return
+
+    threading.Thread(target=watch, name="guard", daemon=True).start()
+
+
 def disconnect() -> None:
     """Leave the cluster; a private one ends."""
+    _leaving.set()
     ray.shutdown()
 
 
@@ -102,6 +124,7 @@ def run_trials(
     asha: Asha,
     controls: Collection[str],
     packing: Packing,
+    checkpoints: Checkpoints,
     storage: str,
     experiment: str,
 ) -> None:
@@ -114,11 +137,12 @@ def run_trials(
         asha: Its rungs, with earlier arrivals if a grid is resumed.
         controls: Keys of the trials that are never stopped.
         packing: How many at once, with which resources.
+        checkpoints: Where trials are put down at rungs, and taken up if they were.
         storage: Folder or URI that all nodes reach.
         experiment: Name of Tune's folder in it.
     """
     worker = tune.with_resources(
-        tune.with_parameters(TrialWorker, dataset=dataset),
+        tune.with_parameters(TrialWorker, dataset=dataset, checkpoints=checkpoints, rungs=asha.rungs),
         {"CPU": packing.cpus_per_trial, "GPU": packing.gpus_per_trial},
     )
     tuner = tune.Tuner(
@@ -144,12 +168,19 @@ def run_trials(
 
 
 class TrialWorker(tune.Trainable):
-    """Trains one trial after another in one process, which keeps torch and the images."""
+    """Trains one trial after another in one process, which keeps torch and the images.
 
-    def setup(self, config: dict[str, Any], dataset: Dataset) -> None:  # type: ignore[override]
-        """Take up the first trial."""
+    A trial that goes on past a rung is put down first, so that the death of its worker costs at most one rung.
+    """
+
+    def setup(  # type: ignore[override]
+        self, config: dict[str, Any], dataset: Dataset, checkpoints: Checkpoints, rungs: tuple[int, ...]
+    ) -> None:
+        """Prepare for the first trial."""
         torch.set_num_threads(1)
         self._dataset = dataset
+        self._checkpoints = checkpoints
+        self._rungs = rungs
         self._data: DeviceData | None = None
         self._trial: Trial | None = None
 
@@ -163,7 +194,10 @@ class TrialWorker(tune.Trainable):
         config = TrialConfig.from_params(self.config["trial"])
         for attempt in range(TRIES):
             try:
-                report = self._take_up(config).run_epoch()
+                trial = self._take_up(config)
+                if trial.epoch in self._rungs:
+                    self._checkpoints.save(config.trial_key, trial.state_dict())
+                report = trial.run_epoch()
             except Exception:  # noqa: BLE001  (whatever it is, it is recorded as the trial's failure)
                 self._trial = None
                 if attempt == TRIES - 1:
@@ -177,6 +211,9 @@ class TrialWorker(tune.Trainable):
             self._data = DeviceData.of(self._dataset, config.device)
         if self._trial is None:
             self._trial = Trial(config, self._data)
+            state = self._checkpoints.load(config.trial_key, config.device)
+            if state is not None:
+                self._trial.load_state_dict(state)
         return self._trial
 
 
@@ -231,11 +268,12 @@ class _Bridge(_DriverOnly, tune.Callback):
     ) -> None:
         if "error" not in result:
             report = EpochReport(**{name: result[name] for name in EpochReport.__dataclass_fields__})
-            self._listener.reported(_config(trial), report)
+            ended = report.diverged or report.epoch == _config(trial).epochs
+            self._listener.reported(_config(trial), report, stopped=result["done"] and not ended)
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        status = _status(_config(trial), trial.last_result)
-        if status != "stopped" or not self._listener.interrupted:
+        if trial.last_result.get("done"):  # else the run is interrupted, and the trial goes on another time
+            status = _status(_config(trial), trial.last_result)
             self._listener.ended(_config(trial), status, trial.last_result.get("error", ""))
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:

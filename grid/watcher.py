@@ -1,16 +1,20 @@
 """Stands between Tune and the outside: passes what trials report to the recorder and the progress line."""
 
+import math
 import signal
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
+from grid.asha import Asha
+from grid.checkpoint import Checkpoints
 from grid.config import TrialConfig
 from grid.forecast import expected_epochs
 from grid.plan import Plan
 from grid.progress import Progress, Standing
-from grid.record import Recorder, StoredTrial
+from grid.record import Recorder
+from grid.store import StoredTrial
 from grid.trial import EpochReport
 
 FINAL = ("completed", "stopped", "diverged")
@@ -24,6 +28,7 @@ class Watcher:
         plan: All trials of the grid.
         stored: Trials that the store has from earlier runs.
         recorder: Where reports go.
+        checkpoints: Forgotten when a trial ends.
         rungs: Epochs at which ASHA decides.
         concurrency: Trials at once.
     """
@@ -33,52 +38,61 @@ class Watcher:
         plan: Plan,
         stored: Mapping[str, StoredTrial],
         recorder: Recorder,
+        checkpoints: Checkpoints,
         *,
-        rungs: Sequence[int],
+        rungs: tuple[int, ...],
         concurrency: int,
     ):
         known = {trial.trial_key: stored[trial.trial_key] for trial in plan.trials if trial.trial_key in stored}
-        self.todo = [
-            trial for trial in plan.trials if trial.trial_key not in known or known[trial.trial_key].status not in FINAL
-        ]
-        """Trials that have not ended, in the order in which they start."""
         self.standings = {key: _restore_standing(trial) for key, trial in known.items() if trial.status in FINAL}
         """How each trial that has ended stands, by its key."""
         self.interrupted = False
+        self.fault = ""
+        """Why nothing can be recorded any more; empty while it can."""
         self.total = len(plan.trials)
         self._accuracies = {key: list(trial.val_accuracies) for key, trial in known.items()}
         self._controls = plan.controls
         self._recorder = recorder
+        self._checkpoints = checkpoints
         self._rungs = rungs
-        self._running: set[str] = set()
+        self._running: dict[str, TrialConfig] = {}
         self.progress = Progress(
             total=self.total,
-            expected_epochs=expected_epochs(self.todo, plan.controls) if self.todo else {},
+            expected_epochs={},
             concurrency=concurrency,
             done=Counter(standing.status for standing in self.standings.values()),
         )
+        for trial in known.values():
+            self._end_if_over(trial)
+        self.todo = [trial for trial in plan.trials if trial.trial_key not in self.standings]
+        """Trials that have not ended, in the order in which they start."""
+        self.progress.expected_epochs = expected_epochs(self.todo, plan.controls) if self.todo else {}
 
     def started(self, config: TrialConfig) -> None:
         """Record the start of a trial."""
-        self._running.add(config.trial_key)
+        self._running[config.trial_key] = config
         self._accuracies.setdefault(config.trial_key, [])
-        self._recorder.trial_started(config, control=config.trial_key in self._controls)
+        self._keep(self._recorder.trial_started, config, control=config.trial_key in self._controls)
 
-    def reported(self, config: TrialConfig, report: EpochReport) -> None:
-        """Record an epoch, once: a trial that was begun anew reports its first epochs again."""
+    def reported(self, config: TrialConfig, report: EpochReport, *, stopped: bool) -> None:
+        """Record an epoch, once: a trial that was taken up again reports some epochs again."""
         accuracies = self._accuracies[config.trial_key]
         if report.epoch <= len(accuracies):
             return
         accuracies.append(report.val_accuracy)
-        self._recorder.epoch_ended(config, report.epoch, report.metrics, is_rung=report.epoch in self._rungs)
+        is_rung = report.epoch in self._rungs
+        self._keep(self._recorder.epoch_ended, config, report.epoch, report.metrics, is_rung=is_rung, stopped=stopped)
         self.progress.epoch_ended(config.cell, report.epoch_seconds, report.metrics.get("val_accuracy"))
 
     def ended(self, config: TrialConfig, status: str, error: str) -> None:
         """Record the end of a trial."""
-        self._running.discard(config.trial_key)
+        self._running.pop(config.trial_key, None)
         accuracies = self._accuracies.setdefault(config.trial_key, [])
-        best = max((accuracy for accuracy in accuracies if accuracy == accuracy), default=None)  # not NaN
-        self._recorder.trial_ended(config, status, epochs_run=len(accuracies), best_val_accuracy=best, error=error)
+        best = max((accuracy for accuracy in accuracies if not math.isnan(accuracy)), default=None)
+        figures = {"epochs_run": len(accuracies), "best_val_accuracy": best}
+        self._keep(self._recorder.trial_ended, config, status, **figures, error=error)
+        if not self.fault:
+            self._checkpoints.delete(config.trial_key)
         self.standings[config.trial_key] = Standing(
             cell=config.cell,
             seed=config.seed,
@@ -94,6 +108,12 @@ class Watcher:
         self.progress.running = len(self._running)
         self.progress.show()
 
+    def put_down(self) -> None:
+        """Record that the trials which still run rest until another run takes them up."""
+        for config in self._running.values():
+            self._keep(self._recorder.trial_put_down, config)
+        self._running.clear()
+
     @contextmanager
     def until_interrupted(self) -> Iterator[None]:
         """Let Ctrl-C and a polite kill end the run in good order; a second one ends it at once."""
@@ -107,6 +127,42 @@ class Watcher:
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.interrupted = True
         signal.signal(number, signal.SIG_DFL)
+
+    def _keep(self, record: Callable[..., None], config: TrialConfig, *values: object, **named: object) -> None:
+        """Record, or end the run: what is not on the disk must not look as if it had happened."""
+        if self.fault:
+            return
+        try:
+            record(config, *values, **named)
+        except OSError as error:
+            self.fault = f"can't write to the spool: {error.strerror}"
+            self.interrupted = True
+
+    def _end_if_over(self, trial: StoredTrial) -> None:
+        """Record the end of a trial whose driver died between its last epoch and its end."""
+        accuracies = trial.val_accuracies
+        if trial.status or not accuracies:
+            return
+        if trial.stopped_at is not None:
+            self.ended(trial.config, "stopped", "")
+        elif math.isnan(accuracies[-1]):
+            self.ended(trial.config, "diverged", "")
+        elif len(accuracies) == trial.config.epochs:
+            self.ended(trial.config, "completed", "")
+
+
+def restore_rungs(asha: Asha, stored: Mapping[str, StoredTrial]) -> None:
+    """Bring the rungs to where earlier runs left them: every recorded arrival, with the decision that was made."""
+    for key, trial in stored.items():
+        group = trial.config.model
+        for epoch in asha.rungs:
+            value = trial.metrics.get(f"val_accuracy_at_{epoch}")
+            if value is not None:
+                asha.restore(key, group=group, epoch=epoch, value=value, went_on=trial.stopped_at != epoch)
+        if trial.status == "diverged":
+            asha.diverge(key, group=group, epoch=int(trial.metrics["epochs_run"]))
+        elif trial.val_accuracies and math.isnan(trial.val_accuracies[-1]):
+            asha.diverge(key, group=group, epoch=len(trial.val_accuracies))
 
 
 def _restore_standing(trial: StoredTrial) -> Standing:

@@ -11,7 +11,7 @@ torch.set_num_threads(1)
 install_import_hook(["nets", "grid.trial"], "beartype.beartype")
 
 from grid.glyphs import ensure  # noqa: E402  (after the hook)
-from grid.record import Store  # noqa: E402
+from grid.store import Store  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ from analysis.rank import main as rank
 from grid import experiment
 from grid.config import EPOCH_METRICS, FACTORS, STATUSES, TrialConfig
 from grid.plan import Plan, make_plan
-from grid.record import Store
 from grid.run import main
+from grid.store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +51,7 @@ def test_a_grid_runs_to_its_table_and_the_store_holds_the_contract(
     manifest = json.loads(next((tmp_path / "mlartifacts").rglob("grid.json")).read_text())
     assert (manifest["cells"], manifest["trials"], manifest["rungs"]["epochs"]) == (8, 8, [1])
     assert manifest["settings"]["data_fingerprint"] == trials[0].data.params["data_fingerprint"]
-    assert list(tmp_path.glob("spool/*")) == []
+    assert list(tmp_path.glob("spool/*.jsonl")) == []
 
 
 def check_contract(run: Run, parent_id: str) -> None:

@@ -6,8 +6,9 @@ import pytest
 from mlflow.entities import Run
 
 from grid.config import EPOCH_METRICS, InputError, TrialConfig
-from grid.record import Recorder, Store, open_spool
+from grid.record import Recorder, open_spool
 from grid.spool import Spool
+from grid.store import Store
 
 CONFIG = TrialConfig(learning_rate=1e-3, epochs=3, batch_norm=True)
 METRICS = dict.fromkeys(EPOCH_METRICS, 0.25)
@@ -129,7 +130,7 @@ def test_what_was_recorded_reads_back(store: Store, recorder: Recorder) -> None:
 
 
 def test_more_trials_than_a_page_read_back(store: Store, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grid.record.PAGE_SIZE", 2)
+    monkeypatch.setattr("grid.store.PAGE_SIZE", 2)
     for seed in range(5):
         recorder.trial_started(TrialConfig(learning_rate=1.0, epochs=3, seed=seed), control=False)
     recorder.close(finished=False)

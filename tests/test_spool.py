@@ -73,12 +73,27 @@ def test_a_line_torn_by_a_crash_is_cut_off(path: Path) -> None:
     again.close()
 
 
-def test_a_spool_that_is_all_delivered_leaves_no_file(path: Path) -> None:
+def test_a_spool_is_open_in_one_place_at_a_time(path: Path) -> None:
+    spool = Spool(path)
+    with pytest.raises(BlockingIOError):
+        Spool(path)
+    spool.close()
+    Spool(path).close()
+
+
+def test_a_dead_process_does_not_keep_the_spool(path: Path) -> None:
+    opened = f"from pathlib import Path; from grid.spool import Spool; spool = Spool(Path({str(path)!r}))"
+    code = f"import os; {opened}; os._exit(1)"
+    subprocess.run([sys.executable, "-c", code], check=False)
+    Spool(path).close()
+
+
+def test_a_spool_that_is_all_delivered_leaves_no_events(path: Path) -> None:
     spool = Spool(path)
     spool.append({"name": "only"})
     spool.delivered(spool.pending()[1])
     spool.close()
-    assert list(path.parent.iterdir()) == []
+    assert list(path.parent.iterdir()) == [path.with_suffix(".lock")]
 
 
 def test_a_full_disk_is_an_error_and_leaves_no_half_line(path: Path) -> None:

@@ -10,6 +10,7 @@ import ray
 import torch
 
 from grid.asha import Asha
+from grid.checkpoint import Checkpoints
 from grid.config import TrialConfig
 from grid.data import Dataset, load
 from grid.hardware import Packing
@@ -38,7 +39,7 @@ class Notes:
     def started(self, config: TrialConfig) -> None:
         self.starts.append(config.trial_key)
 
-    def reported(self, config: TrialConfig, report: EpochReport) -> None:
+    def reported(self, config: TrialConfig, report: EpochReport, *, stopped: bool) -> None:
         self.reports.setdefault(config.trial_key, []).append(report)
 
     def ended(self, config: TrialConfig, status: str, error: str) -> None:
@@ -66,6 +67,7 @@ def dataset(glyphs_dir: Path) -> Dataset:
 def run(trials: list[TrialConfig], dataset: Dataset, packing: Packing, folder: Path, **changes: object) -> Notes:
     notes = Notes(**({"end_after": changes.pop("end_after")} if "end_after" in changes else {}))  # type: ignore[arg-type]
     settings = {"asha": Asha(()), "controls": (), "packing": packing, "storage": str(folder), "experiment": "test"}
+    settings["checkpoints"] = Checkpoints(str(folder), "test")
     run_trials(trials, dataset, notes, **(settings | changes))  # type: ignore[arg-type]
     return notes
 

@@ -1,3 +1,4 @@
+import errno
 import math
 import os
 import signal
@@ -7,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from grid.asha import Asha
+from grid.checkpoint import Checkpoints
 from grid.config import TrialConfig
 from grid.plan import Plan
-from grid.record import Recorder, Store, StoredTrial
+from grid.record import Recorder
 from grid.spool import Spool
+from grid.store import Store, StoredTrial
 from grid.trial import EpochReport
-from grid.watcher import Watcher
+from grid.watcher import Watcher, restore_rungs
 
 CONFIG = TrialConfig(learning_rate=1e-3, epochs=9)
 CONTROL = replace(CONFIG, seed=1)
@@ -24,7 +28,8 @@ def report(epoch: int, val_accuracy: float = 0.5) -> EpochReport:
 
 
 def stored(config: TrialConfig, status: str, epochs_run: int = 9, accuracies: tuple[float, ...] = ()) -> StoredTrial:
-    return StoredTrial("id", status, config, {"epochs_run": epochs_run, "best_val_accuracy": 0.7}, False, accuracies)
+    metrics = {"epochs_run": epochs_run, "best_val_accuracy": 0.7}
+    return StoredTrial("id", status, config, metrics, False, None, accuracies)
 
 
 @pytest.fixture
@@ -42,7 +47,8 @@ def spool(tmp_path: Path) -> Iterator[Spool]:
 
 
 def watch(store: Store, spool: Spool, known: dict[str, StoredTrial] | None = None) -> Watcher:
-    return Watcher(PLAN, known or {}, Recorder(store, spool), rungs=(1, 3), concurrency=2)
+    checkpoints = Checkpoints(str(spool.path.parent), "some grid")
+    return Watcher(PLAN, known or {}, Recorder(store, spool), checkpoints, rungs=(1, 3), concurrency=2)
 
 
 def events(spool: Spool, kind: str) -> list[dict[str, object]]:
@@ -53,7 +59,7 @@ def test_a_trial_is_recorded_from_start_to_end(store: Store, spool: Spool) -> No
     watcher = watch(store, spool)
     watcher.started(CONFIG)
     for epoch, accuracy in enumerate((0.5, 0.7, 0.6), start=1):
-        watcher.reported(CONFIG, report(epoch, accuracy))
+        watcher.reported(CONFIG, report(epoch, accuracy), stopped=False)
     watcher.ended(CONFIG, "stopped", "")
     assert [event["epoch"] for event in events(spool, "epoch")] == [1, 2, 3]
     (end,) = events(spool, "end")
@@ -66,7 +72,7 @@ def test_only_rungs_get_a_value_of_their_own(store: Store, spool: Spool) -> None
     watcher = watch(store, spool)
     watcher.started(CONFIG)
     for epoch in (1, 2, 3):
-        watcher.reported(CONFIG, report(epoch))
+        watcher.reported(CONFIG, report(epoch), stopped=False)
     names = [name for event in events(spool, "epoch") for name in dict(event["metrics"])]  # type: ignore[call-overload]
     assert [name for name in names if "_at_" in name] == ["val_accuracy_at_1", "val_accuracy_at_3"]
 
@@ -75,7 +81,7 @@ def test_an_epoch_that_comes_twice_is_recorded_once(store: Store, spool: Spool) 
     watcher = watch(store, spool)
     for _ in range(2):
         watcher.started(CONFIG)
-        watcher.reported(CONFIG, report(1))
+        watcher.reported(CONFIG, report(1), stopped=False)
     assert len(events(spool, "epoch")) == 1
 
 
@@ -83,7 +89,7 @@ def test_epochs_that_the_store_has_are_not_recorded_again(store: Store, spool: S
     watcher = watch(store, spool, {CONFIG.trial_key: stored(CONFIG, "", accuracies=(0.4, 0.9))})
     watcher.started(CONFIG)
     for epoch in (1, 2, 3):
-        watcher.reported(CONFIG, report(epoch))
+        watcher.reported(CONFIG, report(epoch), stopped=False)
     watcher.ended(CONFIG, "stopped", "")
     assert [event["epoch"] for event in events(spool, "epoch")] == [3]
     assert watcher.standings[CONFIG.trial_key].best_val_accuracy == 0.9
@@ -112,7 +118,7 @@ def test_controls_are_marked(store: Store, spool: Spool) -> None:
 def test_a_diverged_epoch_leaves_no_accuracy(store: Store, spool: Spool) -> None:
     watcher = watch(store, spool)
     watcher.started(CONFIG)
-    watcher.reported(CONFIG, report(1, math.nan))
+    watcher.reported(CONFIG, report(1, math.nan), stopped=False)
     watcher.ended(CONFIG, "diverged", "")
     (epoch,), (end,) = events(spool, "epoch"), events(spool, "end")
     assert "val_accuracy" not in dict(epoch["metrics"])  # type: ignore[call-overload]
@@ -131,3 +137,68 @@ def test_the_first_signal_asks_for_an_end_and_the_handlers_are_put_back(
         assert watcher.interrupted
         assert signal.getsignal(number) == signal.SIG_DFL
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize(
+    ("status", "stopped_at", "accuracies"),
+    [("stopped", 1, (0.4,)), ("completed", None, (0.4,) * 9), ("diverged", None, (0.4, math.nan))],
+)
+def test_a_trial_whose_driver_died_before_its_end_is_ended_and_not_run_again(
+    status: str, stopped_at: int | None, accuracies: tuple[float, ...], store: Store, spool: Spool
+) -> None:
+    unfinished = replace(stored(CONFIG, "", accuracies=accuracies), stopped_at=stopped_at)
+    watcher = watch(store, spool, {CONFIG.trial_key: unfinished})
+    assert watcher.todo == [CONTROL]
+    (end,) = events(spool, "end")
+    assert (end["status"], end["metrics"]) == (status, {"best_val_accuracy": 0.4, "epochs_run": len(accuracies)})
+
+
+def test_a_decision_to_stop_is_recorded_with_the_epoch_it_follows(store: Store, spool: Spool) -> None:
+    watcher = watch(store, spool)
+    watcher.started(CONFIG)
+    watcher.reported(CONFIG, report(1), stopped=True)
+    (epoch,) = events(spool, "epoch")
+    assert epoch["tags"] == {"stopped_at_epoch": "1"}
+
+
+def test_trials_that_still_run_are_put_down(store: Store, spool: Spool) -> None:
+    watcher = watch(store, spool)
+    watcher.started(CONFIG)
+    watcher.started(CONTROL)
+    watcher.ended(CONFIG, "completed", "")
+    watcher.put_down()
+    assert [event["trial_key"] for event in events(spool, "rest")] == [CONTROL.trial_key]
+
+
+def test_a_spool_that_cannot_be_written_ends_the_run_and_nothing_more_is_recorded(
+    store: Store, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watcher = watch(store, spool)
+    watcher.started(CONFIG)
+    monkeypatch.setattr("os.fdatasync", fail)
+    watcher.reported(CONFIG, report(1), stopped=False)
+    monkeypatch.undo()
+    watcher.ended(CONFIG, "completed", "")
+    assert (watcher.interrupted, watcher.fault) == (True, "can't write to the spool: No space left on device")
+    assert [event["kind"] for event in spool.pending()[0]] == ["start"]
+
+
+def fail(descriptor: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_rungs_after_a_resume_equal_the_rungs_before() -> None:
+    before, after = Asha((1, 3)), Asha((1, 3))
+    known = {}
+    for seed, accuracy in enumerate((0.5, 0.7, 0.3, 0.6, math.nan)):
+        config = replace(CONFIG, seed=seed)
+        if math.isnan(accuracy):
+            before.diverge(config.trial_key, group="mlp", epoch=1)
+            known[config.trial_key] = stored(config, "diverged", epochs_run=1)
+            continue
+        went_on = before.goes_on(config.trial_key, group="mlp", epoch=1, value=accuracy)
+        trial = stored(config, "completed" if went_on else "stopped")
+        trial.metrics["val_accuracy_at_1"] = accuracy  # type: ignore[index]
+        known[config.trial_key] = replace(trial, stopped_at=None if went_on else 1)
+    restore_rungs(after, known)
+    assert after == before

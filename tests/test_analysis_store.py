@@ -4,8 +4,9 @@ import pytest
 
 from analysis.store import read_trials
 from grid.config import FACTORS, InputError, TrialConfig
-from grid.record import Recorder, Store
+from grid.record import Recorder
 from grid.spool import Spool
+from grid.store import Store
 
 CONFIG = TrialConfig(learning_rate=1e-3, epochs=9, seed=3, lr_scale=0.5)
 

@@ -1,0 +1,59 @@
+"""Where trials are put down and taken up again: a small file per unfinished trial, on storage that all nodes reach."""
+
+import io
+import pickle
+from typing import Any
+from uuid import uuid4
+
+import torch
+from pyarrow import fs
+
+
+class Checkpoints:
+    """The checkpoints of one experiment.
+
+    A file appears whole or not at all, and is read with `weights_only=True`: tensors and plain values, no code.
+
+    Args:
+        storage: Absolute folder, or a URI that pyarrow knows, such as s3://BUCKET/FOLDER.
+        experiment: Name of the subfolder.
+    """
+
+    def __init__(self, storage: str, experiment: str):
+        self._filesystem, root = (
+            fs.FileSystem.from_uri(storage) if "://" in storage else (fs.LocalFileSystem(), storage)
+        )
+        self._folder = f"{root}/{experiment}/checkpoints"
+
+    def save(self, trial_key: str, state: dict[str, Any]) -> None:
+        """Put a trial down, in the place of its earlier checkpoint."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self._filesystem.create_dir(self._folder, recursive=True)
+        unfinished = f"{self._folder}/{trial_key}.{uuid4().hex}.part"
+        with self._filesystem.open_output_stream(unfinished) as file:
+            file.write(buffer.getvalue())
+        self._filesystem.move(unfinished, self._path(trial_key))
+
+    def load(self, trial_key: str, device: str) -> dict[str, Any] | None:
+        """Return the state of a trial on `device`; None if it was never put down, or its file is damaged."""
+        try:
+            with self._filesystem.open_input_stream(self._path(trial_key)) as file:
+                content = file.read()
+        except FileNotFoundError:
+            return None
+        try:
+            state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError):
+            return None  # the trial begins anew; its numbers are the same
+        return state
+
+    def delete(self, trial_key: str) -> None:
+        """Forget a trial; no error if there is nothing to forget."""
+        try:
+            self._filesystem.delete_file(self._path(trial_key))
+        except FileNotFoundError:
+            return
+
+    def _path(self, trial_key: str) -> str:
+        return f"{self._folder}/{trial_key}.pt"

@@ -1,0 +1,175 @@
+"""One experiment in an MLflow store, as the driver sees it: what is recorded, and whose turn it is to record.
+
+With `grid.record` the only file of `grid` that knows MLflow.
+"""
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import nan
+from pathlib import Path
+from typing import Any
+
+from grid.config import InputError, TrialConfig
+from grid.store_uri import artifact_location
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the recorder tries again, and looks what arrived
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+
+import mlflow.exceptions
+from mlflow.tracking import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError
+
+PAGE_SIZE = 1000
+DEAD_AFTER_SECONDS = 90.0
+"""Without a sign of life a driver on another host counts as dead."""
+UNREACHABLE = (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError)
+"""What a store raises that is down, locked or slow."""
+
+
+@dataclass(frozen=True)
+class StoredTrial:
+    """A trial as the store has it."""
+
+    run_id: str
+    status: str
+    """One of `grid.config.STATUSES`, or empty while it has not ended."""
+    config: TrialConfig
+    metrics: Mapping[str, float]
+    """Last value of each."""
+    control: bool
+    stopped_at: int | None = None
+    """Epoch after which ASHA stopped it."""
+    val_accuracies: tuple[float, ...] = ()
+    """After each recorded epoch of a trial that has to go on, NaN for a diverged one; empty for the others."""
+
+
+class Store:
+    """One experiment in an MLflow store.
+
+    Args:
+        uri: Checked by `grid.store_uri.check_store_uri`.
+        experiment: Made by `create` if missing.
+
+    Raises:
+        InputError: The store can't be opened.
+    """
+
+    def __init__(self, uri: str, experiment: str):
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        self.uri = uri
+        self.experiment = experiment
+        try:
+            self.client = MlflowClient(tracking_uri=uri)
+        except (*UNREACHABLE, ImportError) as error:
+            raise InputError(f"can't open the store {uri}: {first_line(error)}; pass another --store") from error
+        self.experiment_id = ""
+        self.parent_id = ""
+        """The run with tag `kind=grid`."""
+
+    def create(self) -> None:
+        """Make database, experiment and parent run where they are missing.
+
+        Raises:
+            InputError: The store can't be written, or the experiment was deleted in it.
+        """
+        try:
+            found = self.client.get_experiment_by_name(self.experiment)
+            if found is None:
+                location = artifact_location(self.uri, self.experiment)
+                tags = {"mlflow.experimentKind": "custom_model_development"}  # the UI's view for trainings
+                self.experiment_id = self.client.create_experiment(self.experiment, location, tags)
+            elif found.lifecycle_stage == "deleted":
+                mend = "restore it or pass another --experiment"
+                raise InputError(f"experiment '{self.experiment}' is deleted in {self.uri}; {mend}")
+            else:
+                self.experiment_id = found.experiment_id
+            parents = self.client.search_runs([self.experiment_id], "tags.kind = 'grid'", max_results=1)
+            parent = parents[0] if parents else self._create_parent()
+        except UNREACHABLE as error:
+            raise InputError(
+                f"can't write to the store {self.uri}: {first_line(error)}; pass another --store"
+            ) from error
+        self.parent_id = parent.info.run_id
+
+    def _create_parent(self) -> Any:
+        return self.client.create_run(self.experiment_id, tags={"kind": "grid"}, run_name=self.experiment)
+
+    def claim(self) -> None:
+        """Become the one driver of the experiment.
+
+        Raises:
+            InputError: Another one is alive.
+        """
+        tags = self.client.get_run(self.parent_id).data.tags
+        driver, seen = tags.get("driver", ""), float(tags.get("driver_seen", 0))
+        if driver and driver != _this_driver() and _is_alive(driver, seen):
+            raise InputError(
+                f"experiment '{self.experiment}' is being run by {driver} (alive {time.time() - seen:.0f} s ago); "
+                f"wait for it or stop it; if it is dead, its claim ends after {DEAD_AFTER_SECONDS:.0f} s"
+            )
+        self.client.set_tag(self.parent_id, "driver", _this_driver())
+        self.show_life()
+
+    def show_life(self) -> None:
+        """Renew the claim."""
+        self.client.set_tag(self.parent_id, "driver_seen", f"{time.time():.0f}")
+
+    def release(self) -> None:
+        """Give the claim up."""
+        self.client.set_tag(self.parent_id, "driver", "")
+
+    def run_ids(self, trial_key: str = "") -> dict[str, str]:
+        """Return trial key -> run id of all recorded trials, or of one."""
+        return {run.data.tags["trial_key"]: run.info.run_id for run in self._search(trial_key)}
+
+    def trials(self) -> dict[str, StoredTrial]:
+        """Return the recorded trials by their keys."""
+        return {run.data.tags["trial_key"]: self._stored(run) for run in self._search()}
+
+    def _search(self, trial_key: str = "") -> Iterable[Any]:
+        wanted = "tags.kind = 'trial'" + (f" and tags.trial_key = '{trial_key}'" if trial_key else "")
+        token = None
+        while token != "":
+            page = self.client.search_runs([self.experiment_id], wanted, max_results=PAGE_SIZE, page_token=token)
+            yield from page
+            token = page.token or ""
+
+    def _stored(self, run: Any) -> StoredTrial:
+        tags = run.data.tags
+        status = tags.get("status", "")
+        return StoredTrial(
+            run_id=run.info.run_id,
+            status=status,
+            config=TrialConfig.from_params(run.data.params),
+            metrics=run.data.metrics,
+            control=tags.get("control") == "true",
+            stopped_at=int(tags["stopped_at_epoch"]) if "stopped_at_epoch" in tags else None,
+            val_accuracies=self._accuracies(run.info.run_id) if status in ("", "failed") else (),
+        )
+
+    def _accuracies(self, run_id: str) -> tuple[float, ...]:
+        epochs = [point.step for point in self.client.get_metric_history(run_id, "epoch_seconds")]
+        accuracies = {point.step: point.value for point in self.client.get_metric_history(run_id, "val_accuracy")}
+        return tuple(accuracies.get(epoch, nan) for epoch in sorted(epochs))
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error as one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _this_driver() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def _is_alive(driver: str, seen: float) -> bool:
+    host, _, pid = driver.rpartition(":")
+    if host == socket.gethostname() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+        return False
+    return time.time() - seen < DEAD_AFTER_SECONDS
