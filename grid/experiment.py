@@ -113,9 +113,7 @@ def _conclude(request: Request, watcher: Watcher, undelivered: str) -> int:
     if undelivered:
         print(f"not everything has reached {request.store}: {undelivered}", file=sys.stderr)
         where = shlex.join(["--experiment", request.experiment, "--store", request.store])
-        print(
-            f"it is kept in {request.spool}; deliver it with:  python -m grid.record --replay {where}", file=sys.stderr
-        )
+        print(f"kept in {request.spool}; deliver it with:  python -m grid.record --replay {where}", file=sys.stderr)
     if watcher.fault:
         print(f"{watcher.fault}; free the disk, then go on with:  {_command()}", file=sys.stderr)
         return 1

@@ -1,0 +1,294 @@
+"""Does a grid survive? Runs one under a seeded schedule of faults, and compares its store with an undisturbed run's.
+
+    python -m benchmarks.chaos --kills 20 --seed 1
+
+Everything is real: drivers, Ray, an MLflow server on sqlite, SIGKILL. Linux; a full disk needs root, to mount a small
+one. The grid is repeated, each time as another experiment, until all faults have been injected.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from benchmarks.chaos_audit import Audit, audit
+
+GRID = ["--grid", "smoke", "--only", "model=mlp", "--per-class", "60", "--epochs", "9", "--seeds", "2"]
+PATIENCE_SECONDS = 300.0
+"""After which a driver that neither ends nor goes on counts as hanging."""
+SPOOL_BYTES = 4 * 2**20
+
+
+@dataclass
+class Arena:
+    """A folder with a server and a driver in it, and the means to hurt them."""
+
+    folder: Path
+    rng: random.Random
+    port: int
+    grid: list[str]
+    server: subprocess.Popen[bytes] | None = None
+    driver: subprocess.Popen[bytes] | None = None
+    starts: int = 0
+    """Drivers started so far."""
+    notes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def uri(self) -> str:
+        """Of the MLflow server."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def start_server(self) -> None:
+        """Start the MLflow server and wait until it answers."""
+        store = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
+        store += ["--artifacts-destination", str(self.folder / "artifacts")]
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), *store]
+        self.server = self._spawn([*command, "--workers", "1"], "server.log")
+        wait_until(lambda: answers(self.port), 120)
+
+    def stop_server(self) -> None:
+        """Kill the server and all its children."""
+        kill_tree(self.server)
+
+    def start_driver(self, experiment: str) -> None:
+        """Start the grid, or go on with it, and wait until trials run."""
+        command = [sys.executable, "-m", "grid.run", *self.grid, "--data-dir", str(self.folder / "data")]
+        self.starts += 1
+        log = f"driver-{self.starts}.log"
+        self.driver = self._spawn([*command, "--store", self.uri, "--experiment", experiment], log)
+        wait_until(lambda: self.ended() or "left to run" in (self.folder / log).read_text(), PATIENCE_SECONDS)
+
+    def ended(self) -> bool:
+        """Say whether the driver has ended."""
+        return self.driver is not None and self.driver.poll() is not None
+
+    def wait_for_driver(self, seconds: float = PATIENCE_SECONDS) -> int:
+        """Return the exit code of the driver; kill it if it does not end."""
+        assert self.driver is not None
+        try:
+            return self.driver.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.notes["hanging drivers killed"] += 1
+            kill_tree(self.driver)
+            return self.driver.wait()
+
+    def children(self, *names: str) -> list[psutil.Process]:
+        """Return the driver's descendants whose name holds one of `names`."""
+        assert self.driver is not None
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found = psutil.Process(self.driver.pid).children(recursive=True)
+            return [process for process in found if any(name in _name(process) for name in names)]
+        return []
+
+    def _spawn(self, command: list[str], log: str) -> subprocess.Popen[bytes]:
+        with (self.folder / log).open("ab") as file:
+            return subprocess.Popen(command, cwd=self.folder, stdout=file, stderr=file, start_new_session=True)
+
+
+def kill_driver(arena: Arena) -> None:
+    """SIGKILL the driver; what it leaves of Ray dies with it."""
+    assert arena.driver is not None
+    arena.driver.kill()
+    arena.driver.wait()
+
+
+def kill_worker(arena: Arena) -> None:
+    """SIGKILL one process that trains."""
+    for worker in arena.children("TrialWorker")[:1]:
+        worker.kill()
+
+
+def kill_ray(arena: Arena) -> None:
+    """SIGKILL every process of Ray under the driver, which has to notice."""
+    for process in arena.children("gcs_server", "raylet", "ray::"):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    arena.wait_for_driver()
+
+
+def restart_server(arena: Arena) -> None:
+    """SIGKILL the MLflow server and start it again after some seconds."""
+    arena.stop_server()
+    time.sleep(arena.rng.uniform(2, 10))
+    arena.start_server()
+
+
+def fill_disk(arena: Arena) -> None:
+    """Fill the disk that the spool lies on until the driver gives up, then free it."""
+    filler = arena.folder / "spool" / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(b"\0" * 4096):
+            pass
+    arena.wait_for_driver()
+    filler.unlink()
+
+
+def lock_database(arena: Arena) -> None:
+    """Lock the server's sqlite file for 30 s, longer than sqlite and MLflow wait."""
+    database = sqlite3.connect(arena.folder / "mlflow.db", timeout=60, isolation_level=None)
+    with contextlib.closing(database):
+        database.execute("BEGIN EXCLUSIVE")
+        time.sleep(30)
+        database.execute("ROLLBACK")
+
+
+FAULTS: dict[str, Callable[[Arena], None]] = {
+    "driver killed": kill_driver,
+    "worker killed": kill_worker,
+    "Ray killed": kill_ray,
+    "server killed": restart_server,
+    "spool disk full": fill_disk,
+    "database locked 30 s": lock_database,
+}
+
+
+def main() -> int:
+    """Inject the faults, print the table, and return 0 if nothing was lost, doubled or orphaned."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20, help="faults to inject")
+    parser.add_argument("--seed", type=int, default=1, help="of the schedule")
+    parser.add_argument("--seeds", type=int, default=2, help="replicates per cell of the grid: 8 trials each")
+    options = parser.parse_args()
+    rng = random.Random(options.seed)  # noqa: S311  (a schedule)
+    schedule = draw_schedule(options.kills, rng, can_mount=os.geteuid() == 0)
+    grid = [*GRID[:-1], str(options.seeds)]
+    with tempfile.TemporaryDirectory(prefix="chaos-") as name, small_disk(Path(name) / "spool"):
+        arena = Arena(Path(name), rng, free_port(), grid)
+        arena.start_server()
+        try:
+            arena.start_driver("undisturbed")
+            arena.wait_for_driver()
+            survived, experiments = run_schedule(arena, schedule)
+            result = audit(arena.uri, arena.folder, "undisturbed", experiments)
+        finally:
+            kill_tree(arena.driver)
+            arena.stop_server()
+    print_table(schedule, survived, result, arena.notes)
+    return 0 if result.clean and len(schedule) == sum(survived.values()) else 1
+
+
+def draw_schedule(kills: int, rng: random.Random, *, can_mount: bool) -> list[str]:
+    """Return the names of the faults in the order in which they strike: every kind about equally often."""
+    kinds = [name for name in FAULTS if can_mount or name != "spool disk full"]
+    schedule: list[str] = []
+    while len(schedule) < kills:
+        schedule += rng.sample(kinds, len(kinds))
+    return schedule[:kills]
+
+
+def run_schedule(arena: Arena, schedule: list[str]) -> tuple[Counter[str], list[str]]:
+    """Inject the faults in order; return how often the grid went on after each kind, and the experiments run."""
+    survived: Counter[str] = Counter()
+    waiting = list(schedule)
+    experiments: list[str] = []
+    while waiting:
+        experiments.append(f"disturbed-{len(experiments) + 1}")
+        code = 1
+        while code != 0:
+            begun = arena.starts
+            arena.start_driver(experiments[-1])
+            struck = strike(arena, waiting)
+            code = arena.wait_for_driver()
+            survived.update(struck)
+            if arena.starts > begun + 50:
+                raise RuntimeError("the grid does not come to an end")
+    return survived, experiments
+
+
+def strike(arena: Arena, waiting: list[str]) -> list[str]:
+    """Let one fault after another strike the running driver until it has ended; return those that struck."""
+    struck = []
+    while waiting:
+        time.sleep(arena.rng.uniform(0.5, 5))
+        if arena.ended():
+            break
+        struck.append(waiting.pop(0))
+        print(f"{time.strftime('%X')}  {len(waiting):>3} to come  {struck[-1]}", file=sys.stderr, flush=True)
+        FAULTS[struck[-1]](arena)
+    return struck
+
+
+def print_table(schedule: list[str], survived: Counter[str], result: Audit, notes: Counter[str]) -> None:
+    """Print what was injected and what came of it."""
+    print(f"{'fault':<22} {'injected':>8} {'survived':>8}")
+    for name, count in Counter(schedule).items():
+        print(f"{name:<22} {count:>8} {survived[name]:>8}")
+    print(f"{'in all':<22} {len(schedule):>8} {sum(survived.values()):>8}")
+    print(
+        f"{result.experiments} grids of {result.trials} trials, {result.values:,} values compared: {result.lost} lost, "
+        f"{result.doubled} doubled, {result.orphans} orphans, {result.different} different, "
+        f"{result.wrong_decisions} wrong decisions"
+    )
+    for note, count in notes.items():
+        print(f"{note}: {count}")
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """Mount a disk of a few megabytes at `folder`; a plain folder where this process is not root."""
+    folder.mkdir()
+    if os.geteuid() != 0:
+        yield
+        return
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SPOOL_BYTES}", "tmpfs", str(folder)], check=True)  # noqa: S607
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # noqa: S607
+
+
+def kill_tree(process: subprocess.Popen[bytes] | None) -> None:
+    """SIGKILL a process and its session, if it still runs."""
+    if process is not None and process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    """Wait for a condition.
+
+    Raises:
+        TimeoutError: It did not come true.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {seconds:.0f} s in vain")
+        time.sleep(0.1)
+
+
+def answers(port: int) -> bool:
+    """Say whether something listens."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _name(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+        return process.name()
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Compares the store of a disturbed grid with that of an undisturbed one: the arithmetic of `benchmarks.chaos`."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
+from grid.asha import Asha, rung_epochs
+from grid.config import STATUSES, TrialConfig
+
+TIMINGS = ("epoch_seconds", "samples_per_second")
+"""Metrics that no two runs share."""
+
+Histories = dict[str, list[tuple[int, float, int]]]
+"""Metric -> (step, value, time) as recorded."""
+
+
+@dataclass
+class Audit:
+    """What the comparison has found."""
+
+    experiments: int = 0
+    trials: int = 0
+    """Of the undisturbed grid."""
+    values: int = 0
+    """Metric values that both runs recorded."""
+    lost: int = 0
+    """Trials without a run or a final status, and epochs missing from a run."""
+    doubled: int = 0
+    """Second runs of a trial, second parents, second values of a run, metric and step."""
+    orphans: int = 0
+    """Runs left running, reports left in a spool, checkpoints left of ended trials."""
+    different: int = 0
+    """Values that differ from the undisturbed ones, and controls that ended otherwise."""
+    wrong_decisions: int = 0
+    """Stops and goes that ASHA does not make when the recorded arrivals are replayed in their order."""
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is wrong."""
+        return not (self.lost or self.doubled or self.orphans or self.different or self.wrong_decisions)
+
+
+@dataclass
+class Recorded:
+    """One trial as an experiment has it."""
+
+    config: TrialConfig
+    tags: dict[str, str]
+    epochs_run: int
+    histories: Histories
+
+
+def audit(uri: str, folder: Path, reference: str, experiments: list[str]) -> Audit:
+    """Compare experiments of a store with a reference experiment.
+
+    Args:
+        uri: Of the store.
+        folder: Where the drivers ran: holds `spool` and `storage`.
+        reference: The undisturbed experiment.
+        experiments: The disturbed ones.
+    """
+    client = MlflowClient(tracking_uri=uri)
+    found = Audit(experiments=len(experiments))
+    wanted = _read(client, reference, Audit())
+    found.trials = len(wanted)
+    for experiment in experiments:
+        trials = _read(client, experiment, found)
+        found.lost += len(set(wanted) - set(trials))
+        for key, trial in trials.items():
+            _compare(trial, wanted[key], found)
+        found.wrong_decisions += wrong_decisions(list(trials.values()))
+    found.orphans += len(list((folder / "spool").glob("*.jsonl")))
+    found.orphans += len(list((folder / "storage").glob("*/checkpoints/*")))
+    return found
+
+
+def wrong_decisions(trials: list[Recorded]) -> int:
+    """Count the recorded decisions that ASHA would not make, given the recorded arrivals in their order."""
+    asha = Asha(rung_epochs(trials[0].config.epochs))
+    arrivals = []
+    for trial in trials:
+        for epoch in asha.rungs:
+            for _, value, when in trial.histories.get(f"val_accuracy_at_{epoch}", []):
+                arrivals.append((when, epoch, value, trial))
+    wrong = 0
+    for _, epoch, value, trial in sorted(arrivals, key=lambda arrival: arrival[0]):
+        config, control = trial.config, trial.tags["control"] == "true"
+        goes_on = asha.goes_on(config.trial_key, group=config.model, epoch=epoch, value=value, control=control)
+        wrong += goes_on == (trial.tags.get("stopped_at_epoch") == str(epoch))
+    return wrong
+
+
+def _read(client: MlflowClient, experiment: str, found: Audit) -> dict[str, Recorded]:
+    (found_experiment,) = client.search_experiments(filter_string=f"name = '{experiment}'")
+    runs = client.search_runs([found_experiment.experiment_id], max_results=5000)
+    kinds = Counter(run.data.tags["kind"] for run in runs)
+    found.doubled += kinds["grid"] - 1
+    trials: dict[str, Recorded] = {}
+    for run in runs:
+        found.orphans += run.info.status == "RUNNING"
+        if run.data.tags["kind"] == "trial":
+            found.doubled += run.data.tags["trial_key"] in trials
+            found.lost += run.data.tags.get("status") not in STATUSES
+            trials[run.data.tags["trial_key"]] = _recorded(client, run)
+    return trials
+
+
+def _recorded(client: MlflowClient, run: Run) -> Recorded:
+    histories = {
+        name: [(point.step, point.value, point.timestamp) for point in client.get_metric_history(run.info.run_id, name)]
+        for name in run.data.metrics
+    }
+    config = TrialConfig.from_params(run.data.params)
+    return Recorded(config, run.data.tags, int(run.data.metrics.get("epochs_run", 0)), histories)
+
+
+def _compare(trial: Recorded, wanted: Recorded, found: Audit) -> None:
+    for name, points in trial.histories.items():
+        steps = [step for step, _, _ in points]
+        found.doubled += len(steps) - len(set(steps))
+        if name in ("val_accuracy", *TIMINGS):
+            found.lost += len(set(range(1, trial.epochs_run + 1)) - set(steps))
+        if name in TIMINGS or ("_at_" not in name and name in ("best_val_accuracy", "epochs_run")):
+            continue
+        expected = {step: value for step, value, _ in wanted.histories.get(name, [])}
+        shared = [(value, expected[step]) for step, value, _ in points if step in expected]
+        found.values += len(shared)
+        found.different += sum(value != other for value, other in shared)
+    if trial.tags["control"] == "true":
+        found.different += trial.tags.get("status") != wanted.tags["status"]
