@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -155,15 +155,17 @@ FAULTS: dict[str, Callable[[Arena], None]] = {
 }
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Inject the faults, print the table, and return 0 if nothing was lost, doubled or orphaned."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, help="faults to inject")
     parser.add_argument("--seed", type=int, default=1, help="of the schedule")
     parser.add_argument("--seeds", type=int, default=2, help="replicates per cell of the grid: 8 trials each")
-    options = parser.parse_args()
+    parser.add_argument("--fault", action="append", choices=list(FAULTS), help="inject this kind only; may be repeated")
+    options = parser.parse_args(arguments)
     rng = random.Random(options.seed)  # noqa: S311  (a schedule)
-    schedule = draw_schedule(options.kills, rng, can_mount=os.geteuid() == 0)
+    kinds = options.fault or [name for name in FAULTS if name != "spool disk full" or os.geteuid() == 0]
+    schedule = draw_schedule(options.kills, rng, kinds)
     grid = [*GRID[:-1], str(options.seeds)]
     with tempfile.TemporaryDirectory(prefix="chaos-") as name, small_disk(Path(name) / "spool"):
         arena = Arena(Path(name), rng, free_port(), grid)
@@ -180,9 +182,8 @@ def main() -> int:
     return 0 if result.clean and len(schedule) == sum(survived.values()) else 1
 
 
-def draw_schedule(kills: int, rng: random.Random, *, can_mount: bool) -> list[str]:
+def draw_schedule(kills: int, rng: random.Random, kinds: Sequence[str]) -> list[str]:
     """Return the names of the faults in the order in which they strike: every kind about equally often."""
-    kinds = [name for name in FAULTS if can_mount or name != "spool disk full"]
     schedule: list[str] = []
     while len(schedule) < kills:
         schedule += rng.sample(kinds, len(kinds))
