@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,52 @@ def test_the_same_command_again_runs_nothing_twice_and_one_more_seed_only_what_i
     assert len(runs(store_uri, "grid")) == 1
     assert rank(["--experiment", "smoke-glyphs", "--store", store_uri]) == 0
     assert "8 of 8 cells shown; 16 trials" in capfd.readouterr().out
+
+
+def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
+    """Start the command and wait until trials run."""
+    command = [sys.executable, "-m", "grid.run", *arguments]
+    log = folder / f"log-{len(list(folder.glob('log-*')))}"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, text=True, start_new_session=True)
+    while "left to run" not in log.read_text() and process.poll() is None:
+        time.sleep(0.1)
+    return process
+
+
+def test_ctrl_c_ends_in_good_order_and_a_second_driver_is_refused(
+    arguments: list[str], store_uri: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*arguments, "--epochs", "200"]
+    process = start(arguments, tmp_path)
+    try:
+        assert main(arguments) == 2
+        assert capfd.readouterr().err.startswith("grid.run: experiment 'smoke-glyphs' is being run by another process")
+        while not [run for run in runs(store_uri, "trial") if "val_accuracy" in run.data.metrics]:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(100) == 130
+    finally:
+        process.kill()
+    log = (tmp_path / "log-0").read_text()
+    assert f"interrupted; go on with:  python -m grid.run {' '.join(arguments)}" in log
+    assert "Traceback" not in log
+    assert "KILLED" in {run.info.status for run in runs(store_uri, "trial")} <= {"KILLED", "FINISHED"}
+    assert list(tmp_path.glob("spool/*.jsonl")) == []
+
+
+def test_a_grid_of_another_budget_is_refused_and_nothing_changes(
+    arguments: list[str], store_uri: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    only = [*arguments, "--only", "batch_norm=on", "--only", "dropout=off"]
+    assert main(only) == 0
+    before = [run.to_dictionary() for run in runs(store_uri, "trial")]
+    assert main([*only, "--epochs", "5"]) == 2
+    message = "experiment 'smoke-glyphs' was trained with other settings: epochs (3, now 5)"
+    assert capfd.readouterr().err.startswith(f"grid.run: {message}")
+    assert [run.to_dictionary() for run in runs(store_uri, "trial")] == before
+    (parent,) = runs(store_uri, "grid")
+    assert (parent.info.status, parent.data.tags["driver"]) == ("FINISHED", "")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the trial fails for want of a GPU")

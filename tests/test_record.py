@@ -6,7 +6,7 @@ import pytest
 from mlflow.entities import Run
 
 from grid.config import EPOCH_METRICS, InputError, TrialConfig
-from grid.record import Recorder, open_spool
+from grid.record import Recorder, main, open_spool
 from grid.spool import Spool
 from grid.store import Store
 
@@ -184,3 +184,115 @@ def test_a_database_that_cannot_be_reached_is_refused() -> None:
 def test_a_spool_folder_that_cannot_be_written_is_refused() -> None:
     with pytest.raises(InputError, match="^can't write to the spool /proc/spool/"):
         open_spool(Path("/proc/spool"), "sqlite:////x.db", "some grid")
+
+
+def test_a_spool_in_use_is_refused(tmp_path: Path) -> None:
+    spool = open_spool(tmp_path, "sqlite:////x.db", "some grid")
+    with pytest.raises(InputError, match="^experiment 'some grid' is being run by another process from here"):
+        open_spool(tmp_path, "sqlite:////x.db", "some grid")
+    spool.close()
+
+
+def leave_in_spool(store: Store, folder: Path) -> None:
+    """Report a trial as a driver that dies before anything is delivered."""
+    spool = open_spool(folder, store.uri, store.experiment)
+    record_trial(Recorder(store, spool))
+    spool.close()
+
+
+def test_what_a_dead_driver_left_is_delivered_first_and_once(store: Store, tmp_path: Path) -> None:
+    leave_in_spool(store, tmp_path)
+    for expected in (5, 0):
+        spool = open_spool(tmp_path, store.uri, store.experiment)
+        assert Recorder(store, spool).recover() == expected
+        spool.close()
+    (run,) = runs(store)
+    assert (run.data.tags["status"], run.data.metrics["epochs_run"]) == ("completed", 3)
+
+
+def test_delivering_twice_doubles_nothing(store: Store, tmp_path: Path) -> None:
+    leave_in_spool(store, tmp_path)
+    (path,) = tmp_path.glob("*.jsonl")
+    reports = path.read_bytes()
+    for _ in range(2):  # the second time as if the note of the delivery had been lost
+        path.write_bytes(reports)
+        spool = open_spool(tmp_path, store.uri, store.experiment)
+        assert Recorder(store, spool).recover() == 5
+        spool.close()
+    (run,) = runs(store)
+    history = store.client.get_metric_history(run.info.run_id, "val_accuracy")
+    assert [point.step for point in history] == [1, 2, 3]
+
+
+def test_a_run_that_was_made_although_the_answer_was_lost_is_not_made_again(
+    store: Store, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_run = store.client.create_run
+    attempts = []
+
+    def lose_the_answer(*given: object) -> object:
+        attempts.append(create_run(*given))
+        if len(attempts) == 1:
+            raise OSError("connection reset")
+        return attempts[-1]
+
+    monkeypatch.setattr(store.client, "create_run", lose_the_answer)
+    record_trial(recorder)
+    assert recorder.close(finished=True)
+    assert len(runs(store)) == len(attempts) == 1
+
+
+def test_a_store_that_does_not_take_old_reports_is_told(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_in_spool(store, tmp_path)
+    monkeypatch.setattr(store.client, "search_runs", lambda *given, **named: (_ for _ in ()).throw(OSError("gone")))
+    spool = open_spool(tmp_path, store.uri, store.experiment)
+    with pytest.raises(InputError, match=r"^can't write to the store .*: gone; the reports of an earlier run stay in"):
+        Recorder(store, spool).recover()
+    spool.close()
+
+
+def test_the_command_delivers_what_is_left(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    leave_in_spool(store, tmp_path)
+    where = ["--experiment", store.experiment, "--store", store.uri, "--spool", str(tmp_path)]
+    assert main(["--replay", *where]) == 0
+    assert capsys.readouterr().out == f"5 reports delivered to {store.uri}\n"
+    assert len(runs(store)) == 1
+
+
+def test_the_command_says_what_is_wrong_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--replay", "--experiment", "x", "--store", "foo://x"]) == 2
+    assert capsys.readouterr().err.startswith("grid.record: can't open the store 'foo://x'")
+
+
+def test_a_trial_that_was_put_down_is_not_left_running_and_goes_on_in_the_same_run(
+    store: Store, recorder: Recorder, tmp_path: Path
+) -> None:
+    recorder.trial_started(CONFIG, control=False)
+    recorder.trial_put_down(CONFIG)
+    recorder.close(finished=False)
+    assert [run.info.status for run in runs(store)] == ["KILLED"]
+    again = Recorder(store, Spool(tmp_path / "again.jsonl"))
+    again.begin({}, store.trials())
+    record_trial(again)
+    again.close(finished=True)
+    assert [run.info.status for run in runs(store)] == ["FINISHED"]
+
+
+def test_runs_that_a_dead_driver_left_running_are_closed(store: Store, recorder: Recorder, tmp_path: Path) -> None:
+    recorder.trial_started(CONFIG, control=False)
+    recorder.close(finished=False)  # no word of the trial: the driver died
+    assert [run.info.status for run in runs(store)] == ["RUNNING"]
+    again = Recorder(store, Spool(tmp_path / "again.jsonl"))
+    again.begin({}, store.trials())
+    again.close(finished=False)
+    assert [run.info.status for run in runs(store)] == ["KILLED"]
+
+
+def test_a_stop_is_known_as_soon_as_its_epoch(store: Store, recorder: Recorder) -> None:
+    recorder.trial_started(CONFIG, control=False)
+    recorder.epoch_ended(CONFIG, 1, METRICS, is_rung=True, stopped=True)
+    recorder.close(finished=False)
+    trial = store.trials()[CONFIG.trial_key]
+    assert (trial.status, trial.stopped_at) == ("", 1)

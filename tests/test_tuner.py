@@ -1,5 +1,7 @@
 """Ray for real: one private cluster for all tests of the file."""
 
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -130,6 +132,41 @@ def test_an_interruption_leaves_trials_without_an_end(dataset: Dataset, packing:
     notes = run(trials, dataset, packing, tmp_path, end_after=4)
     assert notes.ends == {}
     assert 4 <= sum(map(len, notes.reports.values())) < 50
+
+
+class Killer(Notes):
+    """Kills the worker once, as soon as a trial has reported a number of epochs."""
+
+    def __init__(self, after: int):
+        super().__init__()
+        self.after = after
+        self.killed: set[int] = set()
+
+    def reported(self, config: TrialConfig, report: EpochReport, *, stopped: bool) -> None:
+        super().reported(config, report, stopped=stopped)
+        if report.epoch >= self.after and not self.killed:
+            self.killed = worker_pids()
+            for pid in self.killed:
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_the_death_of_a_worker_costs_at_most_a_rung_and_no_bit(
+    dataset: Dataset, packing: Packing, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, epochs=6, optimizer="adam", lr_schedule="cosine", dropout=True)
+    notes = Killer(after=4)
+    checkpoints = Checkpoints(str(tmp_path), "test")
+    settings = {"controls": (), "packing": packing, "storage": str(tmp_path), "experiment": "test"}
+    run_trials([config], dataset, notes, asha=Asha((1, 3)), checkpoints=checkpoints, **settings)  # type: ignore[arg-type]
+    assert notes.killed
+    assert notes.ends == {config.trial_key: ("completed", "")}
+    epochs = [report.epoch for report in notes.reports[config.trial_key]]
+    assert epochs[-3:] == [4, 5, 6]
+    assert epochs[: epochs.index(4) + 1] == [1, 2, 3, 4]
+    assert set(epochs[epochs.index(4) + 1 :]) <= {4, 5, 6}  # taken up behind epoch 3, not begun anew
+    last = {report.epoch: report.val_loss for report in notes.reports[config.trial_key]}
+    plain = {report.epoch: report.val_loss for report in train(config, DeviceData.of(dataset)).reports}
+    assert last == plain
 
 
 def test_a_private_ray_listens_on_this_machine_alone(packing: Packing) -> None:

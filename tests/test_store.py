@@ -1,0 +1,59 @@
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from grid.config import InputError
+from grid.store import DEAD_AFTER_SECONDS, Store, first_line
+
+
+@pytest.fixture
+def store(store_uri: str) -> Store:
+    store = Store(store_uri, "some grid")
+    store.create()
+    return store
+
+
+def claim_as(store: Store, driver: str, seconds_ago: float = 0.0) -> None:
+    store.client.set_tag(store.parent_id, "driver", driver)
+    store.client.set_tag(store.parent_id, "driver_seen", str(time.time() - seconds_ago))
+
+
+def test_there_is_one_parent_run_however_often_an_experiment_is_made(store: Store) -> None:
+    again = Store(store.uri, "some grid")
+    again.create()
+    assert (again.experiment_id, again.parent_id) == (store.experiment_id, store.parent_id)
+
+
+def test_a_second_driver_is_told_who_is_first(store: Store) -> None:
+    claim_as(store, "elsewhere:42", seconds_ago=5)
+    with pytest.raises(InputError, match=r"^experiment 'some grid' is being run by elsewhere:42 \(alive 5 s ago\)"):
+        store.claim()
+    assert store.client.get_run(store.parent_id).data.tags["driver"] == "elsewhere:42"
+
+
+def test_a_silent_driver_elsewhere_is_passed_over(store: Store) -> None:
+    claim_as(store, "elsewhere:42", seconds_ago=DEAD_AFTER_SECONDS + 1)
+    store.claim()
+    assert store.client.get_run(store.parent_id).data.tags["driver"].endswith(f":{os.getpid()}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_dead_driver_on_this_machine_is_passed_over_at_once(store: Store) -> None:
+    code = f"from grid.store import Store; s = Store({store.uri!r}, 'some grid'); s.create(); s.claim()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    store.claim()
+
+
+def test_a_claim_can_be_renewed_and_given_up(store: Store) -> None:
+    store.claim()
+    store.claim()
+    store.release()
+    assert store.client.get_run(store.parent_id).data.tags["driver"] == ""
+
+
+@pytest.mark.parametrize(("error", "line"), [(ValueError("one\ntwo"), "one"), (ValueError(), "ValueError")])
+def test_an_error_becomes_one_line(error: Exception, line: str) -> None:
+    assert first_line(error) == line
