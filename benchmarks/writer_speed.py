@@ -55,6 +55,9 @@ def main() -> None:
     )
     print_speed("grid.record", ours)
     print_speed("MLflowLoggerCallback", rays)
+    third = len(ours.lags) // 3
+    early, late = statistics.median(ours.lags[:third]), statistics.median(ours.lags[-third:])
+    print(f"lag of grid.record, median of the first third {early:.2f} s, of the last {late:.2f} s")
     ratio = statistics.median(rays.costs) / statistics.median(ours.costs)
     print(f"a report holds the driver {ratio:,.0f} times as long with Ray's callback (medians of one run)")
 

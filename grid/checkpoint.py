@@ -55,5 +55,9 @@ class Checkpoints:
         except FileNotFoundError:
             return
 
+    def clear(self) -> None:
+        """Forget all trials, and what killed workers left half-written."""
+        self._filesystem.delete_dir_contents(self._folder, missing_dir_ok=True)
+
     def _path(self, trial_key: str) -> str:
         return f"{self._folder}/{trial_key}.pt"

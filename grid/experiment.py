@@ -97,7 +97,10 @@ def _run_connected(request: Request, dataset: Dataset, packing: Packing, spool: 
             )
             watcher.progress.show(last=True)
         watcher.put_down()
-        delivered = recorder.close(finished=len(watcher.standings) == watcher.total)
+        finished = len(watcher.standings) == watcher.total
+        if finished:
+            checkpoints.clear()
+        delivered = recorder.close(finished=finished)
     return _conclude(request, watcher, "" if delivered else recorder.error)
 
 

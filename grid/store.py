@@ -25,6 +25,8 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 PAGE_SIZE = 1000
+CLAIM_SETTLES_SECONDS = 0.5
+"""Of two drivers that claim an experiment within this time the later one has it."""
 DEAD_AFTER_SECONDS = 90.0
 """Without a sign of life a driver on another host counts as dead."""
 UNREACHABLE = (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError)
@@ -115,6 +117,9 @@ class Store:
             )
         self.client.set_tag(self.parent_id, "driver", _this_driver())
         self.show_life()
+        time.sleep(CLAIM_SETTLES_SECONDS)
+        if self.client.get_run(self.parent_id).data.tags["driver"] != _this_driver():
+            raise InputError(f"experiment '{self.experiment}' was claimed by another driver just now; wait for it")
 
     def show_life(self) -> None:
         """Renew the claim."""

@@ -53,6 +53,17 @@ def test_replaying_the_arrivals_rebuilds_rungs_and_decisions(accuracies: list[fl
     assert first.arrivals("mlp", 1) == again.arrivals("mlp", 1)
 
 
+@given(values, st.data())
+def test_a_resumed_driver_decides_as_an_undisturbed_one(accuracies: list[float], data: st.DataObject) -> None:
+    cut = data.draw(st.integers(0, len(accuracies)))
+    undisturbed, resumed = Asha((1,)), Asha((1,))
+    decisions = arrive(undisturbed, accuracies)
+    for index, (value, went_on) in enumerate(zip(accuracies[:cut], decisions[:cut], strict=True)):
+        resumed.restore(f"mlp {index}", group="mlp", epoch=1, value=value, went_on=went_on)
+    assert arrive(resumed, accuracies) == decisions  # the first ones come again, as trials do that are taken up
+    assert resumed == undisturbed
+
+
 def test_between_rungs_every_trial_goes_on_and_nothing_is_recorded() -> None:
     asha = Asha((1, 3))
     assert arrive(asha, [0.9, 0.1], epoch=2) == [True, True]

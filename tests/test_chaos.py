@@ -105,7 +105,8 @@ def test_every_kind_of_fault_strikes_about_equally_often() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="kills by what Linux shows of processes")
-def test_a_grid_survives_dying_drivers_workers_and_servers(capsys: pytest.CaptureFixture[str]) -> None:
-    faults = ["--fault", "driver killed", "--fault", "worker killed", "--fault", "server killed"]
-    assert main(["--kills", "3", "--seeds", "1", *faults]) == 0
+def test_a_grid_survives_what_dies_around_it(capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = ["driver killed", "worker killed", "server killed", "Ray killed"]
+    faults = [word for kind in kinds for word in ("--fault", kind)]
+    assert main(["--kills", "4", "--seeds", "1", *faults]) == 0
     assert "0 lost, 0 doubled, 0 orphans, 0 different, 0 wrong decisions" in capsys.readouterr().out

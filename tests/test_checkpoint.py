@@ -37,6 +37,14 @@ def test_a_deleted_state_is_gone_and_may_be_deleted_again(checkpoints: Checkpoin
     assert checkpoints.load("key", "cpu") is None
 
 
+def test_clearing_leaves_nothing_and_may_be_done_again(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    checkpoints.clear()
+    checkpoints.save("key", {"epoch": 1})
+    (tmp_path / "some grid" / "checkpoints" / "other.part").touch()
+    checkpoints.clear()
+    assert list((tmp_path / "some grid" / "checkpoints").iterdir()) == []
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 torn"])
 def test_a_damaged_file_counts_as_none(content: bytes, checkpoints: Checkpoints, tmp_path: Path) -> None:
     checkpoints.save("key", {"epoch": 1})

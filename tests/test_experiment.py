@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from mlflow.entities import Run
@@ -17,6 +18,8 @@ from analysis.rank import main as rank
 from grid import experiment
 from grid.config import EPOCH_METRICS, FACTORS, STATUSES, TrialConfig
 from grid.plan import Plan, make_plan
+from grid.record import Recorder
+from grid.record import main as replay
 from grid.run import main
 from grid.store import Store
 
@@ -130,6 +133,32 @@ def test_a_grid_of_another_budget_is_refused_and_nothing_changes(
     assert [run.to_dictionary() for run in runs(store_uri, "trial")] == before
     (parent,) = runs(store_uri, "grid")
     assert (parent.info.status, parent.data.tags["driver"]) == ("FINISHED", "")
+
+
+def test_a_server_that_is_down_at_the_end_is_told_with_what_to_do(
+    arguments: list[str], store_uri: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*given: object, **named: object) -> None:
+        raise OSError("the cable is cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlflow.tracking.MlflowClient.log_batch", refuse)
+        patch.setattr(Recorder.close, "__kwdefaults__", {"patience_seconds": 1.0})
+        assert main([*arguments, "--only", "batch_norm=on"]) == 1
+    err = capfd.readouterr().err
+    assert re.match(r"^not everything has reached sqlite.*: the cable is cut\nkept in .*/spool; deliver it with: ", err)
+    assert replay(["--replay", "--experiment", "smoke-glyphs", "--store", store_uri]) == 0
+    assert [run.data.tags["status"] in STATUSES for run in runs(store_uri, "trial")] == [True] * 4
+
+
+def test_the_death_of_ray_ends_the_driver_with_the_command_that_goes_on(arguments: list[str], tmp_path: Path) -> None:
+    process = start([*arguments, "--epochs", "200"], tmp_path)
+    (raylet,) = [one for one in psutil.Process(process.pid).children(recursive=True) if one.name() == "raylet"]
+    raylet.kill()
+    assert process.wait(100) == 1
+    assert (
+        "Ray has died under the run; go on with:  python -m grid.run --grid smoke" in (tmp_path / "log-0").read_text()
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the trial fails for want of a GPU")

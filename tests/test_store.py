@@ -47,6 +47,13 @@ def test_a_dead_driver_on_this_machine_is_passed_over_at_once(store: Store) -> N
     store.claim()
 
 
+def test_of_two_drivers_at_once_the_later_has_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grid.store.time.sleep", lambda seconds: claim_as(store, "elsewhere:42"))
+    with pytest.raises(InputError, match="^experiment 'some grid' was claimed by another driver just now"):
+        store.claim()
+    assert store.client.get_run(store.parent_id).data.tags["driver"] == "elsewhere:42"
+
+
 def test_a_claim_can_be_renewed_and_given_up(store: Store) -> None:
     store.claim()
     store.claim()
