@@ -12,8 +12,10 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 import mlflow.exceptions
 import pandas as pd
 from mlflow.tracking import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError
 
-from grid.config import FACTORS, STATUSES, InputError
+from grid.config import FACTORS, STATUSES, InputError, first_line
+from grid.store_uri import mask
 
 PAGE_SIZE = 5000
 
@@ -56,8 +58,8 @@ def _metric_columns(runs: pd.DataFrame) -> list[str]:
 def _search(uri: str, experiment: str) -> pd.DataFrame:
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    client = MlflowClient(tracking_uri=uri)
     try:
+        client = MlflowClient(tracking_uri=uri)
         found = client.get_experiment_by_name(experiment)
         if found is None:
             names = sorted(other.name for other in client.search_experiments())
@@ -69,8 +71,8 @@ def _search(uri: str, experiment: str) -> pd.DataFrame:
             )
             rows += [_row(run.info.run_id, run.data) for run in page]
             token = page.token or ""
-    except mlflow.exceptions.MlflowException as error:
-        raise InputError(f"can't read the store {uri}: {str(error).splitlines()[0]}; pass another --store") from error
+    except (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+        raise InputError(f"can't read the store {mask(uri)}: {first_line(error)}; pass another --store") from error
     return pd.DataFrame(rows)
 
 

@@ -8,6 +8,8 @@ from uuid import uuid4
 import torch
 from pyarrow import fs
 
+from grid.config import InputError, first_line
+
 
 class Checkpoints:
     """The checkpoints of one experiment.
@@ -17,13 +19,33 @@ class Checkpoints:
     Args:
         storage: Absolute folder, or a URI that pyarrow knows, such as s3://BUCKET/FOLDER.
         experiment: Name of the subfolder.
+
+    Raises:
+        InputError: The storage is none that pyarrow knows.
     """
 
     def __init__(self, storage: str, experiment: str):
-        self._filesystem, root = (
-            fs.FileSystem.from_uri(storage) if "://" in storage else (fs.LocalFileSystem(), storage)
-        )
+        self._storage = storage
+        try:
+            known = fs.FileSystem.from_uri(storage) if "://" in storage else (fs.LocalFileSystem(), storage)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"unknown storage '{storage}' ({first_line(error)}); give a folder or s3://BUCKET"
+            ) from error
+        self._filesystem, root = known
         self._folder = f"{root}/{experiment}/checkpoints"
+
+    def check(self) -> None:
+        """Put something down and take it away again.
+
+        Raises:
+            InputError: The storage can't be written.
+        """
+        try:
+            self.save("probe", {})
+            self.delete("probe")
+        except OSError as error:
+            raise InputError(f"can't write to the storage '{self._storage}': {first_line(error)}") from error
 
     def save(self, trial_key: str, state: dict[str, Any]) -> None:
         """Put a trial down, in the place of its earlier checkpoint."""

@@ -48,6 +48,11 @@ class InputError(ValueError):
     """Wrong input from the user. Its text is one line: what is wrong, what is allowed, what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return an error as one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrialConfig:
     """Everything that changes the result of one training; two equal configurations yield the same numbers.

@@ -27,6 +27,12 @@ class Published:
     balanced: bool = True
     """Whether all classes are of one size."""
 
+    @property
+    def largest_per_class(self) -> int | None:
+        """Training images per class that validation leaves; None where the class sizes are not known here."""
+        class_size = self.train_size // self.class_count
+        return class_size - class_size // VALIDATION_SHARE if self.balanced else None
+
     def cut_sizes(self, per_class: int | None = None) -> tuple[int, int]:
         """Forecast how many images `grid.data.load` will give.
 

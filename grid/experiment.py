@@ -22,6 +22,7 @@ from grid.request import Request
 from grid.space import ORDER_SEED, settings_of
 from grid.spool import Spool
 from grid.store import Store
+from grid.store_uri import mask, slug
 from grid.watcher import Watcher, restore_rungs
 
 
@@ -37,7 +38,7 @@ def dry_run(request: Request) -> int:
         seconds_per_image=seconds_per_image,
         spread=spread,
         train_images=train_images,
-        concurrency=packing.concurrency,
+        slots=packing.slots,
     )
     facts = _describe(request, plan)
     facts["data"] = f"{request.data}, {train_images:,} training images {source}"
@@ -51,18 +52,22 @@ def run(request: Request) -> int:
     Raises:
         InputError: The request can't be met; nothing has been written but what an earlier run had left to write.
     """
+    checkpoints = Checkpoints(request.storage, slug(request.store, request.experiment))
+    if request.address is None:
+        tuner.local_packing(request.concurrency)  # raises if it can't be met
     dataset = load(request.data, request.data_dir, per_class=request.per_class, split_seed=ORDER_SEED)
     with closing(open_spool(request.spool, request.store, request.experiment)) as spool:
         packing = tuner.connect(request.address, request.concurrency)
         try:
             if request.address is None:
                 tuner.guard(_give_up)
-            return _run_connected(request, dataset, packing, spool)
+            return _run_connected(request, dataset, packing, spool, checkpoints)
         finally:
             tuner.disconnect()
 
 
-def _run_connected(request: Request, dataset: Dataset, packing: Packing, spool: Spool) -> int:
+def _run_connected(request: Request, dataset: Dataset, packing: Packing, spool: Spool, checkpoints: Checkpoints) -> int:
+    checkpoints.check()
     store = Store(request.store, request.experiment)
     store.create()
     store.claim()
@@ -73,13 +78,12 @@ def _run_connected(request: Request, dataset: Dataset, packing: Packing, spool: 
         begun = {key: trial.control for key, trial in stored.items()}
         plan = make_plan(request, device=packing.device, fingerprint=dataset.fingerprint, begun=begun)
         check_comparable(plan.trials, [trial.config for trial in stored.values()], request.experiment)
+        asha = Asha(rung_epochs(request.epochs))
+        restore_rungs(asha, stored)
+        recorder.begin(_manifest(request, plan, asha), stored)
     except InputError:
         store.release()
         raise
-    asha = Asha(rung_epochs(request.epochs))
-    restore_rungs(asha, stored)
-    recorder.begin(_manifest(request, plan, asha), stored)
-    checkpoints = Checkpoints(request.storage, request.experiment)
     watcher = Watcher(plan, stored, recorder, checkpoints, rungs=asha.rungs, concurrency=packing.concurrency)
     _print_facts(_describe(request, plan) | {"runs": f"{len(watcher.todo)} left to run, {packing}"})
     with watcher.until_interrupted():
@@ -93,7 +97,7 @@ def _run_connected(request: Request, dataset: Dataset, packing: Packing, spool: 
                 packing=packing,
                 checkpoints=checkpoints,
                 storage=request.storage,
-                experiment=request.experiment,
+                experiment=slug(request.store, request.experiment),
             )
             watcher.progress.show(last=True)
         watcher.put_down()
@@ -101,7 +105,11 @@ def _run_connected(request: Request, dataset: Dataset, packing: Packing, spool: 
         if finished:
             checkpoints.clear()
         delivered = recorder.close(finished=finished)
-    return _conclude(request, watcher, "" if delivered else recorder.error)
+    if recorder.dropped:
+        lost = f"{recorder.dropped.total()} reports of {len(recorder.dropped)} trials"
+        print(f"{lost} had no run to go to (deleted in MLflow?); the same command trains these again", file=sys.stderr)
+    undelivered = "" if delivered else recorder.error or "no reason given"
+    return max(_conclude(request, watcher, undelivered), 1 if recorder.dropped else 0)
 
 
 def _give_up() -> None:
@@ -112,10 +120,10 @@ def _give_up() -> None:
 
 def _conclude(request: Request, watcher: Watcher, undelivered: str) -> int:
     standings = list(watcher.standings.values())
-    print(f"\n{top_table(standings)}\n")
+    where = shlex.join(["--experiment", request.experiment, "--store", mask(request.store)])
+    print(f"\n{top_table(standings, request.epochs)}\n")
     if undelivered:
-        print(f"not everything has reached {request.store}: {undelivered}", file=sys.stderr)
-        where = shlex.join(["--experiment", request.experiment, "--store", request.store])
+        print(f"not everything has reached {mask(request.store)}: {undelivered}", file=sys.stderr)
         print(f"kept in {request.spool}; deliver it with:  python -m grid.record --replay {where}", file=sys.stderr)
     if watcher.fault:
         print(f"{watcher.fault}; free the disk, then go on with:  {_command()}", file=sys.stderr)
@@ -123,9 +131,11 @@ def _conclude(request: Request, watcher: Watcher, undelivered: str) -> int:
     if watcher.interrupted:
         print(f"interrupted; go on with:  {_command()}", file=sys.stderr)
         return 130
+    address = shlex.quote(mask(request.store))
+    server = f"mlflow server --host 127.0.0.1 --backend-store-uri {address}"
     look = {
-        "ranking": f"python -m analysis.rank --experiment {request.experiment} --store {request.store}",
-        "all runs": f"mlflow server --host 127.0.0.1 --backend-store-uri {request.store}",
+        "ranking": f"python -m analysis.rank {where}",
+        "all runs": address if request.store.startswith("http") else server,
         "replicate": f"{_command()} --seeds {request.seeds + 2}",
     }
     _print_facts(look)
@@ -196,4 +206,4 @@ def _print_facts(facts: Mapping[str, str]) -> None:
 
 
 def _command() -> str:
-    return shlex.join(["python", "-m", "grid.run", *sys.argv[1:]])
+    return shlex.join(["python", "-m", "grid.run", *map(mask, sys.argv[1:])])

@@ -65,9 +65,14 @@ def calibrate(trials: Sequence[TrialConfig], classes: int, side: int = 28) -> tu
     """
     data = _random_images(classes, side, trials[0].device)
     by_model: dict[str, list[float]] = defaultdict(list)
-    for trial in trials:
-        if len(by_model[trial.model]) < CALIBRATED_PER_MODEL:
-            by_model[trial.model].append(_seconds_per_image(trial, data))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker
+    try:
+        for trial in trials:
+            if len(by_model[trial.model]) < CALIBRATED_PER_MODEL:
+                by_model[trial.model].append(_seconds_per_image(trial, data))
+    finally:
+        torch.set_num_threads(threads)
     spreads = [statistics.pstdev(times) / statistics.mean(times) for times in by_model.values()]
     return {model: statistics.mean(times) for model, times in by_model.items()}, max(spreads)
 
@@ -79,7 +84,7 @@ def forecast(
     seconds_per_image: Mapping[str, float],
     spread: float,
     train_images: int,
-    concurrency: int,
+    slots: float,
 ) -> Forecast:
     """Return the expected cost of a grid.
 
@@ -89,14 +94,14 @@ def forecast(
         seconds_per_image: By model, from `calibrate`.
         spread: From `calibrate`.
         train_images: Training images of an epoch.
-        concurrency: Trials at once.
+        slots: Trials that really run at once: more trials than CPUs are no faster.
     """
     epochs = expected_epochs(trials, controls)
     busy = sum(count * train_images * seconds_per_image[model] for model, count in epochs.items())
     return Forecast(
         epochs=sum(epochs.values()),
         full_epochs=sum(trial.epochs for trial in trials),
-        seconds=busy / min(concurrency, len(trials)),
+        seconds=busy / min(slots, len(trials)),
         spread=spread,
     )
 

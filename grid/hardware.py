@@ -10,6 +10,8 @@ from grid.config import InputError
 GPU_BYTES_PER_TRIAL = 2 * 2**30
 """CUDA context, data set, net and cuDNN's workspace of one trial, rounded up."""
 MAX_TRIALS_PER_GPU = 8
+MOST_PER_CPU = 64
+"""Trials that one CPU may be shared by."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,11 @@ class Packing:
     cpus_per_trial: float
     gpus_per_trial: float
     """Share of one GPU; 0 where trials run on CPUs. Bookkeeping of Ray: memory is not kept apart."""
+
+    @property
+    def slots(self) -> float:
+        """Trials that really run at once: as many as asked for on GPUs, as many as there are CPUs on CPUs."""
+        return self.concurrency if self.gpus_per_trial else self.concurrency * self.cpus_per_trial
 
     @property
     def device(self) -> str:
@@ -48,6 +55,9 @@ def pack(cpus: float, gpus: float, gpu_bytes: int, concurrency: int | None = Non
     """
     if concurrency is not None and concurrency < 1:
         raise InputError(f"--concurrency must be 1 or more, got {concurrency}")
+    if concurrency is not None and concurrency > MOST_PER_CPU * max(1.0, cpus):
+        most = int(MOST_PER_CPU * max(1.0, cpus))
+        raise InputError(f"--concurrency must be at most {most} here ({MOST_PER_CPU} per CPU), got {concurrency}")
     if gpus >= 1:
         fitting = max(1, min(MAX_TRIALS_PER_GPU, gpu_bytes // GPU_BYTES_PER_TRIAL, int(cpus // gpus)))
         per_gpu = fitting if concurrency is None else math.ceil(concurrency / gpus)

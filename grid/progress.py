@@ -1,5 +1,6 @@
 """What a person sees of a running grid: one line while it runs, a table of the best at the end."""
 
+import os
 import shutil
 import sys
 import time
@@ -56,6 +57,10 @@ class Progress:
         """Count an epoch of a trial."""
         self._epochs[cell["model"]] += 1
         self._seconds[cell["model"]] += seconds
+        self.see(cell, val_accuracy)
+
+    def see(self, cell: Mapping[str, str], val_accuracy: float | None) -> None:
+        """Note an accuracy: it may be the best."""
         if val_accuracy is not None and (self.best is None or val_accuracy > self.best[0]):
             self.best = (val_accuracy, cell_name(cell))
 
@@ -80,7 +85,7 @@ class Progress:
         if self.best:
             parts.append(f"best {self.best[0]:.1%} {self.best[1]}")
         line = " | ".join(parts)
-        return line if len(line) <= width else line[: width - 1] + "…"
+        return line if len(line) <= width else f"{line[: width - 3]}..."
 
     def show(self, *, last: bool = False) -> None:
         """Write the line if it is due: over itself on a terminal, now and then elsewhere."""
@@ -90,30 +95,35 @@ class Progress:
             return
         self._shown_at = now
         line = self.line(shutil.get_terminal_size().columns - 1 if terminal else 120)
-        self.stream.write(f"\r\x1b[K{line}" if terminal else f"{line}\n")
-        if last and terminal:
-            self.stream.write("\n")
-        self.stream.flush()
+        try:
+            self.stream.write(f"\r\x1b[K{line}" if terminal else f"{line}\n")
+            if last and terminal:
+                self.stream.write("\n")
+            self.stream.flush()
+        except BrokenPipeError:  # nobody looks any more; the run goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
-def top_table(standings: Sequence[Standing], count: int = 10) -> str:
-    """Return the best trials as a table of at most 80 columns.
+def top_table(standings: Sequence[Standing], epochs: int, count: int = 10) -> str:
+    """Return the best trials as a table; one without seed and learning-rate scale has at most 80 columns.
 
     Trials with the full budget come first, then the stopped ones by the epochs they had: an accuracy after one epoch is
     not compared with one after nine. Diverged and failed trials have no rank; they are counted below.
+
+    Args:
+        standings: Trials that have ended.
+        epochs: Full budget.
+        count: Rows.
     """
+    with_accuracy = [trial for trial in standings if trial.best_val_accuracy is not None]
     ranked = sorted(
-        (
-            standing
-            for standing in standings
-            if standing.status in ("completed", "stopped") and standing.best_val_accuracy
-        ),
-        key=lambda standing: (-standing.epochs_run, -(standing.best_val_accuracy or 0)),
+        (trial for trial in with_accuracy if trial.status in ("completed", "stopped")),
+        key=lambda trial: (-trial.epochs_run, -(trial.best_val_accuracy or 0.0)),
     )
-    lines = [f"{'rank':>4}  {'val acc':>7}  {'epochs':>6}  {'status':<9}  trial"]
+    lines = [f"{'rank':>4}  {'val acc':>7}  {'epochs':>6}  trial"]
     for rank, trial in enumerate(ranked[:count], start=1):
-        figures = f"{rank:>4}  {trial.best_val_accuracy:>7.2%}  {trial.epochs_run:>6}"
-        lines.append(f"{figures}  {trial.status:<9}  {_name(trial)}")
+        budget = f"{trial.epochs_run}/{epochs}"
+        lines.append(f"{rank:>4}  {trial.best_val_accuracy:>7.2%}  {budget:>6}  {_name(trial)}")
     return "\n".join([*lines, _footer(standings, min(count, len(ranked)))])
 
 

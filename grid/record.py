@@ -6,21 +6,21 @@ driver left behind is delivered by the next run, or by
     python -m grid.record --replay --experiment NAME [--store URI] [--spool FOLDER]
 """
 
-import argparse
 import sys
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Metric, Param, RunTag
 
-from grid.config import InputError, TrialConfig
+from grid.arguments import Parser
+from grid.config import InputError, TrialConfig, first_line
 from grid.spool import Event, Spool
-from grid.store import UNREACHABLE, Store, StoredTrial, first_line
-from grid.store_uri import check_store_uri, slug
+from grid.store import UNREACHABLE, Store, StoredTrial
+from grid.store_uri import check_store_uri, mask, slug
 
 BATCH_SIZE = 900
 """Metrics in one request; MLflow allows 1000 entries of all kinds."""
@@ -44,7 +44,10 @@ class Recorder:
         self.error = ""
         """Why the last attempt failed; empty if it did not."""
         self._spool = spool
+        self.dropped: Counter[str] = Counter()
+        """Reports by trial key that the store will never take, because somebody deleted their run."""
         self._run_ids: dict[str, str] = {}
+        self._failed_before: set[str] = set()
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._deliver_until_closed, name="recorder", daemon=True)
@@ -61,17 +64,26 @@ class Recorder:
             return self._deliver_pending()
         except UNREACHABLE as error:
             kept = f"the reports of an earlier run stay in {self._spool.path}"
-            raise InputError(f"can't write to the store {self.store.uri}: {first_line(error)}; {kept}") from error
+            raise InputError(f"can't write to the store {mask(self.store.uri)}: {first_line(error)}; {kept}") from error
 
     def begin(self, manifest: Mapping[str, Any], stored: Mapping[str, StoredTrial]) -> None:
-        """Attach the manifest, close the runs that a dead driver left open, and start to deliver."""
+        """Attach the manifest, close the runs that a dead driver left open, and start to deliver.
+
+        Raises:
+            InputError: The store or the place of its artifacts can't be written.
+        """
         client = self.store.client
         self._run_ids = {key: trial.run_id for key, trial in stored.items()}
-        client.update_run(self.store.parent_id, status="RUNNING")
-        client.log_dict(self.store.parent_id, dict(manifest), "grid.json")
-        for trial in stored.values():
-            if not trial.status:
-                client.update_run(trial.run_id, status="KILLED")
+        self._failed_before = {key for key, trial in stored.items() if trial.status == "failed"}
+        try:
+            client.update_run(self.store.parent_id, status="RUNNING")
+            client.log_dict(self.store.parent_id, dict(manifest), "grid.json")
+            for trial in stored.values():
+                if not trial.status:
+                    client.update_run(trial.run_id, status="KILLED")
+        except UNREACHABLE as error:
+            mend = "mend its rights, or pass another --store"
+            raise InputError(f"can't write to the store {mask(self.store.uri)}: {first_line(error)}; {mend}") from error
         self._thread.start()
 
     def trial_started(self, config: TrialConfig, *, control: bool) -> None:
@@ -150,6 +162,13 @@ class Recorder:
         self._wake.set()
 
     def _deliver_until_closed(self) -> None:
+        try:
+            self._deliver_and_retry()
+        except BaseException as error:
+            self.error = f"the recorder broke: {type(error).__name__}: {first_line(error)}"
+            raise
+
+    def _deliver_and_retry(self) -> None:
         wait, shown_life_at = 0.5, time.monotonic()
         while not self._closing.is_set():
             self._wake.wait(HEARTBEAT_SECONDS)
@@ -176,21 +195,33 @@ class Recorder:
             for event in events:
                 by_trial[event["trial_key"]].append(event)
             for trial_key, some in by_trial.items():
-                self._deliver(trial_key, some)
+                self._deliver_or_drop(trial_key, some)
             self._spool.delivered(end)
             count += len(events)
+
+    def _deliver_or_drop(self, trial_key: str, events: list[Event]) -> None:
+        try:
+            self._deliver(trial_key, events)
+        except UNREACHABLE as error:
+            if not self.store.is_gone(self._run_ids.get(trial_key), error):
+                raise
+            self._run_ids.pop(trial_key, None)
+            self.dropped[trial_key] += len(events)
 
     def _deliver(self, trial_key: str, events: list[Event]) -> None:
         client = self.store.client
         for start in (event for event in events if event["kind"] == "start"):
             self._begin_run(trial_key, start)
+        if trial_key not in self._run_ids:
+            self.dropped[trial_key] += len(events)
+            return
         run_id = self._run_ids[trial_key]
         metrics = list(_metrics(events))
         tags = [RunTag(*tag) for event in events if event["kind"] == "epoch" for tag in event["tags"].items()]
         for begin in range(0, len(metrics), BATCH_SIZE):
             client.log_batch(run_id, metrics=metrics[begin : begin + BATCH_SIZE], tags=tags)
         if events[-1]["kind"] == "end":
-            self._end_run(run_id, events[-1])
+            self._end_run(run_id, events[-1], failed_before=trial_key in self._failed_before)
         if events[-1]["kind"] == "rest":
             client.set_terminated(run_id, "KILLED", events[-1]["time"])
 
@@ -207,12 +238,12 @@ class Recorder:
         for begin in range(0, len(params), PARAM_BATCH_SIZE):
             self.store.client.log_batch(self._run_ids[trial_key], params=params[begin : begin + PARAM_BATCH_SIZE])
 
-    def _end_run(self, run_id: str, end: Event) -> None:
+    def _end_run(self, run_id: str, end: Event, *, failed_before: bool) -> None:
         client = self.store.client
         last_words = end["error"].strip().splitlines()[-1][:500] if end["error"] else ""
         if last_words:
             client.log_text(run_id, end["error"], "traceback.txt")
-        tags = end["tags"] | ({"error": last_words} if last_words else {})
+        tags = end["tags"] | ({"error": last_words} if last_words or failed_before else {})
         client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
         client.set_terminated(run_id, "FAILED" if end["status"] == "failed" else "FINISHED", end["time"])
 
@@ -242,7 +273,7 @@ def open_spool(folder: Path, store_uri: str, experiment: str) -> Spool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Deliver what waits in the spool of an experiment; return the exit code: 0, or 2 if it could not be done."""
-    parser = argparse.ArgumentParser(prog="python -m grid.record", description="Deliver what waits in a spool.")
+    parser = Parser(prog="python -m grid.record", description="Deliver what waits in a spool.")
     parser.add_argument("--replay", action="store_true", required=True, help="deliver")
     parser.add_argument("--experiment", required=True, metavar="NAME", help="MLflow experiment")
     parser.add_argument("--store", metavar="URI", help="MLflow tracking URI (sqlite:///mlflow.db)")
@@ -253,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         spool = open_spool(options.spool.absolute(), store.uri, options.experiment)
         try:
             store.create()
-            print(f"{Recorder(store, spool).recover()} reports delivered to {store.uri}")
+            print(f"{Recorder(store, spool).recover()} reports delivered to {mask(store.uri)}")
         finally:
             spool.close()
     except InputError as error:

@@ -4,12 +4,14 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from grid.config import InputError
-from grid.datasets import check_name, check_per_class
+from grid.datasets import DATASETS, check_name, check_per_class
 from grid.space import Levels
 from grid.store_uri import write_fault
+
+MOST = {"epochs": 100_000, "seeds": 1_000, "concurrency": 100_000}
+"""What may be asked for at most; more is a slip of the finger."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +59,18 @@ class Request:
 
     def __post_init__(self) -> None:
         check_name(self.data)
-        check_per_class(self.per_class)
-        for name, value in (("--epochs", self.epochs), ("--seeds", self.seeds), ("--concurrency", self.concurrency)):
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be 1 or more, got {value}")
+        check_per_class(self.per_class, largest=DATASETS[self.data].largest_per_class)
+        for name, value in (("epochs", self.epochs), ("seeds", self.seeds), ("concurrency", self.concurrency)):
+            if value is not None and not 1 <= value <= MOST[name]:
+                raise InputError(f"--{name} must be 1 to {MOST[name]:,}, got {value}")
         if not 0 <= self.controls <= 1:
             raise InputError(f"--controls must be a share between 0 and 1, got {self.controls:g}")
         if not all(0 < scale < float("inf") for scale in self.lr_scales):
             raise InputError(f"--lr-scales must be finite and above 0, got {','.join(map(str, self.lr_scales))}")
         if len(set(self.lr_scales)) < len(self.lr_scales):
             raise InputError(f"--lr-scales must differ, got {','.join(map(str, self.lr_scales))}")
-        if not self.experiment.strip():
-            raise InputError("--experiment must not be empty")
+        if not self.experiment.strip() or len(self.experiment) > 200 or not self.experiment.isprintable():
+            raise InputError("--experiment must be 1 to 200 printable characters, not all of them spaces")
 
 
 def check_address(address: str | None) -> str | None:
@@ -109,15 +111,29 @@ def _speaks_http2(connection: socket.socket) -> bool:
     return len(answer) > 3 and answer[3] == settings_frame[3]
 
 
+def check_folder_name(option: str, folder: Path) -> Path:
+    """Return a folder made absolute, whether it is there or not.
+
+    Raises:
+        InputError: It can't be a folder.
+    """
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{option} must be a folder, and '{folder}' is a file; pass another")
+    except OSError as error:
+        raise InputError(f"{option} can't be '{str(folder)[:60]}': {error.strerror}; pass another") from error
+    return folder.absolute()
+
+
 def check_storage(storage: str) -> str:
     """Return a storage folder made absolute, or a URI as it is, after a test that the folder can be written.
 
     Raises:
         InputError: It can't.
     """
-    if urlsplit(storage).scheme:
+    if "://" in storage:
         return storage
-    folder = Path(storage).absolute()
+    folder = check_folder_name("--storage", Path(storage))
     present = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if fault := write_fault(present):
         raise InputError(f"can't make the storage folder {folder}: {fault}; pass another --storage")

@@ -1,14 +1,15 @@
 """The command line: `python -m grid.run --grid smoke`. Checks what can be checked at once, then loads the rest."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from grid.arguments import Parser
 from grid.config import InputError
 from grid.datasets import NAMES
-from grid.request import Request, check_address, check_storage
+from grid.request import Request, check_address, check_folder_name, check_storage
 from grid.space import GRIDS, cross, find_grid, restrict
 from grid.store_uri import check_store_uri
 
@@ -20,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130: interrupted.
     """
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that knows ASCII only is no reason to stop
     try:
         request = read_request(options)
         from grid import experiment  # noqa: PLC0415  (torch and ray: seconds that --help and a wrong argument need not)
@@ -49,14 +52,14 @@ def read_request(options: argparse.Namespace) -> Request:
         grid=options.grid,
         levels=levels,
         data=data,
-        data_dir=options.data_dir.absolute(),
+        data_dir=check_folder_name("--data-dir", options.data_dir),
         per_class=grid.per_class if options.per_class is None else options.per_class,
         epochs=grid.epochs if options.epochs is None else options.epochs,
         seeds=options.seeds,
         lr_scales=_split_numbers(options.lr_scales),
         controls=options.controls,
         store=check_store_uri(options.store),
-        experiment=f"{options.grid}-{data}" if options.experiment is None else options.experiment,
+        experiment=_default_name(options, data) if options.experiment is None else options.experiment,
         storage=check_storage(options.storage),
         spool=Path("spool").absolute(),
         address=check_address(options.address),
@@ -66,15 +69,8 @@ def read_request(options: argparse.Namespace) -> Request:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"grid.run: {message}; see --help\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m grid.run",
         description="Train every combination of techniques with ASHA early stopping; every trial is logged to MLflow. "
         "The same command again goes on where it stopped.",
@@ -97,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     where = parser.add_argument_group("where it runs and is recorded")
     where.add_argument("--store", metavar="URI", help="MLflow tracking URI (sqlite:///mlflow.db)")
-    where.add_argument("--experiment", metavar="NAME", help="MLflow experiment (GRID-DATA)")
+    where.add_argument("--experiment", metavar="NAME", help="MLflow experiment (named by grid, data and budget)")
     where.add_argument(
         "--storage", default="storage", metavar="DIR", help="checkpoints, reached by all nodes (storage)"
     )
@@ -109,6 +105,14 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--price-per-hour", type=float, metavar="X", help="of the machine or cluster, for --dry-run")
     where.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
+
+
+def _default_name(options: argparse.Namespace, data: str) -> str:
+    """Name an experiment by what its trials must have in common: a first look is not put into the full run."""
+    parts = [options.grid, data]
+    parts += [] if options.per_class is None else [f"{options.per_class}-per-class"]
+    parts += [] if options.epochs is None else [f"{options.epochs}-epochs"]
+    return "-".join(parts)
 
 
 def _split_only(text: str) -> tuple[str, tuple[str, ...]]:

@@ -45,7 +45,7 @@ class Spool:
         try:
             self._file.write(line)
             self._file.flush()
-            os.fdatasync(self._file.fileno())
+            os.fsync(self._file.fileno())
         except OSError:
             self._forget_after(end)
             raise

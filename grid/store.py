@@ -10,17 +10,17 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import nan
-from pathlib import Path
 from typing import Any
 
-from grid.config import InputError, TrialConfig
-from grid.store_uri import artifact_location
+from grid.config import InputError, TrialConfig, first_line
+from grid.store_uri import artifact_location, mask
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the recorder tries again, and looks what arrived
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 import mlflow.exceptions
+import psutil
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -69,7 +69,7 @@ class Store:
         try:
             self.client = MlflowClient(tracking_uri=uri)
         except (*UNREACHABLE, ImportError) as error:
-            raise InputError(f"can't open the store {uri}: {first_line(error)}; pass another --store") from error
+            raise InputError(f"can't open the store {mask(uri)}: {first_line(error)}; pass another --store") from error
         self.experiment_id = ""
         self.parent_id = ""
         """The run with tag `kind=grid`."""
@@ -95,7 +95,7 @@ class Store:
             parent = parents[0] if parents else self._create_parent()
         except UNREACHABLE as error:
             raise InputError(
-                f"can't write to the store {self.uri}: {first_line(error)}; pass another --store"
+                f"can't write to the store {mask(self.uri)}: {first_line(error)}; pass another --store"
             ) from error
         self.parent_id = parent.info.run_id
 
@@ -128,6 +128,15 @@ class Store:
     def release(self) -> None:
         """Give the claim up."""
         self.client.set_tag(self.parent_id, "driver", "")
+
+    def is_gone(self, run_id: str | None, error: BaseException) -> bool:
+        """Say whether a write failed because the run was deleted: no later attempt will succeed."""
+        if run_id is None or not isinstance(error, mlflow.exceptions.MlflowException):
+            return False
+        try:
+            return bool(self.client.get_run(run_id).info.lifecycle_stage == "deleted")
+        except mlflow.exceptions.MlflowException as missing:
+            return bool(missing.error_code == "RESOURCE_DOES_NOT_EXIST")
 
     def run_ids(self, trial_key: str = "") -> dict[str, str]:
         """Return trial key -> run id of all recorded trials, or of one."""
@@ -164,17 +173,12 @@ class Store:
         return tuple(accuracies.get(epoch, nan) for epoch in sorted(epochs))
 
 
-def first_line(error: BaseException) -> str:
-    """Return an error as one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _this_driver() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
 def _is_alive(driver: str, seen: float) -> bool:
     host, _, pid = driver.rpartition(":")
-    if host == socket.gethostname() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+    if host == socket.gethostname() and not psutil.pid_exists(int(pid)):
         return False
     return time.time() - seen < DEAD_AFTER_SECONDS

@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from grid.config import InputError
+from grid.config import InputError, first_line
 
 SQLITE_MAGIC = b"SQLite format 3\0"
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -25,13 +25,27 @@ def check_store_uri(uri: str | None, *, must_exist: bool = False) -> str:
         InputError: It can't.
     """
     uri = uri or "sqlite:///mlflow.db"
+    try:
+        return _check(uri, must_exist)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"can't open the store '{mask(uri)}': {first_line(error)}; pass another --store") from error
+
+
+def mask(text: str) -> str:
+    """Return a text with the password of a URI in it hidden."""
+    return re.sub(r"(://[^:/@\s]*):[^@/\s]*@", r"\1:***@", text)
+
+
+def _check(uri: str, must_exist: bool) -> str:
     scheme = urlsplit(uri).scheme.split("+")[0]
     if scheme == "sqlite":
         return _check_sqlite(uri, must_exist)
     if scheme in ("http", "https"):
         return _check_server(uri)
     if scheme not in DATABASES:
-        raise InputError(f"can't open the store '{uri}'; give sqlite:///FILE, http://HOST:PORT or a database URI")
+        raise InputError(f"can't open the store '{mask(uri)}'; give sqlite:///FILE, http://HOST:PORT or a database URI")
     return uri
 
 
@@ -68,8 +82,8 @@ def _check_sqlite(uri: str, must_exist: bool) -> str:
     fault = ""
     if not uri.startswith("sqlite:///") or path.name == "":
         fault = "it names no file"
-    elif path.is_dir():
-        fault = "it is a folder"
+    elif path.exists() and not path.is_file():
+        fault = "it is no file"
     elif not path.parent.is_dir():
         fault = f"there is no folder {path.parent}"
     elif must_exist and not path.exists():

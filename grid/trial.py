@@ -8,16 +8,17 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from grid.averaging import averaged_weights
-from grid.config import TrialConfig, parse_sizes
+from grid.config import EPOCH_METRICS, TrialConfig, parse_sizes
 from grid.data import Dataset
 from grid.optimizers import build_optimizer
 from grid.penalties import PENALTIES, penalised_weights
@@ -48,15 +49,18 @@ class DeviceData:
     @classmethod
     def of(cls, dataset: Dataset, device: str = "cpu") -> "DeviceData":
         """Copy a data set to `device`, once for all trials that run there."""
-        pixels = torch.tensor(dataset.train_images).double()
+        counts = np.bincount(dataset.train_images.ravel(), minlength=256)
+        levels = np.arange(256)
+        mean = float(np.average(levels, weights=counts))
+        std = math.sqrt(np.average((levels - mean) ** 2, weights=counts))
         return cls(
             train_images=torch.tensor(dataset.train_images, device=device).unsqueeze(1),
             train_labels=torch.tensor(dataset.train_labels, device=device),
             val_images=torch.tensor(dataset.val_images, device=device).unsqueeze(1),
             val_labels=torch.tensor(dataset.val_labels, device=device),
             classes=len(dataset.classes),
-            mean=pixels.mean().item(),
-            std=max(1.0, pixels.std(correction=0).item()),
+            mean=mean,
+            std=max(1.0, std),
         )
 
     @property
@@ -91,10 +95,8 @@ class EpochReport:
     @property
     def metrics(self) -> dict[str, float]:
         """The finite ones of `EPOCH_METRICS`."""
-        values = asdict(self)
-        return {
-            name: value for name, value in values.items() if name not in ("epoch", "diverged") and math.isfinite(value)
-        }
+        values = {name: getattr(self, name) for name in EPOCH_METRICS}
+        return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ def connect(address: str | None, concurrency: int | None) -> Packing:
         packing = local_packing(concurrency)
         ray_constants.ENABLE_RAY_CLUSTER = False  # a Ray that no other machine joins listens on localhost alone
         ray.init(
+            address="local",
             num_cpus=max(1, round(packing.concurrency * packing.cpus_per_trial)),
             include_dashboard=False,
             **quiet,
@@ -85,14 +86,16 @@ def connect(address: str | None, concurrency: int | None) -> Packing:
         ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         mend = "start one with `ray start --head`, or leave --address out"
-        raise InputError(f"no Ray runs at '{address}' ({type(error).__name__}); {mend}") from error
+        closed = "if it is closed by a token, set RAY_AUTH_MODE=token"
+        raise InputError(f"no Ray answers at '{address}' ({type(error).__name__}; {closed}); {mend}") from error
     resources = ray.cluster_resources()
     return pack(resources.get("CPU", 1), resources.get("GPU", 0), gpu_memory() or 16 * 2**30, concurrency)
 
 
 def local_packing(concurrency: int | None) -> Packing:
     """Choose how trials share this machine, without starting Ray."""
-    return pack(len(os.sched_getaffinity(0)), torch.cuda.device_count(), gpu_memory(), concurrency)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return pack(cpus, torch.cuda.device_count(), gpu_memory(), concurrency)
 
 
 def guard(on_death: Callable[[], None]) -> None:

@@ -62,6 +62,8 @@ class Watcher:
             concurrency=concurrency,
             done=Counter(standing.status for standing in self.standings.values()),
         )
+        for standing in self.standings.values():
+            self.progress.see(standing.cell, standing.best_val_accuracy)
         for trial in known.values():
             self._end_if_over(trial)
         self.todo = [trial for trial in plan.trials if trial.trial_key not in self.standings]

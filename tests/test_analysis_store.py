@@ -59,3 +59,9 @@ def test_an_experiment_whose_trials_still_run_is_told(store: Store, tmp_path: Pa
 def test_an_unknown_experiment_is_told_with_the_choices(store: Store) -> None:
     with pytest.raises(InputError, match=r"^no experiment 'other' in sqlite.*; it has Default, some grid"):
         read_trials(store.uri, "other")
+
+
+def test_a_broken_database_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "broken.db").write_bytes(b"SQLite format 3\0" + b"garbage" * 1000)
+    with pytest.raises(InputError, match=r"^can't read the store sqlite:.*; pass another --store$"):
+        read_trials(f"sqlite:///{tmp_path}/broken.db", "some grid")

@@ -34,9 +34,7 @@ def test_controls_take_their_full_budget() -> None:
 
 def test_the_cost_is_epochs_times_images_times_seconds_over_the_slots() -> None:
     some = trials(epochs=1, name="smoke")
-    cost = forecast(
-        some, (), seconds_per_image={"mlp": 1e-4, "cnn": 1e-3}, spread=0.1, train_images=1000, concurrency=2
-    )
+    cost = forecast(some, (), seconds_per_image={"mlp": 1e-4, "cnn": 1e-3}, spread=0.1, train_images=1000, slots=2)
     assert (cost.epochs, cost.full_epochs) == (pytest.approx(32), 32)
     assert cost.seconds == pytest.approx(16 * 1000 * (1e-4 + 1e-3) / 2)
 

@@ -2,11 +2,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from grid.config import InputError, TrialConfig
-from grid.hardware import GPU_BYTES_PER_TRIAL, MAX_TRIALS_PER_GPU, Packing, gpu_memory, numeric_settings, pack
+from grid.hardware import (
+    GPU_BYTES_PER_TRIAL,
+    MAX_TRIALS_PER_GPU,
+    MOST_PER_CPU,
+    Packing,
+    gpu_memory,
+    numeric_settings,
+    pack,
+)
 
 GIB = 2**30
 CAPACITY = st.floats(0.5, 64)
@@ -53,6 +61,7 @@ def test_the_user_may_choose_how_many(cpus, gpus, concurrency, expected):
     concurrency=st.none() | st.integers(1, 200),
 )
 def test_all_trials_fit_the_machine_at_once(cpus, gpus, gpu_bytes, concurrency):
+    assume(concurrency is None or concurrency <= MOST_PER_CPU * max(1, cpus))
     packing = pack(cpus, gpus, gpu_bytes, concurrency)
     assert packing.concurrency == (concurrency or packing.concurrency) >= 1
     assert packing.concurrency * packing.cpus_per_trial <= cpus * (1 + 1e-9)
@@ -129,3 +138,13 @@ def test_settings_are_fields_of_a_configuration():
     params = TrialConfig.from_params({**settings, "learning_rate": "0.1", "epochs": "1"}).to_params()
     assert {name: params[name] for name in settings} == settings
     assert set(settings) == {"device", "precision", "memory_format", "fused"}
+
+
+def test_more_trials_than_a_cpu_can_be_shared_by_are_refused():
+    with pytest.raises(InputError, match="^--concurrency must be at most 128 here .64 per CPU., got 129$"):
+        pack(2, 0, 0, 129)
+
+
+def test_on_cpus_no_more_trials_run_than_there_are_cpus():
+    assert pack(2, 0, 0, 16).slots == 2
+    assert pack(8, 1, 80 * GIB, 6).slots == 6

@@ -1,13 +1,18 @@
 import io
+import os
 from collections import Counter
 
 import pytest
 
 from grid.config import FACTORS, LEVELS
 from grid.progress import Progress, Standing, spell_seconds, top_table
+from grid.space import GRIDS
 
 MLP = {factor: LEVELS[factor][0] for factor in FACTORS}
 CNN = {**MLP, "model": "cnn", "batch_norm": "on"}
+WIDEST = {
+    factor: max(("on",) if "on" in levels else levels, key=len) for factor, levels in GRIDS["full"].levels.items()
+}
 LONGEST = {factor: max(("on",) if "on" in levels else levels, key=len) for factor, levels in LEVELS.items()}
 
 
@@ -65,28 +70,41 @@ def test_a_file_gets_whole_lines_now_and_then() -> None:
 
 
 def test_the_table_ranks_full_budgets_above_higher_accuracies_of_fewer_epochs() -> None:
-    table = top_table([standing("stopped", 1, 0.99), standing("completed", 9, 0.7), standing("completed", 9, 0.8)])
+    table = top_table([standing("stopped", 1, 0.99), standing("completed", 9, 0.7), standing("completed", 9, 0.8)], 9)
     assert [line.split()[1] for line in table.splitlines()[1:4]] == ["80.00%", "70.00%", "99.00%"]
 
 
+def test_an_accuracy_of_zero_is_an_accuracy() -> None:
+    assert top_table([standing("completed", 9, 0.0)], 9).splitlines()[1].split()[1] == "0.00%"
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream:
+        state = progress(stream=stream)
+        state.show(last=True)
+        state.show(last=True)
+
+
 def test_diverged_and_failed_trials_have_no_rank_but_are_counted() -> None:
-    table = top_table([standing("diverged", 2, 0.9), standing("failed", 0, None), standing("completed", 9, 0.7)])
+    table = top_table([standing("diverged", 2, 0.9), standing("failed", 0, None), standing("completed", 9, 0.7)], 9)
     assert table.splitlines()[1].split()[1] == "70.00%"
     assert table.splitlines()[-1] == "1 of 3 trials shown: 1 completed, 1 diverged, 1 failed"
 
 
 def test_an_empty_table_says_so() -> None:
-    assert top_table([]).splitlines()[-1] == "0 of 0 trials shown: none"
+    assert top_table([], 9).splitlines()[-1] == "0 of 0 trials shown: none"
 
 
 def test_the_usual_table_fits_80_columns() -> None:
-    table = top_table([standing("completed", 27, 0.8, cell=CNN)] * 20)
+    table = top_table([standing("completed", 27, 0.8, cell=WIDEST)] * 20, 27)
     assert len(table.splitlines()) == 12
     assert max(map(len, table.splitlines())) <= 80
 
 
 def test_the_table_tells_seeds_and_learning_rate_scales_apart() -> None:
-    table = top_table([standing("completed", 9, 0.8, seed=2, lr_scale=0.5)])
+    table = top_table([standing("completed", 9, 0.8, seed=2, lr_scale=0.5)], 9)
     assert table.splitlines()[1].endswith("mlp constant relu sgd seed=2 lr x0.5")
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis.rank import format_ranking, main, rank_cells
-from grid.config import FACTORS, LEVELS, STATUSES
+from grid.config import FACTORS, LEVELS, STATUSES, InputError
 
 CELL = {factor: LEVELS[factor][0] for factor in FACTORS}
 
@@ -17,8 +17,11 @@ def trial(accuracy: float, status: str = "completed", epochs_run: int = 9, **cha
         "seed": 0,
         "lr_scale": 1.0,
         "status": status,
+        "epochs": 9,
         "epochs_run": epochs_run,
         "best_val_accuracy": accuracy,
+        "val_accuracy_at_1": accuracy / 2,
+        "val_accuracy_at_3": accuracy / 1.5,
     }
     return row | changes
 
@@ -32,7 +35,7 @@ rows = st.lists(
         trial,
         st.floats(0, 1),
         st.sampled_from(STATUSES),
-        st.integers(1, 9),
+        st.sampled_from([1, 3, 9]),
         activation=st.sampled_from(LEVELS["activation"]),
         seed=st.integers(0, 2),
         lr_scale=st.sampled_from([0.5, 1.0]),
@@ -67,12 +70,29 @@ def test_the_best_learning_rate_scale_counts_for_each_seed() -> None:
 
 def test_a_longer_training_counts_more_than_a_lucky_short_one() -> None:
     (cell,) = rank(trial(0.9, "stopped", 1, lr_scale=1.0), trial(0.8, lr_scale=0.5)).to_dict("records")
-    assert (cell["val_accuracy"], cell["status"]) == (0.8, "completed")
+    assert (cell["val_accuracy"], cell["epochs_run"]) == (0.8, 9)
 
 
 def test_a_cell_with_a_stopped_seed_ranks_below_one_without() -> None:
     cells = rank(trial(0.9, seed=0), trial(0.9, "stopped", 3, seed=1), trial(0.5, activation="gelu"))
     assert list(cells["activation"]) == ["gelu", "relu"]
+
+
+def test_replicates_are_averaged_at_the_epoch_that_all_have_reached() -> None:
+    (cell,) = rank(
+        trial(0.9, seed=0, val_accuracy_at_1=0.3), trial(0.5, "stopped", 1, seed=1, val_accuracy_at_1=0.5)
+    ).to_dict("records")
+    assert (cell["epochs_run"], cell["seeds"], cell["val_accuracy"]) == (1, 2, pytest.approx(0.4))
+
+
+def test_budgets_are_not_mixed() -> None:
+    with pytest.raises(InputError, match="^trials of 3 and 9 epochs can't be ranked together$"):
+        rank(trial(0.5), trial(0.6, epochs=3, epochs_run=3))
+
+
+def test_the_usual_table_is_narrow() -> None:
+    some = pd.DataFrame([trial(0.5, batch_norm="on", dropout="on", regularization="l2")])
+    assert max(map(len, format_ranking(rank_cells(some), some, 10).splitlines()[:2])) <= 80
 
 
 def test_a_diverged_cell_has_no_rank_but_is_counted() -> None:

@@ -296,3 +296,56 @@ def test_a_stop_is_known_as_soon_as_its_epoch(store: Store, recorder: Recorder) 
     recorder.close(finished=False)
     trial = store.trials()[CONFIG.trial_key]
     assert (trial.status, trial.stopped_at) == ("", 1)
+
+
+def test_reports_of_a_deleted_run_are_dropped_and_counted_and_the_others_arrive(
+    store: Store, recorder: Recorder
+) -> None:
+    recorder.trial_started(CONFIG, control=False)
+    while not runs(store):
+        time.sleep(0.05)
+    store.client.delete_run(runs(store)[0].info.run_id)
+    recorder.epoch_ended(CONFIG, 1, METRICS, is_rung=False)
+    record_trial(recorder, config=(other := TrialConfig(learning_rate=1.0, epochs=3)))
+    assert recorder.close(finished=False)
+    assert recorder.dropped == {CONFIG.trial_key: 1}
+    assert [run.data.tags["trial_key"] for run in runs(store)] == [other.trial_key]
+
+
+def test_reports_without_a_run_do_not_block_an_experiment(store: Store, tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "orphan.jsonl")
+    Recorder(store, spool).epoch_ended(CONFIG, 2, METRICS, is_rung=False)
+    again = Recorder(store, spool)
+    assert again.recover() == 1
+    assert (again.dropped, spool.pending()[0]) == ({CONFIG.trial_key: 1}, [])
+    spool.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_recorder_that_breaks_does_not_look_as_if_all_had_arrived(
+    store: Store, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store.client, "create_run", lambda *given: 1 / 0)
+    record_trial(recorder)
+    assert not recorder.close(finished=True, patience_seconds=0.2)
+    assert recorder.error == "the recorder broke: ZeroDivisionError: division by zero"
+
+
+def test_an_error_of_an_earlier_try_is_taken_off(store: Store, recorder: Recorder, tmp_path: Path) -> None:
+    recorder.trial_started(CONFIG, control=False)
+    recorder.trial_ended(CONFIG, "failed", epochs_run=0, best_val_accuracy=None, error="RuntimeError: no luck")
+    recorder.close(finished=False)
+    again = Recorder(store, Spool(tmp_path / "again.jsonl"))
+    again.begin({}, store.trials())
+    record_trial(again)
+    again.close(finished=True)
+    (run,) = runs(store)
+    assert (run.data.tags["status"], run.data.tags["error"]) == ("completed", "")
+
+
+def test_artifacts_that_cannot_be_written_are_told(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "mlartifacts").write_text("in the way")
+    with pytest.raises(
+        InputError, match="^can't write to the store sqlite.*; mend its rights, or pass another --store$"
+    ):
+        Recorder(store, Spool(tmp_path / "spool.jsonl")).begin({}, {})

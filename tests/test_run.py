@@ -29,19 +29,30 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["--only", "model=mlp", "--only", "model=cnn"], "--only leaves no cell: no model is left"),
         (["--only", "optimizer=adamw", "--only", "regularization=l2"], "--only leaves no cell: all are excluded"),
         (["--data", "mnist"], "unknown data set 'mnist'; choose from emnist-balanced"),
-        (["--per-class", "0"], "--per-class must be at least 1; got 0"),
-        (["--per-class", "-5"], "--per-class must be at least 1; got -5"),
+        (["--per-class", "0"], "--per-class must be 1 to 2000, what validation leaves of the smallest class; got 0"),
+        (["--per-class", "-5"], "--per-class must be 1 to 2000"),
+        (["--per-class", "2001"], "--per-class must be 1 to 2000"),
+        (["--data", "emnist-bymerge", "--per-class", "0"], "--per-class must be at least 1; got 0"),
+        (["--seeds", "99999999999999999999"], "--seeds must be 1 to 1,000, got 99999999999999999999"),
+        (["--grid", "smoke", "--concurrency", "30000"], "--concurrency must be at most"),
+        (["--data-dir", "x" * 300], f"--data-dir can't be '{'x' * 60}': File name too long"),
+        (["--storage", "x" * 300], f"--storage can't be '{'x' * 60}': File name too long"),
+        (["--storage", "gopher://x"], "unknown storage 'gopher://x'"),
+        (["--store", "http://[x"], "can't open the store 'http://[x'"),
+        (["--store", "sqlite:///" + "x" * 300], "can't open the store"),
+        (["--store", "foo://me:secret@x"], "can't open the store 'foo://me:***@x'"),
+        (["--experiment", "two\nlines"], "--experiment must be 1 to 200 printable characters"),
         (["--grid", "smoke", "--per-class", "99999"], "--per-class must be 1 to 250, what validation leaves"),
-        (["--epochs", "0"], "--epochs must be 1 or more, got 0"),
-        (["--seeds", "0"], "--seeds must be 1 or more, got 0"),
+        (["--epochs", "0"], "--epochs must be 1 to 100,000, got 0"),
+        (["--seeds", "0"], "--seeds must be 1 to 1,000, got 0"),
         (["--seeds", "two"], "argument --seeds: invalid int value: 'two'; see --help"),
         (["--controls", "1.5"], "--controls must be a share between 0 and 1, got 1.5"),
         (["--controls", "nan"], "--controls must be a share between 0 and 1, got nan"),
         (["--lr-scales", "1,x"], "--lr-scales takes numbers joined by commas, got '1,x'"),
         (["--lr-scales", "1,0"], "--lr-scales must be finite and above 0, got 1.0,0.0"),
         (["--lr-scales", "1,1"], "--lr-scales must differ, got 1.0,1.0"),
-        (["--concurrency", "0"], "--concurrency must be 1 or more, got 0"),
-        (["--experiment", " "], "--experiment must not be empty"),
+        (["--concurrency", "0"], "--concurrency must be 1 to 100,000, got 0"),
+        (["--experiment", " "], "--experiment must be 1 to 200 printable characters"),
         (["--store", "foo://x"], "can't open the store 'foo://x'"),
         (["--store", "sqlite:////nowhere/x.db"], "can't open the store sqlite:////nowhere/x.db: there is no folder"),
         (["--storage", "/proc/x"], "can't make the storage folder /proc/x: can't write to the folder /proc ("),
@@ -80,7 +91,7 @@ def test_damaged_data_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Cap
         (raw / f"emnist-balanced-train-{kind}-ubyte").write_bytes(b"\0\0\x08\x03 no")
     assert main([]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("grid.run: ")
+    assert "emnist-balanced-train-images-idx3-ubyte" in err
     assert err.count("\n") == 1
 
 
@@ -122,6 +133,11 @@ def test_what_the_user_says_beats_the_grid() -> None:
     ]
     request = read_request(_parser().parse_args(arguments))
     assert (request.data, request.per_class, request.epochs, request.experiment) == ("emnist-digits", 7, 2, "mine")
+
+
+def test_another_budget_is_another_experiment_by_default() -> None:
+    request = read_request(_parser().parse_args(["--grid", "smoke", "--per-class", "20", "--epochs", "3"]))
+    assert request.experiment == "smoke-glyphs-20-per-class-3-epochs"
 
 
 def test_debug_shows_the_traceback() -> None:

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from grid.config import InputError
-from grid.store import DEAD_AFTER_SECONDS, Store, first_line
+from grid.config import InputError, first_line
+from grid.store import DEAD_AFTER_SECONDS, Store
 
 
 @pytest.fixture

@@ -175,7 +175,7 @@ def test_a_spool_that_cannot_be_written_ends_the_run_and_nothing_more_is_recorde
 ) -> None:
     watcher = watch(store, spool)
     watcher.started(CONFIG)
-    monkeypatch.setattr("os.fdatasync", fail)
+    monkeypatch.setattr("os.fsync", fail)
     watcher.reported(CONFIG, report(1), stopped=False)
     monkeypatch.undo()
     watcher.ended(CONFIG, "completed", "")
