@@ -34,3 +34,11 @@ def store_uri(_migrated_database: Path, tmp_path: Path) -> str:
     """A new sqlite store of one's own; copied, because MLflow takes seconds to make one."""
     shutil.copy(_migrated_database, tmp_path / "mlflow.db")
     return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.fixture
+def store(store_uri: str) -> Store:
+    """An experiment in a new store."""
+    store = Store(store_uri, "some grid")
+    store.create()
+    return store

@@ -11,13 +11,6 @@ from grid.store import Store
 CONFIG = TrialConfig(learning_rate=1e-3, epochs=9, seed=3, lr_scale=0.5)
 
 
-@pytest.fixture
-def store(store_uri: str) -> Store:
-    store = Store(store_uri, "some grid")
-    store.create()
-    return store
-
-
 def record(store: Store, folder: Path, status: str | None) -> None:
     recorder = Recorder(store, Spool(folder / "spool.jsonl"))
     recorder.begin({}, {})

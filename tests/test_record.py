@@ -1,5 +1,6 @@
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,6 @@ from grid.store import Store
 
 CONFIG = TrialConfig(learning_rate=1e-3, epochs=3, batch_norm=True)
 METRICS = dict.fromkeys(EPOCH_METRICS, 0.25)
-
-
-@pytest.fixture
-def store(store_uri: str) -> Store:
-    store = Store(store_uri, "some grid")
-    store.create()
-    return store
 
 
 @pytest.fixture
@@ -345,7 +339,8 @@ def test_an_error_of_an_earlier_try_is_taken_off(store: Store, recorder: Recorde
 
 def test_artifacts_that_cannot_be_written_are_told(store: Store, tmp_path: Path) -> None:
     (tmp_path / "mlartifacts").write_text("in the way")
-    with pytest.raises(
-        InputError, match="^can't write to the store sqlite.*; mend its rights, or pass another --store$"
+    with (
+        closing(Spool(tmp_path / "spool.jsonl")) as spool,
+        pytest.raises(InputError, match="^can't write to the store sqlite.*; mend its rights, or pass another --store"),
     ):
-        Recorder(store, Spool(tmp_path / "spool.jsonl")).begin({}, {})
+        Recorder(store, spool).begin({}, {})

@@ -9,13 +9,6 @@ from grid.config import InputError, first_line
 from grid.store import DEAD_AFTER_SECONDS, Store
 
 
-@pytest.fixture
-def store(store_uri: str) -> Store:
-    store = Store(store_uri, "some grid")
-    store.create()
-    return store
-
-
 def claim_as(store: Store, driver: str, seconds_ago: float = 0.0) -> None:
     store.client.set_tag(store.parent_id, "driver", driver)
     store.client.set_tag(store.parent_id, "driver_seen", str(time.time() - seconds_ago))

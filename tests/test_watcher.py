@@ -33,13 +33,6 @@ def stored(config: TrialConfig, status: str, epochs_run: int = 9, accuracies: tu
 
 
 @pytest.fixture
-def store(store_uri: str) -> Store:
-    store = Store(store_uri, "some grid")
-    store.create()
-    return store
-
-
-@pytest.fixture
 def spool(tmp_path: Path) -> Iterator[Spool]:
     spool = Spool(tmp_path / "spool.jsonl")
     yield spool
