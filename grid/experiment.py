@@ -153,8 +153,8 @@ def _training_images(request: Request) -> tuple[int, str]:
 def _describe(request: Request, plan: Plan) -> dict[str, str]:
     levels = " x ".join(str(len(request.levels[factor])) for factor in FACTORS)
     facts = {"grid": f"{request.grid}: {levels} levels, {len(plan.cells):,} cells"}
-    for reason, count in plan.excluded.items():
-        facts["excluded"] = f"{count:,} cells: {reason}"
+    if plan.excluded:
+        facts["excluded"] = "; ".join(f"{count:,} cells: {reason}" for reason, count in plan.excluded.items())
     facts["trials"] = (
         f"{len(plan.trials):,} = cells x {_count(request.seeds, 'seed')} x "
         f"{_count(len(request.lr_scales), 'learning-rate scale')}; {len(plan.controls)} never stopped (controls)"

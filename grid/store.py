@@ -7,7 +7,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import nan
 from typing import Any
@@ -80,7 +81,7 @@ class Store:
         Raises:
             InputError: The store can't be written, or the experiment was deleted in it.
         """
-        try:
+        with self._answering():
             found = self.client.get_experiment_by_name(self.experiment)
             if found is None:
                 location = artifact_location(self.uri, self.experiment)
@@ -88,16 +89,11 @@ class Store:
                 self.experiment_id = self.client.create_experiment(self.experiment, location, tags)
             elif found.lifecycle_stage == "deleted":
                 mend = "restore it or pass another --experiment"
-                raise InputError(f"experiment '{self.experiment}' is deleted in {self.uri}; {mend}")
+                raise InputError(f"experiment '{self.experiment}' is deleted in {mask(self.uri)}; {mend}")
             else:
                 self.experiment_id = found.experiment_id
             parents = self.client.search_runs([self.experiment_id], "tags.kind = 'grid'", max_results=1)
-            parent = parents[0] if parents else self._create_parent()
-        except UNREACHABLE as error:
-            raise InputError(
-                f"can't write to the store {mask(self.uri)}: {first_line(error)}; pass another --store"
-            ) from error
-        self.parent_id = parent.info.run_id
+            self.parent_id = (parents[0] if parents else self._create_parent()).info.run_id
 
     def _create_parent(self) -> Any:
         return self.client.create_run(self.experiment_id, tags={"kind": "grid"}, run_name=self.experiment)
@@ -108,6 +104,10 @@ class Store:
         Raises:
             InputError: Another one is alive.
         """
+        with self._answering():
+            self._claim()
+
+    def _claim(self) -> None:
         tags = self.client.get_run(self.parent_id).data.tags
         driver, seen = tags.get("driver", ""), float(tags.get("driver_seen", 0))
         if driver and driver != _this_driver() and _is_alive(driver, seen):
@@ -143,8 +143,22 @@ class Store:
         return {run.data.tags["trial_key"]: run.info.run_id for run in self._search(trial_key)}
 
     def trials(self) -> dict[str, StoredTrial]:
-        """Return the recorded trials by their keys."""
-        return {run.data.tags["trial_key"]: self._stored(run) for run in self._search()}
+        """Return the recorded trials by their keys.
+
+        Raises:
+            InputError: The store does not answer, or holds what is no trial.
+        """
+        with self._answering():
+            return {run.data.tags["trial_key"]: self._stored(run) for run in self._search()}
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
+        except UNREACHABLE as error:
+            raise InputError(
+                f"can't use the store {mask(self.uri)}: {first_line(error)}; pass another --store"
+            ) from error
 
     def _search(self, trial_key: str = "") -> Iterable[Any]:
         wanted = "tags.kind = 'trial'" + (f" and tags.trial_key = '{trial_key}'" if trial_key else "")

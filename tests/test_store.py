@@ -57,3 +57,14 @@ def test_a_claim_can_be_renewed_and_given_up(store: Store) -> None:
 @pytest.mark.parametrize(("error", "line"), [(ValueError("one\ntwo"), "one"), (ValueError(), "ValueError")])
 def test_an_error_becomes_one_line(error: Exception, line: str) -> None:
     assert first_line(error) == line
+
+
+@pytest.mark.parametrize("call", ["create", "claim", "trials"])
+def test_a_store_that_does_not_answer_is_told(call: str, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: object, **named: object) -> None:
+        raise OSError("the cable is cut")
+
+    for name in ("get_experiment_by_name", "get_run", "search_runs"):
+        monkeypatch.setattr(store.client, name, refuse)
+    with pytest.raises(InputError, match="^can't use the store sqlite.*: the cable is cut; pass another --store$"):
+        getattr(store, call)()
