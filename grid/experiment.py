@@ -157,7 +157,7 @@ def _describe(request: Request, plan: Plan) -> dict[str, str]:
         facts["excluded"] = "; ".join(f"{count:,} cells: {reason}" for reason, count in plan.excluded.items())
     facts["trials"] = (
         f"{len(plan.trials):,} = cells x {_count(request.seeds, 'seed')} x "
-        f"{_count(len(request.lr_scales), 'learning-rate scale')}; {len(plan.controls)} never stopped (controls)"
+        f"{_count(len(request.lr_scales), 'lr scale')}; {_count(len(plan.controls), 'control')}, never stopped"
     )
     rungs = ", ".join(map(str, rung_epochs(request.epochs))) or "none"
     facts["budget"] = f"{request.epochs} epochs; one in {FACTOR} goes on after epoch {rungs}"
