@@ -240,12 +240,19 @@ class Recorder:
 
     def _end_run(self, run_id: str, end: Event, *, failed_before: bool) -> None:
         client = self.store.client
-        last_words = end["error"].strip().splitlines()[-1][:500] if end["error"] else ""
-        if last_words:
+        if end["error"]:
             client.log_text(run_id, end["error"], "traceback.txt")
-        tags = end["tags"] | ({"error": last_words} if last_words or failed_before else {})
+        tags = end["tags"]
+        if end["error"] or failed_before:
+            tags = tags | {"error": summarise(end["error"])}
         client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
         client.set_terminated(run_id, "FAILED" if end["status"] == "failed" else "FINISHED", end["time"])
+
+
+def summarise(error: str) -> str:
+    """Return the line of a traceback that names the exception, at most 500 characters of it."""
+    last_traceback = error.rpartition("Traceback (most recent call last):")[2].strip("\n")
+    return next((line[:500] for line in last_traceback.splitlines() if not line.startswith(" ")), "")
 
 
 def open_spool(folder: Path, store_uri: str, experiment: str) -> Spool:

@@ -7,7 +7,7 @@ import pytest
 from mlflow.entities import Run
 
 from grid.config import EPOCH_METRICS, InputError, TrialConfig
-from grid.record import Recorder, main, open_spool
+from grid.record import Recorder, main, open_spool, summarise
 from grid.spool import Spool
 from grid.store import Store
 
@@ -109,6 +109,23 @@ def test_a_failed_trial_keeps_its_traceback(store: Store, recorder: Recorder) ->
     assert run.data.tags["error"] == "RuntimeError: no luck"
     assert Path(store.client.download_artifacts(run.info.run_id, "traceback.txt")).read_text() == error
     assert "best_val_accuracy" not in run.data.metrics
+
+
+@pytest.mark.parametrize(
+    ("error", "summary"),
+    [
+        ("", ""),
+        ("RuntimeError: no luck", "RuntimeError: no luck"),
+        ("Traceback (most recent call last):\n  File\n    code()\nValueError: a\n  b\nc", "ValueError: a"),
+        (
+            "Traceback (most recent call last):\n  File\nKeyError: 'x'\n\nDuring handling, another:\n\n"
+            "Traceback (most recent call last):\n  File\nOSError: gone\n",
+            "OSError: gone",
+        ),
+    ],
+)
+def test_a_traceback_is_summarised_by_the_exception_that_ended_it(error: str, summary: str) -> None:
+    assert summarise(error) == summary
 
 
 def test_what_was_recorded_reads_back(store: Store, recorder: Recorder) -> None:
