@@ -157,17 +157,21 @@ def run_trials(
             reuse_actors=True,
             trial_dirname_creator=lambda trial: _config(trial).trial_key,
         ),
-        run_config=tune.RunConfig(
-            name=experiment,
-            storage_path=storage,
-            verbose=0,
-            stop=_Interruption(listener),
-            callbacks=[_Bridge(listener)],
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            failure_config=tune.FailureConfig(max_failures=WORKER_RESTARTS),
-        ),
+        run_config=_run_config(listener, storage, experiment),
     )
     tuner.fit()
+
+
+def _run_config(listener: Listener, storage: str, experiment: str) -> tune.RunConfig:
+    return tune.RunConfig(
+        name=experiment,
+        storage_path=storage,
+        verbose=0,
+        stop=_Interruption(listener),
+        callbacks=[_Bridge(listener)],
+        checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        failure_config=tune.FailureConfig(max_failures=WORKER_RESTARTS),
+    )
 
 
 class TrialWorker(tune.Trainable):
