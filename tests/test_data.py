@@ -525,7 +525,7 @@ def test_a_full_disk_is_reported_and_leaves_nothing(
 @pytest.fixture(scope="module")
 def real() -> Dataset:
     folder = os.environ.get("EMNIST_DIR")
-    if folder is None:
+    if not folder:
         pytest.skip("set EMNIST_DIR to a folder with EMNIST/raw/emnist-bymerge-*-ubyte")
     return load("emnist-bymerge", Path(folder))
 

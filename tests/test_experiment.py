@@ -198,7 +198,7 @@ def test_a_dry_run_forecasts_the_full_grid_and_starts_and_writes_nothing(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif("EMNIST_DIR" not in os.environ, reason="needs EMNIST files: set EMNIST_DIR to their folder")
+@pytest.mark.skipif(not os.environ.get("EMNIST_DIR"), reason="needs EMNIST files: set EMNIST_DIR to their folder")
 def test_real_images_are_learnt(store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data_dir = Path(os.environ["EMNIST_DIR"]).absolute()
     monkeypatch.chdir(tmp_path)
