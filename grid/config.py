@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from math import inf, isfinite
 from typing import Any
 
@@ -142,17 +143,17 @@ class TrialConfig:
             ("memory_format", "contiguous or channels_last", self.memory_format in ("contiguous", "channels_last")),
         ]
 
-    @property
+    @cached_property
     def cell(self) -> dict[str, str]:
         """The level of every factor."""
         return {name: _spell(getattr(self, name)) for name in FACTORS}
 
-    @property
+    @cached_property
     def cell_key(self) -> str:
         """Short hash of the cell: equal for all replicates and nuisance levels."""
         return _hash(self.cell)
 
-    @property
+    @cached_property
     def trial_key(self) -> str:
         """Short hash of all fields: one key, one training, one live MLflow run."""
         return _hash(self.to_params())

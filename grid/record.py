@@ -47,7 +47,8 @@ class Recorder:
         self.dropped: Counter[str] = Counter()
         """Reports by trial key that the store will never take, because somebody deleted their run."""
         self._run_ids: dict[str, str] = {}
-        self._failed_before: set[str] = set()
+        self._failed_at: dict[str, float] = {}
+        """Epochs run, by the keys of the trials that failed in an earlier run."""
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._deliver_until_closed, name="recorder", daemon=True)
@@ -74,7 +75,9 @@ class Recorder:
         """
         client = self.store.client
         self._run_ids = {key: trial.run_id for key, trial in stored.items()}
-        self._failed_before = {key for key, trial in stored.items() if trial.status == "failed"}
+        self._failed_at = {
+            key: trial.metrics.get("epochs_run", 0.0) for key, trial in stored.items() if trial.status == "failed"
+        }
         try:
             client.update_run(self.store.parent_id, status="RUNNING")
             client.log_dict(self.store.parent_id, dict(manifest), "grid.json")
@@ -123,7 +126,8 @@ class Recorder:
         """
         tags = {"status": status} | ({"stopped_at_epoch": str(epochs_run)} if status == "stopped" else {})
         best = {} if best_val_accuracy is None else {"best_val_accuracy": best_val_accuracy}
-        metrics = {**best, "epochs_run": float(epochs_run)}
+        again = epochs_run == self._failed_at.get(config.trial_key)  # recorded at this epoch when it failed before
+        metrics = {} if again else {**best, "epochs_run": float(epochs_run)}
         self._append("end", config, epoch=epochs_run, metrics=metrics, tags=tags, status=status, error=error)
 
     def trial_put_down(self, config: TrialConfig) -> None:
@@ -138,7 +142,7 @@ class Recorder:
             patience_seconds: How long a store that does not answer is waited for.
         """
         deadline = time.monotonic() + patience_seconds
-        while self._spool.pending(limit=1)[0] and time.monotonic() < deadline:
+        while self._thread.is_alive() and self._spool.pending(limit=1)[0] and time.monotonic() < deadline:
             self._wake.set()
             time.sleep(0.05)
         self._closing.set()
@@ -221,7 +225,7 @@ class Recorder:
         for begin in range(0, len(metrics), BATCH_SIZE):
             client.log_batch(run_id, metrics=metrics[begin : begin + BATCH_SIZE], tags=tags)
         if events[-1]["kind"] == "end":
-            self._end_run(run_id, events[-1], failed_before=trial_key in self._failed_before)
+            self._end_run(run_id, events[-1], failed_before=trial_key in self._failed_at)
         if events[-1]["kind"] == "rest":
             client.set_terminated(run_id, "KILLED", events[-1]["time"])
 

@@ -3,6 +3,7 @@
 One line of JSON per event. A second file holds how many bytes were delivered.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -35,7 +36,7 @@ class Spool:
             raise
         self._mark = path.with_suffix(".delivered")
         self._delivered = int(self._mark.read_text()) if self._mark.exists() else 0
-        self._file = path.open("ab+")
+        self._file = path.open("ab", buffering=0)  # a buffer would write later what was refused now
         self._cut_torn_line()
 
     def append(self, event: Event) -> None:
@@ -43,8 +44,8 @@ class Spool:
         line = json.dumps(event, separators=(",", ":")).encode() + b"\n"
         end = os.fstat(self._file.fileno()).st_size
         try:
-            self._file.write(line)
-            self._file.flush()
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file.fileno())
         except OSError:
             self._forget_after(end)

@@ -1,6 +1,7 @@
 import io
 import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -85,6 +86,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run() -> None:
         state = progress(stream=stream)
         state.show(last=True)
         state.show(last=True)
+        assert os.fstat(stream.fileno()).st_rdev == Path(os.devnull).stat().st_rdev
 
 
 def test_diverged_and_failed_trials_have_no_rank_but_are_counted() -> None:

@@ -354,6 +354,20 @@ def test_an_error_of_an_earlier_try_is_taken_off(store: Store, recorder: Recorde
     assert (run.data.tags["status"], run.data.tags["error"]) == ("completed", "")
 
 
+def test_failing_twice_at_the_same_epoch_is_one_value(store: Store, recorder: Recorder, tmp_path: Path) -> None:
+    error = "RuntimeError: no luck"
+    again = Recorder(store, Spool(tmp_path / "again.jsonl"))
+    for each in (recorder, again):
+        if each is again:
+            again.begin({}, store.trials())
+        each.trial_started(CONFIG, control=False)
+        each.trial_ended(CONFIG, "failed", epochs_run=0, best_val_accuracy=None, error=error)
+        each.close(finished=True)
+    (run,) = runs(store)
+    assert len(store.client.get_metric_history(run.info.run_id, "epochs_run")) == 1
+    assert run.data.tags["error"] == error
+
+
 def test_artifacts_that_cannot_be_written_are_told(store: Store, tmp_path: Path) -> None:
     (tmp_path / "mlartifacts").write_text("in the way")
     with (
