@@ -105,7 +105,7 @@ def guard(on_death: Callable[[], None]) -> None:
     _leaving.clear()
 
     def watch() -> None:
-        while not _leaving.wait(1.0):
+        while not _leaving.wait(0.1):
             if any(not server.is_running() or server.status() == psutil.STATUS_ZOMBIE for server in servers):
                 on_death()
                 return

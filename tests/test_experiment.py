@@ -151,8 +151,12 @@ def test_a_server_that_is_down_at_the_end_is_told_with_what_to_do(
     assert [run.data.tags["status"] in STATUSES for run in runs(store_uri, "trial")] == [True] * 4
 
 
-def test_the_death_of_ray_ends_the_driver_with_the_command_that_goes_on(arguments: list[str], tmp_path: Path) -> None:
+def test_the_death_of_ray_ends_the_driver_with_the_command_that_goes_on(
+    arguments: list[str], store_uri: str, tmp_path: Path
+) -> None:
     process = start([*arguments, "--epochs", "200"], tmp_path)
+    while not [run for run in runs(store_uri, "trial") if "val_accuracy" in run.data.metrics]:
+        time.sleep(0.2)
     (raylet,) = [one for one in psutil.Process(process.pid).children(recursive=True) if one.name() == "raylet"]
     raylet.kill()
     assert process.wait(100) == 1
