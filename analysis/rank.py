@@ -1,84 +1,261 @@
 """Ranks the cells of a grid: `python -m analysis.rank --experiment smoke-glyphs`.
 
-An accuracy after one epoch is never compared, or averaged, with one after nine: a cell is judged at the epoch that all
-its replicates have reached, and cells with more epochs come first. Diverged and failed trials have no accuracy here;
-they are counted.
+Finalists first, then cells that had the full budget, then the stopped ones by rung (`grid.ranking` has the rule), each
+with an interval and with the cells that it can't be told apart from. Diverged and failed trials have no rank; they are
+counted.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from string import ascii_lowercase
 
+import numpy as np
 import pandas as pd
+from scipy import stats
 
-from analysis.store import read_trials
+from analysis.store import Experiment, read_experiment
 from grid.arguments import Parser
-from grid.config import FACTORS, STATUSES, InputError, cell_name
-from grid.store_uri import check_store_uri
+from grid.config import FACTORS, RUNG_METRIC, STATUSES, InputError, cell_name
+from grid.ranking import RankedCell, Standing
+from grid.ranking import rank_cells as rank_standings
+
+CONFIDENCE = 0.95
+RESAMPLES = 9999
+RANK_COLUMNS = ("rank", "tier", "group", *FACTORS, "epochs_run", "epochs", "seeds", "lr_scale", "val_accuracy")
+INTERVAL_COLUMNS = ("spread", "low", "high", "test_accuracy")
 
 
-def rank_cells(trials: pd.DataFrame) -> pd.DataFrame:
-    """Rank cells by the best evidence that all their replicates share.
-
-    Of the nuisance levels of a replicate the one that went furthest, then the most accurate one, counts. A cell whose
-    replicates all had the full budget is the mean of their best accuracies; any other is the mean of the accuracies
-    at the last rung that all of them have reached.
+def rank_cells(
+    trials: pd.DataFrame, finalists: pd.DataFrame | None = None, *, val_images: int | None = None
+) -> pd.DataFrame:
+    """Rank cells by the best evidence there is.
 
     Args:
-        trials: From `analysis.store.read_trials`; of one budget.
+        trials: `analysis.store.Experiment.trials`.
+        finalists: `.finalists` of the same experiment; None or empty before `grid.confirm`.
+        val_images: Images behind each accuracy; None if unknown.
 
     Returns:
-        A row per cell with a ranked trial, best first: `rank`, the factors, `epochs_run` (that all replicates had),
-        `epochs` (full budget), `seeds` (replicates that count), `val_accuracy` (mean), `spread` (standard
-        deviation over the replicates; NaN for one).
+        A row per ranked cell, best first: `rank`, `tier` (finalist, completed, stopped), `group` (cells of a tier and a
+        number of epochs that can't be told apart from the best of them; from 1; NaN if nothing is known of the noise),
+        the factors, `epochs_run` (that all replicates had), `epochs` (full budget), `seeds`, `lr_scale`,
+        `val_accuracy` (mean), `spread` (standard deviation over the seeds; NaN for one), `low` and `high` (95 %
+        interval of the mean), `test_accuracy` (mean; NaN unless tested).
 
     Raises:
         InputError: The trials are of several budgets.
     """
-    budgets = sorted(trials["epochs"].unique())
-    if len(budgets) > 1:
-        raise InputError(f"trials of {' and '.join(map(str, budgets))} epochs can't be ranked together")
-    counted = trials[trials["status"].isin(("completed", "stopped"))]
-    counted = counted.sort_values(["epochs_run", "best_val_accuracy"]).groupby([*FACTORS, "seed"]).tail(1)
-    shared = counted.groupby(list(FACTORS))["epochs_run"].transform("min")
-    counted = counted.assign(epochs_run=shared, accuracy=_accuracy_at(counted, shared))
-    cells = counted.groupby(list(FACTORS), as_index=False).agg(
-        epochs_run=("epochs_run", "min"),
-        epochs=("epochs", "min"),
-        seeds=("seed", "nunique"),
-        val_accuracy=("accuracy", "mean"),
-        spread=("accuracy", "std"),
+    confirmed = _rank_finalists(finalists) if finalists is not None and len(finalists) else _no_cells()
+    cells = rank_standings(_standings(trials))
+    known = {tuple(row) for row in confirmed[list(FACTORS)].itertuples(index=False)}
+    rest = _rank_trials([cell for cell in cells if tuple(cell.cell.values()) not in known], cells, val_images)
+    ranked = pd.concat([part for part in (confirmed, rest) if len(part)] or [rest], ignore_index=True)
+    ranked.insert(0, "rank", range(1, len(ranked) + 1))
+    return ranked[[*RANK_COLUMNS, *INTERVAL_COLUMNS]]
+
+
+def bootstrap_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Return the expanded percentile bootstrap interval of a mean; NaN for fewer than two values.
+
+    The plain percentile interval of few values is too narrow; its level is raised so that for normal values it is as
+    wide as Student's.
+
+    Reference: Hesterberg 2015, https://arxiv.org/abs/1411.5279 (section 4.1.1, 5.3)
+    """
+    count = len(values)
+    if count < 2:
+        return np.nan, np.nan
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
+    quantile = np.sqrt(count / (count - 1)) * stats.t.ppf((1 - confidence) / 2, count - 1)
+    interval = stats.bootstrap(
+        (np.asarray(values),),
+        np.mean,
+        confidence_level=1 - 2 * stats.norm.cdf(quantile),
+        n_resamples=RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def _standings(trials: pd.DataFrame) -> Iterable[Standing]:
+    rungs = [name for name in trials.columns if name.startswith(RUNG_METRIC)]
+    for row in trials.to_dict("records"):
+        best = row["best_val_accuracy"]
+        yield Standing(
+            cell={factor: row[factor] for factor in FACTORS},
+            seed=row["seed"],
+            lr_scale=row["lr_scale"],
+            epochs=row["epochs"],
+            status=row["status"],
+            epochs_run=row["epochs_run"],
+            best_val_accuracy=None if pd.isna(best) else best,
+            rung_accuracies={int(name.removeprefix(RUNG_METRIC)): row[name] for name in rungs},
+        )
+
+
+def _rank_finalists(finalists: pd.DataFrame) -> pd.DataFrame:
+    """Return the finalists, best first; those whose paired difference to the best may be 0 are of one group."""
+    tested = finalists.groupby(list(FACTORS))["test_accuracy"].mean()
+    ranked = [cell for cell in rank_standings(_standings(finalists)) if cell.epochs_run == cell.epochs]
+    rows = []
+    for cell in ranked:
+        low, high = bootstrap_interval(list(cell.accuracies.values()))
+        test_accuracy = tested.get(tuple(cell.cell.values()), np.nan)
+        rows.append(_row(cell, "finalist") | {"low": low, "high": high, "test_accuracy": test_accuracy})
+    table = pd.DataFrame(rows, columns=list(_no_cells().columns))
+    return table.assign(group=_group(ranked, _differ_when_paired))
+
+
+def _rank_trials(cells: Sequence[RankedCell], all_cells: Sequence[RankedCell], val_images: int | None) -> pd.DataFrame:
+    errors = _standard_errors(all_cells, val_images)
+    quantile = stats.norm.ppf((1 + CONFIDENCE) / 2)
+    rows, groups = [], []
+    for epochs_run in sorted({cell.epochs_run for cell in cells}, reverse=True):
+        some = [cell for cell in cells if cell.epochs_run == epochs_run]
+        for cell in some:
+            half = quantile * errors[id(cell)]
+            tier = "completed" if epochs_run == cell.epochs else "stopped"
+            rows.append(_row(cell, tier) | {"low": cell.mean - half, "high": cell.mean + half})
+        groups += _group(
+            some,
+            lambda one, other: abs(one.mean - other.mean) > quantile * np.hypot(errors[id(one)], errors[id(other)]),
+        )
+    return pd.DataFrame(rows, columns=list(_no_cells().columns)).assign(
+        group=[group if np.isfinite(errors[id(cell)]) else np.nan for group, cell in zip(groups, cells, strict=True)]
     )
-    cells = cells.sort_values(["epochs_run", "val_accuracy"], ascending=False, ignore_index=True)
-    cells.insert(0, "rank", range(1, len(cells) + 1))
-    return cells
 
 
-def _accuracy_at(trials: pd.DataFrame, epochs: pd.Series) -> pd.Series:
-    """Return each trial's best accuracy if it had as many epochs as asked for, else the one at that rung."""
-    accuracies = trials["best_val_accuracy"].where(trials["epochs_run"] == epochs)
-    for epoch in epochs[accuracies.isna()].unique():
-        accuracies = accuracies.mask(accuracies.isna() & (epochs == epoch), trials[f"val_accuracy_at_{epoch}"])
-    return accuracies
+def _standard_errors(cells: Sequence[RankedCell], val_images: int | None) -> dict[int, float]:
+    """Return the standard error of each cell's mean, by its id.
+
+    From the spread between seeds, pooled over the cells of as many epochs; where no cell has two seeds, that of a share
+    of `val_images` images, which leaves out what another seed would change.
+    """
+    errors = {}
+    for epochs_run in {cell.epochs_run for cell in cells}:
+        some = [cell for cell in cells if cell.epochs_run == epochs_run]
+        degrees = sum(len(cell.accuracies) - 1 for cell in some)
+        squares = sum(float(np.sum((np.array(list(cell.accuracies.values())) - cell.mean) ** 2)) for cell in some)
+        for cell in some:
+            if degrees:
+                errors[id(cell)] = float(np.sqrt(squares / degrees / len(cell.accuracies)))
+            else:
+                errors[id(cell)] = float(np.sqrt(cell.mean * (1 - cell.mean) / (val_images or np.nan)))
+    return errors
 
 
-def format_ranking(cells: pd.DataFrame, trials: pd.DataFrame, count: int) -> str:
-    """Return the first `count` cells as text, and what could not be ranked."""
-    lines = [f"{'rank':>4} {'val acc':>7} {'spread':>6} {'seeds':>5} {'epochs':>6}  cell"]
-    for row in cells.head(count).to_dict("records"):
-        spread = "" if pd.isna(row["spread"]) else f"{row['spread']:.2%}"
-        cell = cell_name({factor: str(row[factor]) for factor in FACTORS})
-        budget = f"{row['epochs_run']}/{row['epochs']}"
-        figures = f"{row['rank']:>4} {row['val_accuracy']:>7.2%} {spread:>6} {row['seeds']:>5} {budget:>6}"
-        lines.append(f"{figures}  {cell}")
+def _differ_when_paired(one: RankedCell, other: RankedCell) -> bool:
+    shared = sorted(one.accuracies.keys() & other.accuracies.keys())
+    low, high = bootstrap_interval([one.accuracies[seed] - other.accuracies[seed] for seed in shared])
+    return low > 0 or high < 0
+
+
+def _group(cells: Sequence[RankedCell], differ: Callable[[RankedCell, RankedCell], bool]) -> list[float]:
+    """Number the cells: one that can't be told apart from the best of the current group belongs to it."""
+    groups: list[float] = []
+    best = None
+    for cell in cells:
+        if best is None or differ(best, cell):
+            best = cell
+            groups.append(groups[-1] + 1 if groups else 1)
+        else:
+            groups.append(groups[-1])
+    return groups
+
+
+def _row(cell: RankedCell, tier: str) -> dict[str, object]:
+    accuracies = list(cell.accuracies.values())
+    return {
+        "tier": tier,
+        "group": np.nan,
+        **cell.cell,
+        "epochs_run": cell.epochs_run,
+        "epochs": cell.epochs,
+        "seeds": len(accuracies),
+        "lr_scale": cell.lr_scale,
+        "val_accuracy": cell.mean,
+        "spread": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else np.nan,
+        "low": np.nan,
+        "high": np.nan,
+        "test_accuracy": np.nan,
+    }
+
+
+def _no_cells() -> pd.DataFrame:
+    return pd.DataFrame(columns=[*RANK_COLUMNS[1:], *INTERVAL_COLUMNS])
+
+
+def format_ranking(cells: pd.DataFrame, experiment: Experiment, count: int) -> str:
+    """Return the first `count` cells and the best of each model as text, and what could not be ranked."""
+    trials = experiment.trials
+    finalists = cells[cells["tier"] == "finalist"]
+    blocks = []
+    if len(finalists):
+        blocks.append(f"finalists, trained again on new seeds\n{_table(finalists, 'test')}")
+    others = cells[cells["tier"] != "finalist"]
+    blocks.append(f"cells of the grid\n{_table(others.head(count), 'epochs')}")
     counts = trials["status"].value_counts()
-    by_status = ", ".join(f"{counts[status]} {status}" for status in STATUSES if status in counts)
-    lines.append(f"{min(count, len(cells))} of {len(cells)} cells shown; {len(trials)} trials: {by_status}")
+    by_status = ", ".join(f"{counts[status]:,} {status}" for status in STATUSES if status in counts)
+    blocks.append(f"{min(count, len(others)):,} of {len(others):,} cells shown; {len(trials):,} trials: {by_status}")
     if not len(cells):
-        lines.append("no trial reached an accuracy: all diverged or failed; try --lr-scales 0.1")
-    elif cells["seeds"].max() == 1:
-        lines.append("one seed per cell: the spread between runs is unknown; add replicates with grid.run --seeds 3")
+        blocks.append("no trial reached an accuracy: all diverged or failed; try --lr-scales 0.1")
+    models = cells["model"].unique()
+    if len(models) > 1:
+        best = [f"best {model}\n{_table(cells[cells['model'] == model].head(3), 'epochs')}" for model in models]
+        blocks += best
+    return "\n\n".join([*blocks, "\n".join([*_doubts(cells, experiment.val_images), *experiment.notes])]).rstrip()
+
+
+def _doubts(cells: pd.DataFrame, val_images: int | None) -> list[str]:
+    """Say how much of the order is sure."""
+    grid = cells[cells["tier"] != "finalist"]
+    if not len(grid):
+        return []
+    leader = grid.iloc[0]
+    if grid["seeds"].max() > 1:
+        return ["+-: 95 % interval from the spread between seeds; one letter under tie: can't be told apart"]
+    more = "add replicates with grid.run --seeds 3, or run grid.confirm"
+    if val_images is None:
+        return [f"one seed per cell and no count of images in the store: ties are unknown; {more}"]
+    tied = int(((grid["group"] == leader["group"]) & (grid["epochs_run"] == leader["epochs_run"])).sum())
+    error = np.sqrt(leader["val_accuracy"] * (1 - leader["val_accuracy"]) / val_images)
+    return [
+        f"one seed per cell: the best {tied} can't be told apart (tie a): +-, the error of a share of",
+        f"{val_images:,} images (its standard error is {100 * error:.2f} points), knows nothing of seeds;",
+        more,
+    ]
+
+
+def _table(cells: pd.DataFrame, last: str) -> str:
+    """Return cells as lines of at most 80 columns, with the usual levels.
+
+    Args:
+        cells: From `rank_cells`.
+        last: What the column before the cell shows: `epochs`, or `test` accuracy.
+    """
+    lines = [f"{'rank':>4} {'tie':<3} {'val acc':>7} {'+-':>5} {'seeds':>5} {last:>6}  cell"]
+    for row in cells.to_dict("records"):
+        half = "" if pd.isna(row["low"]) else f"{50 * (row['high'] - row['low']):.2f}"
+        budget = f"{row['epochs_run']}/{row['epochs']}"
+        test = "" if pd.isna(row["test_accuracy"]) else f"{row['test_accuracy']:.2%}"
+        tie = "" if pd.isna(row["group"]) else _letters(int(row["group"]))
+        figures = f"{row['rank']:>4} {tie:<3} {row['val_accuracy']:>7.2%} {half:>5} {row['seeds']:>5}"
+        cell = cell_name({factor: str(row[factor]) for factor in FACTORS})
+        scale = "" if row["lr_scale"] == 1 else f" lr x{row['lr_scale']:g}"
+        lines.append(f"{figures} {budget if last == 'epochs' else test:>6}  {cell}{scale}")
     return "\n".join(lines)
+
+
+def _letters(group: int) -> str:
+    """Return 1 as a, 26 as z, 27 as aa."""
+    letters = ""
+    while group:
+        group, letter = divmod(group - 1, len(ascii_lowercase))
+        letters = ascii_lowercase[letter] + letters
+    return letters
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,14 +267,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write all cells to a file")
     options = parser.parse_args(arguments)
     try:
-        trials = read_trials(check_store_uri(options.store, must_exist=True), options.experiment)
-        cells = rank_cells(trials)
+        if options.top < 1:
+            raise InputError(f"--top must be 1 or more, got {options.top}")
+        experiment = read_experiment(options.store, options.experiment)
+        cells = rank_cells(experiment.trials, experiment.finalists, val_images=experiment.val_images)
         if options.csv:
             cells.to_csv(options.csv, index=False)
     except (InputError, OSError) as error:
         print(f"analysis.rank: {error}", file=sys.stderr)
         return 2
-    print(format_ranking(cells, trials, options.top))
+    print(format_ranking(cells, experiment, options.top))
     return 0
 
 

@@ -1,84 +1,258 @@
 """The only MLflow reader: one experiment becomes one table with a row per trial.
 
 Relies on the factor params, `seed`, `lr_scale`, `epochs`, the tags and metrics of `grid.record`, and on nothing else:
-a store that another program wrote by this contract reads as well.
+a store that another program wrote by this contract reads as well. What can't be used is counted and said.
 """
 
+import json
 import logging
 import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from math import nan
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import mlflow.exceptions
 import pandas as pd
+from mlflow.entities import Run, ViewType
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
-from grid.config import FACTORS, STATUSES, InputError, first_line
-from grid.store_uri import mask
+from grid.config import FACTORS, RUNG_METRIC, STATUSES, TEST_METRICS, InputError, TrialConfig, first_line
+from grid.store_uri import check_store_uri, mask, slug
 
 PAGE_SIZE = 5000
+HISTORY_THREADS = 4
+UNREACHABLE = (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError, ImportError)
+COLUMNS = {
+    "run_id": "str",
+    "trial_key": "str",
+    "cell_key": "str",
+    **dict.fromkeys(FACTORS, "str"),
+    "seed": "int64",
+    "lr_scale": "float64",
+    "epochs": "int64",
+    "status": "str",
+    "control": "bool",
+    "stopped_at_epoch": "float64",
+    "epochs_run": "int64",
+    "best_val_accuracy": "float64",
+    "epoch_seconds": "float64",
+}
+"""Columns of every table of trials, with their types; NaN where there is no value."""
 
 
-def read_trials(uri: str, experiment: str) -> pd.DataFrame:
-    """Read the trials of an experiment that have ended.
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment as the store has it."""
 
-    Returns:
-        A row per trial, with the factors, `seed` (int), `lr_scale` (float), `epochs` (int, the full budget), `status`,
-        `control` (bool), `epochs_run` (int), `best_val_accuracy` (float, NaN if the first epoch diverged), one
-        `val_accuracy_at_<epoch>` (float) per rung, and `trial_key`, `cell_key`, `run_id`.
+    uri: str
+    name: str
+    parent_id: str
+    """The run with tag `kind=grid`; empty if there is none."""
+    trials: pd.DataFrame
+    """A row per trial that has ended: `COLUMNS`, and a `val_accuracy_at_<epoch>` (float) for each rung, rising."""
+    finalists: pd.DataFrame
+    """A row per confirm run that has ended: `COLUMNS` and `TEST_METRICS` (NaN before the test)."""
+    manifest: Mapping[str, Any]
+    """`grid.json`; empty if there is none."""
+    notes: tuple[str, ...]
+    """A sentence on each kind of run that is not in the tables."""
+
+    @property
+    def val_images(self) -> int | None:
+        """Images that every validation accuracy is a share of; None if the store does not say."""
+        count = self.manifest.get("data", {}).get("val_images")
+        return None if count is None else int(count)
+
+
+def read_experiment(uri: str | None, name: str) -> Experiment:
+    """Read an experiment with one (paged) search.
+
+    Args:
+        uri: MLflow tracking URI; None for the `mlflow.db` of this folder.
+        name: Of the experiment.
 
     Raises:
-        InputError: The store does not answer, or has no such experiment or no trial in it that has ended.
+        InputError: The store does not answer, or has no such experiment, or no trial in it that has ended.
     """
-    runs = _search(uri, experiment)
-    if runs.empty:
-        raise InputError(f"experiment '{experiment}' in {uri} has no trial yet; run python -m grid.run first")
-    columns = {f"params.{name}": name for name in (*FACTORS, "seed", "lr_scale", "epochs")}
-    columns |= {f"tags.{name}": name for name in ("trial_key", "cell_key", "status", "control")}
-    columns |= {name: name.removeprefix("metrics.") for name in _metric_columns(runs)}
-    trials = runs.rename(columns=columns)[["run_id", *columns.values()]]
-    trials = trials[trials["status"].isin(STATUSES)].reset_index(drop=True)
+    uri = check_store_uri(uri, must_exist=True)
+    with _answering(uri) as client:
+        experiment_id = _find(client, uri, name)
+        runs = list(_search(client, experiment_id, ViewType.ACTIVE_ONLY))
+        deleted = sum(1 for _ in _search(client, experiment_id, ViewType.DELETED_ONLY))
+    by_kind: dict[str, list[Run]] = {"grid": [], "trial": [], "confirm": []}
+    foreign = 0
+    for run in runs:
+        kind = run.data.tags.get("kind", "")
+        foreign += kind not in by_kind
+        by_kind.get(kind, []).append(run)
+    if not by_kind["trial"]:
+        raise InputError(f"experiment '{name}' in {mask(uri)} has no trial yet; run python -m grid.run first")
+    trials, notes = _tabulate(by_kind["trial"], "trial")
     if trials.empty:
-        raise InputError(f"no trial of experiment '{experiment}' in {uri} has ended yet; wait for one")
-    return trials.assign(control=trials["control"] == "true").astype(
-        {"seed": int, "lr_scale": float, "epochs": int, "epochs_run": int}
-    )
+        reasons = "; ".join(notes)
+        raise InputError(f"no trial of experiment '{name}' in {mask(uri)} has ended yet ({reasons}); wait for one")
+    finalists, more_notes = _tabulate(by_kind["confirm"], "finalist")
+    parent_id = by_kind["grid"][0].info.run_id if by_kind["grid"] else ""
+    notes += more_notes
+    notes += [f"{_count(foreign, 'run')} left out: no tag kind=trial, confirm or grid"] if foreign else []
+    notes += [f"{_count(deleted, 'run')} left out: deleted"] if deleted else []
+    manifest = json.loads(read_artifact(uri, parent_id, "grid.json") or b"{}")
+    return Experiment(uri, name, parent_id, trials, finalists, manifest, tuple(notes))
 
 
-def _metric_columns(runs: pd.DataFrame) -> list[str]:
-    rungs = [name for name in runs.columns if name.startswith("metrics.val_accuracy_at_")]
-    return [
-        "metrics.epochs_run",
-        "metrics.best_val_accuracy",
-        *sorted(rungs, key=lambda name: int(name.split("_")[-1])),
-    ]
+def read_artifact(uri: str, run_id: str, path: str) -> bytes | None:
+    """Return a file of a run; None if it has no such file.
+
+    Raises:
+        InputError: The store does not answer.
+    """
+    if not run_id:
+        return None
+    folder, _, _ = path.rpartition("/")
+    with _answering(uri) as client, tempfile.TemporaryDirectory() as target:
+        if path not in (artifact.path for artifact in client.list_artifacts(run_id, folder or None)):
+            return None
+        return Path(client.download_artifacts(run_id, path, target)).read_bytes()
 
 
-def _search(uri: str, experiment: str) -> pd.DataFrame:
+def read_curves(experiment: Experiment, run_ids: Iterable[str], metric: str = "val_accuracy") -> pd.DataFrame:
+    """Return what trials or finalists reported epoch by epoch.
+
+    MLflow gives histories run by run, which is slow, so they are kept as parquet in the user's cache folder: a run is
+    asked for again only after it went further.
+
+    Args:
+        experiment: From `read_experiment`.
+        run_ids: Of rows of `experiment.trials` or `.finalists`.
+        metric: One of `grid.config.EPOCH_METRICS`.
+
+    Returns:
+        `run_id`, `epoch` (from 1), and a column named by the metric, rising by run and epoch.
+
+    Raises:
+        InputError: The store does not answer.
+    """
+    both = pd.concat([experiment.trials[["run_id", "epochs_run"]], experiment.finalists[["run_id", "epochs_run"]]])
+    wanted = both[both["run_id"].isin(set(run_ids))].set_index("run_id")["epochs_run"]
+    path = _cache_folder() / f"{slug(experiment.uri, experiment.name)}-{metric}.parquet"
+    kept = _read_cache(path, metric)
+    kept = kept[kept["run_id"].map(both.set_index("run_id")["epochs_run"]) == kept["epochs_run"]]
+    missing = sorted(set(wanted.index) - set(kept["run_id"]))
+    if missing:
+        with _answering(experiment.uri) as client, ThreadPoolExecutor(HISTORY_THREADS) as threads:
+            histories = list(threads.map(lambda run_id: client.get_metric_history(run_id, metric), missing))
+        rows = [
+            (run_id, int(wanted[run_id]), point.step, point.value)
+            for run_id, history in zip(missing, histories, strict=True)
+            for point in history
+        ]
+        kept = pd.concat([kept, pd.DataFrame(rows, columns=kept.columns).astype(kept.dtypes)], ignore_index=True)
+        _write_cache(path, kept)
+    chosen = kept[kept["run_id"].isin(wanted.index)]
+    return chosen.sort_values(["run_id", "epoch"], ignore_index=True)[["run_id", "epoch", metric]]
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "factorial-grid"
+
+
+def _read_cache(path: Path, metric: str) -> pd.DataFrame:
+    types = {"run_id": "str", "epochs_run": "int64", "epoch": "int64", metric: "float64"}
+    try:
+        return pd.read_parquet(path)[list(types)].astype(types)
+    except (OSError, KeyError, ValueError):  # ValueError: of pyarrow, for a damaged file
+        return pd.DataFrame(columns=list(types)).astype(types)
+
+
+def _write_cache(path: Path, curves: pd.DataFrame) -> None:
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    with suppress(OSError):  # a cache that can't be written costs time, not the answer
+        path.parent.mkdir(parents=True, exist_ok=True)
+        curves.to_parquet(unfinished, index=False)
+        unfinished.replace(path)
+
+
+@contextmanager
+def _answering(uri: str) -> Iterator[MlflowClient]:
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        client = MlflowClient(tracking_uri=uri)
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
-            names = sorted(other.name for other in client.search_experiments())
-            raise InputError(f"no experiment '{experiment}' in {uri}; it has {', '.join(names)}")
-        rows, token = [], None
-        while token != "":
-            page = client.search_runs(
-                [found.experiment_id], "tags.kind = 'trial'", max_results=PAGE_SIZE, page_token=token
-            )
-            rows += [_row(run.info.run_id, run.data) for run in page]
-            token = page.token or ""
-    except (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+        yield MlflowClient(tracking_uri=uri)
+    except UNREACHABLE as error:
         raise InputError(f"can't read the store {mask(uri)}: {first_line(error)}; pass another --store") from error
-    return pd.DataFrame(rows)
 
 
-def _row(run_id: str, data: object) -> dict[str, object]:
-    missing = {"tags.status": "", "metrics.epochs_run": 0.0, "metrics.best_val_accuracy": float("nan")}
-    row: dict[str, object] = {"run_id": run_id, **missing}
-    for kind in ("params", "tags", "metrics"):
-        row |= {f"{kind}.{name}": value for name, value in getattr(data, kind).items()}
-    return row
+def _find(client: MlflowClient, uri: str, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        names = sorted(other.name for other in client.search_experiments())
+        raise InputError(f"no experiment '{name}' in {mask(uri)}; it has {', '.join(names)}")
+    if found.lifecycle_stage == "deleted":
+        raise InputError(f"experiment '{name}' is deleted in {mask(uri)}; restore it or name another --experiment")
+    return str(found.experiment_id)
+
+
+def _search(client: MlflowClient, experiment_id: str, view: int) -> Iterator[Run]:
+    token = None
+    while token != "":
+        page = client.search_runs([experiment_id], "", view, PAGE_SIZE, page_token=token)
+        yield from page
+        token = page.token or ""
+
+
+def _tabulate(runs: list[Run], noun: str) -> tuple[pd.DataFrame, list[str]]:
+    """Return the table of the runs that have ended and can be read, and a sentence on each kind of the others."""
+    rows = [_row(run) for run in runs]
+    read = [row for row in rows if row is not None]
+    ended = [row for row in read if row["status"] in STATUSES]
+    metrics = {name for row in ended for name in row if name.startswith(RUNG_METRIC)}
+    rungs = sorted(metrics, key=lambda metric: int(metric.removeprefix(RUNG_METRIC)))
+    extra = rungs if noun == "trial" else [*rungs, *TEST_METRICS]
+    table = pd.DataFrame(ended, columns=[*COLUMNS, *extra]).astype(COLUMNS | dict.fromkeys(extra, "float64"))
+    # Of the runs of one trial the one that went furthest counts.
+    table = table.sort_values(["epochs_run", "run_id"], kind="stable")
+    unique = table.drop_duplicates("trial_key", keep="last").sort_values("trial_key", ignore_index=True)
+    left_out = {
+        "not ended yet": len(read) - len(ended),
+        "parameters that are not a trial's": len(rows) - len(read),
+        "another run of the same trial went further": len(table) - len(unique),
+    }
+    return unique, [f"{_count(number, noun)} left out: {why}" for why, number in left_out.items() if number]
+
+
+def _row(run: Run) -> dict[str, Any] | None:
+    """Return a run as a row; None if its parameters are not those of a trial."""
+    params, tags, metrics = run.data.params, run.data.tags, run.data.metrics
+    wanted = ("seed", "lr_scale", "epochs", *FACTORS)
+    try:
+        config = TrialConfig.from_params({"learning_rate": "1"} | {name: params[name] for name in wanted})
+    except (KeyError, InputError):
+        return None
+    return {
+        "run_id": run.info.run_id,
+        "trial_key": tags.get("trial_key", run.info.run_id),
+        "cell_key": config.cell_key,
+        **config.cell,
+        "seed": config.seed,
+        "lr_scale": config.lr_scale,
+        "epochs": config.epochs,
+        "status": tags.get("status", ""),
+        "control": tags.get("control") == "true",
+        "stopped_at_epoch": float(tags.get("stopped_at_epoch", nan)),
+        "epochs_run": int(metrics.get("epochs_run", 0)),
+        "best_val_accuracy": metrics.get("best_val_accuracy", nan),
+        "epoch_seconds": metrics.get("epoch_seconds", nan),
+        **{name: value for name, value in metrics.items() if name.startswith(RUNG_METRIC) or name in TEST_METRICS},
+    }
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

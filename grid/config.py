@@ -38,6 +38,12 @@ EPOCH_METRICS = (
 )
 """What every trial reports after every epoch; the names of MLflow metrics, whose step is the epoch."""
 
+RUNG_METRIC = "val_accuracy_at_"
+"""With the epoch of a rung behind it: the metric that holds the accuracy there, without history."""
+
+TEST_METRICS = ("test_accuracy", "test_loss", "test_images", "parameters", "inference_ms_per_image")
+"""What a finalist has besides, once it is tested; runs of `kind=confirm` alone have them."""
+
 STATUSES = ("completed", "stopped", "diverged", "failed")
 """How a trial ends: full budget, by early stopping, loss not finite, error."""
 

@@ -121,7 +121,7 @@ def _give_up() -> None:
 def _conclude(request: Request, watcher: Watcher, undelivered: str) -> int:
     standings = list(watcher.standings.values())
     where = shlex.join(["--experiment", request.experiment, "--store", mask(request.store)])
-    print(f"\n{top_table(standings, request.epochs)}\n")
+    print(f"\n{top_table(standings)}\n")
     if undelivered:
         print(f"not everything has reached {mask(request.store)}: {undelivered}", file=sys.stderr)
         print(f"kept in {request.spool}; deliver it with:  python -m grid.record --replay {where}", file=sys.stderr)

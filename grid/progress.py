@@ -10,23 +10,12 @@ from dataclasses import dataclass, field
 from typing import TextIO
 
 from grid.config import STATUSES, cell_name
+from grid.ranking import RankedCell, Standing, rank_cells
 
 TERMINAL_SECONDS = 0.5
 """Between two updates of the line on a terminal."""
 LOG_SECONDS = 30.0
 """Between two lines in a file."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Standing:
-    """Where one trial stands at the end."""
-
-    cell: Mapping[str, str]
-    seed: int
-    lr_scale: float
-    status: str
-    epochs_run: int
-    best_val_accuracy: float | None
 
 
 @dataclass
@@ -104,27 +93,23 @@ class Progress:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
-def top_table(standings: Sequence[Standing], epochs: int, count: int = 10) -> str:
-    """Return the best trials as a table; one without seed and learning-rate scale has at most 80 columns.
+def top_table(standings: Sequence[Standing], count: int = 10) -> str:
+    """Return the best cells as a table of at most 80 columns, as long as all learning-rate scales are 1.
 
-    Trials with the full budget come first, then the stopped ones by the epochs they had: an accuracy after one epoch is
-    not compared with one after nine. Diverged and failed trials have no rank; they are counted below.
+    Diverged and failed trials have no rank; they are counted below.
 
     Args:
-        standings: Trials that have ended.
-        epochs: Full budget.
+        standings: Trials that have ended; of one budget.
         count: Rows.
     """
-    with_accuracy = [trial for trial in standings if trial.best_val_accuracy is not None]
-    ranked = sorted(
-        (trial for trial in with_accuracy if trial.status in ("completed", "stopped")),
-        key=lambda trial: (-trial.epochs_run, -(trial.best_val_accuracy or 0.0)),
-    )
-    lines = [f"{'rank':>4}  {'val acc':>7}  {'epochs':>6}  trial"]
-    for rank, trial in enumerate(ranked[:count], start=1):
-        budget = f"{trial.epochs_run}/{epochs}"
-        lines.append(f"{rank:>4}  {trial.best_val_accuracy:>7.2%}  {budget:>6}  {_name(trial)}")
-    return "\n".join([*lines, _footer(standings, min(count, len(ranked)))])
+    ranked = rank_cells(standings)
+    lines = [f"{'rank':>4}  {'val acc':>7}  {'epochs':<8}  cell"]
+    for rank, cell in enumerate(ranked[:count], start=1):
+        lines.append(f"{rank:>4}  {cell.mean:>7.2%}  {_budget(cell):<8}  {_name(cell)}")
+    counts = Counter(standing.status for standing in standings)
+    by_status = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
+    shown = f"{min(count, len(ranked))} of {len(ranked)} cells shown"
+    return "\n".join([*lines, f"{shown}; {len(standings)} trials: {by_status or 'none'}"])
 
 
 def spell_seconds(seconds: float) -> str:
@@ -135,13 +120,10 @@ def spell_seconds(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _name(standing: Standing) -> str:
-    name = cell_name(standing.cell)
-    name += f" seed={standing.seed}" if standing.seed else ""
-    return name + (f" lr x{standing.lr_scale:g}" if standing.lr_scale != 1 else "")
+def _name(ranked: RankedCell) -> str:
+    return cell_name(ranked.cell) + (f" lr x{ranked.lr_scale:g}" if ranked.lr_scale != 1 else "")
 
 
-def _footer(standings: Sequence[Standing], shown: int) -> str:
-    counts = Counter(standing.status for standing in standings)
-    by_status = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
-    return f"{shown} of {len(standings)} trials shown: {by_status or 'none'}"
+def _budget(ranked: RankedCell) -> str:
+    seeds = len(ranked.accuracies)
+    return f"{ranked.epochs_run}/{ranked.epochs}" + (f" x{seeds}" if seeds > 1 else "")

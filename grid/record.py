@@ -17,7 +17,7 @@ from typing import Any
 from mlflow.entities import Metric, Param, RunTag
 
 from grid.arguments import Parser
-from grid.config import InputError, TrialConfig, first_line
+from grid.config import RUNG_METRIC, InputError, TrialConfig, first_line
 from grid.spool import Event, Spool
 from grid.store import UNREACHABLE, Store, StoredTrial
 from grid.store_uri import check_store_uri, mask, slug
@@ -108,7 +108,7 @@ class Recorder:
         self, config: TrialConfig, epoch: int, metrics: Mapping[str, float], *, is_rung: bool, stopped: bool = False
     ) -> None:
         """Record what an epoch yielded and, in the same breath, whether ASHA stopped the trial after it."""
-        rung = {f"val_accuracy_at_{epoch}": metrics["val_accuracy"]} if is_rung and "val_accuracy" in metrics else {}
+        rung = {f"{RUNG_METRIC}{epoch}": metrics["val_accuracy"]} if is_rung and "val_accuracy" in metrics else {}
         tags = {"stopped_at_epoch": str(epoch)} if stopped else {}
         self._append("epoch", config, epoch=epoch, metrics={**metrics, **rung}, tags=tags)
 

@@ -8,8 +8,9 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,13 +20,15 @@ from torch import Tensor, nn
 
 from grid.averaging import averaged_weights
 from grid.config import EPOCH_METRICS, TrialConfig, parse_sizes
-from grid.data import Dataset
 from grid.optimizers import build_optimizer
 from grid.penalties import PENALTIES, penalised_weights
 from grid.schedules import Schedule, Span
 from nets.blocks import Techniques
 from nets.cnn import CNN
 from nets.mlp import MLP
+
+if TYPE_CHECKING:  # torchvision takes seconds to import, and who has a trained net has no use for it
+    import grid.data
 
 EVALUATION_BATCH_SIZE = 1000
 NORM_BATCHES = 20
@@ -47,7 +50,7 @@ class DeviceData:
     """Of the training pixels; at least 1."""
 
     @classmethod
-    def of(cls, dataset: Dataset, device: str = "cpu") -> "DeviceData":
+    def of(cls, dataset: "grid.data.Dataset", device: str = "cpu") -> "DeviceData":
         """Copy a data set to `device`, once for all trials that run there."""
         counts = np.bincount(dataset.train_images.ravel(), minlength=256)
         levels = np.arange(256)
@@ -234,16 +237,25 @@ class Trial:
         correct = (logits.detach().argmax(dim=1) == labels).sum()
         return torch.stack((loss.detach(), objective.detach(), correct.to(loss.dtype)))
 
-    @torch.no_grad()
-    def _validate(self) -> tuple[float, float]:
+    @contextmanager
+    def judged(self) -> Iterator[None]:
+        """Put the net into the state that it is judged in: evaluation mode, no gradients, averaged weights (`asgd`)."""
         self.net.eval()
+        with torch.no_grad(), averaged_weights(self.net, self._optimizer, self._norm_batches()):
+            yield
+
+    def logits(self, images: UInt8[Tensor, "batch 1 side side"]) -> Float[Tensor, "batch classes"]:
+        """Return what the net says of images, within `judged`."""
+        return self._logits(self._scaled(images))
+
+    def _validate(self) -> tuple[float, float]:
         images, labels = self.data.val_images, self.data.val_labels
         totals = torch.zeros(2, dtype=torch.float64, device=self.config.device)
-        with averaged_weights(self.net, self._optimizer, self._norm_batches()):
+        with self.judged():
             for some, wanted in zip(
                 images.split(EVALUATION_BATCH_SIZE), labels.split(EVALUATION_BATCH_SIZE), strict=True
             ):
-                logits = self._logits(self._scaled(some))
+                logits = self.logits(some)
                 correct = (logits.argmax(dim=1) == wanted).sum()
                 totals += torch.stack((F.cross_entropy(logits, wanted, reduction="sum"), correct.to(logits.dtype)))
         loss, accuracy = (totals / len(labels)).tolist()
@@ -277,6 +289,11 @@ def build_net(config: TrialConfig, data: DeviceData, dropout: torch.Generator) -
         data: Gives the image side and the number of classes.
         dropout: Generator on the training device that the dropout masks come from.
     """
+    return assemble_net(config, side=data.side, classes=data.classes, dropout=dropout)
+
+
+def assemble_net(config: TrialConfig, *, side: int, classes: int, dropout: torch.Generator) -> nn.Module:
+    """Build the net of a configuration for images of `side` x `side` pixels, as `build_net` does."""
     techniques = Techniques(
         activation=config.activation,
         batch_norm=config.batch_norm,
@@ -285,16 +302,16 @@ def build_net(config: TrialConfig, data: DeviceData, dropout: torch.Generator) -
     weights = _generator(config.seed, "weights", "cpu")
     if config.model == "mlp":
         return MLP(
-            pixels=data.side**2,
-            classes=data.classes,
+            pixels=side**2,
+            classes=classes,
             hidden_sizes=parse_sizes(config.hidden_sizes),
             techniques=techniques,
             weights=weights,
             masks=dropout,
         )
     return CNN(
-        side=data.side,
-        classes=data.classes,
+        side=side,
+        classes=classes,
         channels=parse_sizes(config.channels),
         dense_size=config.dense_size,
         techniques=techniques,

@@ -9,10 +9,11 @@ from types import FrameType
 
 from grid.asha import Asha
 from grid.checkpoint import Checkpoints
-from grid.config import TrialConfig
+from grid.config import RUNG_METRIC, TrialConfig
 from grid.forecast import expected_epochs
 from grid.plan import Plan
-from grid.progress import Progress, Standing
+from grid.progress import Progress
+from grid.ranking import Standing
 from grid.record import Recorder
 from grid.store import StoredTrial
 from grid.trial import EpochReport
@@ -44,7 +45,7 @@ class Watcher:
         concurrency: int,
     ):
         known = {trial.trial_key: stored[trial.trial_key] for trial in plan.trials if trial.trial_key in stored}
-        self.standings = {key: _restore_standing(trial) for key, trial in known.items() if trial.status in FINAL}
+        self.standings = {key: to_standing(trial) for key, trial in known.items() if trial.status in FINAL}
         """How each trial that has ended stands, by its key."""
         self.interrupted = False
         self.fault = ""
@@ -99,9 +100,11 @@ class Watcher:
             cell=config.cell,
             seed=config.seed,
             lr_scale=config.lr_scale,
+            epochs=config.epochs,
             status=status,
             epochs_run=len(accuracies),
             best_val_accuracy=best,
+            rung_accuracies={rung: accuracies[rung - 1] for rung in self._rungs if rung <= len(accuracies)},
         )
         self.progress.done[status] += 1
 
@@ -158,7 +161,7 @@ def restore_rungs(asha: Asha, stored: Mapping[str, StoredTrial]) -> None:
     for key, trial in stored.items():
         group = trial.config.model
         for epoch in asha.rungs:
-            value = trial.metrics.get(f"val_accuracy_at_{epoch}")
+            value = trial.metrics.get(f"{RUNG_METRIC}{epoch}")
             if value is not None:
                 asha.restore(key, group=group, epoch=epoch, value=value, went_on=trial.stopped_at != epoch)
         if trial.status == "diverged":
@@ -167,12 +170,16 @@ def restore_rungs(asha: Asha, stored: Mapping[str, StoredTrial]) -> None:
             asha.diverge(key, group=group, epoch=len(trial.val_accuracies))
 
 
-def _restore_standing(trial: StoredTrial) -> Standing:
+def to_standing(trial: StoredTrial) -> Standing:
+    """Return where a trial that has ended stands."""
+    rungs = {name: value for name, value in trial.metrics.items() if name.startswith(RUNG_METRIC)}
     return Standing(
         cell=trial.config.cell,
         seed=trial.config.seed,
         lr_scale=trial.config.lr_scale,
+        epochs=trial.config.epochs,
         status=trial.status,
         epochs_run=int(trial.metrics["epochs_run"]),
         best_val_accuracy=trial.metrics.get("best_val_accuracy"),
+        rung_accuracies={int(name.removeprefix(RUNG_METRIC)): value for name, value in rungs.items()},
     )

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.store import read_trials
+from analysis.store import read_artifact, read_curves, read_experiment
 from grid.config import FACTORS, InputError, TrialConfig
 from grid.record import Recorder
 from grid.spool import Spool
@@ -11,50 +11,159 @@ from grid.store import Store
 CONFIG = TrialConfig(learning_rate=1e-3, epochs=9, seed=3, lr_scale=0.5)
 
 
-def record(store: Store, folder: Path, status: str | None) -> None:
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def record(store: Store, folder: Path, status: str | None, epochs_run: int = 1) -> None:
     recorder = Recorder(store, Spool(folder / "spool.jsonl"))
-    recorder.begin({}, {})
+    recorder.begin({"data": {"val_images": 940}}, {})
     recorder.trial_started(CONFIG, control=True)
-    recorder.epoch_ended(CONFIG, 1, {"val_accuracy": 0.25}, is_rung=True)
+    for epoch in range(1, epochs_run + 1):
+        recorder.epoch_ended(CONFIG, epoch, {"val_accuracy": 0.25 * epoch}, is_rung=epoch in (1, 3))
     if status:
-        best = None if status == "failed" else 0.25
-        recorder.trial_ended(CONFIG, status, epochs_run=1, best_val_accuracy=best)
+        best = None if status == "failed" else 0.25 * epochs_run
+        recorder.trial_ended(CONFIG, status, epochs_run=epochs_run, best_val_accuracy=best)
     recorder.close(finished=True)
 
 
 def test_a_trial_is_a_row_with_types(store: Store, tmp_path: Path) -> None:
     record(store, tmp_path, "stopped")
-    (row,) = read_trials(store.uri, "some grid").to_dict("records")
+    (row,) = read_experiment(store.uri, "some grid").trials.to_dict("records")
     assert {factor: row[factor] for factor in FACTORS} == CONFIG.cell
     assert (row["seed"], row["lr_scale"], row["epochs"], row["epochs_run"]) == (3, 0.5, 9, 1)
-    assert (row["status"], row["control"], row["trial_key"]) == ("stopped", True, CONFIG.trial_key)
+    assert (row["status"], row["control"], row["stopped_at_epoch"]) == ("stopped", True, 1)
+    assert (row["trial_key"], row["cell_key"]) == (CONFIG.trial_key, CONFIG.cell_key)
     assert (row["best_val_accuracy"], row["val_accuracy_at_1"]) == (0.25, 0.25)
 
 
 def test_a_trial_without_an_accuracy_is_a_row_with_none(store: Store, tmp_path: Path) -> None:
     record(store, tmp_path, "failed")
-    assert read_trials(store.uri, "some grid")["best_val_accuracy"].isna().all()
+    assert read_experiment(store.uri, "some grid").trials["best_val_accuracy"].isna().all()
+
+
+def test_the_manifest_is_read_with_the_trials(store: Store, tmp_path: Path) -> None:
+    record(store, tmp_path, "stopped")
+    experiment = read_experiment(store.uri, "some grid")
+    assert (experiment.val_images, experiment.parent_id, experiment.notes) == (940, store.parent_id, ())
+
+
+def test_an_artifact_that_is_not_there_is_none(store: Store) -> None:
+    assert read_artifact(store.uri, store.parent_id, "no/such.json") is None
+    assert read_artifact(store.uri, "", "grid.json") is None
+
+
+def test_of_two_runs_of_a_trial_the_longer_counts_and_the_other_is_told(store: Store, tmp_path: Path) -> None:
+    record(store, tmp_path, "stopped", epochs_run=1)
+    record(store, tmp_path, "stopped", epochs_run=3)
+    experiment = read_experiment(store.uri, "some grid")
+    assert list(experiment.trials["epochs_run"]) == [3]
+    assert experiment.notes == ("1 trial left out: another run of the same trial went further",)
+
+
+def test_deleted_foreign_unfinished_and_unreadable_runs_are_told(store: Store, tmp_path: Path) -> None:
+    record(store, tmp_path, "stopped")
+    make = store.client.create_run
+    store.client.delete_run(make(store.experiment_id, tags={"kind": "trial"}).info.run_id)
+    make(store.experiment_id)
+    make(store.experiment_id, tags={"kind": "trial", "status": "stopped"})
+    unfinished = make(store.experiment_id, tags={"kind": "trial"}).info.run_id
+    for name, value in CONFIG.to_params().items():
+        store.client.log_param(unfinished, name, value)
+    experiment = read_experiment(store.uri, "some grid")
+    assert len(experiment.trials) == 1
+    assert set(experiment.notes) == {
+        "1 trial left out: not ended yet",
+        "1 trial left out: parameters that are not a trial's",
+        "1 run left out: no tag kind=trial, confirm or grid",
+        "1 run left out: deleted",
+    }
+
+
+def test_a_store_of_another_program_reads_with_the_contract_alone(store: Store) -> None:
+    run_id = store.client.create_run(store.experiment_id, tags={"kind": "trial", "status": "completed"}).info.run_id
+    for name in (*FACTORS, "seed", "lr_scale", "epochs"):
+        store.client.log_param(run_id, name, CONFIG.to_params()[name])
+    store.client.log_metric(run_id, "best_val_accuracy", 0.5)
+    store.client.log_metric(run_id, "epochs_run", 9)
+    experiment = read_experiment(store.uri, "some grid")
+    assert list(experiment.trials["best_val_accuracy"]) == [0.5]
+    assert experiment.val_images is None
+
+
+def test_more_runs_than_a_page_are_all_read(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("analysis.store.PAGE_SIZE", 2)
+    record(store, tmp_path, "stopped")
+    for _ in range(5):
+        store.client.create_run(store.experiment_id)
+    assert read_experiment(store.uri, "some grid").notes == ("5 runs left out: no tag kind=trial, confirm or grid",)
+
+
+def test_curves_are_what_was_reported(store: Store, tmp_path: Path) -> None:
+    record(store, tmp_path, "stopped", epochs_run=3)
+    experiment = read_experiment(store.uri, "some grid")
+    curves = read_curves(experiment, experiment.trials["run_id"])
+    assert list(curves["epoch"]) == [1, 2, 3]
+    assert list(curves["val_accuracy"]) == [0.25, 0.5, 0.75]
+
+
+def test_curves_are_read_from_the_store_once(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record(store, tmp_path, "stopped", epochs_run=3)
+    experiment = read_experiment(store.uri, "some grid")
+    first = read_curves(experiment, experiment.trials["run_id"])
+    monkeypatch.setattr("analysis.store.MlflowClient", None)
+    assert read_curves(experiment, experiment.trials["run_id"]).equals(first)
+
+
+def test_a_curve_that_went_on_is_read_again(store: Store, tmp_path: Path) -> None:
+    record(store, tmp_path, "failed", epochs_run=1)
+    before = read_experiment(store.uri, "some grid")
+    assert len(read_curves(before, before.trials["run_id"])) == 1
+    store.client.log_metric(before.trials["run_id"][0], "val_accuracy", 0.5, step=2)
+    store.client.log_metric(before.trials["run_id"][0], "epochs_run", 2, step=2)
+    after = read_experiment(store.uri, "some grid")
+    assert len(read_curves(after, after.trials["run_id"])) == 2
+
+
+def test_a_damaged_or_forbidden_cache_costs_nothing_but_time(store: Store, tmp_path: Path) -> None:
+    record(store, tmp_path, "stopped")
+    experiment = read_experiment(store.uri, "some grid")
+    read_curves(experiment, experiment.trials["run_id"])
+    (cached,) = (tmp_path / "cache" / "factorial-grid").iterdir()
+    cached.write_bytes(b"garbage")
+    assert len(read_curves(experiment, experiment.trials["run_id"])) == 1
+    cached.unlink()
+    cached.parent.rmdir()
+    cached.parent.write_text("no folder")
+    assert len(read_curves(experiment, experiment.trials["run_id"])) == 1
 
 
 def test_an_empty_experiment_is_told(store: Store) -> None:
     with pytest.raises(
         InputError, match="^experiment 'some grid' in .* has no trial yet; run python -m grid.run first$"
     ):
-        read_trials(store.uri, "some grid")
+        read_experiment(store.uri, "some grid")
 
 
 def test_an_experiment_whose_trials_still_run_is_told(store: Store, tmp_path: Path) -> None:
     record(store, tmp_path, None)
     with pytest.raises(InputError, match="^no trial of experiment 'some grid' in .* has ended yet"):
-        read_trials(store.uri, "some grid")
+        read_experiment(store.uri, "some grid")
 
 
 def test_an_unknown_experiment_is_told_with_the_choices(store: Store) -> None:
     with pytest.raises(InputError, match=r"^no experiment 'other' in sqlite.*; it has Default, some grid"):
-        read_trials(store.uri, "other")
+        read_experiment(store.uri, "other")
+
+
+def test_a_deleted_experiment_is_told(store: Store) -> None:
+    store.client.delete_experiment(store.experiment_id)
+    with pytest.raises(InputError, match="^experiment 'some grid' is deleted in sqlite"):
+        read_experiment(store.uri, "some grid")
 
 
 def test_a_broken_database_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "broken.db").write_bytes(b"SQLite format 3\0" + b"garbage" * 1000)
     with pytest.raises(InputError, match=r"^can't read the store sqlite:.*; pass another --store$"):
-        read_trials(f"sqlite:///{tmp_path}/broken.db", "some grid")
+        read_experiment(f"sqlite:///{tmp_path}/broken.db", "some grid")

@@ -1,12 +1,13 @@
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from scipy import stats
 
-from analysis.rank import format_ranking, main, rank_cells
-from grid.config import FACTORS, LEVELS, STATUSES, InputError
+from analysis.rank import bootstrap_interval, format_ranking, main, rank_cells
+from analysis.store import Experiment
+from grid.config import FACTORS, LEVELS
 
 CELL = {factor: LEVELS[factor][0] for factor in FACTORS}
 
@@ -26,90 +27,145 @@ def trial(accuracy: float, status: str = "completed", epochs_run: int = 9, **cha
     return row | changes
 
 
-def rank(*rows: dict[str, object]) -> pd.DataFrame:
-    return rank_cells(pd.DataFrame(rows))
+def finalists(accuracies: dict[str, list[float]], test_accuracy: float = float("nan")) -> pd.DataFrame:
+    return pd.DataFrame(
+        trial(accuracy, activation=activation, seed=seed, test_accuracy=test_accuracy)
+        for activation, several in accuracies.items()
+        for seed, accuracy in enumerate(several)
+    )
 
 
-rows = st.lists(
-    st.builds(
-        trial,
-        st.floats(0, 1),
-        st.sampled_from(STATUSES),
-        st.sampled_from([1, 3, 9]),
-        activation=st.sampled_from(LEVELS["activation"]),
-        seed=st.integers(0, 2),
-        lr_scale=st.sampled_from([0.5, 1.0]),
-    ),
-    min_size=1,
-)
+def experiment(trials: list[dict[str, object]], val_images: int | None = None, **tables: pd.DataFrame) -> Experiment:
+    manifest = {"data": {"val_images": val_images}} if val_images else {}
+    confirmed = tables.get("finalists", pd.DataFrame())
+    return Experiment("sqlite://", "some grid", "", pd.DataFrame(trials), confirmed, manifest, ("a note",))
 
 
-@given(rows)
-def test_no_cell_with_fewer_epochs_ranks_above_one_with_more(some: list[dict[str, object]]) -> None:
-    cells = rank(*some)
-    assert cells["epochs_run"].is_monotonic_decreasing
-    assert list(cells["rank"]) == list(range(1, len(cells) + 1))
+def text_of(some: Experiment, count: int = 10) -> str:
+    return format_ranking(rank_cells(some.trials, some.finalists, val_images=some.val_images), some, count)
 
 
-@given(rows)
-def test_every_cell_with_an_accuracy_is_ranked_once(some: list[dict[str, object]]) -> None:
-    ranked = {row["activation"] for row in some if row["status"] in ("completed", "stopped")}
-    assert sorted(rank(*some)["activation"]) == sorted(ranked)
+def test_a_cell_is_the_mean_of_its_seeds_with_their_spread() -> None:
+    (cell,) = rank_cells(pd.DataFrame([trial(0.7, seed=0), trial(0.8, seed=1)])).to_dict("records")
+    assert (cell["val_accuracy"], cell["seeds"], cell["tier"]) == (pytest.approx(0.75), 2, "completed")
+    assert cell["spread"] == pytest.approx(np.std([0.7, 0.8], ddof=1))
 
 
-def test_a_cell_is_the_mean_of_its_seeds() -> None:
-    (cell,) = rank(trial(0.7, seed=0), trial(0.8, seed=1)).to_dict("records")
-    assert (cell["val_accuracy"], cell["seeds"]) == (pytest.approx(0.75), 2)
-    assert cell["spread"] == pytest.approx(0.0707, abs=1e-4)
+def test_finalists_come_first_and_once() -> None:
+    trials = pd.DataFrame([trial(0.9), trial(0.8, activation="gelu"), trial(0.5, "stopped", 1, activation="elu")])
+    cells = rank_cells(trials, finalists({"gelu": [0.7, 0.72]}, test_accuracy=0.65))
+    assert list(zip(cells["activation"], cells["tier"], strict=True)) == [
+        ("gelu", "finalist"),
+        ("relu", "completed"),
+        ("elu", "stopped"),
+    ]
+    assert list(cells["test_accuracy"].dropna()) == [0.65]
 
 
-def test_the_best_learning_rate_scale_counts_for_each_seed() -> None:
-    (cell,) = rank(trial(0.7, lr_scale=1.0), trial(0.8, lr_scale=0.5)).to_dict("records")
-    assert (cell["val_accuracy"], cell["seeds"]) == (0.8, 1)
+def test_the_interval_of_a_finalist_is_that_of_its_seeds() -> None:
+    cells = rank_cells(pd.DataFrame([trial(0.9)]), finalists({"gelu": [0.70, 0.72, 0.74]}))
+    assert (cells["low"][0], cells["high"][0]) == bootstrap_interval([0.70, 0.72, 0.74])
+    assert cells["low"][0] < 0.72 < cells["high"][0]
 
 
-def test_a_longer_training_counts_more_than_a_lucky_short_one() -> None:
-    (cell,) = rank(trial(0.9, "stopped", 1, lr_scale=1.0), trial(0.8, lr_scale=0.5)).to_dict("records")
-    assert (cell["val_accuracy"], cell["epochs_run"]) == (0.8, 9)
+def test_finalists_whose_paired_difference_may_be_nothing_are_one_group() -> None:
+    base = np.array([0.70, 0.80, 0.75, 0.72, 0.78])
+    noise = np.array([0.010, -0.012, 0.008, -0.009, 0.004])
+    several = {"gelu": base, "relu": base - 0.02, "elu": base - 0.02 + noise, "tanh": base - 0.06}
+    cells = rank_cells(pd.DataFrame([trial(0.9)]), finalists({name: list(some) for name, some in several.items()}))
+    groups = dict(zip(cells["activation"], cells["group"], strict=True))
+    assert groups == {"gelu": 1, "relu": 2, "elu": 2, "tanh": 3}
 
 
-def test_a_cell_with_a_stopped_seed_ranks_below_one_without() -> None:
-    cells = rank(trial(0.9, seed=0), trial(0.9, "stopped", 3, seed=1), trial(0.5, activation="gelu"))
-    assert list(cells["activation"]) == ["gelu", "relu"]
+def test_the_order_of_the_finalists_is_that_of_validation_not_of_test() -> None:
+    confirmed = finalists({"gelu": [0.7, 0.7], "relu": [0.6, 0.6]})
+    confirmed["test_accuracy"] = [0.1, 0.1, 0.9, 0.9]
+    assert list(rank_cells(pd.DataFrame([trial(0.5)]), confirmed)["activation"][:2]) == ["gelu", "relu"]
 
 
-def test_replicates_are_averaged_at_the_epoch_that_all_have_reached() -> None:
-    (cell,) = rank(
-        trial(0.9, seed=0, val_accuracy_at_1=0.3), trial(0.5, "stopped", 1, seed=1, val_accuracy_at_1=0.5)
-    ).to_dict("records")
-    assert (cell["epochs_run"], cell["seeds"], cell["val_accuracy"]) == (1, 2, pytest.approx(0.4))
+def test_one_seed_has_the_standard_error_of_a_share_of_images() -> None:
+    (cell,) = rank_cells(pd.DataFrame([trial(0.8)]), val_images=1600).to_dict("records")
+    assert cell["high"] - cell["low"] == pytest.approx(2 * stats.norm.ppf(0.975) * 0.01)
 
 
-def test_budgets_are_not_mixed() -> None:
-    with pytest.raises(InputError, match="^trials of 3 and 9 epochs can't be ranked together$"):
-        rank(trial(0.5), trial(0.6, epochs=3, epochs_run=3))
+def test_cells_within_the_error_of_the_best_are_tied_with_it() -> None:
+    some = [
+        trial(0.8, activation=name) | {"best_val_accuracy": 0.8 - step}
+        for name, step in zip(("relu", "elu", "gelu"), (0, 0.02, 0.05), strict=True)
+    ]
+    assert list(rank_cells(pd.DataFrame(some), val_images=1600)["group"]) == [1, 1, 2]
+
+
+def test_cells_of_different_epochs_are_never_tied() -> None:
+    some = [trial(0.8), trial(0.8, "stopped", 3, activation="gelu"), trial(0.8, "stopped", 1, activation="elu")]
+    cells = rank_cells(pd.DataFrame(some), val_images=100)
+    assert list(cells["epochs_run"]) == [9, 3, 1]
+    assert list(cells["group"]) == [1, 1, 1]
+
+
+def test_the_spread_between_seeds_is_pooled_over_the_cells() -> None:
+    some = [trial(0.5 + 0.01 * seed, seed=seed) for seed in (-1, 0, 1)] + [trial(0.6, activation="gelu")]
+    cells = rank_cells(pd.DataFrame(some), val_images=100).set_index("activation")
+    half = (cells["high"] - cells["low"]) / 2
+    assert half["gelu"] == pytest.approx(stats.norm.ppf(0.975) * 0.01)
+    assert half["relu"] == pytest.approx(half["gelu"] / np.sqrt(3))
+
+
+def test_without_a_count_of_images_nothing_is_said_to_be_tied() -> None:
+    assert rank_cells(pd.DataFrame([trial(0.8), trial(0.8, activation="gelu")]))["group"].isna().all()
+
+
+def test_the_bootstrap_of_few_normal_values_covers_their_mean() -> None:
+    draws = np.random.default_rng(0).normal(size=(300, 5))
+    covered = np.mean([low < 0 < high for low, high in map(bootstrap_interval, draws)])
+    assert 0.90 <= covered <= 0.985
+
+
+def test_one_value_has_no_interval_and_equal_ones_have_an_empty_one() -> None:
+    assert np.isnan(bootstrap_interval([0.5])).all()
+    assert bootstrap_interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
 
 
 def test_the_usual_table_is_narrow() -> None:
-    some = pd.DataFrame([trial(0.5, batch_norm="on", dropout="on", regularization="l2")])
-    assert max(map(len, format_ranking(rank_cells(some), some, 10).splitlines()[:2])) <= 80
+    some = experiment([trial(0.5, batch_norm="on", dropout="on", regularization="l2")], 4465)
+    assert max(map(len, text_of(some).splitlines())) <= 80
 
 
-def test_a_diverged_cell_has_no_rank_but_is_counted() -> None:
-    some = pd.DataFrame([trial(0.9, "diverged", 3), trial(0.5, activation="gelu")])
-    text = format_ranking(rank_cells(some), some, 10)
+def test_diverged_trials_are_counted_and_have_no_rank() -> None:
+    text = text_of(experiment([trial(0.9, "diverged", 3), trial(0.5, activation="gelu")]))
     assert "1 of 1 cells shown; 2 trials: 1 completed, 1 diverged" in text
     assert "relu" not in text
 
 
 def test_a_grid_that_all_diverged_says_what_to_do() -> None:
-    some = pd.DataFrame([trial(float("nan"), "diverged", 1)])
-    assert "no trial reached an accuracy: all diverged or failed" in format_ranking(rank_cells(some), some, 10)
+    text = text_of(experiment([trial(float("nan"), "diverged", 1)]))
+    assert "no trial reached an accuracy: all diverged or failed" in text
 
 
-def test_one_seed_is_said_to_tell_nothing_of_the_spread() -> None:
-    some = pd.DataFrame([trial(0.5)])
-    assert "one seed per cell: the spread between runs is unknown" in format_ranking(rank_cells(some), some, 10)
+def test_one_seed_is_told_with_what_it_is_worth() -> None:
+    text = text_of(experiment([trial(0.8), trial(0.8, activation="gelu")], 1600))
+    assert "one seed per cell: the best 2 can't be told apart" in text
+    assert "1,600 images (its standard error is 1.00 points)" in text
+
+
+def test_each_model_has_its_best() -> None:
+    text = text_of(experiment([trial(0.8), trial(0.7, model="cnn")]))
+    assert [line for line in text.splitlines() if line.startswith("best ")] == ["best mlp", "best cnn"]
+
+
+def test_notes_of_the_store_are_passed_on() -> None:
+    assert text_of(experiment([trial(0.8)])).endswith("a note")
+
+
+def test_finalists_are_shown_with_their_test_accuracy() -> None:
+    text = text_of(experiment([trial(0.8)], finalists=finalists({"gelu": [0.7, 0.72]}, test_accuracy=0.654)))
+    assert "65.40%" in next(line for line in text.splitlines() if "gelu" in line)
+
+
+@pytest.mark.parametrize(("group", "letters"), [(1, "a"), (26, "z"), (27, "aa"), (53, "ba")])
+def test_groups_are_letters(group: int, letters: str) -> None:
+    some = pd.concat([rank_cells(pd.DataFrame([trial(0.5)]))]).assign(group=float(group))
+    assert format_ranking(some, experiment([trial(0.5)]), 1).splitlines()[2].split()[1] == letters
 
 
 def test_a_store_that_is_not_there_is_one_line_and_exit_code_2(
@@ -118,3 +174,8 @@ def test_a_store_that_is_not_there_is_one_line_and_exit_code_2(
     assert main(["--experiment", "x", "--store", f"sqlite:///{tmp_path}/no.db"]) == 2
     assert capsys.readouterr().err.startswith("analysis.rank: can't open the store")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_count_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--experiment", "x", "--top", "0"]) == 2
+    assert capsys.readouterr().err == "analysis.rank: --top must be 1 or more, got 0\n"

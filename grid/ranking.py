@@ -1,0 +1,98 @@
+"""The rule by which cells are ranked: one for the table that ends a run, for `grid.confirm` and for `analysis.rank`.
+
+An accuracy after one epoch is never compared, or averaged, with one after nine: a cell is judged at the epoch that all
+its replicates have reached, and cells with more epochs come first. Diverged and failed trials have no accuracy here.
+Standard library only.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from statistics import fmean
+
+from grid.config import FACTORS, InputError
+
+RANKED = ("completed", "stopped")
+"""Statuses of trials whose accuracies are ranked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """Where one trial stands at the end."""
+
+    cell: Mapping[str, str]
+    seed: int
+    lr_scale: float
+    epochs: int
+    """Full budget."""
+    status: str
+    epochs_run: int
+    best_val_accuracy: float | None
+    """Highest of all epochs; None if there is none."""
+    rung_accuracies: Mapping[int, float] = field(default_factory=dict)
+    """Epoch -> validation accuracy after it, for the rungs that the trial reached."""
+
+
+@dataclass(frozen=True)
+class RankedCell:
+    """A cell and the evidence that it is ranked by."""
+
+    cell: Mapping[str, str]
+    epochs: int
+    """Full budget."""
+    epochs_run: int
+    """That all its replicates had."""
+    accuracies: Mapping[int, float]
+    """Seed -> validation accuracy: the best one if all replicates had the full budget, else that at `epochs_run`."""
+    lr_scale: float
+    """Of the most accurate replicate."""
+
+    @property
+    def mean(self) -> float:
+        """Mean validation accuracy over the seeds."""
+        return fmean(self.accuracies.values())
+
+
+def rank_cells(standings: Iterable[Standing]) -> list[RankedCell]:
+    """Rank cells by the best evidence that all their replicates share, best first.
+
+    Of the nuisance levels of a replicate the one that went furthest, then the most accurate one, counts.
+
+    Raises:
+        InputError: The trials are of several budgets.
+    """
+    replicates: dict[tuple[str, ...], dict[int, Standing]] = defaultdict(dict)
+    budgets = set()
+    for standing in standings:
+        budgets.add(standing.epochs)
+        if standing.status in RANKED and standing.best_val_accuracy is not None:
+            by_seed = replicates[tuple(standing.cell[factor] for factor in FACTORS)]
+            by_seed[standing.seed] = max(standing, by_seed.get(standing.seed, standing), key=_evidence)
+    if len(budgets) > 1:
+        raise InputError(f"trials of {' and '.join(map(str, sorted(budgets)))} epochs can't be ranked together")
+    cells = [_judge(by_seed) for by_seed in replicates.values()]
+    return sorted(cells, key=lambda ranked: (-ranked.epochs_run, -ranked.mean, tuple(ranked.cell.values())))
+
+
+def _judge(by_seed: Mapping[int, Standing]) -> RankedCell:
+    shared = min(standing.epochs_run for standing in by_seed.values())
+    accuracies = {seed: _accuracy_at(by_seed[seed], shared) for seed in sorted(by_seed)}
+    best = by_seed[max(accuracies, key=lambda seed: accuracies[seed])]
+    return RankedCell(
+        cell={factor: best.cell[factor] for factor in FACTORS},
+        epochs=best.epochs,
+        epochs_run=shared,
+        accuracies=accuracies,
+        lr_scale=best.lr_scale,
+    )
+
+
+def _evidence(standing: Standing) -> tuple[int, float]:
+    return standing.epochs_run, standing.best_val_accuracy or 0.0
+
+
+def _accuracy_at(standing: Standing, epoch: int) -> float:
+    if standing.epochs_run == epoch and standing.best_val_accuracy is not None:
+        return standing.best_val_accuracy
+    return standing.rung_accuracies.get(epoch, math.nan)
