@@ -223,8 +223,8 @@ def _doubts(cells: pd.DataFrame, val_images: int | None) -> list[str]:
     tied = int(((grid["group"] == leader["group"]) & (grid["epochs_run"] == leader["epochs_run"])).sum())
     error = np.sqrt(leader["val_accuracy"] * (1 - leader["val_accuracy"]) / val_images)
     return [
-        f"one seed per cell: the best {tied} can't be told apart (tie a): +-, the error of a share of",
-        f"{val_images:,} images (its standard error is {100 * error:.2f} points), knows nothing of seeds;",
+        f"one seed per cell: the best {tied} can't be told apart (tie a); +- is the error of a",
+        f"share of {val_images:,} images (standard error {100 * error:.2f} points), not that of a seed;",
         more,
     ]
 
@@ -241,17 +241,18 @@ def _table(cells: pd.DataFrame, last: str) -> str:
         half = "" if pd.isna(row["low"]) else f"{50 * (row['high'] - row['low']):.2f}"
         budget = f"{row['epochs_run']}/{row['epochs']}"
         test = "" if pd.isna(row["test_accuracy"]) else f"{row['test_accuracy']:.2%}"
-        tie = "" if pd.isna(row["group"]) else _letters(int(row["group"]))
-        figures = f"{row['rank']:>4} {tie:<3} {row['val_accuracy']:>7.2%} {half:>5} {row['seeds']:>5}"
+        figures = (
+            f"{row['rank']:>4} {tie_letters(row['group']):<3} {row['val_accuracy']:>7.2%} {half:>5} {row['seeds']:>5}"
+        )
         cell = cell_name({factor: str(row[factor]) for factor in FACTORS})
         scale = "" if row["lr_scale"] == 1 else f" lr x{row['lr_scale']:g}"
         lines.append(f"{figures} {budget if last == 'epochs' else test:>6}  {cell}{scale}")
     return "\n".join(lines)
 
 
-def _letters(group: int) -> str:
-    """Return 1 as a, 26 as z, 27 as aa."""
-    letters = ""
+def tie_letters(group: float) -> str:
+    """Return group 1 as a, 26 as z, 27 as aa; nothing for NaN."""
+    letters, group = "", 0 if pd.isna(group) else int(group)
     while group:
         group, letter = divmod(group - 1, len(ascii_lowercase))
         letters = ascii_lowercase[letter] + letters

@@ -1,10 +1,13 @@
 """A grid from request to verdict: plan, data, Ray, store, table. Heavy to import; `grid.run` is the light door."""
 
+import json
 import os
 import shlex
 import sys
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from grid import forecast, tuner
@@ -15,13 +18,14 @@ from grid.data import Dataset, is_here, load
 from grid.datasets import DATASETS
 from grid.hardware import Packing
 from grid.manifest import describe_code, describe_plan
+from grid.pictures import sample_sheet
 from grid.plan import Plan, check_comparable, make_plan
 from grid.progress import spell_seconds, top_table
 from grid.record import Recorder, open_spool
 from grid.request import Request
 from grid.space import ORDER_SEED, settings_of
 from grid.spool import Spool
-from grid.store import Store
+from grid.store import MANIFEST, Store, StoredTrial
 from grid.store_uri import mask, slug
 from grid.watcher import Watcher, restore_rungs
 
@@ -42,7 +46,7 @@ def dry_run(request: Request) -> int:
     )
     facts = _describe(request, plan)
     facts["data"] = f"{request.data}, {train_images:,} training images {source}"
-    _print_facts(facts | _describe_cost(cost, packing, request.price_per_hour))
+    print_facts(facts | _describe_cost(cost, packing, request.price_per_hour))
     return 0
 
 
@@ -80,12 +84,67 @@ def _run_connected(request: Request, dataset: Dataset, packing: Packing, spool: 
         check_comparable(plan.trials, [trial.config for trial in stored.values()], request.experiment)
         asha = Asha(rung_epochs(request.epochs))
         restore_rungs(asha, stored)
-        recorder.begin(_manifest(request, plan, asha), stored)
+        recorder.begin(_describe_files(request, plan, asha, dataset), stored)
     except InputError:
         store.release()
         raise
-    watcher = Watcher(plan, stored, recorder, checkpoints, rungs=asha.rungs, concurrency=packing.concurrency)
-    _print_facts(_describe(request, plan) | {"runs": f"{len(watcher.todo)} left to run, {packing}"})
+    training = Training(request.storage, slug(request.store, request.experiment), packing, checkpoints)
+    watcher, delivered = train_all(plan, stored, dataset, recorder, asha, training, _describe(request, plan))
+    if recorder.dropped:
+        lost = f"{recorder.dropped.total()} reports of {len(recorder.dropped)} trials"
+        print(f"{lost} had no run to go to (deleted in MLflow?); the same command trains these again", file=sys.stderr)
+    undelivered = "" if delivered else recorder.error or "no reason given"
+    return max(_conclude(request, watcher, undelivered), 1 if recorder.dropped else 0)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Where trials are trained."""
+
+    storage: str
+    """Folder or URI that all nodes reach."""
+    name: str
+    """Of the folder in it."""
+    packing: Packing
+    checkpoints: Checkpoints
+    keep_weights: bool = False
+    """Whether the last checkpoint of a completed trial is kept."""
+
+
+def train_all(
+    plan: Plan,
+    stored: Mapping[str, StoredTrial],
+    dataset: Dataset,
+    recorder: Recorder,
+    asha: Asha,
+    training: Training,
+    facts: Mapping[str, str],
+) -> tuple[Watcher, bool]:
+    """Train what is left of a plan, by a recorder that has begun; Ray must be connected.
+
+    Args:
+        plan: What is to be trained.
+        stored: What the store has, by trial key.
+        dataset: What it is trained on.
+        recorder: Where reports go; closed in the end.
+        asha: With the arrivals of earlier runs.
+        training: Where.
+        facts: Printed first.
+
+    Returns:
+        How the trials stand, and whether all reports have reached the store.
+    """
+    packing, checkpoints = training.packing, training.checkpoints
+    watcher = Watcher(
+        plan,
+        stored,
+        recorder,
+        checkpoints,
+        rungs=asha.rungs,
+        concurrency=packing.concurrency,
+        keep_weights=training.keep_weights,
+    )
+    print_facts({**facts, "runs": f"{len(watcher.todo)} left to run, {packing}"})
     with watcher.until_interrupted():
         if watcher.todo:
             tuner.run_trials(
@@ -96,20 +155,17 @@ def _run_connected(request: Request, dataset: Dataset, packing: Packing, spool: 
                 controls=plan.controls,
                 packing=packing,
                 checkpoints=checkpoints,
-                storage=request.storage,
-                experiment=slug(request.store, request.experiment),
+                storage=training.storage,
+                experiment=training.name,
+                keep_weights=training.keep_weights,
             )
             watcher.progress.show(last=True)
         watcher.put_down()
         finished = len(watcher.standings) == watcher.total
-        if finished:
+        if finished and not training.keep_weights:
             checkpoints.clear()
         delivered = recorder.close(finished=finished)
-    if recorder.dropped:
-        lost = f"{recorder.dropped.total()} reports of {len(recorder.dropped)} trials"
-        print(f"{lost} had no run to go to (deleted in MLflow?); the same command trains these again", file=sys.stderr)
-    undelivered = "" if delivered else recorder.error or "no reason given"
-    return max(_conclude(request, watcher, undelivered), 1 if recorder.dropped else 0)
+    return watcher, delivered
 
 
 def _give_up() -> None:
@@ -132,13 +188,17 @@ def _conclude(request: Request, watcher: Watcher, undelivered: str) -> int:
         print(f"interrupted; go on with:  {_command()}", file=sys.stderr)
         return 130
     address = shlex.quote(mask(request.store))
+    data_dir = (
+        "" if request.data_dir == Path("data").absolute() else f" --data-dir {shlex.quote(str(request.data_dir))}"
+    )
     server = f"mlflow server --host 127.0.0.1 --backend-store-uri {address}"
     look = {
         "ranking": f"python -m analysis.rank {where}",
+        "report": f"python -m analysis.report {where}",
         "all runs": address if request.store.startswith("http") else server,
-        "replicate": f"{_command()} --seeds {request.seeds + 2}",
+        "finalists": f"python -m grid.confirm {where}{data_dir}",
     }
-    _print_facts(look)
+    print_facts(look)
     failed = any(standing.status == "failed" for standing in standings)
     return 1 if failed or undelivered or len(standings) < watcher.total else 0
 
@@ -178,7 +238,14 @@ def _describe_cost(cost: forecast.Forecast, packing: Packing, price_per_hour: fl
     return facts
 
 
-def _manifest(request: Request, plan: Plan, asha: Asha) -> dict[str, Any]:
+def _describe_files(request: Request, plan: Plan, asha: Asha, dataset: Dataset) -> dict[str, bytes]:
+    """Return what is attached to the parent run."""
+    manifest = _manifest(request, plan, asha, dataset)
+    samples = sample_sheet(dataset.train_images, dataset.train_labels, dataset.classes)
+    return {MANIFEST: json.dumps(manifest, indent=2).encode(), "samples.png": samples}
+
+
+def _manifest(request: Request, plan: Plan, asha: Asha, dataset: Dataset) -> dict[str, Any]:
     described = describe_plan(
         grid=request.grid,
         levels=request.levels,
@@ -192,6 +259,13 @@ def _manifest(request: Request, plan: Plan, asha: Asha) -> dict[str, Any]:
         lr_scales=request.lr_scales,
         controls=request.controls,
         settings=settings_of(plan.trials[0]),
+        data={
+            "name": request.data,
+            "per_class": request.per_class,
+            "train_images": len(dataset.train_images),
+            "val_images": len(dataset.val_images),
+            "classes": list(dataset.classes),
+        },
     )
     return described | describe_code()
 
@@ -200,7 +274,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _print_facts(facts: Mapping[str, str]) -> None:
+def print_facts(facts: Mapping[str, str]) -> None:
+    """Print names and what is to be said of them."""
     for name, text in facts.items():
         print(f"{name:<9}  {text}", flush=True)
 

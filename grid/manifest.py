@@ -39,6 +39,7 @@ def describe_plan(
     lr_scales: Sequence[float],
     controls: float,
     settings: Mapping[str, str],
+    data: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return what is trained, in JSON's types.
 
@@ -55,6 +56,7 @@ def describe_plan(
         lr_scales: Nuisance levels.
         controls: Share of trials exempt from stopping.
         settings: What all trials have in common.
+        data: What the trials see: `name`, `per_class`, `train_images`, `val_images`, `classes`.
     """
     return {
         "grid": grid,
@@ -68,6 +70,7 @@ def describe_plan(
         "lr_scales": list(lr_scales),
         "controls": controls,
         "settings": dict(settings),
+        "data": dict(data),
     }
 
 

@@ -24,6 +24,7 @@ from mlflow.models import Model, ModelSignature, set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, Schema, TensorSpec
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -155,8 +156,10 @@ def register(client: MlflowClient, model_id: str, name: str) -> int:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     logged = client.get_logged_model(model_id)
-    # Not models:/<id>, which a database store looks up by the global tracking URI instead of its own.
+    # Not models:/<id>, which a database store would look up by the global tracking URI instead of its own.
     made = client.create_model_version(name, logged.artifact_location, run_id=logged.source_run_id, model_id=model_id)
+    versions = [*json.loads(logged.tags.get(MLFLOW_MODEL_VERSIONS, "[]")), {"name": name, "version": made.version}]
+    client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(versions)})  # the UI's link
     return int(made.version)
 
 

@@ -67,8 +67,12 @@ class Recorder:
             kept = f"the reports of an earlier run stay in {self._spool.path}"
             raise InputError(f"can't write to the store {mask(self.store.uri)}: {first_line(error)}; {kept}") from error
 
-    def begin(self, manifest: Mapping[str, Any], stored: Mapping[str, StoredTrial]) -> None:
-        """Attach the manifest, close the runs that a dead driver left open, and start to deliver.
+    def begin(self, files: Mapping[str, bytes], stored: Mapping[str, StoredTrial]) -> None:
+        """Attach files to the parent run, close the runs that a dead driver left open, and start to deliver.
+
+        Args:
+            files: Name, such as `grid.json` -> content.
+            stored: What the store has, by trial key.
 
         Raises:
             InputError: The store or the place of its artifacts can't be written.
@@ -80,7 +84,7 @@ class Recorder:
         }
         try:
             client.update_run(self.store.parent_id, status="RUNNING")
-            client.log_dict(self.store.parent_id, dict(manifest), "grid.json")
+            self.store.attach(self.store.parent_id, files)
             for trial in stored.values():
                 if not trial.status:
                     client.update_run(trial.run_id, status="KILLED")
@@ -97,7 +101,7 @@ class Recorder:
             name=config.name,
             params=config.to_params(),
             tags={
-                "kind": "trial",
+                "kind": self.store.kind,
                 "trial_key": config.trial_key,
                 "cell_key": config.cell_key,
                 "control": "true" if control else "false",

@@ -3,14 +3,17 @@
 With `grid.record` the only file of `grid` that knows MLflow.
 """
 
+import json
 import logging
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import nan
+from pathlib import Path
 from typing import Any
 
 from grid.config import InputError, TrialConfig, first_line
@@ -22,9 +25,11 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 import mlflow.exceptions
 import psutil
+from mlflow.entities import Metric, RunTag
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
+MANIFEST = "grid.json"
 PAGE_SIZE = 1000
 CLAIM_SETTLES_SECONDS = 0.5
 """Of two drivers that claim an experiment within this time the later one has it."""
@@ -45,6 +50,7 @@ class StoredTrial:
     metrics: Mapping[str, float]
     """Last value of each."""
     control: bool
+    tags: Mapping[str, str] = field(default_factory=dict)
     stopped_at: int | None = None
     """Epoch after which ASHA stopped it."""
     val_accuracies: tuple[float, ...] = ()
@@ -57,16 +63,18 @@ class Store:
     Args:
         uri: Checked by `grid.store_uri.check_store_uri`.
         experiment: Made by `create` if missing.
+        kind: Of the runs that count as trials here: `trial`, or `confirm` for finalists.
 
     Raises:
         InputError: The store can't be opened.
     """
 
-    def __init__(self, uri: str, experiment: str):
+    def __init__(self, uri: str, experiment: str, kind: str = "trial"):
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.ERROR)
         self.uri = uri
         self.experiment = experiment
+        self.kind = kind
         try:
             self.client = MlflowClient(tracking_uri=uri)
         except (*UNREACHABLE, ImportError) as error:
@@ -75,14 +83,20 @@ class Store:
         self.parent_id = ""
         """The run with tag `kind=grid`."""
 
-    def create(self) -> None:
+    def create(self, *, missing: bool = True) -> None:
         """Make database, experiment and parent run where they are missing.
 
+        Args:
+            missing: Whether an experiment may be made.
+
         Raises:
-            InputError: The store can't be written, or the experiment was deleted in it.
+            InputError: The store can't be written, or the experiment was deleted in it, or there is none.
         """
         with self._answering():
             found = self.client.get_experiment_by_name(self.experiment)
+            if found is None and not missing:
+                names = ", ".join(sorted(other.name for other in self.client.search_experiments()))
+                raise InputError(f"no experiment '{self.experiment}' in {mask(self.uri)}; it has {names}")
             if found is None:
                 location = artifact_location(self.uri, self.experiment)
                 tags = {"mlflow.experimentKind": "custom_model_development"}  # the UI's view for trainings
@@ -138,6 +152,41 @@ class Store:
         except mlflow.exceptions.MlflowException as missing:
             return bool(missing.error_code == "RESOURCE_DOES_NOT_EXIST")
 
+    def manifest(self) -> dict[str, Any]:
+        """Return `grid.json`; empty if there is none.
+
+        Raises:
+            InputError: The store does not answer.
+        """
+        with self._answering(), tempfile.TemporaryDirectory() as folder:
+            if MANIFEST not in (file.path for file in self.client.list_artifacts(self.parent_id)):
+                return {}
+            manifest: dict[str, Any] = json.loads(
+                Path(self.client.download_artifacts(self.parent_id, MANIFEST, folder)).read_text()
+            )
+            return manifest
+
+    def attach(self, run_id: str, files: Mapping[str, bytes]) -> None:
+        """Put files among the artifacts of a run, in the place of earlier ones.
+
+        Args:
+            run_id: Which run.
+            files: Path, such as `test/confusion.csv` -> content.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            for path, content in files.items():
+                file = Path(folder, path)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+            if files:
+                self.client.log_artifacts(run_id, folder)
+
+    def log_test(self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
+        """Record, in one request, what a finalist is worth on the test set."""
+        now = time.time_ns() // 1_000_000
+        values = [Metric(name, value, now, 0) for name, value in metrics.items()]
+        self.client.log_batch(run_id, metrics=values, tags=[RunTag(*tag) for tag in tags.items()])
+
     def run_ids(self, trial_key: str = "") -> dict[str, str]:
         """Return trial key -> run id of all recorded trials, or of one."""
         return {run.data.tags["trial_key"]: run.info.run_id for run in self._search(trial_key)}
@@ -161,7 +210,7 @@ class Store:
             ) from error
 
     def _search(self, trial_key: str = "") -> Iterable[Any]:
-        wanted = "tags.kind = 'trial'" + (f" and tags.trial_key = '{trial_key}'" if trial_key else "")
+        wanted = f"tags.kind = '{self.kind}'" + (f" and tags.trial_key = '{trial_key}'" if trial_key else "")
         token = None
         while token != "":
             page = self.client.search_runs([self.experiment_id], wanted, max_results=PAGE_SIZE, page_token=token)
@@ -177,6 +226,7 @@ class Store:
             config=TrialConfig.from_params(run.data.params),
             metrics=run.data.metrics,
             control=tags.get("control") == "true",
+            tags=tags,
             stopped_at=int(tags["stopped_at_epoch"]) if "stopped_at_epoch" in tags else None,
             val_accuracies=self._accuracies(run.info.run_id) if status in ("", "failed") else (),
         )

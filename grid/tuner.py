@@ -130,6 +130,7 @@ def run_trials(
     checkpoints: Checkpoints,
     storage: str,
     experiment: str,
+    keep_weights: bool = False,
 ) -> None:
     """Run trials to their ends; Ray must be connected.
 
@@ -143,9 +144,11 @@ def run_trials(
         checkpoints: Where trials are put down at rungs, and taken up if they were.
         storage: Folder or URI that all nodes reach.
         experiment: Name of Tune's folder in it.
+        keep_weights: Whether a trial is put down after its last epoch, too.
     """
+    put_down = (*asha.rungs, *({trial.epochs for trial in trials} if keep_weights else ()))
     worker = tune.with_resources(
-        tune.with_parameters(TrialWorker, dataset=dataset, checkpoints=checkpoints, rungs=asha.rungs),
+        tune.with_parameters(TrialWorker, dataset=dataset, checkpoints=checkpoints, put_down=put_down),
         {"CPU": packing.cpus_per_trial, "GPU": packing.gpus_per_trial},
     )
     tuner = tune.Tuner(
@@ -181,13 +184,13 @@ class TrialWorker(tune.Trainable):
     """
 
     def setup(  # type: ignore[override]
-        self, config: dict[str, Any], dataset: Dataset, checkpoints: Checkpoints, rungs: tuple[int, ...]
+        self, config: dict[str, Any], dataset: Dataset, checkpoints: Checkpoints, put_down: tuple[int, ...]
     ) -> None:
         """Prepare for the first trial."""
         torch.set_num_threads(1)
         self._dataset = dataset
         self._checkpoints = checkpoints
-        self._rungs = rungs
+        self._put_down = put_down
         self._data: DeviceData | None = None
         self._trial: Trial | None = None
 
@@ -202,9 +205,11 @@ class TrialWorker(tune.Trainable):
         for attempt in range(TRIES):
             try:
                 trial = self._take_up(config)
-                if trial.epoch in self._rungs:
+                if trial.epoch in self._put_down:  # not before it is known to go on
                     self._checkpoints.save(config.trial_key, trial.state_dict())
                 report = trial.run_epoch()
+                if trial.epoch == config.epochs and trial.epoch in self._put_down:
+                    self._checkpoints.save(config.trial_key, trial.state_dict())
             except Exception:  # noqa: BLE001  (whatever it is, it is recorded as the trial's failure)
                 self._trial = None
                 if attempt == TRIES - 1:

@@ -32,6 +32,7 @@ class Watcher:
         checkpoints: Forgotten when a trial ends.
         rungs: Epochs at which ASHA decides.
         concurrency: Trials at once.
+        keep_weights: Whether the checkpoint of a completed trial is kept.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Watcher:
         *,
         rungs: tuple[int, ...],
         concurrency: int,
+        keep_weights: bool = False,
     ):
         known = {trial.trial_key: stored[trial.trial_key] for trial in plan.trials if trial.trial_key in stored}
         self.standings = {key: to_standing(trial) for key, trial in known.items() if trial.status in FINAL}
@@ -56,6 +58,7 @@ class Watcher:
         self._recorder = recorder
         self._checkpoints = checkpoints
         self._rungs = rungs
+        self._keep_weights = keep_weights
         self._running: dict[str, TrialConfig] = {}
         self.progress = Progress(
             total=self.total,
@@ -94,7 +97,7 @@ class Watcher:
         best = max((accuracy for accuracy in accuracies if not math.isnan(accuracy)), default=None)
         figures = {"epochs_run": len(accuracies), "best_val_accuracy": best}
         self._keep(self._recorder.trial_ended, config, status, **figures, error=error)
-        if not self.fault:
+        if not self.fault and not (self._keep_weights and status == "completed"):
             self._checkpoints.delete(config.trial_key)
         self.standings[config.trial_key] = Standing(
             cell=config.cell,

@@ -18,7 +18,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def record(store: Store, folder: Path, status: str | None, epochs_run: int = 1) -> None:
     recorder = Recorder(store, Spool(folder / "spool.jsonl"))
-    recorder.begin({"data": {"val_images": 940}}, {})
+    recorder.begin({"grid.json": b'{"data": {"val_images": 940}}'}, {})
     recorder.trial_started(CONFIG, control=True)
     for epoch in range(1, epochs_run + 1):
         recorder.epoch_ended(CONFIG, epoch, {"val_accuracy": 0.25 * epoch}, is_rung=epoch in (1, 3))

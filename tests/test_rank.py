@@ -145,7 +145,7 @@ def test_a_grid_that_all_diverged_says_what_to_do() -> None:
 def test_one_seed_is_told_with_what_it_is_worth() -> None:
     text = text_of(experiment([trial(0.8), trial(0.8, activation="gelu")], 1600))
     assert "one seed per cell: the best 2 can't be told apart" in text
-    assert "1,600 images (its standard error is 1.00 points)" in text
+    assert "1,600 images (standard error 1.00 points)" in text
 
 
 def test_each_model_has_its_best() -> None:

@@ -18,7 +18,7 @@ METRICS = dict.fromkeys(EPOCH_METRICS, 0.25)
 @pytest.fixture
 def recorder(store: Store, tmp_path: Path) -> Recorder:
     recorder = Recorder(store, Spool(tmp_path / "spool.jsonl"))
-    recorder.begin({"grid": "smoke"}, {})
+    recorder.begin({"grid.json": b"{}"}, {})
     return recorder
 
 

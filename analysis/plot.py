@@ -1,0 +1,282 @@
+"""The figures of the report: for each one a function that makes its table, and a thin one that draws it as SVG.
+
+Colours are those of Okabe and Ito, which colour-blind people tell apart; marks differ in shape, too. Figures are as
+narrow as a phone, so that their letters stay readable there.
+Reference: Okabe and Ito 2008, https://jfly.uni-koeln.de/color/
+"""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from grid.config import RUNG_METRIC, STATUSES
+
+WIDTH = 4.6
+"""Inches; 442 pixels of a browser: about a phone, or half of the page."""
+INK, QUIET, RULE = "#222222", "#666666", "#d9d9d9"
+BLUE, ORANGE, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.edgecolor": QUIET,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "ytick.labelcolor": INK,
+}
+HEAT_MAPS = 4
+CURVES_PER_MODEL = 150
+"""Stopped trials that are drawn; more would be a blot."""
+
+
+def curve_sample(trials: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Return the trials whose learning curves are drawn: all completed ones, at random some of the stopped.
+
+    Returns:
+        `run_id`, `model`, `status`; at most `CURVES_PER_MODEL` of each model and status.
+    """
+    some = trials[trials["status"].isin(("completed", "stopped"))][["run_id", "model", "status"]]
+    shuffled = some.sample(frac=1, random_state=seed)
+    return shuffled.groupby(["model", "status"]).head(CURVES_PER_MODEL).sort_index().reset_index(drop=True)
+
+
+def curve_table(sample: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Return the spread of the learning curves.
+
+    Args:
+        sample: From `curve_sample`.
+        curves: From `analysis.store.read_curves`.
+
+    Returns:
+        `model`, `status`, `epoch`, `trials` (that have the epoch), and `lowest`, `median`, `highest` accuracy.
+    """
+    joined = curves.merge(sample, on="run_id")
+    grouped = joined.groupby(["model", "status", "epoch"])["val_accuracy"]
+    return grouped.agg(trials="size", lowest="min", median="median", highest="max").reset_index()
+
+
+def draw_curves(sample: pd.DataFrame, curves: pd.DataFrame, model: str) -> str:
+    """Draw the learning curves of a model: survivors above the crowd of the stopped."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure(2.9)
+        joined = curves.merge(sample[sample["model"] == model], on="run_id")
+        for status, colour, width, alpha in (("stopped", ORANGE, 0.7, 0.35), ("completed", BLUE, 0.9, 0.55)):
+            of_status = joined[joined["status"] == status]
+            for _, curve in of_status.groupby("run_id"):
+                axes.plot(curve["epoch"], 100 * curve["val_accuracy"], color=colour, lw=width, alpha=alpha)
+            ends = of_status.groupby("run_id").tail(1)
+            axes.plot([], [], color=colour, label=f"{status} ({of_status['run_id'].nunique()})")
+            mark = "x" if status == "stopped" else "o"
+            axes.plot(ends["epoch"], 100 * ends["val_accuracy"], mark, ms=3, color=colour, alpha=alpha)
+        axes.set(xlabel="epoch", ylabel="validation accuracy, %")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(loc="lower right")
+        return _svg(figure, f"curves {model}")
+
+
+def funnel_table(trials: pd.DataFrame) -> pd.DataFrame:
+    """Return how many trials came how far.
+
+    Returns:
+        `model`, `epoch` (1 rung after the other, then the full budget), `trials` that ended that epoch with an
+        accuracy, and `share` of the model's trials.
+    """
+    rungs = [int(name.removeprefix(RUNG_METRIC)) for name in trials.columns if name.startswith(RUNG_METRIC)]
+    rows = []
+    for model, some in trials.groupby("model"):
+        reached = {rung: int(some[f"{RUNG_METRIC}{rung}"].notna().sum()) for rung in rungs}
+        reached[int(some["epochs"].iloc[0])] = int((some["status"] == "completed").sum())
+        rows += [(model, 0, len(some), 1.0)]
+        rows += [(model, epoch, count, count / len(some)) for epoch, count in sorted(reached.items())]
+    return pd.DataFrame(rows, columns=["model", "epoch", "trials", "share"])
+
+
+def draw_funnel(funnel: pd.DataFrame) -> str:
+    """Draw how many trials of each model came how far."""
+    models = list(funnel["model"].unique())
+    stages = sorted(funnel["epoch"].unique())
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure(0.5 + 0.22 * len(stages) * len(models) + 0.35)
+        height = 0.8 / len(models)
+        for number, (model, colour) in enumerate(zip(models, (BLUE, ORANGE, GREEN), strict=False)):
+            some = funnel[funnel["model"] == model]
+            places = [stages.index(epoch) + (number - (len(models) - 1) / 2) * height for epoch in some["epoch"]]
+            axes.barh(places, some["trials"], height=0.9 * height, color=colour, label=model)
+            for place, count, share in zip(places, some["trials"], some["share"], strict=True):
+                axes.text(count, place, f" {count:,}  {share:.0%}", va="center", color=INK, fontsize=8)
+        names = ["begun" if epoch == 0 else f"after epoch {epoch}" for epoch in stages]
+        axes.set_yticks(range(len(stages)), names)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.2 * funnel["trials"].max())
+        axes.set_xlabel("trials")
+        axes.legend(loc="lower right")
+        return _svg(figure, "funnel")
+
+
+def draw_main_effects(levels: pd.DataFrame) -> str:
+    """Draw the effect of every level with its interval, factor by factor.
+
+    Args:
+        levels: `analysis.effects.Effects.levels`.
+    """
+    factors = list(levels["factor"].unique())
+    rows = len(levels) + 0.9 * len(factors)
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure(0.55 + 0.19 * rows)
+        place, ticks, names = 0.0, [], []
+        for factor in factors:
+            some = levels[levels["factor"] == factor].sort_values("effect", ascending=False)
+            axes.text(0, place, factor, transform=axes.get_yaxis_transform(), weight="bold", va="center", ha="left")
+            for row in some.to_dict("records"):
+                place += 1
+                ends = [[100 * (row["effect"] - row["low"])], [100 * (row["high"] - row["effect"])]]
+                colour = BLUE if row["effect"] >= 0 else ORANGE
+                shape = "o" if row["effect"] >= 0 else "s"
+                axes.errorbar(100 * row["effect"], place, xerr=ends, fmt=shape, ms=4.5, color=colour, capsize=2, lw=1.4)
+                ticks.append(place)
+                names.append(str(row["level"]))
+            place += 1.4
+        axes.axvline(0, color=QUIET, lw=0.8)
+        axes.grid(axis="x", color=RULE, lw=0.5)
+        axes.set_axisbelow(True)
+        axes.set_yticks(ticks, names)
+        axes.set_ylim(place - 0.6, -0.7)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("percentage points above or below the mean of all cells")
+        return _svg(figure, "main effects")
+
+
+def variance_bars(variance: pd.DataFrame, count: int = 12) -> pd.DataFrame:
+    """Return the terms that explain most, and all the others as one, and what is left.
+
+    Args:
+        variance: `analysis.effects.Effects.variance`.
+        count: Terms that are named.
+
+    Returns:
+        `term`, `share`.
+    """
+    terms = variance[variance["term"] != "residual"]
+    rest = terms["share"].iloc[count:]
+    others = [{"term": f"{len(rest)} other terms", "share": rest.sum()}] if len(rest) else []
+    left = [{"term": "residual", "share": variance.loc[variance["term"] == "residual", "share"].sum()}]
+    return pd.concat([terms[["term", "share"]].head(count), pd.DataFrame(others + left)], ignore_index=True)
+
+
+def draw_variance(bars: pd.DataFrame) -> str:
+    """Draw which terms explain how much of the variance."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure(0.45 + 0.2 * len(bars))
+        axes.barh(range(len(bars)), 100 * bars["share"], color=[_term_colour(term) for term in bars["term"]])
+        for place, share in enumerate(bars["share"]):
+            axes.text(100 * share, place, f" {share:.1%}", va="center", color=INK, fontsize=8)
+        axes.set_yticks(range(len(bars)), list(bars["term"]))
+        axes.invert_yaxis()
+        axes.set_xlim(0, 118 * bars["share"].max())
+        axes.set_xlabel("share of the variance, %")
+        return _svg(figure, "variance")
+
+
+def strongest_interactions(variance: pd.DataFrame, count: int = HEAT_MAPS) -> list[tuple[str, str]]:
+    """Return the pairs of factors whose interaction explains most."""
+    pairs = [tuple(term.split(" x ")) for term in variance["term"] if " x " in term]
+    return [(one, other) for one, other in pairs[:count]]
+
+
+def interaction_map(interactions: pd.DataFrame, pair: tuple[str, str]) -> pd.DataFrame:
+    """Return the interaction effects of two factors, one in the rows, the other in the columns."""
+    some = interactions[(interactions["factor"] == pair[0]) & (interactions["other_factor"] == pair[1])]
+    wide = some.pivot_table(index="level", columns="other_level", values="effect", sort=False)
+    return wide.T if len(wide.columns) > len(wide) else wide
+
+
+def draw_interaction(effects: pd.DataFrame, pair: tuple[str, str]) -> str:
+    """Draw a heat map of the interaction effects in percentage points."""
+    values = 100 * effects.to_numpy()
+    most = max(np.nanmax(np.abs(values)), 1e-9)
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure(0.75 + 0.3 * len(effects), width=1.35 + 0.62 * len(effects.columns))
+        axes.imshow(values, cmap="PuOr_r", vmin=-most, vmax=most, aspect="auto")
+        for row, column in np.ndindex(*values.shape):
+            ink = "white" if abs(values[row, column]) > 0.65 * most else INK
+            axes.text(column, row, f"{values[row, column]:+.1f}", ha="center", va="center", color=ink, fontsize=8.5)
+        axes.set_xticks(range(len(effects.columns)), list(effects.columns), rotation=30, ha="right", color=INK)
+        axes.set_yticks(range(len(effects)), list(effects.index))
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        return _svg(figure, f"interaction {pair}")
+
+
+def draw_finalists(cells: pd.DataFrame, names: Sequence[str]) -> str:
+    """Draw the finalists' validation accuracies with their intervals, and their test accuracies.
+
+    Args:
+        cells: Finalists of `analysis.rank.rank_cells`.
+        names: What they are called.
+    """
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure(0.85 + 0.42 * len(cells))
+        places = np.arange(len(cells))
+        ends = 100 * np.array([cells["val_accuracy"] - cells["low"], cells["high"] - cells["val_accuracy"]])
+        axes.errorbar(
+            100 * cells["val_accuracy"], places, xerr=ends, fmt="o", ms=5, color=BLUE, capsize=2, label="validation"
+        )
+        axes.plot(100 * cells["test_accuracy"], places + 0.2, "D", ms=4, color=ORANGE, label="test")
+        for place, name in zip(places, names, strict=True):
+            axes.text(0, place - 0.36, name, transform=axes.get_yaxis_transform(), fontsize=8, va="center")
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.set_ylim(len(cells) - 0.5, -0.6)
+        axes.grid(axis="x", color=RULE, lw=0.5)
+        axes.set_xlabel("accuracy, %")
+        figure.legend(loc="outside lower center", ncols=2)
+        return _svg(figure, "finalists")
+
+
+def cost_table(trials: pd.DataFrame) -> pd.DataFrame:
+    """Return what the trials took.
+
+    Returns:
+        `model`, `trials`, one column of counts per status, `epochs_run`, and `hours` (of all trials in turn: epochs
+        run x seconds of the last epoch).
+    """
+    hours = trials["epochs_run"] * trials["epoch_seconds"] / 3600
+    grouped = trials.assign(hours=hours).groupby("model")
+    counts = pd.crosstab(trials["model"], trials["status"]).reindex(columns=list(STATUSES), fill_value=0)
+    sums = pd.DataFrame({"epochs_run": grouped["epochs_run"].sum(), "hours": grouped["hours"].sum()})
+    return pd.concat([grouped.size().rename("trials"), counts, sums], axis=1).reset_index()
+
+
+def _term_colour(term: str) -> str:
+    if term == "residual" or term.endswith(" other terms"):
+        return RULE
+    return ORANGE if " x " in term else BLUE
+
+
+def _figure(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """Return a figure as an SVG element; its ids are its own, so that several may stand on a page."""
+    text = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": name}):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Title": name})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]

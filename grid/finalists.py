@@ -1,0 +1,242 @@
+"""From the best cells of a grid to tested nets. Heavy to import; `grid.confirm` is the light door.
+
+Validation chooses, the test set only tells: a net that has been tested is never tested again.
+"""
+
+import csv
+import io
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from grid import tuner
+from grid.asha import Asha, rung_epochs
+from grid.checkpoint import Checkpoints
+from grid.config import InputError, TrialConfig, cell_name
+from grid.confirm import Confirmation
+from grid.data import Dataset, load, load_test
+from grid.evaluation import ClassScore, ConfusedPair, Evaluation, confused_pairs, evaluate, inference_state, per_class
+from grid.experiment import Training, print_facts, train_all
+from grid.hardware import numeric_settings
+from grid.pictures import confusion_picture, mistake_sheet
+from grid.plan import Plan
+from grid.predictor import log_predictor, register
+from grid.ranking import RankedCell, rank_cells
+from grid.record import Recorder, open_spool
+from grid.spool import Spool
+from grid.store import Store, StoredTrial
+from grid.store_uri import mask, slug
+from grid.trial import DeviceData
+from grid.watcher import FINAL, to_standing
+
+FIRST_SEED = 1000
+"""Of the finalists: the grid's own seeds are below, so that no finalist profits from the luck that made it one."""
+PAIRS = 20
+"""Confused pairs that are recorded."""
+MISTAKES = 24
+"""Mistakes that are drawn."""
+
+
+def confirm(request: Confirmation) -> int:
+    """Train and test the finalists of a grid, print them, and return the exit code.
+
+    Raises:
+        InputError: The request can't be met.
+    """
+    grid = Store(request.store, request.experiment)
+    grid.create(missing=False)
+    manifest, stored = grid.manifest(), grid.trials()
+    chosen = choose(rank_cells(to_standing(trial) for trial in stored.values() if trial.status in FINAL), request.top)
+    if not chosen:
+        raise InputError(f"no trial of '{request.experiment}' has ended with an accuracy; run python -m grid.run first")
+    dataset = _load_as_before(manifest, [trial.config for trial in stored.values()], request)
+    test_images, test_labels = load_test(dataset.name, request.data_dir)
+    name = slug(request.store, f"{request.experiment} confirm")
+    checkpoints = Checkpoints(request.storage, name)
+    with closing(open_spool(request.spool, request.store, f"{request.experiment} confirm")) as spool:
+        packing = tuner.connect(request.address, request.concurrency)
+        try:
+            trials = finalist_trials(chosen, [trial.config for trial in stored.values()], request.seeds, packing.device)
+            training = Training(request.storage, name, packing, checkpoints, keep_weights=True)
+            ended = _train(request, trials, dataset, spool, training)
+        finally:
+            tuner.disconnect()
+    if ended:
+        return ended
+    store = Store(request.store, request.experiment, kind="confirm")
+    store.create(missing=False)
+    for trial in _untested(store, trials):
+        _test(store, trial, dataset, checkpoints, test_images, test_labels)
+    return _conclude(request, store, trials)
+
+
+def choose(ranked: Sequence[RankedCell], top: int) -> list[RankedCell]:
+    """Return the best `top` cells of each model, best first.
+
+    Args:
+        ranked: From `grid.ranking.rank_cells`.
+        top: How many of each.
+    """
+    models = dict.fromkeys(cell.cell["model"] for cell in ranked)
+    kept = {model: [cell for cell in ranked if cell.cell["model"] == model][:top] for model in models}
+    return [cell for cell in ranked if cell in kept[cell.cell["model"]]]
+
+
+def finalist_trials(
+    chosen: Iterable[RankedCell], trained: Sequence[TrialConfig], seeds: int, device: str
+) -> list[TrialConfig]:
+    """Return the trainings of the finalists: their configurations as they were in the grid, on new seeds.
+
+    Args:
+        chosen: Cells to confirm.
+        trained: Configurations of the grid.
+        seeds: Replicates of each, `FIRST_SEED` and up.
+        device: Kind of device that trains now: `cpu` or `cuda`.
+    """
+    known = {(tuple(config.cell.values()), config.lr_scale): config for config in trained}
+    templates = [known[tuple(ranked.cell.values()), ranked.lr_scale] for ranked in chosen]
+    if any(template.device != device for template in templates):
+        settings = numeric_settings(device)
+        templates = [TrialConfig.from_params(template.to_params() | settings) for template in templates]
+    return [replace(template, seed=FIRST_SEED + seed) for seed in range(seeds) for template in templates]
+
+
+def _load_as_before(manifest: Mapping[str, Any], trained: Sequence[TrialConfig], request: Confirmation) -> Dataset:
+    """Load the images that the grid was trained on.
+
+    Raises:
+        InputError: They are other ones.
+    """
+    described = manifest.get("data")
+    if described is None:
+        raise InputError(f"'{request.experiment}' does not say what it was trained on (grid.json); run grid.run again")
+    dataset = load(
+        described["name"], request.data_dir, per_class=described["per_class"], split_seed=manifest["order_seed"]
+    )
+    if {config.data_fingerprint for config in trained} != {dataset.fingerprint}:
+        raise InputError(f"the images in {request.data_dir} are not those of the grid; pass its --data-dir")
+    return dataset
+
+
+def _train(
+    request: Confirmation, trials: Sequence[TrialConfig], dataset: Dataset, spool: Spool, training: Training
+) -> int:
+    """Train what is not trained yet; return 0, or the exit code if something is left."""
+    training.checkpoints.check()
+    store = Store(request.store, request.experiment, kind="confirm")
+    store.create(missing=False)
+    store.claim()
+    recorder = Recorder(store, spool)
+    try:
+        recorder.recover()
+        stored = store.trials()
+        recorder.begin({}, stored)
+    except InputError:
+        store.release()
+        raise
+    plan = Plan([], {}, list(trials), frozenset(trial.trial_key for trial in trials))
+    asha = Asha(rung_epochs(trials[0].epochs))
+    watcher, delivered = train_all(plan, stored, dataset, recorder, asha, training, _describe(trials))
+    if watcher.interrupted:
+        reason = watcher.fault or "interrupted"
+        print(f"{reason}; the same command goes on", file=sys.stderr)
+        return 1 if watcher.fault else 130
+    if not delivered:
+        print(f"not everything has reached {mask(request.store)}: {recorder.error}; run it again", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _describe(trials: Sequence[TrialConfig]) -> dict[str, str]:
+    cells = {trial.cell_key for trial in trials}
+    return {
+        "finalists": f"{len(cells)} cells x {len(trials) // len(cells)} new seeds, {trials[0].epochs} epochs each",
+    }
+
+
+def _untested(store: Store, trials: Sequence[TrialConfig]) -> list[StoredTrial]:
+    stored = store.trials()
+    wanted = [stored[trial.trial_key] for trial in trials if trial.trial_key in stored]
+    return [trial for trial in wanted if trial.status == "completed" and "test_accuracy" not in trial.metrics]
+
+
+def _test(
+    store: Store,
+    trial: StoredTrial,
+    dataset: Dataset,
+    checkpoints: Checkpoints,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+) -> None:
+    """Test one net and record what it is worth; the numbers come last, and with them it counts as tested."""
+    config = trial.config
+    if config.device == "cuda" and not torch.cuda.is_available():
+        config = replace(config, device="cpu", fused=False)
+    state = checkpoints.load(trial.config.trial_key, config.device)
+    if state is None:
+        mend = f"delete run {trial.run_id} in MLflow and run again"
+        raise InputError(f"the weights of {trial.config.name} are gone from the storage; {mend}")
+    data = DeviceData.of(dataset, config.device)
+    result = evaluate(config, state, data, images, labels)
+    store.attach(trial.run_id, _files(result, trial.config, dataset, images))
+    weights = inference_state(config, state, data)
+    model_id = log_predictor(
+        store.client, trial.run_id, trial.config, weights, data, dataset.classes, dataset.val_images[:4]
+    )
+    store.log_test(trial.run_id, result.metrics, {"model_id": model_id})
+    checkpoints.delete(trial.config.trial_key)
+    print(f"tested  {result.accuracy:.2%}  {trial.config.name}", flush=True)
+
+
+def _files(result: Evaluation, config: TrialConfig, dataset: Dataset, images: NDArray[np.uint8]) -> dict[str, bytes]:
+    """Return what a person looks at beside the numbers."""
+    classes, wrong = dataset.classes, result.mistakes
+    most = wrong.indices[:MISTAKES]
+    pictured = images[most], wrong.true[:MISTAKES], wrong.predicted[:MISTAKES], wrong.confidence[:MISTAKES]
+    matrix = ([name, *row] for name, row in zip(classes, result.confusion, strict=True))
+    return {
+        "test/confusion.csv": _csv(["true", *classes], matrix),
+        "test/confusion.png": confusion_picture(result.confusion, classes, config.name),
+        "test/per_class.csv": _csv(ClassScore._fields, per_class(result.confusion, classes)),
+        "test/confused_pairs.csv": _csv(ConfusedPair._fields, confused_pairs(result.confusion, classes, PAIRS)),
+        "test/mistakes.png": mistake_sheet(*pictured, classes),
+    }
+
+
+def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue().encode()
+
+
+def _conclude(request: Confirmation, store: Store, trials: Sequence[TrialConfig]) -> int:
+    stored = {key: trial for key, trial in store.trials().items() if "test_accuracy" in trial.metrics}
+    tested = [stored[trial.trial_key] for trial in trials if trial.trial_key in stored]
+    ranked = rank_cells(to_standing(trial) for trial in tested)
+    print(f"\n{'rank':>4}  {'val acc':>7}  {'test acc':>8}  {'seeds':>5}  cell")
+    for rank, cell in enumerate(ranked, start=1):
+        tests = [trial.metrics["test_accuracy"] for trial in tested if trial.config.cell == cell.cell]
+        figures = f"{rank:>4}  {cell.mean:>7.2%}  {fmean(tests):>8.2%}  {len(tests):>5}"
+        print(f"{figures}  {cell_name(cell.cell)}")
+    print()
+    if request.register and ranked:
+        best = max(
+            (trial for trial in tested if trial.config.cell == ranked[0].cell),
+            key=lambda trial: trial.metrics["best_val_accuracy"],
+        )
+        version = register(store.client, best.tags["model_id"], request.register)
+        print_facts({"registered": f"models:/{request.register}/{version}, {best.config.name}"})
+    where = shlex.join(["--experiment", request.experiment, "--store", mask(request.store)])
+    print_facts({"ranking": f"python -m analysis.rank {where}", "report": f"python -m analysis.report {where}"})
+    if len(tested) < len(trials):
+        print(f"{len(trials) - len(tested)} of {len(trials)} trainings diverged or failed; see MLflow", file=sys.stderr)
+        return 1
+    return 0
