@@ -49,7 +49,7 @@ class CharacterReader(PythonModel):
             context: Holds the paths of `model.json` and of `weights.pt`.
         """
         settings = json.loads(Path(context.artifacts["model"]).read_text())
-        config = TrialConfig.from_params(settings["config"] | {"device": "cpu"})
+        config = TrialConfig.from_params(settings["config"])
         self._classes = np.array(settings["classes"])
         self._side: int = settings["side"]
         self._mean: float = settings["mean"]
@@ -140,7 +140,7 @@ def log_predictor(
 
 
 def register(client: MlflowClient, model_id: str, name: str) -> int:
-    """Make a logged model the newest version of a registered model, which is made if missing.
+    """Make a logged model a version of a registered model, which is made if missing; the newest, unless it is one.
 
     Args:
         client: Of the store that the model is in.
@@ -156,9 +156,13 @@ def register(client: MlflowClient, model_id: str, name: str) -> int:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     logged = client.get_logged_model(model_id)
+    versions = json.loads(logged.tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
+    for known in versions:
+        if known["name"] == name:
+            return int(known["version"])
     # Not models:/<id>, which a database store would look up by the global tracking URI instead of its own.
     made = client.create_model_version(name, logged.artifact_location, run_id=logged.source_run_id, model_id=model_id)
-    versions = [*json.loads(logged.tags.get(MLFLOW_MODEL_VERSIONS, "[]")), {"name": name, "version": made.version}]
+    versions.append({"name": name, "version": made.version})
     client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(versions)})  # the UI's link
     return int(made.version)
 

@@ -1,0 +1,148 @@
+"""The command as a user gives it, with Ray, sqlite, real trainings and a real registry."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from mlflow.entities import Run
+
+from analysis.rank import main as rank
+from grid.config import TrialConfig
+from grid.confirm import main as confirm
+from grid.data import load, load_test
+from grid.finalists import FIRST_SEED, choose, finalist_trials
+from grid.ranking import RankedCell
+from grid.run import main as run
+from grid.store import Store
+
+CONFIG = TrialConfig(learning_rate=1e-3, epochs=9, lr_scale=0.5)
+
+
+def cell(accuracy: float, **levels: str) -> RankedCell:
+    return RankedCell({**CONFIG.cell, **levels}, 9, 9, {0: accuracy}, lr_scale=0.5)
+
+
+def test_the_best_of_each_model_are_chosen() -> None:
+    ranked = [cell(0.9, model="cnn"), cell(0.8, model="cnn", dropout="on"), cell(0.7), cell(0.6, dropout="on")]
+    assert choose(ranked, 1) == [ranked[0], ranked[2]]
+    assert choose(ranked, 5) == ranked
+
+
+def test_finalists_are_paired_on_seeds_that_the_grid_had_not() -> None:
+    trained = [CONFIG, replace(CONFIG, dropout=True), replace(CONFIG, lr_scale=1.0, seed=7)]
+    trials = finalist_trials([cell(0.7), cell(0.6, dropout="on")], trained, 3, "cpu")
+    assert {(trial.dropout, trial.seed) for trial in trials} == {
+        (dropout, FIRST_SEED + seed) for dropout in (False, True) for seed in range(3)
+    }
+    assert {trial.lr_scale for trial in trials} == {0.5}
+
+
+def test_finalists_of_another_device_are_trained_as_that_device_likes_it() -> None:
+    (trial,) = finalist_trials([cell(0.7)], [replace(CONFIG, device="cuda")], 1, "cpu")
+    assert (trial.device, trial.memory_format, trial.learning_rate) == ("cpu", "channels_last", 1e-3)
+
+
+@pytest.fixture
+def arguments(store_uri: str, glyphs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A grid of 4 trials has run; the options that all commands share."""
+    monkeypatch.chdir(tmp_path)
+    shared = ["--store", store_uri, "--experiment", "tiny", "--data-dir", str(glyphs_dir)]
+    only = [f"--only={factor}" for factor in ("activation=relu", "optimizer=adam", "dropout=off")]
+    assert run(["--grid", "smoke", *only, "--per-class", "20", "--epochs", "3", *shared]) == 0
+    yield shared
+    mlflow.set_tracking_uri(None)
+
+
+def confirmed(store_uri: str) -> list[Run]:
+    store = Store(store_uri, "tiny", kind="confirm")
+    store.create(missing=False)
+    return list(store.client.search_runs([store.experiment_id], "tags.kind = 'confirm'"))
+
+
+@pytest.mark.slow
+def test_finalists_are_trained_tested_once_registered_and_read_back(
+    arguments: list[str], store_uri: str, glyphs_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = [*arguments, "--top", "1", "--seeds", "2", "--register", "reader"]
+    assert confirm(command) == 0
+    out = capfd.readouterr().out
+    assert "registered" in out
+    assert re.search(r"^   1  +\d\d\.\d\d%  +\d\d\.\d\d%  +2  ", out, re.MULTILINE)
+    runs = confirmed(store_uri)
+    assert len(runs) == 4
+    for finalist in runs:
+        check_finalist(finalist, tmp_path)
+    assert confirm(command) == 0
+    assert "tested" not in capfd.readouterr().out
+    assert {each.info.run_id: each.data.metrics for each in confirmed(store_uri)} == {
+        each.info.run_id: each.data.metrics for each in runs
+    }
+    assert list((tmp_path / "storage").rglob("*.pt")) == []
+    check_registered(store_uri, glyphs_dir)
+    assert rank([*arguments[:4]]) == 0
+    assert "finalists, trained again on new seeds" in capfd.readouterr().out
+
+
+def check_finalist(finalist: Run, folder: Path) -> None:
+    metrics, tags = finalist.data.metrics, finalist.data.tags
+    assert 0 < metrics["test_accuracy"] < 1
+    assert (metrics["test_images"], metrics["epochs_run"], tags["status"]) == (2820, 3, "completed")
+    assert metrics["parameters"] > 1000
+    assert metrics["inference_ms_per_image"] > 0
+    files = {file.name for file in next(folder.rglob(f"{finalist.info.run_id}/artifacts/test")).iterdir()}
+    assert files == {"confusion.csv", "confusion.png", "per_class.csv", "confused_pairs.csv", "mistakes.png"}
+
+
+def check_registered(store_uri: str, glyphs_dir: Path) -> None:
+    """Load the winner as anybody would, and let it read the test images."""
+    mlflow.set_tracking_uri(store_uri)
+    assert len(mlflow.MlflowClient().search_model_versions("name = 'reader'")) == 1
+    reader = mlflow.pyfunc.load_model("models:/reader/1")
+    images, labels = load_test("glyphs", glyphs_dir)
+    classes = np.array(load("glyphs", glyphs_dir, per_class=20).classes)
+    read = np.array(reader.predict(images[:500]))
+    winner = mlflow.get_run(mlflow.MlflowClient().get_model_version("reader", "1").run_id)
+    assert np.mean(read == classes[labels[:500]]) == pytest.approx(winner.data.metrics["test_accuracy"], abs=0.1)
+    assert reader.metadata.signature.inputs.to_dict()[0]["tensor-spec"]["shape"] == [-1, 28, 28]
+
+
+@pytest.mark.slow
+def test_other_images_than_those_of_the_grid_are_refused(
+    arguments: list[str], store_uri: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(store_uri, "tiny")
+    store.create(missing=False)
+    manifest = store.manifest()
+    manifest["data"]["per_class"] = 30
+    store.attach(store.parent_id, {"grid.json": json.dumps(manifest).encode()})
+    assert confirm(arguments) == 2
+    assert "are not those of the grid; pass its --data-dir" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_lost_weights_are_told_and_nothing_is_tested(
+    arguments: list[str], store_uri: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("grid.checkpoint.Checkpoints.load", lambda *unused: None)
+    assert confirm([*arguments, "--top", "1", "--seeds", "1"]) == 2
+    assert re.search("the weights of .* are gone from the storage; delete run", capfd.readouterr().err)
+    assert not [each for each in confirmed(store_uri) if "test_accuracy" in each.data.metrics]
+
+
+def test_a_grid_that_does_not_say_its_images_can_not_be_confirmed(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tags = {"kind": "trial", "status": "completed", "trial_key": CONFIG.trial_key}
+    run_id = store.client.create_run(store.experiment_id, tags=tags).info.run_id
+    for name, value in CONFIG.to_params().items():
+        store.client.log_param(run_id, name, value)
+    for name, value in {"best_val_accuracy": 0.5, "epochs_run": 9}.items():
+        store.client.log_metric(run_id, name, value)
+    assert confirm(["--experiment", "some grid", "--store", store.uri]) == 2
+    assert "does not say what it was trained on" in capsys.readouterr().err

@@ -1,0 +1,201 @@
+import math
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.effects import measure_effects
+from benchmarks import planted
+from benchmarks.planted import (
+    COUNTS,
+    EPOCHS,
+    LEVEL_NAMES,
+    POINTS,
+    RUNGS,
+    Grid,
+    Plan,
+    compare,
+    examine,
+    format_summary,
+    least_squares,
+    plant,
+    summarise,
+    tally_ranking,
+    true_false_stops,
+)
+from grid.config import FACTORS
+
+NOISELESS = Plan(noise_sd=0)
+
+
+def grid(plan: Plan = Plan(), seed: int = 0) -> Grid:  # noqa: B008  (frozen)
+    return plant(plan, np.random.default_rng(seed))
+
+
+def test_planted_effects_sum_to_zero_over_the_levels_of_each_factor() -> None:
+    truth = grid().truth
+    for factor, names in LEVEL_NAMES.items():
+        assert np.sum([truth[factor, name] for name in names], axis=0) == pytest.approx(0)
+    for name in LEVEL_NAMES["optimizer"]:
+        pairs = [truth["activation", other, "optimizer", name] for other in LEVEL_NAMES["activation"]]
+        assert np.sum(pairs, axis=0) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("point", range(len(POINTS)))
+def test_without_noise_the_planted_effects_are_differences_of_means(point: int) -> None:
+    some = grid(NOISELESS)
+    column = "best_val_accuracy" if POINTS[point] == EPOCHS else f"val_accuracy_at_{POINTS[point]}"
+    accuracies = some.unstopped[column]
+    for factor in FACTORS:
+        for level, mean in accuracies.groupby(some.unstopped[factor]).mean().items():
+            assert mean - accuracies.mean() == pytest.approx(some.truth[factor, str(level)][point], abs=1e-12)
+
+
+@pytest.mark.parametrize("plan", [NOISELESS, Plan(noise_sd=0, holes=True), Plan(noise_sd=0, seeds=2)])
+def test_without_noise_the_analysis_finds_the_planted_effects(plan: Plan) -> None:
+    some = grid(plan)
+    effects = measure_effects(some.trials, epoch=1)
+    for table in (effects.levels, effects.interactions):
+        assert compare(table, some.truth, 0)["error"].abs().max() < 1e-9
+
+
+def test_effects_at_the_first_rung_and_at_the_end_correlate_as_planned() -> None:
+    effects = np.array([e for seed in range(20) for label, e in grid(seed=seed).truth.items() if len(label) == 2])
+    assert np.corrcoef(effects[:, 0], effects[:, -1])[0, 1] == pytest.approx(0.8, abs=0.06)
+
+
+def test_uneven_noise_differs_by_level() -> None:
+    trials, even = grid(Plan(uneven=True)).unstopped, grid().unstopped
+    noise = (trials["val_accuracy_at_1"] - even["val_accuracy_at_1"]).groupby(trials["optimizer"]).std()
+    assert noise[LEVEL_NAMES["optimizer"][2]] > 1.5 * noise[LEVEL_NAMES["optimizer"][1]]
+
+
+def test_a_simulated_trial_looks_like_a_stored_one() -> None:
+    trials = grid(Plan(holes=True, seeds=2)).trials
+    assert len(trials) == 2 * math.prod(COUNTS)
+    assert set(trials["status"]) == {"completed", "stopped", "diverged"}
+    reached = trials[[f"val_accuracy_at_{rung}" for rung in RUNGS]].notna().sum(axis=1)
+    stopped = trials["status"] == "stopped"
+    assert (trials.loc[stopped, "stopped_at_epoch"] == trials.loc[stopped, "epochs_run"]).all()
+    assert (reached[stopped] == trials.loc[stopped, "epochs_run"].map({1: 1, 3: 2})).all()
+    assert trials.loc[trials["status"] == "completed", "epochs_run"].eq(EPOCHS).all()
+
+
+def test_a_diverged_trial_has_no_accuracy_from_its_last_epoch_on() -> None:
+    trials = grid(Plan(holes=True, seeds=2)).trials
+    diverged = trials[trials["status"] == "diverged"]
+    for rung in RUNGS:
+        assert (diverged[f"val_accuracy_at_{rung}"].isna() == (diverged["epochs_run"] <= rung)).all()
+
+
+def test_controls_are_never_stopped_and_of_the_others_about_a_third_go_on() -> None:
+    trials = grid().trials
+    assert set(trials.loc[trials["control"], "status"]) == {"completed"}
+    assert 0.3 <= trials.loc[~trials["control"], "epochs_run"].gt(1).mean() <= 0.45
+
+
+def test_holes_come_where_the_levels_diverge() -> None:
+    some = grid(Plan(holes=True, seeds=2)).trials
+    risky = (some["optimizer"] == LEVEL_NAMES["optimizer"][2]) & (some["batch_norm"] == "off")
+    diverged = some["status"] == "diverged"
+    assert diverged[risky].mean() > 2 * diverged[~risky].mean()
+    assert not (grid().trials["status"] == "diverged").any()
+
+
+def false_stops_one_by_one(some: Grid, model: str) -> float:
+    """Count again, trial by trial, by the words of the definition."""
+    trials = [row for row in some.trials.to_dict("records") if row["model"] == model]
+    ends = {row["trial_key"]: row for row in some.unstopped.to_dict("records")}
+    stopped: set[str] = set()
+    for rung in RUNGS:
+        name = f"val_accuracy_at_{rung}"
+        there = sorted((row[name] for row in trials if not math.isnan(row[name])), reverse=True)
+        lost = [row for row in trials if row["status"] == "diverged" and row["epochs_run"] <= rung]
+        before = [row for row in lost if rung == 3 and row["epochs_run"] == 1]
+        threshold = there[math.ceil((len(there) + len(lost) - len(before)) / 3) - 1]
+        stopped |= {row["trial_key"] for row in trials if ends[row["trial_key"]][name] < threshold}
+    survivors = [r for r in trials if r["status"] == "completed" and not (r["control"] and r["trial_key"] in stopped)]
+    median = np.median([row["best_val_accuracy"] for row in survivors])
+    wrong = [k for k in stopped if ends[k]["status"] == "completed" and ends[k]["best_val_accuracy"] > median]
+    return len(wrong) / len(stopped)
+
+
+@pytest.mark.parametrize(("holes", "correlation"), [*product((False, True), (0.8, 0.4))])
+def test_the_true_rate_of_false_stops_is_that_of_counting_one_by_one(holes: bool, correlation: float) -> None:
+    some = grid(Plan(holes=holes, correlation=correlation, seeds=2))
+    rates = true_false_stops(some)
+    assert rates == {model: pytest.approx(false_stops_one_by_one(some, model)) for model in LEVEL_NAMES["model"]}
+    assert max(rates.values()) > 0
+
+
+def test_curves_that_never_cross_have_no_false_stops() -> None:
+    assert true_false_stops(grid(Plan(correlation=1, seeds=2))) == {"mlp": 0, "cnn": 0}
+
+
+def test_least_squares_finds_main_effects_without_noise_and_leaves_out_absent_levels() -> None:
+    some = grid(NOISELESS)
+    found = compare(least_squares(some.unstopped), some.truth, -1)
+    assert found["error"].abs().max() < 1e-9
+    absent = LEVEL_NAMES["optimizer"][0]
+    assert absent not in set(least_squares(some.unstopped[some.unstopped["optimizer"] != absent])["level"])
+    assert least_squares(some.unstopped[:5]).empty
+
+
+def test_truth_is_taken_relative_to_the_levels_that_have_an_estimate() -> None:
+    estimates = pd.DataFrame({"factor": ["a", "a"], "level": ["x", "y"], "effect": [-1.0, 1.0], "low": -3.0, "high": 0})
+    found = compare(estimates, {("a", "x"): np.array([1.0]), ("a", "y"): np.array([3.0])}, 0)
+    assert found["error"].tolist() == [0, 0]
+    assert found["covered"].tolist() == [True, False]
+
+
+def test_a_diverged_cell_on_top_of_a_completed_one_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = grid(Plan(holes=True)).trials
+    assert tally_ranking(trials)[2] == 0
+    upside_down = trials.sort_values("status", ascending=False, ignore_index=True)
+    upside_down.insert(0, "rank", range(1, len(trials) + 1))  # stopped, diverged, completed
+    monkeypatch.setattr(planted, "rank_cells", lambda _: upside_down)
+    assert tally_ranking(trials)[2] == (trials["status"] == "diverged").sum()
+
+
+def test_a_summary_is_a_ratio_with_its_standard_error_over_grids() -> None:
+    summary = summarise([[("q", "", 1.0, 2.0)], [("q", "", 3.0, 2.0)]])
+    assert summary.loc[("q", "")].to_dict() == {"sum": 4, "of": 4, "value": 1, "error": pytest.approx(2**0.5 / 4)}
+
+
+@pytest.fixture(scope="module")
+def summary() -> pd.DataFrame:
+    return summarise([examine(index, seed=1) for index in range(8, 32)])
+
+
+def test_intervals_cover_the_planted_effects(summary: pd.DataFrame) -> None:
+    for question in ("main effects: covered", "interactions: covered"):
+        of_question = summary.loc[question]
+        assert 0.90 <= of_question["sum"].sum() / of_question["of"].sum() <= 0.98
+        assert of_question["value"].min() >= 0.80  # six grids of each kind
+
+
+def test_intervals_of_the_audit_cover_the_truth_and_no_diverged_cell_ranks_high(summary: pd.DataFrame) -> None:
+    assert summary.loc["false stops: covered", "value"].min() >= 0.93
+    assert summary.loc["lost winners: bounded", "value"].min() >= 0.93
+    assert summary.loc[("ranking: violations", ""), "sum"] == 0
+
+
+def test_survivors_alone_shrink_effects_and_the_first_rung_does_not(summary: pd.DataFrame) -> None:
+    slopes = summary.loc["slope", "value"]
+    assert slopes["ours"] == pytest.approx(1, abs=0.03)
+    assert slopes["survivors"] < 0.95
+    assert summary.loc[("covered", "survivors"), "value"] < 0.9
+
+
+def test_the_text_is_narrow_whatever_the_number_of_grids(summary: pd.DataFrame) -> None:
+    assert max(map(len, format_summary(summary).splitlines())) <= 80
+    assert "none" in format_summary(summarise([examine(0, seed=1)]))
+
+
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_command_prints_the_table_and_returns_it(jobs: int, capsys: pytest.CaptureFixture[str]) -> None:
+    found = planted.main(["--grids", "2", "--seed", "3", "--jobs", str(jobs)])
+    expected = summarise([examine(index, seed=3) for index in range(2)])
+    pd.testing.assert_frame_equal(found, expected)
+    assert capsys.readouterr().out.startswith("2 grids of 216 cells")
