@@ -191,7 +191,7 @@ def _test(
     model_id = log_predictor(
         store.client, trial.run_id, trial.config, weights, data, dataset.classes, dataset.val_images[:4]
     )
-    store.log_test(trial.run_id, result.metrics, {"model_id": model_id})
+    store.log_test(trial.run_id, result.metrics, model_id)
     checkpoints.delete(trial.config.trial_key)
     print(f"tested  {result.accuracy:.2%}  {trial.config.name}", flush=True)
 

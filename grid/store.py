@@ -181,11 +181,18 @@ class Store:
             if files:
                 self.client.log_artifacts(run_id, folder)
 
-    def log_test(self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
-        """Record, in one request, what a finalist is worth on the test set."""
+    def log_test(self, run_id: str, metrics: Mapping[str, float], model_id: str | None = None) -> None:
+        """Record, in one request, what a finalist is worth on the test set.
+
+        Args:
+            run_id: Of the finalist.
+            metrics: `grid.config.TEST_METRICS`.
+            model_id: Of its logged model, which MLflow then shows them with.
+        """
         now = time.time_ns() // 1_000_000
-        values = [Metric(name, value, now, 0) for name, value in metrics.items()]
-        self.client.log_batch(run_id, metrics=values, tags=[RunTag(*tag) for tag in tags.items()])
+        values = [Metric(name, value, now, 0, model_id=model_id) for name, value in metrics.items()]
+        tags = [] if model_id is None else [RunTag("model_id", model_id)]
+        self.client.log_batch(run_id, metrics=values, tags=tags)
 
     def run_ids(self, trial_key: str = "") -> dict[str, str]:
         """Return trial key -> run id of all recorded trials, or of one."""

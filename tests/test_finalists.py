@@ -108,7 +108,7 @@ def check_registered(store_uri: str, glyphs_dir: Path) -> None:
     read = np.array(reader.predict(images[:500]))
     winner = mlflow.get_run(mlflow.MlflowClient().get_model_version("reader", "1").run_id)
     assert np.mean(read == classes[labels[:500]]) == pytest.approx(winner.data.metrics["test_accuracy"], abs=0.1)
-    assert reader.metadata.signature.inputs.to_dict()[0]["tensor-spec"]["shape"] == [-1, 28, 28]
+    assert reader.metadata.signature.inputs.to_dict()[0]["tensor-spec"]["shape"] == (-1, 28, 28)
 
 
 @pytest.mark.slow
