@@ -50,11 +50,11 @@ class StoredTrial:
     metrics: Mapping[str, float]
     """Last value of each."""
     control: bool
-    tags: Mapping[str, str] = field(default_factory=dict)
     stopped_at: int | None = None
     """Epoch after which ASHA stopped it."""
     val_accuracies: tuple[float, ...] = ()
     """After each recorded epoch of a trial that has to go on, NaN for a diverged one; empty for the others."""
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 class Store:
