@@ -17,6 +17,7 @@ import pandas as pd
 from statsmodels.stats.proportion import proportion_confint
 
 from analysis.anova import Levels, estimable_terms, estimate, fit_terms, in_order, mean_square, variance_table
+from analysis.plot import draw_main_effects
 from analysis.store import read_experiment
 from grid.arguments import Parser
 from grid.config import FACTORS, RUNG_METRIC, InputError
@@ -107,6 +108,31 @@ def measure_effects(trials: pd.DataFrame, *, epoch: int | None = None, confidenc
     return replace(effects, notes=tuple(_notes(effects, trials, accuracies)))
 
 
+def measure_final_effects(trials: pd.DataFrame, *, confidence: float = 0.95) -> Effects:
+    """Estimate the effects after the full budget from the controls, the only trials there that were not picked.
+
+    They are few, so the intervals are wide, and interactions can seldom be told.
+
+    Args:
+        trials: As for `measure_effects`.
+        confidence: Of all intervals, in (0, 1).
+
+    Raises:
+        InputError: There is no control, or too few to tell the factors apart.
+    """
+    controls = trials[trials["control"]]
+    if controls.empty:
+        raise InputError("no controls, so nothing is known of all levels at the end; run grid.run with --controls 0.05")
+    rungs = [f"{RUNG_METRIC}{rung}" for rung in _rungs(trials)]
+    effects = measure_effects(controls.drop(columns=rungs), confidence=confidence)
+    lead = (
+        f"{effects.observations:,} controls, drawn at random and never stopped: what the levels do after "
+        f"{effects.epoch} epochs, without the bias of early stopping"
+    )
+    lost = _lost((controls["status"] == "diverged").sum())
+    return replace(effects, notes=(lead, *lost))
+
+
 def _accuracies(trials: pd.DataFrame, epoch: int | None) -> tuple[int, "pd.Series[float]"]:
     """Return the epoch to analyse and every trial's accuracy there, NaN where there is none."""
     budgets = sorted(map(int, trials["epochs"].unique()))
@@ -180,11 +206,7 @@ def _notes(effects: Effects, trials: pd.DataFrame, accuracies: "pd.Series[float]
             f"epoch {epoch} has survivors only: {reached.sum():,} of {len(trials):,} trials, {controls:,} of them "
             f"{'a control' if controls == 1 else 'controls'}; a level that is stopped often looks better than it is"
         )
-    if lost := ((trials["status"] == "diverged") & ~reached).sum():
-        yield (
-            f"{lost:,} diverged {'trial is' if lost == 1 else 'trials are'} missing from the means, not zeros in them: "
-            "a level that diverges often looks better than it is"
-        )
+    yield from _lost(((trials["status"] == "diverged") & ~reached).sum())
     unseen = effects.levels[effects.levels["observations"] == 0]
     if len(unseen):
         yield f"no accuracy at all, so no effect: {', '.join(unseen['factor'] + '=' + unseen['level'])}"
@@ -196,6 +218,14 @@ def _notes(effects: Effects, trials: pd.DataFrame, accuracies: "pd.Series[float]
         yield "one seed: the residual is noise and interactions of three or more factors, which can't be told apart"
     if (scales := trials["lr_scale"].nunique()) > 1:
         yield f"of the {scales} values of lr_scale the best one of each cell and seed counts"
+
+
+def _lost(diverged: int) -> Iterator[str]:
+    if diverged:
+        yield (
+            f"{diverged:,} diverged {'trial is' if diverged == 1 else 'trials are'} missing from the means, not zeros "
+            "in them: a level that diverges often looks better than it is"
+        )
 
 
 def format_effects(effects: Effects) -> str:
@@ -254,11 +284,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--experiment", required=True, metavar="NAME", help="MLflow experiment")
     parser.add_argument("--store", metavar="URI", help="MLflow tracking URI (sqlite:///mlflow.db)")
     parser.add_argument("--epoch", type=int, metavar="N", help="rung to analyse (the first)")
+    parser.add_argument("--controls", action="store_true", help="controls alone, after the full budget")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the effects of levels")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the effects of levels, then of pairs of levels")
     options = parser.parse_args(arguments)
     try:
         experiment = read_experiment(options.store, options.experiment)
-        effects = measure_effects(experiment.trials, epoch=options.epoch)
+        if options.controls:
+            effects = measure_final_effects(experiment.trials)
+        else:
+            effects = measure_effects(experiment.trials, epoch=options.epoch)
+        if options.svg:
+            options.svg.write_text(draw_main_effects(effects.levels), encoding="utf-8")
         if options.csv:
             pd.concat([effects.levels, effects.interactions]).to_csv(options.csv, index=False)
     except (InputError, OSError) as error:

@@ -12,7 +12,7 @@ from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.multitest import multipletests
 
-from analysis.effects import Effects, format_effects, main, measure_effects
+from analysis.effects import Effects, format_effects, main, measure_effects, measure_final_effects
 from grid.config import FACTORS, LEVELS, InputError, TrialConfig
 from grid.record import Recorder
 from grid.spool import Spool
@@ -325,6 +325,36 @@ def test_an_epoch_that_is_no_rung_is_told_with_the_choices() -> None:
         measure_effects(grid(), epoch=2)
 
 
+def controlled() -> pd.DataFrame:
+    """A grid whose controls, every second trial, say the opposite at the end of what the first rung says."""
+    trials = grid(seeds=4)
+    trials["control"] = trials["seed"] < 2
+    trials["val_accuracy_at_1"] = trials["val_accuracy_at_1"] + 0.1 * (trials["model"] == "cnn")
+    at_end = 0.7 - 0.1 * (trials["model"] == "cnn") + trials["val_accuracy_at_3"] / 100
+    trials["best_val_accuracy"] = at_end.where(trials["control"], 0.99)
+    return trials
+
+
+def test_effects_at_the_end_are_those_of_the_controls_alone() -> None:
+    first, last = measure_effects(controlled()), measure_final_effects(controlled())
+    assert (last.epoch, last.observations) == (9, controlled()["control"].sum())
+    assert effect(first, "model", "cnn") == pytest.approx(0.05, abs=0.02)
+    assert effect(last, "model", "cnn") == pytest.approx(-0.05, abs=0.002)
+    assert last.notes[0].startswith("48 controls, drawn at random and never stopped: what the levels do after 9 epochs")
+
+
+def test_a_diverged_control_is_told() -> None:
+    notes = measure_final_effects(without(controlled(), 0)).notes
+    assert notes[1].startswith("1 diverged trial is missing from the means, not zeros in them")
+
+
+def test_without_controls_nothing_is_said_of_the_end() -> None:
+    with pytest.raises(
+        InputError, match="^no controls, so nothing is known of all levels at the end; run grid.run with"
+    ):
+        measure_final_effects(grid())
+
+
 def test_one_seed_is_said_to_hide_the_noise() -> None:
     note = "one seed: the residual is noise and interactions of three or more factors, which can't be told apart"
     assert note in measure_effects(grid(seeds=1)).notes
@@ -359,6 +389,10 @@ def test_the_command_prints_the_effects_and_writes_them(
     assert main(["--experiment", "some grid", "--store", store.uri, "--csv", str(tmp_path / "x.csv")]) == 0
     assert "optimizer=adam 2 70.00% +10.00 +10.00 to +10.00" in " ".join(capsys.readouterr().out.split())
     assert pd.read_csv(tmp_path / "x.csv")["mean"].tolist() == pytest.approx([0.5, 0.7])
+    assert main(["--experiment", "some grid", "--store", store.uri, "--svg", str(tmp_path / "x.svg")]) == 0
+    assert (tmp_path / "x.svg").read_text().startswith("<svg")
+    assert main(["--experiment", "some grid", "--store", store.uri, "--controls"]) == 2
+    assert "no controls" in capsys.readouterr().err
 
 
 def test_a_store_that_is_not_there_is_one_line_and_exit_code_2(
