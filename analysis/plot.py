@@ -6,6 +6,7 @@ Reference: Okabe and Ito 2008, https://jfly.uni-koeln.de/color/
 """
 
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from grid.config import RUNG_METRIC, STATUSES
+from grid.config import FACTORS, RUNG_METRIC, STATUSES
 
 WIDTH = 4.6
 """Inches; 442 pixels of a browser: about a phone, or half of the page."""
@@ -40,16 +41,17 @@ STYLE: Any = {
 }
 HEAT_MAPS = 4
 CURVES_PER_MODEL = 150
-"""Stopped trials that are drawn; more would be a blot."""
+"""Of each status; more would be a blot."""
 
 
 def curve_sample(trials: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return the trials whose learning curves are drawn: all completed ones, at random some of the stopped.
+    """Return the trials whose learning curves are drawn, of the completed and the stopped ones, chosen at random.
 
     Returns:
-        `run_id`, `model`, `status`; at most `CURVES_PER_MODEL` of each model and status.
+        `run_id`, `model`, `status`, `of` (trials of the model and status); at most `CURVES_PER_MODEL` of each.
     """
     some = trials[trials["status"].isin(("completed", "stopped"))][["run_id", "model", "status"]]
+    some = some.assign(of=some.groupby(["model", "status"])["run_id"].transform("size"))
     shuffled = some.sample(frac=1, random_state=seed)
     return shuffled.groupby(["model", "status"]).head(CURVES_PER_MODEL).sort_index().reset_index(drop=True)
 
@@ -72,20 +74,21 @@ def curve_table(sample: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 def draw_curves(sample: pd.DataFrame, curves: pd.DataFrame, model: str) -> str:
     """Draw the learning curves of a model: survivors above the crowd of the stopped."""
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(2.9)
+        figure, axes = _figure(3.1)
         joined = curves.merge(sample[sample["model"] == model], on="run_id")
-        for status, colour, width, alpha in (("stopped", ORANGE, 0.7, 0.35), ("completed", BLUE, 0.9, 0.55)):
+        for status, colour, mark, alpha in (("stopped", ORANGE, "x", 0.45), ("completed", BLUE, "o", 0.5)):
             of_status = joined[joined["status"] == status]
             for _, curve in of_status.groupby("run_id"):
-                axes.plot(curve["epoch"], 100 * curve["val_accuracy"], color=colour, lw=width, alpha=alpha)
+                axes.plot(curve["epoch"], 100 * curve["val_accuracy"], color=colour, lw=0.8, alpha=alpha)
             ends = of_status.groupby("run_id").tail(1)
-            axes.plot([], [], color=colour, label=f"{status} ({of_status['run_id'].nunique()})")
-            mark = "x" if status == "stopped" else "o"
-            axes.plot(ends["epoch"], 100 * ends["val_accuracy"], mark, ms=3, color=colour, alpha=alpha)
+            axes.plot(ends["epoch"], 100 * ends["val_accuracy"], mark, ms=3.5, color=colour, alpha=alpha)
+            if len(ends):
+                of = f" of {ends['of'].iloc[0]:,}" if ends["of"].iloc[0] > len(ends) else ""
+                axes.plot([], [], mark, ls="-", ms=3.5, color=colour, label=f"{status} ({len(ends):,}{of})")
         axes.set(xlabel="epoch", ylabel="validation accuracy, %")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(loc="lower right")
-        return _svg(figure, f"curves {model}")
+        figure.legend(loc="outside lower center", ncols=2)
+        return _svg(figure, f"learning curves of {model}")
 
 
 def funnel_table(trials: pd.DataFrame) -> pd.DataFrame:
@@ -110,7 +113,7 @@ def draw_funnel(funnel: pd.DataFrame) -> str:
     models = list(funnel["model"].unique())
     stages = sorted(funnel["epoch"].unique())
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(0.5 + 0.22 * len(stages) * len(models) + 0.35)
+        figure, axes = _figure(1.0 + 0.22 * len(stages) * len(models))
         height = 0.8 / len(models)
         for number, (model, colour) in enumerate(zip(models, (BLUE, ORANGE, GREEN), strict=False)):
             some = funnel[funnel["model"] == model]
@@ -123,42 +126,54 @@ def draw_funnel(funnel: pd.DataFrame) -> str:
         axes.invert_yaxis()
         axes.set_xlim(0, 1.2 * funnel["trials"].max())
         axes.set_xlabel("trials")
-        axes.legend(loc="lower right")
-        return _svg(figure, "funnel")
+        figure.legend(loc="outside lower center", ncols=len(models))
+        return _svg(figure, "how many trials came how far")
 
 
-def draw_main_effects(levels: pd.DataFrame) -> str:
-    """Draw the effect of every level with its interval, factor by factor.
+def effect_rows(levels: pd.DataFrame) -> pd.DataFrame:
+    """Return the levels as they are drawn: the factor with the widest range first, its best level first.
 
     Args:
         levels: `analysis.effects.Effects.levels`.
     """
-    factors = list(levels["factor"].unique())
-    rows = len(levels) + 0.9 * len(factors)
+    effects = levels.groupby("factor")["effect"]
+    widest = (effects.transform("max") - effects.transform("min")).fillna(0)
+    place = levels["factor"].map({factor: number for number, factor in enumerate(FACTORS)})
+    order = levels.assign(widest=widest, place=place).sort_values(
+        ["widest", "place", "effect"], ascending=[False, True, False]
+    )
+    return levels.loc[order.index].reset_index(drop=True)
+
+
+def draw_main_effects(rows: pd.DataFrame) -> str:
+    """Draw the effect of every level with its interval, factor by factor.
+
+    Args:
+        rows: From `effect_rows`.
+    """
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(0.55 + 0.19 * rows)
-        place, ticks, names = 0.0, [], []
-        for factor in factors:
-            some = levels[levels["factor"] == factor].sort_values("effect", ascending=False)
-            axes.text(0, place, factor, transform=axes.get_yaxis_transform(), weight="bold", va="center", ha="left")
+        figure, axes = _figure(0.55 + 0.19 * (len(rows) + 1.4 * rows["factor"].nunique()))
+        place, ticks = 0.0, {}
+        for factor, some in rows.groupby("factor", sort=False):
+            ticks[place] = str(factor), "bold"
             for row in some.to_dict("records"):
                 place += 1
                 ends = [[100 * (row["effect"] - row["low"])], [100 * (row["high"] - row["effect"])]]
-                colour = BLUE if row["effect"] >= 0 else ORANGE
-                shape = "o" if row["effect"] >= 0 else "s"
+                colour, shape = (BLUE, "o") if row["effect"] >= 0 else (ORANGE, "s")
                 axes.errorbar(100 * row["effect"], place, xerr=ends, fmt=shape, ms=4.5, color=colour, capsize=2, lw=1.4)
-                ticks.append(place)
-                names.append(str(row["level"]))
+                ticks[place] = str(row["level"]), "normal"
             place += 1.4
         axes.axvline(0, color=QUIET, lw=0.8)
         axes.grid(axis="x", color=RULE, lw=0.5)
         axes.set_axisbelow(True)
-        axes.set_yticks(ticks, names)
+        axes.set_yticks(list(ticks), [name for name, _ in ticks.values()])
+        for label, (_, weight) in zip(axes.get_yticklabels(), ticks.values(), strict=True):
+            label.set_fontweight(weight)
         axes.set_ylim(place - 0.6, -0.7)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("percentage points above or below the mean of all cells")
-        return _svg(figure, "main effects")
+        return _svg(figure, "effects of all levels")
 
 
 def variance_bars(variance: pd.DataFrame, count: int = 12) -> pd.DataFrame:
@@ -169,8 +184,9 @@ def variance_bars(variance: pd.DataFrame, count: int = 12) -> pd.DataFrame:
         count: Terms that are named.
 
     Returns:
-        `term`, `share`.
+        `term`, `share`; 0 if all accuracies are equal.
     """
+    variance = variance.fillna({"share": 0.0})
     terms = variance[variance["term"] != "residual"]
     rest = terms["share"].iloc[count:]
     others = [{"term": f"{len(rest)} other terms", "share": rest.sum()}] if len(rest) else []
@@ -187,9 +203,9 @@ def draw_variance(bars: pd.DataFrame) -> str:
             axes.text(100 * share, place, f" {share:.1%}", va="center", color=INK, fontsize=8)
         axes.set_yticks(range(len(bars)), list(bars["term"]))
         axes.invert_yaxis()
-        axes.set_xlim(0, 118 * bars["share"].max())
+        axes.set_xlim(0, 118 * max(bars["share"].max(), 0.01))
         axes.set_xlabel("share of the variance, %")
-        return _svg(figure, "variance")
+        return _svg(figure, "shares of the variance")
 
 
 def strongest_interactions(variance: pd.DataFrame, count: int = HEAT_MAPS) -> list[tuple[str, str]]:
@@ -199,27 +215,36 @@ def strongest_interactions(variance: pd.DataFrame, count: int = HEAT_MAPS) -> li
 
 
 def interaction_map(interactions: pd.DataFrame, pair: tuple[str, str]) -> pd.DataFrame:
-    """Return the interaction effects of two factors, one in the rows, the other in the columns."""
+    """Return the interaction effects of two factors, one in the rows, the other in the columns, each axis named."""
     some = interactions[(interactions["factor"] == pair[0]) & (interactions["other_factor"] == pair[1])]
     wide = some.pivot_table(index="level", columns="other_level", values="effect", sort=False)
+    wide = wide.rename_axis(index=pair[0], columns=pair[1])
     return wide.T if len(wide.columns) > len(wide) else wide
 
 
-def draw_interaction(effects: pd.DataFrame, pair: tuple[str, str]) -> str:
-    """Draw a heat map of the interaction effects in percentage points."""
+def draw_interaction(effects: pd.DataFrame, pair: tuple[str, str], most: float | None = None) -> str:
+    """Draw a heat map of interaction effects in percentage points.
+
+    Args:
+        effects: From `interaction_map`.
+        pair: Of factors.
+        most: Largest effect of all maps that stand together, as a fraction; its colour is the darkest. None: of this.
+    """
     values = 100 * effects.to_numpy()
-    most = max(np.nanmax(np.abs(values)), 1e-9)
+    darkest = 130 * max(np.abs(effects.to_numpy()).max() if most is None else most, 1e-9)
     with mpl.rc_context(STYLE):
-        figure, axes = _figure(0.75 + 0.3 * len(effects), width=1.35 + 0.62 * len(effects.columns))
-        axes.imshow(values, cmap="PuOr_r", vmin=-most, vmax=most, aspect="auto")
+        figure, axes = _figure(0.8 + 0.3 * len(effects), width=1.35 + 0.66 * len(effects.columns))
+        axes.imshow(values, cmap="PuOr_r", vmin=-darkest, vmax=darkest, aspect="auto")
         for row, column in np.ndindex(*values.shape):
-            ink = "white" if abs(values[row, column]) > 0.65 * most else INK
-            axes.text(column, row, f"{values[row, column]:+.1f}", ha="center", va="center", color=ink, fontsize=8.5)
-        axes.set_xticks(range(len(effects.columns)), list(effects.columns), rotation=30, ha="right", color=INK)
+            ink = "white" if abs(values[row, column]) > 0.6 * darkest else INK
+            axes.text(column, row, f"{values[row, column]:+z.1f}", ha="center", va="center", color=ink, fontsize=8.5)
+        axes.set_xticks(range(len(effects.columns)), list(effects.columns), color=INK)
         axes.set_yticks(range(len(effects)), list(effects.index))
+        axes.set_xlabel(str(effects.columns.name), weight="bold")
+        axes.set_ylabel(str(effects.index.name), weight="bold", labelpad=7)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        return _svg(figure, f"interaction {pair}")
+        return _svg(figure, " x ".join(pair))
 
 
 def draw_finalists(cells: pd.DataFrame, names: Sequence[str]) -> str:
@@ -236,7 +261,8 @@ def draw_finalists(cells: pd.DataFrame, names: Sequence[str]) -> str:
         axes.errorbar(
             100 * cells["val_accuracy"], places, xerr=ends, fmt="o", ms=5, color=BLUE, capsize=2, label="validation"
         )
-        axes.plot(100 * cells["test_accuracy"], places + 0.2, "D", ms=4, color=ORANGE, label="test")
+        if cells["test_accuracy"].notna().any():
+            axes.plot(100 * cells["test_accuracy"], places + 0.2, "D", ms=4, color=ORANGE, label="test")
         for place, name in zip(places, names, strict=True):
             axes.text(0, place - 0.36, name, transform=axes.get_yaxis_transform(), fontsize=8, va="center")
         axes.set_yticks([])
@@ -244,8 +270,9 @@ def draw_finalists(cells: pd.DataFrame, names: Sequence[str]) -> str:
         axes.set_ylim(len(cells) - 0.5, -0.6)
         axes.grid(axis="x", color=RULE, lw=0.5)
         axes.set_xlabel("accuracy, %")
-        figure.legend(loc="outside lower center", ncols=2)
-        return _svg(figure, "finalists")
+        marks, labels = axes.get_legend_handles_labels()
+        figure.legend(marks[::-1], labels[::-1], loc="outside lower center", ncols=2)
+        return _svg(figure, "accuracies of the finalists")
 
 
 def cost_table(trials: pd.DataFrame) -> pd.DataFrame:
@@ -279,4 +306,7 @@ def _svg(figure: Figure, name: str) -> str:
     with mpl.rc_context({"svg.hashsalt": name}):
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Title": name})
     svg = text.getvalue()
-    return svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # nothing refers to groups
+    prefix = re.sub(r"\W+", "-", name)
+    return re.sub(r'( id="|href="#|url\(#)', rf"\1{prefix}-", svg)

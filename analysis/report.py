@@ -11,13 +11,11 @@ from analysis.sections import sections
 from analysis.store import Experiment, read_experiment
 from analysis.verdict import Verdict, headline, judge
 from grid.arguments import Parser
-from grid.config import InputError
+from grid.config import FACTORS, InputError
 
-TEXTS = frozenset(
-    {"cell", "character", "factor", "level", "model", "other_factor", "other_level"}
-    | {"status", "term", "tie", "true", "read_as", "winner_kept"}
-)
+TEXTS = frozenset({*FACTORS, "cell", "character", "level", "factor", "read as", "status", "term", "tie", "true"})
 """Columns of words, which start at the left; numbers end at the right."""
+SPLITS = {"train": "training", "val": "validation"}
 
 
 def render(verdict: Verdict) -> str:
@@ -34,20 +32,24 @@ def render(verdict: Verdict) -> str:
         subtitle=_subtitle(experiment),
         headline=list(headline(verdict)),
         sections=list(sections(verdict)),
-        texts={name.replace("_", " ") for name in TEXTS},
-        manifest=json.dumps(experiment.manifest, indent=1) if experiment.manifest else "The store has none.",
+        texts=TEXTS,
+        manifest=json.dumps(experiment.manifest, indent=1) if experiment.manifest else "",
     )
 
 
 def _subtitle(experiment: Experiment) -> str:
-    trials, data = experiment.trials, experiment.manifest.get("data", {})
+    """Say what was trained; a manifest that another program wrote may lack anything."""
+    trials, manifest = experiment.trials, experiment.manifest
+    cells, count, epochs = trials["cell_key"].nunique(), len(trials), int(trials["epochs"].max())
     parts = [
-        f"{trials['cell_key'].nunique():,} cells",
-        f"{len(trials):,} trials of at most {trials['epochs'].max()} epochs",
+        f"{cells:,} cell{'s' * (cells != 1)}",
+        f"{count:,} trial{'s' * (count != 1)} of at most {epochs} epoch{'s' * (epochs != 1)}",
     ]
-    if data:
-        parts.append(f"{data['name']}, {data['train_images']:,} training and {data['val_images']:,} validation images")
-    parts += [f"commit {experiment.manifest['commit']}"] if "commit" in experiment.manifest else []
+    data = manifest.get("data", {})
+    images = [f"{data[f'{split}_images']:,} {name}" for split, name in SPLITS.items() if f"{split}_images" in data]
+    named = f"{data['name']}: " if "name" in data else ""
+    parts += [f"{named}{' and '.join(images)} images"] if images else []
+    parts += [f"commit {manifest['commit']}"] if "commit" in manifest else []
     return "; ".join(parts)
 
 

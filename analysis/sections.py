@@ -2,6 +2,7 @@
 
 import base64
 import io
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan
@@ -10,9 +11,11 @@ import pandas as pd
 from markupsafe import Markup
 
 from analysis import plot
+from analysis.audit import Audit
 from analysis.rank import tie_letters
 from analysis.store import read_artifact, read_curves
 from analysis.verdict import Verdict, name_of
+from grid.config import LEVELS
 
 LEADERS, LEADERS_PER_MODEL = 20, 5
 PAIRS, HARDEST = 12, 12
@@ -22,12 +25,12 @@ Spell = Callable[[float], str]
 
 def percent(value: float) -> str:
     """Return a fraction as `12.34%`; nothing for NaN."""
-    return "" if isnan(value) else f"{value:.2%}"
+    return "" if isnan(value) else f"{value:z.2%}"
 
 
 def points(value: float) -> str:
     """Return a difference of fractions in percentage points, signed."""
-    return "" if isnan(value) else f"{100 * value:+.2f}"
+    return "" if isnan(value) else f"{100 * value:+z.2f}"
 
 
 def number(value: float) -> str:
@@ -37,14 +40,62 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
 
 
+def chance(value: float) -> str:
+    """Return a p value in four decimals."""
+    return "" if isnan(value) else "< 0.0001" if value < 0.0001 else f"{value:.4f}"
+
+
+def hundredths(value: float) -> str:
+    """Return a number in two decimals, such as a correlation."""
+    return "" if isnan(value) else f"{value:z.2f}"
+
+
 SPELLINGS: Mapping[str, Spell] = {
     **dict.fromkeys(("mean", "accuracy", "share", "rate", "saved", "lowest", "median", "highest"), percent),
     **dict.fromkeys(("winner", "best_stopped_control", "beat_winner_high", "omega_squared"), percent),
     **dict.fromkeys(("effect", "margin"), points),
+    **dict.fromkeys(("p", "p_holm"), chance),
+    "spearman": hundredths,
     "hours": lambda hours: f"{hours:.3f}",
 }
 """How the numbers of a column are spelled; the others by `number`."""
-HEADERS = {"p_holm": "p (Holm)", "omega_squared": "omega squared", "predicted": "read as"}
+INTERVAL = {"low": "95 % from", "high": "to"}
+HEADERS = {"p_holm": "p (Holm)", "predicted": "read as"} | INTERVAL
+"""What a column is called; the others by their own names, without underscores."""
+
+AUDIT_TABLES: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
+    "savings": (
+        "What stopping saved",
+        "What diverged and failed trials left out is not counted as saved.",
+        {"model": "model", "trials": "trials", "epochs_run": "epochs run"}
+        | {"epochs_full": "without stopping", "saved": "saved"},
+    ),
+    "correlations": (
+        "Does the order at a rung foretell the order at the end?",
+        "Rank correlation (Spearman) over the controls: 1 is the same order, 0 is none in common.",
+        {"model": "model", "rung": "after epoch", "controls": "controls", "spearman": "rank correlation"} | INTERVAL,
+    ),
+    "false_stops": (
+        "How many that stopping ends would have beaten the median survivor?",
+        "Counted among the controls: they ran on where any other trial would have been stopped.",
+        {"model": "model", "controls": "controls", "stopped": "would be stopped", "false_stops": "beat the median"}
+        | {"rate": "rate"}
+        | INTERVAL,
+    ),
+    "regret": (
+        "Did stopping lose a trial that is better than the winner?",
+        "The last column: of the stopped trials at most so many would have beaten the winner, with 95 % confidence.",
+        {"model": "model", "winner": "winner", "best_stopped_control": "best stopped control"}
+        | {"margin": "points between", "stopped": "stopped trials", "at_most": "better, at most"},
+    ),
+    "baseline": (
+        "Would a plain rule have done as well: all until epoch {start}, then the best K to the end?",
+        "K is as large as the epochs that were really spent allow.",
+        {"model": "model", "epochs": "epochs", "kept": "K", "winner_rank": "winner's rank then"}
+        | {"winner_kept": "winner kept", "top_kept": "best survivors kept"},
+    ),
+}
+"""Table of the audit -> caption, how to read it, and what its columns are called."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +113,8 @@ class Table:
 
     caption: str
     rows: pd.DataFrame
+    remark: str = ""
+    """How to read it."""
 
 
 @dataclass(frozen=True)
@@ -98,19 +151,23 @@ def sections(verdict: Verdict) -> Iterator[Section]:
 
 def leaderboard(verdict: Verdict) -> Section:
     """Which cells are best."""
-    cells, notes = verdict.cells, verdict.experiment.notes
+    cells, notes = verdict.cells, [sentence(note) for note in verdict.experiment.notes]
+    if not len(cells):
+        return Section("Leaderboard", ["No trial reached an accuracy: all diverged or failed.", *notes])
     text = [
-        "Finalists come first, then cells that had the full budget, then the stopped ones by rung. Of one tier and one "
-        "number of epochs, cells with a common letter under tie can't be told apart from the best of them; "
-        "+- is half the width of the 95 % interval.",
-        *map(sentence, notes),
+        "Finalists come first, then cells that had the full budget, then those that were stopped, the later the better."
     ]
+    if cells["group"].notna().any():
+        text.append(
+            "Of one tier and one number of epochs, cells with a common letter under tie can't be told apart from the "
+            "best of them; ± is half the width of the 95 % interval, in percentage points."
+        )
     tables = [Table("The best of all", _leaders(cells.head(LEADERS)))]
     models = cells["model"].unique()
     if len(models) > 1:
         best = [cells[cells["model"] == model].head(LEADERS_PER_MODEL) for model in models]
         tables += [Table(f"The best {model}", _leaders(some)) for model, some in zip(models, best, strict=True)]
-    return Section("Leaderboard", text, tables=tables if len(cells) else ())
+    return Section("Leaderboard", text + notes, tables=tables)
 
 
 def effects(verdict: Verdict) -> Section:
@@ -118,16 +175,16 @@ def effects(verdict: Verdict) -> Section:
     found = verdict.effects
     if found is None:
         return Section("Main effects", [sentence(verdict.faults["effects"])])
-    bars = plot.variance_bars(found.variance)
+    bars, rows = plot.variance_bars(found.variance), plot.effect_rows(found.levels)
     lead = (
-        f"After epoch {found.epoch} no cell has been stopped: the one place where all levels can be compared fairly. "
-        "What a level does is averaged over all combinations of the others."
+        f"Accuracies are those after epoch {found.epoch}, before any cell was stopped: the one place where all levels "
+        "can be compared fairly. What a level does is averaged over all combinations of the others."
     )
     figures = [
         Figure(
             f"What each level does to the validation accuracy after epoch {found.epoch}, with 95 % intervals",
-            Markup(plot.draw_main_effects(found.levels)),  # noqa: S704  (drawn here)
-            spell(found.levels, low=points, high=points),
+            Markup(plot.draw_main_effects(rows)),  # noqa: S704  (drawn here)
+            spell(rows, low=points, high=points),
         ),
         Figure(
             "What explains the differences between the cells (blue: factors, orange: pairs of them)",
@@ -145,14 +202,17 @@ def interactions(verdict: Verdict) -> Section:
     if found is None or not pairs:
         return Section("Interactions", ["No two factors vary here whose interaction could be estimated."])
     text = ["Percentage points beyond what the two levels do on their own: orange helps, purple hinders."]
+    maps = [plot.interaction_map(found.interactions, pair) for pair in pairs]
+    most = max(float(effects.abs().to_numpy().max()) for effects in maps)
     figures = []
-    for one, other in pairs:
+    for (one, other), effects in zip(pairs, maps, strict=True):
         chosen = (found.interactions["factor"] == one) & (found.interactions["other_factor"] == other)
+        rows = found.interactions[chosen].drop(columns=["factor", "other_factor"])
         figures.append(
             Figure(
                 f"{one} x {other}",
-                Markup(plot.draw_interaction(plot.interaction_map(found.interactions, (one, other)), (one, other))),  # noqa: S704
-                spell(found.interactions[chosen], low=points, high=points),
+                Markup(plot.draw_interaction(effects, (one, other), most)),  # noqa: S704
+                spell(rows, {"level": one, "other_level": other}, low=points, high=points),
             )
         )
     return Section("Interactions", text, figures)
@@ -205,29 +265,20 @@ def stopping(verdict: Verdict) -> Section:
     found = verdict.audit
     if found is None:
         return Section("Early stopping", [sentence(verdict.faults["audit"])])
-    named = {
-        "Epochs saved": spell(found.savings),
-        "Controls that would have been stopped, and how they ended": spell(
-            found.false_stops, low=percent, high=percent
-        ),
-        "How well an early rank tells the last one (Spearman, controls)": spell(found.correlations),
-        "How far the best of the stopped controls stayed behind": spell(found.regret),
-        "Beside it: one epoch for all, then the best to the end, for as many epochs": spell(found.baseline),
-    }
-    tables = [Table(caption, rows) for caption, rows in named.items() if len(rows)]
-    return Section("Early stopping", [sentence(note) for note in found.notes], tables=tables)
+    return Section("Early stopping", [sentence(note) for note in found.notes], tables=list(_audit_tables(found)))
 
 
 def finalists(verdict: Verdict) -> Section:
     """How the best did when trained again, and on the test set."""
     cells = verdict.cells[verdict.cells["tier"] == "finalist"]
     if not len(cells):
-        name = verdict.experiment.name
-        return Section("Finalists", [f"None yet: python -m grid.confirm --experiment {name} trains the best again."])
+        command = shlex.join(["python", "-m", "grid.confirm", "--experiment", verdict.experiment.name])
+        lead = Markup("None yet. This trains the best cells again, on new seeds: <code>{}</code>")
+        return Section("Finalists", [lead.format(command)])
     seeds = int(cells["seeds"].max())
     text = [
-        f"The best cells of each model, trained again to the full budget on {seeds} seeds that the grid had not seen, "
-        "then tested, each net once. Validation decides the order; the test set only tells.",
+        f"The best cells of each model, trained again to the full budget on {seeds} new seed{'s' * (seeds > 1)}, then "
+        "tested, each net once. Validation decides the order; the test set only tells.",
     ]
     names = list(map(name_of, cells.to_dict("records")))
     picture = Markup(plot.draw_finalists(cells, names))  # noqa: S704
@@ -235,7 +286,7 @@ def finalists(verdict: Verdict) -> Section:
         Figure(
             "Accuracy of the finalists, with 95 % intervals of the mean over seeds",
             picture,
-            _leaders(cells, tested=True),
+            _leaders(cells),
         ),
         *_readings(verdict),
     ]
@@ -252,22 +303,23 @@ def samples(verdict: Verdict) -> Section:
 
 
 def sentence(text: str) -> str:
-    """Return a remark as a sentence."""
-    names_a_level = text.split(" ")[0].endswith(":")
-    return f"{text[:1] if names_a_level else text[:1].upper()}{text[1:].rstrip('.')}."
+    """Return a remark as a sentence; the name of a model at its head stays as it is."""
+    first = text[:1] if text.partition(":")[0] in LEVELS["model"] else text[:1].upper()
+    return f"{first}{text[1:].rstrip('.')}."
 
 
-def spell(table: pd.DataFrame, **spellings: Spell) -> pd.DataFrame:
+def spell(table: pd.DataFrame, headers: Mapping[str, str] | None = None, /, **spellings: Spell) -> pd.DataFrame:
     """Return a table as text, ready to be shown.
 
     Args:
         table: Any.
+        headers: By column, where `HEADERS` does not fit.
         spellings: By column, where `SPELLINGS` does not fit.
     """
-    known = {**SPELLINGS, **spellings}
+    known, names = {**SPELLINGS, **spellings}, {**HEADERS, **(headers or {})}
     spelled = {}
     for name in table.columns:
-        header = HEADERS.get(name, name.replace("_", " "))
+        header = names.get(name, name.replace("_", " "))
         column = table[name]
         if pd.api.types.is_bool_dtype(column):
             spelled[header] = ["yes" if value else "no" for value in column]
@@ -278,20 +330,38 @@ def spell(table: pd.DataFrame, **spellings: Spell) -> pd.DataFrame:
     return pd.DataFrame(spelled)
 
 
-def _leaders(cells: pd.DataFrame, *, tested: bool = False) -> pd.DataFrame:
+def _audit_tables(found: Audit) -> Iterator[Table]:
+    """Yield what the audit found, each table with how to read it; those without a row are left out."""
+    baseline = found.baseline
+    kept = baseline["top_kept"].astype(str) + " of " + baseline["top"].astype(str)
+    tables = {
+        "savings": found.savings,
+        "correlations": found.correlations,
+        "false_stops": found.false_stops,
+        "regret": found.regret,
+        "baseline": baseline.assign(top_kept=kept),
+    }
+    interval = {"correlations": hundredths, "false_stops": percent}
+    for name, (caption, remark, headers) in AUDIT_TABLES.items():
+        spelling = interval.get(name, number)
+        rows = spell(tables[name][list(headers)], headers, low=spelling, high=spelling)
+        if len(rows):
+            yield Table(caption.format(start=f"{min(found.rungs, default=1)}"), rows, remark)
+
+
+def _leaders(cells: pd.DataFrame) -> pd.DataFrame:
     columns = {
         "rank": list(cells["rank"]),
-        "tie": [tie_letters(group) for group in cells["group"]],
-        "val acc": [percent(value) for value in cells["val_accuracy"]],
-        "+-": [points(half).lstrip("+") for half in (cells["high"] - cells["low"]) / 2],
-        "test acc": [percent(value) for value in cells["test_accuracy"]],
-        "seeds": list(cells["seeds"]),
-        "epochs": [f"{run}/{full}" for run, full in zip(cells["epochs_run"], cells["epochs"], strict=True)],
         "cell": list(map(name_of, cells.to_dict("records"))),
+        "val acc": [percent(value) for value in cells["val_accuracy"]],
+        "±": [points(half).lstrip("+") for half in (cells["high"] - cells["low"]) / 2],
+        "tie": [tie_letters(group) for group in cells["group"]],
+        "test acc": [percent(value) for value in cells["test_accuracy"]],
+        "lr": ["" if scale == 1 else f"x{scale:g}" for scale in cells["lr_scale"]],
+        "seeds": list(cells["seeds"]),
+        "epochs": [f"{run} of {full}" for run, full in zip(cells["epochs_run"], cells["epochs"], strict=True)],
     }
-    if not tested and cells["test_accuracy"].isna().all():
-        del columns["test acc"]
-    return pd.DataFrame(columns)
+    return pd.DataFrame({name: values for name, values in columns.items() if any(values)})
 
 
 def _readings(verdict: Verdict) -> Iterator[Figure]:
@@ -309,7 +379,7 @@ def _readings(verdict: Verdict) -> Iterator[Figure]:
     if classes is not None and (sheet := read_artifact(experiment.uri, run["run_id"], "test/mistakes.png")):
         hardest = classes.sort_values("accuracy").head(HARDEST)
         yield Figure(
-            "Its most confident mistakes; under numbers: the hardest characters",
+            "Its most confident mistakes; the numbers below: the hardest characters",
             _image(sheet, "mistakes"),
             spell(hardest),
         )

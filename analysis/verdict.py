@@ -12,6 +12,9 @@ from analysis.rank import rank_cells
 from analysis.store import Experiment
 from grid.config import FACTORS, InputError, cell_name
 
+SIGNIFICANT = 0.05
+"""Of p values (after Holm) above it the headline says that the effect may be noise."""
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -98,22 +101,34 @@ def _lead(cells: pd.DataFrame) -> str:
 
 def _what_matters(effects: Effects) -> Fact:
     first = effects.variance[effects.variance["term"].isin(effects.factors)].iloc[0]
-    levels = effects.levels[effects.levels["factor"] == first["term"]].sort_values("effect", ascending=False)
-    best, worst = levels.iloc[0], levels.iloc[-1]
-    gap = 100 * (best["effect"] - worst["effect"])
+    if not first["share"] > 0:
+        return Fact("Matters most", "nothing", f"After epoch {effects.epoch} all cells have the same accuracy.")
+    levels = effects.levels[effects.levels["factor"] == first["term"]].dropna(subset="effect")
+    best, worst = levels.loc[levels["effect"].idxmax()], levels.loc[levels["effect"].idxmin()]
     return Fact(
         "Matters most",
         str(first["term"]),
-        f"It explains {first['share']:.0%} of the variance after epoch {effects.epoch}: {best['level']} is {gap:.1f} "
-        f"points above {worst['level']}, averaged over all the rest.",
+        f"It explains {first['share']:.0%} of the variance after epoch {effects.epoch}: {best['level']} is "
+        f"{100 * (best['effect'] - worst['effect']):.1f} points above {worst['level']}, averaged over all the rest."
+        f"{_doubt(first['p_holm'])}",
     )
 
 
+def _doubt(p: float) -> str:
+    """Say whether an effect may be noise; nothing if it hardly can."""
+    if pd.isna(p):
+        return " Too few trials to say whether that is more than noise."
+    return "" if p < SIGNIFICANT else f" It may be noise (p = {p:.2f})."
+
+
 def _what_stopping_cost(audit: Audit) -> Fact:
+    if not audit.rungs:
+        return Fact("Early stopping", "none", "Every trial had the full budget.")
     savings = audit.savings
     saved = (savings["saved"] * savings["epochs_full"]).sum() / max(1, savings["epochs_full"].sum())
     stopped, above = (int(audit.false_stops[name].sum()) for name in ("stopped", "beat_winner"))
     remark = "What it cost is unknown: no control that would have been stopped."
     if stopped:
-        remark = f"Of {stopped} controls that it would have stopped, {above} ended above the best that it let go on."
+        controls = "1 control" if stopped == 1 else f"{stopped} controls"
+        remark = f"Of {controls} that it would have stopped, {above} ended above the best that it let go on."
     return Fact("Early stopping", f"saved {saved:.0%} of the epochs", remark)

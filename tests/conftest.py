@@ -1,8 +1,16 @@
 """Shape checks for everything the tests call, and one thread, as a trial has on a CPU."""
 
+import json
+import math
+import random
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -10,7 +18,13 @@ from jaxtyping import install_import_hook
 torch.set_num_threads(1)
 install_import_hook(["nets", "grid.trial"], "beartype.beartype")
 
-from grid.glyphs import ensure  # noqa: E402  (after the hook)
+from grid.asha import Asha  # noqa: E402  (after the hook)
+from grid.config import TrialConfig  # noqa: E402
+from grid.evaluation import confused_pairs, per_class  # noqa: E402
+from grid.glyphs import ensure  # noqa: E402
+from grid.pictures import confusion_picture, mistake_sheet, sample_sheet  # noqa: E402
+from grid.record import Recorder  # noqa: E402
+from grid.spool import Spool  # noqa: E402
 from grid.store import Store  # noqa: E402
 
 
@@ -42,3 +56,82 @@ def store(store_uri: str) -> Store:
     store = Store(store_uri, "some grid")
     store.create()
     return store
+
+
+POINTS_GAINED = {"cnn": 6, "adam": 8, "asgd": -4, "gelu": 2, "on": 5}
+CHARACTERS = tuple("0123456789AB")
+
+
+def play(recorder: Recorder, config: TrialConfig, asha: Asha, *, control: bool = False) -> None:
+    """Record a trial that learns by formula; `asgd` with `gelu` and an odd seed diverges in its second epoch."""
+    gained = sum(POINTS_GAINED.get(level, 0) for level in config.cell.values())
+    luck = random.Random(config.trial_key).gauss(0, 0.5)
+    recorder.trial_started(config, control=control)
+    status, accuracies, epoch = "", [math.nan], 0
+    while not status:
+        epoch += 1
+        diverged = epoch == 2 and (config.optimizer, config.activation, config.seed % 2) == ("asgd", "gelu", 1)
+        accuracy = math.nan if diverged else (60 + gained + luck) / 100 * epoch / (epoch + 0.5)
+        accuracies.append(accuracy)
+        goes_on = asha.goes_on(config.trial_key, group=config.model, epoch=epoch, value=accuracy, control=control)
+        status = "diverged" if diverged else "" if goes_on else "stopped"
+        status = status or ("completed" if epoch == config.epochs else "")
+        metrics = {"epoch_seconds": 2.0} | ({} if diverged else {"val_accuracy": accuracy})
+        recorder.epoch_ended(config, epoch, metrics, is_rung=epoch in asha.rungs, stopped=status == "stopped")
+    recorder.trial_ended(config, status, epochs_run=epoch, best_val_accuracy=float(np.nanmax(accuracies)))
+
+
+def finalist_files() -> Mapping[str, bytes]:
+    """What `grid.confirm` attaches to a finalist, of a net that takes every tenth character for the next one."""
+    count = len(CHARACTERS)
+    confusion = np.eye(count, dtype=np.int64) * 90 + np.roll(np.eye(count, dtype=np.int64), 1, axis=1) * 10
+    images = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
+    some, none = np.arange(6), np.full(6, 7)
+    return {
+        "test/confusion.png": confusion_picture(confusion, CHARACTERS, "a net"),
+        "test/mistakes.png": mistake_sheet(images, some, none, np.linspace(0.9, 0.4, 6), CHARACTERS),
+        "test/per_class.csv": pd.DataFrame(per_class(confusion, CHARACTERS)).to_csv(index=False).encode(),
+        "test/confused_pairs.csv": pd.DataFrame(confused_pairs(confusion, CHARACTERS, 9)).to_csv(index=False).encode(),
+    }
+
+
+@pytest.fixture(scope="session")
+def judged_store(_migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A grid of 48 trials with all that can happen to one, and its finalists, tested; for reading only."""
+    folder = tmp_path_factory.mktemp("judged")
+    shutil.copy(_migrated_database, folder / "mlflow.db")
+    crossed = product(("mlp", "cnn"), ("relu", "gelu"), ("sgd", "adam", "asgd"), (False, True), range(2))
+    configs = [
+        TrialConfig(model=m, activation=a, optimizer=o, batch_norm=b, seed=s, learning_rate=0.1, epochs=9)
+        for m, a, o, b, s in crossed
+    ]
+    random.Random(0).shuffle(configs)
+    data = {"name": "glyphs", "train_images": 1200, "val_images": 600}
+    manifest = {"data": data, "rungs": {"epochs": [1, 3], "factor": 3}, "commit": "0123456789ab"}
+    images = np.random.default_rng(0).integers(0, 256, (60, 28, 28), dtype=np.uint8)
+    samples = sample_sheet(images, np.arange(60) % len(CHARACTERS), CHARACTERS)
+    asha = Asha((1, 3))
+    store = Store(f"sqlite:///{folder}/mlflow.db", "judged")
+    store.create()
+    recorder = Recorder(store, Spool(folder / "grid.jsonl"))
+    recorder.begin({"grid.json": json.dumps(manifest).encode(), "samples.png": samples}, {})
+    for number, config in enumerate(configs):
+        play(recorder, config, asha, control=number % 4 == 0)
+    assert recorder.close(finished=True)
+    _confirm(store, folder, [config for config in configs if config.optimizer == "adam" and config.seed == 0])
+    return store
+
+
+def _confirm(grid: Store, folder: Path, finalists: list[TrialConfig]) -> None:
+    store = Store(grid.uri, grid.experiment, kind="confirm")
+    store.create(missing=False)
+    recorder = Recorder(store, Spool(folder / "confirm.jsonl"))
+    recorder.begin({}, {})
+    for config, seed in product(finalists, range(3)):
+        play(recorder, replace(config, seed=1000 + seed), Asha(()))
+    assert recorder.close(finished=True)
+    files = finalist_files()
+    for trial in store.trials().values():
+        store.attach(trial.run_id, files)
+        accuracy = trial.metrics["best_val_accuracy"] - 0.01
+        store.log_test(trial.run_id, {"test_accuracy": accuracy, "test_loss": 0.5, "test_images": 1200.0})

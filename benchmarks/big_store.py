@@ -1,0 +1,277 @@
+"""Does the analysis stay quick on a big grid? Reads and judges a store of 10,000 trials, beside a plain MLflow loop.
+
+    python -m benchmarks.big_store [--runs 10000] [--folder DIR]
+
+The store is filled through MLflow's own tables, in a database that MLflow made, and read back through MLflow's client
+before anything is timed. The trials are those of the grid `full`, of as many seeds as it takes, on made-up accuracies.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlMetric, SqlParam, SqlRun, SqlTag
+from sqlalchemy import create_engine, insert
+
+from analysis.audit import audit_stopping
+from analysis.effects import measure_effects
+from analysis.rank import rank_cells
+from analysis.store import Experiment, read_curves, read_experiment
+from grid.asha import FACTOR, Asha, rung_epochs
+from grid.config import EPOCH_METRICS, FACTORS, LEVELS, RUNG_METRIC, TrialConfig
+from grid.space import GRIDS, ORDER_SEED, Cell, cross, draw_controls, expand
+from grid.store import Store
+
+EXPERIMENT = "big"
+EPOCHS = 27
+CONTROLS = 0.05
+VAL_IMAGES = 18_800
+BEGUN = 1_750_000_000_000
+"""Milliseconds since 1970 at which the first trial is said to have begun."""
+CHECKED = 25
+"""Runs that are compared, value by value, with what was written."""
+TABLES = (SqlRun, SqlParam, SqlTag, SqlMetric, SqlLatestMetric)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Played:
+    """A trial as it went."""
+
+    run_id: str
+    config: TrialConfig
+    control: bool
+    status: str
+    accuracies: tuple[float, ...]
+    """After each epoch that ended; one fewer than the epochs run if the trial diverged."""
+    epochs_run: int
+    rungs: tuple[int, ...]
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """As `grid.record` writes them."""
+        config, control = self.config, "true" if self.control else "false"
+        tags = {"kind": "trial", "trial_key": config.trial_key, "cell_key": config.cell_key, "control": control}
+        stopped = {"stopped_at_epoch": str(self.epochs_run)} if self.status == "stopped" else {}
+        return {**tags, "status": self.status, "mlflow.runName": config.name, **stopped}
+
+    @property
+    def history(self) -> Iterator[tuple[str, int, float]]:
+        """Name, step and value of every metric, in the order in which they were reported."""
+        for epoch, accuracy in enumerate(self.accuracies, start=1):
+            yield from ((name, epoch, accuracy if name == "val_accuracy" else 1 - accuracy) for name in EPOCH_METRICS)
+            if epoch in self.rungs:
+                yield f"{RUNG_METRIC}{epoch}", epoch, accuracy
+        if self.accuracies:
+            yield "best_val_accuracy", self.epochs_run, max(self.accuracies)
+        yield "epochs_run", self.epochs_run, float(self.epochs_run)
+
+
+def play_grid(runs: int, seed: int = 0) -> list[Played]:
+    """Return the trials of a big grid under early stopping; the first `runs` of them."""
+    rng = random.Random(seed)  # noqa: S311  (no secrets here)
+    cells, _ = cross(GRIDS["full"].levels)
+    trials = expand(
+        cells, seeds=math.ceil(runs / len(cells)), lr_scales=(1.0,), order_seed=ORDER_SEED, configure=configure
+    )[:runs]
+    gains = {(factor, level): rng.gauss(0, 0.015) for factor in FACTORS for level in LEVELS[factor]}
+    controls = draw_controls(trials, CONTROLS, ORDER_SEED)
+    asha = Asha(rung_epochs(EPOCHS))
+    return [play(trial, asha, trial.trial_key in controls, gains, rng) for trial in trials]
+
+
+def configure(cell: Cell, seed: int, scale: float) -> TrialConfig:
+    """Return a trial of the grid."""
+    settings = {"learning_rate": repr(1e-3 * scale), "epochs": str(EPOCHS), "data": "emnist-balanced"}
+    return replace(TrialConfig.from_params({**cell, **settings}), seed=seed, lr_scale=scale)
+
+
+def play(
+    config: TrialConfig, asha: Asha, control: bool, gains: dict[tuple[str, str], float], rng: random.Random
+) -> Played:
+    """Train by formula; one `asgd` trial in ten without batch norm diverges."""
+    best = 0.78 + sum(gains[level] for level in config.cell.items()) + rng.gauss(0, 0.01)
+    pace = rng.uniform(0.5, 2.0)
+    fragile = config.optimizer == "asgd" and not config.batch_norm and rng.random() < 0.1
+    diverges_in = rng.randint(1, 5) if fragile else None
+    accuracies: list[float] = []
+    status = ""
+    for epoch in range(1, EPOCHS + 1):
+        if epoch == diverges_in:
+            asha.diverge(config.trial_key, group=config.model, epoch=epoch)
+            status = "diverged"
+            break
+        accuracy = min(0.99, max(0.02, best * (1 - math.exp(-pace * epoch)) + rng.gauss(0, 0.003)))
+        accuracies.append(round(accuracy * VAL_IMAGES) / VAL_IMAGES)
+        key, group = config.trial_key, config.model
+        if not asha.goes_on(key, group=group, epoch=epoch, value=accuracies[-1], control=control):
+            status = "stopped"
+            break
+    epochs_run = len(accuracies) + (status == "diverged")
+    run_id = uuid.UUID(int=rng.getrandbits(128)).hex
+    return Played(run_id, config, control, status or "completed", tuple(accuracies), epochs_run, asha.rungs)
+
+
+def fill_store(folder: Path, trials: Sequence[Played]) -> str:
+    """Write the trials into a new sqlite store and return its URI."""
+    store = Store(f"sqlite:///{folder}/mlflow.db", EXPERIMENT)
+    store.create()
+    manifest = {"rungs": {"epochs": rung_epochs(EPOCHS), "factor": FACTOR}, "data": {"val_images": VAL_IMAGES}}
+    store.attach(store.parent_id, {"grid.json": json.dumps(manifest).encode()})
+    engine = create_engine(store.uri)
+    with engine.begin() as connection:
+        for start in range(0, len(trials), 500):
+            rows: dict[Any, list[Row]] = {table: [] for table in TABLES}
+            for number, trial in enumerate(trials[start : start + 500], start=start):
+                for table, some in rows_of(trial, number, store).items():
+                    rows[table] += some
+            for table, some in rows.items():
+                connection.execute(insert(table.__table__), some)
+    engine.dispose()
+    return store.uri
+
+
+def rows_of(trial: Played, number: int, store: Store) -> dict[Any, list[Row]]:
+    """Return a trial as rows of MLflow's tables."""
+    begun, run = BEGUN + 1000 * number, {"run_uuid": trial.run_id}
+    points = [
+        {**run, "key": name, "value": value, "timestamp": begun + place, "step": step, "is_nan": False}
+        for place, (name, step, value) in enumerate(trial.history)
+    ]
+    made = {
+        **run,
+        "name": trial.config.name,
+        "status": "FINISHED",
+        "start_time": begun,
+        "end_time": begun + len(points),
+        "experiment_id": int(store.experiment_id),
+        "user_id": "unknown",
+        "source_type": "UNKNOWN",
+        "lifecycle_stage": "active",
+        **dict.fromkeys(("source_name", "entry_point_name", "source_version"), ""),
+        "artifact_uri": f"file:///nowhere/{trial.run_id}/artifacts",
+    }
+    tags = {**trial.tags, "mlflow.parentRunId": store.parent_id}
+    return {
+        SqlRun: [made],
+        SqlParam: [{**run, "key": name, "value": value} for name, value in trial.config.to_params().items()],
+        SqlTag: [{**run, "key": name, "value": value} for name, value in tags.items()],
+        SqlMetric: points,
+        SqlLatestMetric: list({point["key"]: point for point in points}.values()),
+    }
+
+
+def check_store(uri: str, trials: Sequence[Played], seed: int = 0) -> None:
+    """Compare a few runs, and the number of all, with what MLflow's client reads."""
+    client = mlflow.MlflowClient(uri)
+    for trial in random.Random(seed).sample(list(trials), min(CHECKED, len(trials))):  # noqa: S311
+        run = client.get_run(trial.run_id)
+        assert run.data.params == trial.config.to_params()
+        assert trial.tags.items() <= run.data.tags.items()
+        assert run.data.metrics == {name: value for name, _, value in trial.history}
+        history = client.get_metric_history(trial.run_id, "val_accuracy")
+        assert tuple(point.value for point in history) == trial.accuracies
+    experiment = read_experiment(uri, EXPERIMENT)
+    assert len(experiment.trials) == len(trials)
+    assert not experiment.notes
+
+
+def measure(uri: str, folder: Path) -> dict[str, float]:
+    """Return the seconds that each thing takes, by its name; the plain loop last."""
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, do: Callable[[], Any]) -> Any:
+        begun = time.perf_counter()
+        result = do()
+        seconds[name] = time.perf_counter() - begun
+        return result
+
+    experiment: Experiment = timed("read_experiment", lambda: read_experiment(uri, EXPERIMENT))
+    trials = experiment.trials
+    timed("rank_cells", lambda: rank_cells(trials, val_images=VAL_IMAGES))
+    timed("measure_effects", lambda: measure_effects(trials))
+    timed("audit_stopping", lambda: audit_stopping(trials))
+    curves = timed("read_curves of all runs", lambda: read_curves(experiment, trials["run_id"]))
+    again = timed("read_curves again, from the cache", lambda: read_curves(experiment, trials["run_id"]))
+    assert again.equals(curves)
+    timed("analysis.report, a fresh process", lambda: write_report(uri, folder))
+    timed("mlflow.search_runs", lambda: search_runs(uri))
+    plain = timed("get_metric_history, run by run", lambda: loop_over_histories(uri, list(trials["run_id"])))
+    assert plain.equals(curves)
+    return seconds
+
+
+def write_report(uri: str, folder: Path) -> None:
+    """Write the page as a user does, with nothing in the cache."""
+    command = [sys.executable, "-m", "analysis.report", "--experiment", EXPERIMENT, "--store", uri]
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder / "empty cache")}
+    out = ["--out", str(folder / "report.html")]
+    subprocess.run([*command, *out], env=environment, check=True, capture_output=True)
+
+
+def search_runs(uri: str) -> pd.DataFrame:
+    """Read all trials as a user would."""
+    mlflow.set_tracking_uri(uri)
+    return mlflow.search_runs(experiment_names=[EXPERIMENT], filter_string="tags.kind = 'trial'")
+
+
+def loop_over_histories(uri: str, run_ids: Sequence[str]) -> pd.DataFrame:
+    """Read all learning curves as a user would."""
+    client = mlflow.MlflowClient(uri)
+    points = [(run_id, point) for run_id in run_ids for point in client.get_metric_history(run_id, "val_accuracy")]
+    rows = [(run_id, point.step, point.value) for run_id, point in points]
+    table = pd.DataFrame(rows, columns=["run_id", "epoch", "val_accuracy"]).astype({"run_id": "str"})
+    return table.sort_values(["run_id", "epoch"], ignore_index=True)
+
+
+def format_seconds(seconds: dict[str, float]) -> str:
+    """Return the measurements as text of at most 80 columns."""
+    lines = [f"{'what':<50} {'seconds':>9}"]
+    lines += [f"{name:<50} {taken:>9.2f}" for name, taken in seconds.items()]
+    plain = seconds["mlflow.search_runs"] + seconds["get_metric_history, run by run"]
+    first = seconds["read_experiment"] + seconds["read_curves of all runs"]
+    again = seconds["read_experiment"] + seconds["read_curves again, from the cache"]
+    lines.append("a table of all trials and all their curves:")
+    lines.append(f"{'  plain MLflow (the last two lines)':<50} {plain:>9.2f}")
+    lines.append(f"{'  analysis.store, the first time':<50} {first:>9.2f} {plain / first:>7.1f} x as fast")
+    lines.append(f"{'  analysis.store, ever after':<50} {again:>9.2f} {plain / again:>7.1f} x as fast")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fill a store, check it, measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=10_000, help="trials (10000)")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="keep the store here (a temporary folder)")
+    options = parser.parse_args(arguments)
+    if options.folder and (options.folder / "mlflow.db").exists():
+        parser.error(f"there is a store in {options.folder} already; name another --folder")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (options.folder or Path(temporary)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        begun = time.perf_counter()
+        trials = play_grid(options.runs)
+        uri = fill_store(folder, trials)
+        check_store(uri, trials)
+        size = (folder / "mlflow.db").stat().st_size / 1e6
+        epochs = sum(trial.epochs_run for trial in trials)
+        print(f"{len(trials):,} trials, {epochs:,} epochs, {size:.0f} MB, in {time.perf_counter() - begun:.0f} s")
+        print(format_seconds(measure(uri, folder)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+import html
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from analysis.report import main
+from grid.config import TrialConfig
+from grid.record import Recorder
+from grid.spool import Spool
+from grid.store import Store
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome here")
+GOOD = [0.3, 0.5, 0.6]
+FRAME = """<!doctype html><iframe src="{page}" width="{width}" height="900" style="border: 0"></iframe><pre></pre>
+<script>addEventListener("message", (event) => {{ document.querySelector("pre").textContent = event.data; }});</script>
+"""
+PROBE = """<script>addEventListener("load", () => {
+  const sizes = [...document.querySelectorAll("figure > svg, figure > img")].map((picture) => {
+    const box = picture.getBoundingClientRect();
+    return [box.width, box.height, picture.naturalWidth ?? 1];
+  });
+  parent.postMessage(JSON.stringify({sizes, page: document.documentElement.scrollWidth, window: innerWidth}), "*");
+});</script>
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def judged_page(judged_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        command = ["--experiment", "judged", "--store", judged_store.uri, "--out", str(folder / "page.html")]
+        assert main(command) == 0
+    return folder / "page.html"
+
+
+def report(store: Store, folder: Path) -> str:
+    """The words of the page on an experiment."""
+    out = folder / "page.html"
+    assert main(["--experiment", store.experiment, "--store", store.uri, "--out", str(out)]) == 0
+    return out.read_text(encoding="utf-8")
+
+
+def words(page: str) -> str:
+    return " ".join(html.unescape(re.sub(r"<(style|script|svg).*?</\1>|<[^>]+>", " ", page, flags=re.DOTALL)).split())
+
+
+def fill(store: Store, folder: Path, *trials: tuple[str, str, list[float]], control: bool = False) -> None:
+    """Record trials, given as activation, status and accuracies."""
+    recorder = Recorder(store, Spool(folder / "spool.jsonl"))
+    recorder.begin({"grid.json": b'{"data": {"val_images": 900}, "commit": "0123456"}'}, {})
+    for seed, (activation, status, accuracies) in enumerate(trials):
+        config = TrialConfig(activation=activation, seed=seed // 2, learning_rate=0.1, epochs=3)
+        recorder.trial_started(config, control=control)
+        for epoch, accuracy in enumerate(accuracies, start=1):
+            recorder.epoch_ended(config, epoch, {"val_accuracy": accuracy}, is_rung=epoch == 1)
+        best = max(accuracies, default=None)
+        recorder.trial_ended(config, status, epochs_run=len(accuracies), best_val_accuracy=best)
+    assert recorder.close(finished=True)
+
+
+def browse(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    profile = f"--user-data-dir={page.parent / 'profile'}"
+    return subprocess.run(
+        [*command, profile, *options, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+
+
+def complaints(browsed: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in browsed.stderr.splitlines() if "CONSOLE" in line]
+
+
+def test_the_headline_is_printed_too(judged_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report(judged_store, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[:3]] == ["Best cell", "Matters most", "Early stopping"]
+    assert lines[3].startswith(f"{tmp_path}/page.html  0.")
+
+
+def test_what_was_trained_stands_at_the_head(judged_page: Path) -> None:
+    told = "24 cells; 48 trials of at most 9 epochs; glyphs: 1,200 training and 600 validation images"
+    assert f"judged {told}; commit 0123456789ab" in words(judged_page.read_text(encoding="utf-8"))
+
+
+def test_the_page_refers_to_nothing_outside(judged_page: Path) -> None:
+    page = judged_page.read_text(encoding="utf-8")
+    assert not re.findall(r'(?:src|href|action)="(?!#|data:)[^"]*"', page)
+    assert not re.findall(r"url\((?!#)|@import", page)
+    assert set(re.findall(r'([\w:]+)="https?://', page)) == {"xmlns", "xmlns:xlink"}
+
+
+def test_ids_are_unique_and_every_link_meets_one(judged_page: Path) -> None:
+    page = judged_page.read_text(encoding="utf-8")
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', page)) <= set(ids)
+
+
+def test_numbers_end_at_the_right_and_words_start_at_the_left(judged_page: Path) -> None:
+    page = judged_page.read_text(encoding="utf-8")
+    assert '<td class="text">cnn constant gelu adam batch_norm</td><td>76.' in page
+
+
+def test_one_trial_is_a_page(store: Store, tmp_path: Path) -> None:
+    fill(store, tmp_path, ("relu", "completed", GOOD))
+    text = words(report(store, tmp_path))
+    assert "1 cell; 1 trial of at most 3 epochs; 900 validation images; commit 0123456" in text
+    assert "60.00% of the validation images (one seed). It is the only one." in text
+    assert "Every factor has an accuracy at one level only; run a grid with two levels of a factor." in text
+
+
+def test_one_level_in_several_seeds_is_a_page(store: Store, tmp_path: Path) -> None:
+    fill(store, tmp_path, *[("relu", "completed", [accuracy]) for accuracy in (0.5, 0.5, 0.6, 0.6)])
+    text = words(report(store, tmp_path))
+    assert "55.00% of the validation images (2 seeds). It is the only one." in text
+    assert "Every factor has an accuracy at one level only" in text
+
+
+def test_a_grid_that_all_diverged_is_a_page(store: Store, tmp_path: Path) -> None:
+    fill(store, tmp_path, ("relu", "diverged", []), ("gelu", "diverged", []))
+    text = words(report(store, tmp_path))
+    assert text.count("No trial reached an accuracy: all diverged or failed") == 3
+    assert "2 of 2 trials diverged (their loss was not finite)." in text
+    assert "nan" not in text
+
+
+def test_a_grid_without_controls_says_what_it_cannot_know(store: Store, tmp_path: Path) -> None:
+    fill(store, tmp_path, ("relu", "completed", GOOD), ("gelu", "stopped", [0.2]))
+    text = words(report(store, tmp_path))
+    assert "What it cost is unknown: no control that would have been stopped." in text
+    assert "No controls: what stopping cost can't be known; run grid.run with --controls 0.05 next time." in text
+
+
+def test_before_the_finalists_the_page_says_how_to_get_them(store: Store, tmp_path: Path) -> None:
+    fill(store, tmp_path, ("relu", "completed", GOOD), ("gelu", "completed", GOOD))
+    told = "Finalists None yet. This trains the best cells again, on new seeds: python -m grid.confirm --experiment"
+    assert f"{told} 'some grid'" in words(report(store, tmp_path))
+
+
+def test_a_store_of_another_program_has_a_page_without_a_manifest(store: Store, tmp_path: Path) -> None:
+    fill(store, tmp_path, ("relu", "completed", GOOD), ("gelu", "completed", GOOD))
+    store.client.set_tag(store.parent_id, "kind", "something else")
+    text = words(report(store, tmp_path))
+    assert "The store has no manifest (grid.json) of this experiment" in text
+    assert "The store has no picture of the images." in text
+    assert "1 run left out: no tag kind=trial, confirm or grid." in text
+
+
+def test_a_name_is_no_markup(store_uri: str, tmp_path: Path) -> None:
+    store = Store(store_uri, "<script>alert(1)</script>")
+    store.create()
+    fill(store, tmp_path, ("relu", "completed", GOOD))
+    page = report(store, tmp_path)
+    assert page.count("<script") == 1
+    assert "<h1>&lt;script&gt;alert(1)&lt;/script&gt;</h1>" in page
+
+
+def wrong(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_an_empty_experiment_is_one_line(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    line = wrong(capsys, "--experiment", "some grid", "--store", store.uri)
+    assert line.startswith("analysis.report: experiment 'some grid' in sqlite:")
+    assert line.endswith("has no trial yet; run python -m grid.run first")
+
+
+def test_an_unknown_experiment_is_one_line(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    line = wrong(capsys, "--experiment", "other", "--store", store.uri)
+    assert line.startswith("analysis.report: no experiment 'other' in sqlite:")
+
+
+def test_a_page_that_cannot_be_written_is_one_line(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(store, tmp_path, ("relu", "completed", GOOD))
+    line = wrong(capsys, "--experiment", "some grid", "--store", store.uri, "--out", str(tmp_path / "no" / "page.html"))
+    assert line.startswith("analysis.report: [Errno 2] No such file or directory")
+
+
+@pytest.fixture
+def framed(judged_page: Path, tmp_path: Path) -> Callable[[int], dict[str, object]]:
+    """Measures the page in a browser whose window has a width that headless ones refuse."""
+
+    def measure(width: int) -> dict[str, object]:
+        probed = tmp_path / "probed.html"
+        probed.write_text(judged_page.read_text(encoding="utf-8") + PROBE, encoding="utf-8")
+        frame = tmp_path / "frame.html"
+        frame.write_text(FRAME.format(page=probed.as_uri(), width=width), encoding="utf-8")
+        browsed = browse(frame, "--window-size=1400,1000", "--virtual-time-budget=5000", "--dump-dom")
+        assert complaints(browsed) == []
+        found = re.search(r"<pre>(.+?)</pre>", browsed.stdout)
+        assert found, browsed.stderr
+        return json.loads(found[1])
+
+    return measure
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1000])
+def test_in_a_browser_all_figures_are_drawn_and_nothing_is_wider_than_the_window(
+    framed: Callable[[int], dict[str, object]], judged_page: Path, width: int
+) -> None:
+    found = framed(width)
+    assert len(found["sizes"]) == judged_page.read_text(encoding="utf-8").count("<figure>") == 13
+    assert all(0 < figure[0] <= width and figure[1] > 20 and figure[2] > 0 for figure in found["sizes"])
+    assert found["page"] <= found["window"] <= width
+
+
+@needs_browser
+def test_a_complaint_of_the_browser_would_be_seen(tmp_path: Path) -> None:
+    (tmp_path / "broken.html").write_text("<script>missing()</script>")
+    assert "missing is not defined" in complaints(browse(tmp_path / "broken.html", "--dump-dom"))[0]
+
+
+@needs_browser
+def test_the_page_prints(judged_page: Path, tmp_path: Path) -> None:
+    printed = tmp_path / "page.pdf"
+    assert complaints(browse(judged_page, f"--print-to-pdf={printed}")) == []
+    pages = re.findall(rb"/Type\s*/Page\b", printed.read_bytes())
+    assert 4 <= len(pages) <= 12

@@ -1,0 +1,217 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from analysis import plot, sections
+from analysis.sections import Section, chance, hundredths, number, percent, points, sentence, spell
+from analysis.store import read_experiment
+from analysis.verdict import Verdict, judge
+from grid.store import Store
+
+TITLES = (
+    *("Leaderboard", "Main effects", "Interactions", "Learning curves", "Divergence"),
+    *("Cost", "Early stopping", "Finalists", "Samples"),
+)
+
+
+@pytest.fixture(scope="module")
+def verdict(judged_store: Store) -> Verdict:
+    return judge(read_experiment(judged_store.uri, "judged"))
+
+
+@pytest.fixture(scope="module")
+def page(verdict: Verdict, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Section]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        return {section.title: section for section in sections.sections(verdict)}
+
+
+@pytest.mark.parametrize(
+    ("spelling", "value", "text"),
+    [
+        (percent, 0.12345, "12.35%"),
+        (percent, -0.00001, "0.00%"),
+        (points, 0.0123, "+1.23"),
+        (points, -1e-9, "+0.00"),
+        (number, 1234.0, "1,234"),
+        (number, 0.123456, "0.1235"),
+        (chance, 0.0312, "0.0312"),
+        (chance, 1e-90, "< 0.0001"),
+        (hundredths, -0.7, "-0.70"),
+    ],
+)
+def test_numbers_are_spelled_for_people(spelling: sections.Spell, value: float, text: str) -> None:
+    assert spelling(value) == text
+
+
+@pytest.mark.parametrize("spelling", [percent, points, number, chance, hundredths])
+def test_what_is_not_known_is_left_empty(spelling: sections.Spell) -> None:
+    assert spelling(float("nan")) == ""
+
+
+@pytest.mark.parametrize(
+    ("remark", "text"),
+    [
+        ("2 trials left out: deleted", "2 trials left out: deleted."),
+        ("incomplete: some are missing", "Incomplete: some are missing."),
+        ("cnn: no control has an end", "cnn: no control has an end."),
+        ("it ends with a stop.", "It ends with a stop."),
+    ],
+)
+def test_a_remark_becomes_a_sentence(remark: str, text: str) -> None:
+    assert sentence(remark) == text
+
+
+def test_a_table_is_spelled_by_column() -> None:
+    table = pd.DataFrame({"winner_kept": [True], "rate": [0.5], "epochs_run": [1200], "effect": [0.01], "low": [0.2]})
+    assert spell(table).to_dict("list") == {
+        "winner kept": ["yes"],
+        "rate": ["50.00%"],
+        "epochs run": ["1,200"],
+        "effect": ["+1.00"],
+        "95 % from": ["0.2"],
+    }
+
+
+def test_headers_and_spellings_of_one_table_come_first() -> None:
+    assert spell(pd.DataFrame({"low": [0.2]}), {"low": "at least"}, low=percent).to_dict("list") == {
+        "at least": ["20.00%"]
+    }
+
+
+def test_every_section_is_there_in_order_with_its_own_anchor(page: dict[str, Section]) -> None:
+    assert tuple(page) == TITLES
+    assert len({section.anchor for section in page.values()}) == len(TITLES)
+    assert page["Main effects"].anchor == "main-effects"
+
+
+def test_the_leaders_are_those_of_the_ranking(page: dict[str, Section], verdict: Verdict) -> None:
+    rows = page["Leaderboard"].tables[0].rows
+    assert list(rows["val acc"]) == [percent(value) for value in verdict.cells["val_accuracy"][:20]]
+    assert rows.loc[0, ["rank", "cell", "tie", "epochs"]].tolist() == [
+        *(1, "cnn constant gelu adam batch_norm", "a", "9 of 9"),
+    ]
+
+
+def test_each_model_has_its_leaders(page: dict[str, Section]) -> None:
+    _, cnn, mlp = page["Leaderboard"].tables
+    assert (cnn.caption, mlp.caption) == ("The best cnn", "The best mlp")
+    assert all(cell.startswith("mlp") for cell in mlp.rows["cell"])
+
+
+def test_columns_without_a_value_are_left_out(verdict: Verdict) -> None:
+    plain = verdict.cells.assign(group=float("nan"), low=float("nan"), test_accuracy=float("nan"))
+    section = sections.leaderboard(replace(verdict, cells=plain))
+    assert list(section.tables[0].rows) == ["rank", "cell", "val acc", "seeds", "epochs"]
+    assert not any("tie" in text for text in section.text)
+
+
+def test_other_learning_rates_are_told(verdict: Verdict) -> None:
+    rows = sections.leaderboard(replace(verdict, cells=verdict.cells.assign(lr_scale=0.1))).tables[0].rows
+    assert set(rows["lr"]) == {"x0.1"}
+
+
+def test_notes_of_the_store_stand_over_the_ranking(verdict: Verdict) -> None:
+    noted = replace(verdict, experiment=replace(verdict.experiment, notes=("1 run left out: deleted",)))
+    assert sections.leaderboard(noted).text[-1] == "1 run left out: deleted."
+
+
+def test_the_effects_have_a_row_per_level_and_a_line_per_term(page: dict[str, Section], verdict: Verdict) -> None:
+    levels, variance = page["Main effects"].figures
+    assert len(levels.table) == len(verdict.effects.levels)
+    assert list(variance.table["term"]) == list(verdict.effects.variance["term"])
+
+
+def test_interactions_name_their_factors(page: dict[str, Section]) -> None:
+    figures = page["Interactions"].figures
+    assert len(figures) == plot.HEAT_MAPS
+    one, other = figures[0].caption.split(" x ")
+    assert list(figures[0].table)[:2] == [one, other]
+
+
+def test_without_interactions_a_sentence_stands_there(verdict: Verdict) -> None:
+    found = sections.interactions(replace(verdict, effects=None))
+    assert found == Section("Interactions", ["No two factors vary here whose interaction could be estimated."])
+
+
+def test_each_model_has_its_curves_and_all_have_a_funnel(page: dict[str, Section]) -> None:
+    captions = [figure.caption for figure in page["Learning curves"].figures]
+    assert [caption.split(":")[0] for caption in captions] == [
+        *("Learning curves, cnn", "Learning curves, mlp", "How many trials came how far")
+    ]
+
+
+def test_diverged_trials_are_counted_by_level(page: dict[str, Section]) -> None:
+    section = page["Divergence"]
+    assert section.text[0].startswith("4 of 48 trials diverged")
+    rows = section.tables[0].rows.set_index("level")
+    assert rows.loc["asgd", ["trials", "diverged", "rate"]].tolist() == ["16", "4", "25.00%"]
+    assert "adam" not in rows.index
+
+
+def test_a_grid_without_divergence_says_so(verdict: Verdict) -> None:
+    trials = verdict.experiment.trials.assign(status="completed")
+    section = sections.divergence(replace(verdict, experiment=replace(verdict.experiment, trials=trials)))
+    assert section == Section("Divergence", ["0 of 48 trials diverged (their loss was not finite)."])
+
+
+def test_the_cost_has_a_row_per_model(page: dict[str, Section]) -> None:
+    assert list(page["Cost"].tables[0].rows["model"]) == ["cnn", "mlp"]
+
+
+def test_the_tables_of_stopping_are_in_words(page: dict[str, Section]) -> None:
+    tables = {table.caption: table for table in page["Early stopping"].tables}
+    assert len(tables) == len(sections.AUDIT_TABLES)
+    assert all(table.remark.endswith(".") for table in tables.values())
+    assert not [header for table in tables.values() for header in table.rows if "_" in header]
+    assert "Would a plain rule have done as well: all until epoch 1, then the best K to the end?" in tables
+
+
+def test_the_tables_of_stopping_have_the_figures_of_the_audit(page: dict[str, Section], verdict: Verdict) -> None:
+    _, correlations, false_stops, _, baseline = (table.rows for table in page["Early stopping"].tables)
+    assert list(correlations["95 % from"]) == [f"{low:.2f}" for low in verdict.audit.correlations["low"]]
+    assert list(false_stops["to"]) == [f"{high:.2%}" for high in verdict.audit.false_stops["high"]]
+    first = verdict.audit.baseline.iloc[0]
+    assert baseline["best survivors kept"][0] == f"{first['top_kept']} of {first['top']}"
+
+
+def test_tables_of_stopping_without_a_row_are_left_out(verdict: Verdict) -> None:
+    audit = replace(verdict.audit, correlations=verdict.audit.correlations[:0], baseline=verdict.audit.baseline[:0])
+    assert len(sections.stopping(replace(verdict, audit=audit)).tables) == len(sections.AUDIT_TABLES) - 2
+
+
+def test_finalists_come_with_what_their_best_net_misread(page: dict[str, Section]) -> None:
+    accuracies, pairs, mistakes = page["Finalists"].figures
+    assert list(accuracies.table["seeds"]) == [3] * 8
+    assert pairs.caption.startswith("Who is taken for whom: cnn constant gelu adam batch_norm, seed 100")
+    assert list(pairs.table)[:2] == ["true", "read as"]
+    assert mistakes.table["character"].tolist()[0] == "0"
+
+
+def test_characters_that_look_like_numbers_stay_characters(page: dict[str, Section]) -> None:
+    assert list(page["Finalists"].figures[1].table["read as"][:3]) == ["1", "2", "3"]
+
+
+def test_pictures_are_in_the_page_itself(page: dict[str, Section]) -> None:
+    (sheet,) = page["Samples"].figures
+    assert sheet.picture.startswith('<img alt="sample images" src="data:image/png;base64,iVBOR')
+
+
+def test_untested_finalists_have_no_readings(verdict: Verdict) -> None:
+    untested = verdict.experiment.finalists.assign(test_accuracy=float("nan"))
+    changed = replace(verdict, experiment=replace(verdict.experiment, finalists=untested))
+    assert len(sections.finalists(changed).figures) == 1
+
+
+def test_the_command_that_confirms_can_be_pasted(verdict: Verdict) -> None:
+    named = replace(verdict.experiment, name="it's <mine>")
+    nothing = replace(verdict, experiment=named, cells=verdict.cells[verdict.cells["tier"] != "finalist"])
+    (text,) = sections.finalists(nothing).text
+    assert "--experiment &#39;it&#39;&#34;&#39;&#34;&#39;s &lt;mine&gt;&#39;</code>" in text
+
+
+def test_without_a_parent_run_there_are_no_samples(verdict: Verdict, tmp_path: Path) -> None:
+    orphan = replace(verdict, experiment=replace(verdict.experiment, parent_id=""))
+    assert sections.samples(orphan) == Section("Samples", ["The store has no picture of the images."])
