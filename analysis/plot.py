@@ -145,11 +145,12 @@ def effect_rows(levels: pd.DataFrame) -> pd.DataFrame:
     return levels.loc[order.index].reset_index(drop=True)
 
 
-def draw_main_effects(rows: pd.DataFrame) -> str:
+def draw_main_effects(rows: pd.DataFrame, name: str = "effects of all levels") -> str:
     """Draw the effect of every level with its interval, factor by factor.
 
     Args:
         rows: From `effect_rows`.
+        name: Of the figure; another one for each on a page.
     """
     with mpl.rc_context(STYLE):
         figure, axes = _figure(0.55 + 0.19 * (len(rows) + 1.4 * rows["factor"].nunique()))
@@ -173,7 +174,7 @@ def draw_main_effects(rows: pd.DataFrame) -> str:
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("percentage points above or below the mean of all cells")
-        return _svg(figure, "effects of all levels")
+        return _svg(figure, name)
 
 
 def variance_bars(variance: pd.DataFrame, count: int = 12) -> pd.DataFrame:

@@ -3,65 +3,22 @@
 import base64
 import io
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import isnan
 
 import pandas as pd
 from markupsafe import Markup
 
 from analysis import plot
 from analysis.audit import Audit
+from analysis.effects import Effects
 from analysis.rank import tie_letters
+from analysis.spelling import INTERVAL, hundredths, number, percent, points, sentence, spell
 from analysis.store import read_artifact, read_curves
 from analysis.verdict import Verdict, name_of
-from grid.config import LEVELS
 
 LEADERS, LEADERS_PER_MODEL = 20, 5
 PAIRS, HARDEST = 12, 12
-
-Spell = Callable[[float], str]
-
-
-def percent(value: float) -> str:
-    """Return a fraction as `12.34%`; nothing for NaN."""
-    return "" if isnan(value) else f"{value:z.2%}"
-
-
-def points(value: float) -> str:
-    """Return a difference of fractions in percentage points, signed."""
-    return "" if isnan(value) else f"{100 * value:+z.2f}"
-
-
-def number(value: float) -> str:
-    """Return a number in four significant digits, an integer whole."""
-    if isnan(value):
-        return ""
-    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
-
-
-def chance(value: float) -> str:
-    """Return a p value in four decimals."""
-    return "" if isnan(value) else "< 0.0001" if value < 0.0001 else f"{value:.4f}"
-
-
-def hundredths(value: float) -> str:
-    """Return a number in two decimals, such as a correlation."""
-    return "" if isnan(value) else f"{value:z.2f}"
-
-
-SPELLINGS: Mapping[str, Spell] = {
-    **dict.fromkeys(("mean", "accuracy", "share", "rate", "saved", "lowest", "median", "highest"), percent),
-    **dict.fromkeys(("winner", "best_stopped_control", "beat_winner_high", "omega_squared"), percent),
-    **dict.fromkeys(("effect", "margin"), points),
-    **dict.fromkeys(("p", "p_holm"), chance),
-    "spearman": hundredths,
-    "hours": lambda hours: f"{hours:.3f}",
-}
-"""How the numbers of a column are spelled; the others by `number`."""
-INTERVAL = {"low": "95 % from", "high": "to"}
-HEADERS = {"p_holm": "p (Holm)", "predicted": "read as"} | INTERVAL
-"""What a column is called; the others by their own names, without underscores."""
 
 AUDIT_TABLES: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
     "savings": (
@@ -175,24 +132,33 @@ def effects(verdict: Verdict) -> Section:
     found = verdict.effects
     if found is None:
         return Section("Main effects", [sentence(verdict.faults["effects"])])
-    bars, rows = plot.variance_bars(found.variance), plot.effect_rows(found.levels)
+    bars = plot.variance_bars(found.variance)
     lead = (
         f"Accuracies are those after epoch {found.epoch}, before any cell was stopped: the one place where all levels "
-        "can be compared fairly. What a level does is averaged over all combinations of the others."
+        "can be compared fairly. What a level does is averaged over all combinations of the others. A technique that "
+        "starts slowly looks worse here than it is; what the levels do at the end is told by the controls alone."
     )
-    figures = [
+    figures = [_level_figure(found, "")]
+    if (last := verdict.effects_at_end) is not None:
+        figures.append(_level_figure(last, f", from the {last.observations:,} controls alone"))
+        notes = (*found.notes, *(f"controls: {note}" for note in last.notes[1:]))
+    else:
+        notes = (*found.notes, verdict.faults.get("effects_at_end", ""))
+    figures.append(
         Figure(
-            f"What each level does to the validation accuracy after epoch {found.epoch}, with 95 % intervals",
-            Markup(plot.draw_main_effects(rows)),  # noqa: S704  (drawn here)
-            spell(rows, low=points, high=points),
-        ),
-        Figure(
-            "What explains the differences between the cells (blue: factors, orange: pairs of them)",
-            Markup(plot.draw_variance(bars)),  # noqa: S704
+            f"What explains the differences after epoch {found.epoch} (blue: factors, orange: pairs of them)",
+            Markup(plot.draw_variance(bars)),  # noqa: S704  (drawn here)
             spell(found.variance),
-        ),
-    ]
-    return Section("Main effects", [lead, *map(sentence, found.notes)], figures)
+        )
+    )
+    return Section("Main effects", [lead, *(sentence(note) for note in notes if note)], figures)
+
+
+def _level_figure(found: Effects, whose: str) -> Figure:
+    rows = plot.effect_rows(found.levels)
+    caption = f"What each level does to the validation accuracy after epoch {found.epoch}{whose}, with 95 % intervals"
+    picture = Markup(plot.draw_main_effects(rows, f"effects after epoch {found.epoch}"))  # noqa: S704
+    return Figure(caption, picture, spell(rows, low=points, high=points))
 
 
 def interactions(verdict: Verdict) -> Section:
@@ -300,34 +266,6 @@ def samples(verdict: Verdict) -> Section:
     if sheet is None:
         return Section("Samples", ["The store has no picture of the images."])
     return Section("Samples", figures=[Figure("Training images, a few of each class", _image(sheet, "sample images"))])
-
-
-def sentence(text: str) -> str:
-    """Return a remark as a sentence; the name of a model at its head stays as it is."""
-    first = text[:1] if text.partition(":")[0] in LEVELS["model"] else text[:1].upper()
-    return f"{first}{text[1:].rstrip('.')}."
-
-
-def spell(table: pd.DataFrame, headers: Mapping[str, str] | None = None, /, **spellings: Spell) -> pd.DataFrame:
-    """Return a table as text, ready to be shown.
-
-    Args:
-        table: Any.
-        headers: By column, where `HEADERS` does not fit.
-        spellings: By column, where `SPELLINGS` does not fit.
-    """
-    known, names = {**SPELLINGS, **spellings}, {**HEADERS, **(headers or {})}
-    spelled = {}
-    for name in table.columns:
-        header = names.get(name, name.replace("_", " "))
-        column = table[name]
-        if pd.api.types.is_bool_dtype(column):
-            spelled[header] = ["yes" if value else "no" for value in column]
-        elif pd.api.types.is_numeric_dtype(column):
-            spelled[header] = [known.get(name, number)(float(value)) for value in column]
-        else:
-            spelled[header] = [str(value) for value in column]
-    return pd.DataFrame(spelled)
 
 
 def _audit_tables(found: Audit) -> Iterator[Table]:

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.audit import FACTOR, Audit, audit_stopping
-from analysis.effects import Effects, measure_effects
+from analysis.effects import Effects, measure_effects, measure_final_effects
 from analysis.rank import rank_cells
 from analysis.store import Experiment
 from grid.config import FACTORS, InputError, cell_name
@@ -33,9 +33,12 @@ class Verdict:
     cells: pd.DataFrame
     """From `analysis.rank.rank_cells`."""
     effects: Effects | None = None
+    """At the first rung, of all trials."""
+    effects_at_end: Effects | None = None
+    """After the full budget, of the controls; None where the first rung is the end."""
     audit: Audit | None = None
     faults: dict[str, str] = field(default_factory=dict)
-    """`effects` or `audit` -> why it could not be had."""
+    """`effects`, `effects_at_end` or `audit` -> why it could not be had."""
 
 
 def judge(experiment: Experiment) -> Verdict:
@@ -46,23 +49,28 @@ def judge(experiment: Experiment) -> Verdict:
     """
     trials, faults = experiment.trials, {}
     cells = rank_cells(trials, experiment.finalists, val_images=experiment.val_images)
-    effects = audit = None
+    effects = effects_at_end = audit = None
     try:
         effects = measure_effects(trials)
+        if effects.epoch < trials["epochs"].max():
+            effects_at_end = measure_final_effects(trials)
     except InputError as error:
-        faults["effects"] = str(error)
+        faults["effects" if effects is None else "effects_at_end"] = str(error)
     try:
         audit = audit_stopping(trials, factor=experiment.manifest.get("rungs", {}).get("factor", FACTOR))
     except InputError as error:
         faults["audit"] = str(error)
-    return Verdict(experiment, cells, effects, audit, faults)
+    return Verdict(experiment, cells, effects, effects_at_end, audit, faults)
 
 
 def headline(verdict: Verdict) -> Iterator[Fact]:
     """Yield the answers that a reader in a hurry takes along."""
     yield _winner(verdict.cells)
     if verdict.effects is not None:
-        yield _what_matters(verdict.effects)
+        yield _what_matters(verdict.effects, "")
+    if verdict.effects_at_end is not None:
+        controls = f" of the {verdict.effects_at_end.observations:,} controls"
+        yield _what_matters(verdict.effects_at_end, controls)
     if verdict.audit is not None:
         yield _what_stopping_cost(verdict.audit)
 
@@ -99,16 +107,17 @@ def _lead(cells: pd.DataFrame) -> str:
     return f"It is {100 * (best['val_accuracy'] - rivals['val_accuracy'].iloc[1]):.2f} points ahead of the next."
 
 
-def _what_matters(effects: Effects) -> Fact:
+def _what_matters(effects: Effects, whose: str) -> Fact:
+    question = f"Matters most after epoch {effects.epoch}"
     first = effects.variance[effects.variance["term"].isin(effects.factors)].iloc[0]
     if not first["share"] > 0:
-        return Fact("Matters most", "nothing", f"After epoch {effects.epoch} all cells have the same accuracy.")
+        return Fact(question, "nothing", "All cells have the same accuracy.")
     levels = effects.levels[effects.levels["factor"] == first["term"]].dropna(subset="effect")
     best, worst = levels.loc[levels["effect"].idxmax()], levels.loc[levels["effect"].idxmin()]
     return Fact(
-        "Matters most",
+        question,
         str(first["term"]),
-        f"It explains {first['share']:.0%} of the variance after epoch {effects.epoch}: {best['level']} is "
+        f"It explains {first['share']:.0%} of the variance{whose}: {best['level']} is "
         f"{100 * (best['effect'] - worst['effect']):.1f} points above {worst['level']}, averaged over all the rest."
         f"{_doubt(first['p_holm'])}",
     )

@@ -17,6 +17,7 @@ from grid.store import Store
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome here")
 GOOD = [0.3, 0.5, 0.6]
+QUESTIONS = ["Best cell", "Matters most after epoch 1", "Matters most after epoch 9", "Early stopping"]
 FRAME = """<!doctype html><iframe src="{page}" width="{width}" height="900" style="border: 0"></iframe><pre></pre>
 <script>addEventListener("message", (event) => {{ document.querySelector("pre").textContent = event.data; }});</script>
 """
@@ -85,8 +86,8 @@ def complaints(browsed: subprocess.CompletedProcess[str]) -> list[str]:
 def test_the_headline_is_printed_too(judged_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(judged_store, tmp_path)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines[:3]] == ["Best cell", "Matters most", "Early stopping"]
-    assert lines[3].startswith(f"{tmp_path}/page.html  0.")
+    assert [line.split(":")[0] for line in lines[:4]] == QUESTIONS
+    assert lines[4].startswith(f"{tmp_path}/page.html  0.")
 
 
 def test_what_was_trained_stands_at_the_head(judged_page: Path) -> None:
@@ -216,7 +217,7 @@ def test_in_a_browser_all_figures_are_drawn_and_nothing_is_wider_than_the_window
     framed: Callable[[int], dict[str, object]], judged_page: Path, width: int
 ) -> None:
     found = framed(width)
-    assert len(found["sizes"]) == judged_page.read_text(encoding="utf-8").count("<figure>") == 13
+    assert len(found["sizes"]) == judged_page.read_text(encoding="utf-8").count("<figure>") == 14
     assert all(0 < figure[0] <= width and figure[1] > 20 and figure[2] > 0 for figure in found["sizes"])
     assert found["page"] <= found["window"] <= width
 

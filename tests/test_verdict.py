@@ -40,8 +40,9 @@ def verdict(judged_store: Store) -> Verdict:
     return judge(read_experiment(judged_store.uri, "judged"))
 
 
-def test_a_whole_experiment_answers_three_questions(verdict: Verdict) -> None:
-    assert [fact.question for fact in headline(verdict)] == ["Best cell", "Matters most", "Early stopping"]
+def test_a_whole_experiment_answers_four_questions(verdict: Verdict) -> None:
+    early, late = "Matters most after epoch 1", "Matters most after epoch 9"
+    assert [fact.question for fact in headline(verdict)] == ["Best cell", early, late, "Early stopping"]
     assert verdict.faults == {}
 
 
@@ -55,9 +56,9 @@ def test_the_best_cell_is_the_first_with_its_test_accuracy(verdict: Verdict) -> 
 
 
 def test_what_was_made_to_matter_most_is_found(verdict: Verdict) -> None:
-    found = fact(verdict, "Matters most")
+    found = fact(verdict, "Matters most after epoch 1")
     assert found.answer == "optimizer"
-    assert "after epoch 1: adam is 8." in found.remark
+    assert "of the variance: adam is 8." in found.remark
     assert "noise" not in found.remark
 
 
@@ -111,30 +112,45 @@ def test_without_a_count_of_images_the_lead_is_no_claim() -> None:
     assert "How sure the order is can't be said" in fact(verdict, "Best cell").remark
 
 
+def test_what_matters_at_the_end_is_told_by_the_controls(verdict: Verdict) -> None:
+    controls = verdict.experiment.trials["control"] & (verdict.experiment.trials["status"] == "completed")
+    assert verdict.effects_at_end is not None
+    assert verdict.effects_at_end.observations == controls.sum()
+    assert f"of the {controls.sum()} controls: " in fact(verdict, "Matters most after epoch 9").remark
+
+
+def test_without_controls_nothing_is_said_of_the_end() -> None:
+    verdict = judged(trial(0.8), trial(0.7, activation="gelu"))
+    assert verdict.effects_at_end is None
+    assert verdict.faults["effects_at_end"].startswith("no controls, so nothing is known")
+
+
 def test_a_cell_that_alone_had_the_full_budget_has_no_rival() -> None:
     verdict = judged(trial(0.8), trial(0.7, "stopped", 3, activation="gelu"), val_images=100)
     assert fact(verdict, "Best cell").remark.endswith("No other went as far.")
 
 
 def test_effects_of_a_saturated_grid_are_told_with_their_doubt() -> None:
-    found = fact(judged(trial(0.8), trial(0.7, activation="gelu")), "Matters most")
+    found = fact(judged(trial(0.8), trial(0.7, activation="gelu")), "Matters most after epoch 1")
     assert found.remark.endswith("Too few trials to say whether that is more than noise.")
 
 
 def test_an_effect_that_may_be_noise_is_told_as_such() -> None:
     some = [trial(0.8 + luck, seed=seed, activation=name) for name, seed, luck in NOISE]
-    assert "It may be noise (p = " in fact(judged(*some), "Matters most").remark
+    assert "It may be noise (p = " in fact(judged(*some), "Matters most after epoch 1").remark
 
 
 def test_cells_of_one_accuracy_have_nothing_that_matters() -> None:
-    found = fact(judged(*[trial(0.8, seed=seed, activation=name) for name, seed, _ in NOISE]), "Matters most")
-    assert found == Fact("Matters most", "nothing", "After epoch 1 all cells have the same accuracy.")
+    found = fact(
+        judged(*[trial(0.8, seed=seed, activation=name) for name, seed, _ in NOISE]), "Matters most after epoch 1"
+    )
+    assert found == Fact("Matters most after epoch 1", "nothing", "All cells have the same accuracy.")
 
 
 def test_a_level_without_an_effect_is_no_worst_level(verdict: Verdict) -> None:
     unseen = {"factor": "optimizer", "level": "adagrad", "observations": 0}
     levels = pd.concat([verdict.effects.levels, pd.DataFrame([unseen])])
-    found = fact(replace(verdict, effects=replace(verdict.effects, levels=levels)), "Matters most")
+    found = fact(replace(verdict, effects=replace(verdict.effects, levels=levels)), "Matters most after epoch 1")
     assert "points above asgd" in found.remark
 
 
