@@ -17,7 +17,7 @@ import pandas as pd
 from statsmodels.stats.proportion import proportion_confint
 
 from analysis.anova import Levels, estimable_terms, estimate, fit_terms, in_order, mean_square, variance_table
-from analysis.plot import draw_main_effects
+from analysis.plot import draw_main_effects, effect_rows
 from analysis.store import read_experiment
 from grid.arguments import Parser
 from grid.config import FACTORS, RUNG_METRIC, InputError
@@ -295,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             effects = measure_effects(experiment.trials, epoch=options.epoch)
         if options.svg:
-            options.svg.write_text(draw_main_effects(effects.levels), encoding="utf-8")
+            options.svg.write_text(draw_main_effects(effect_rows(effects.levels)), encoding="utf-8")
         if options.csv:
             pd.concat([effects.levels, effects.interactions]).to_csv(options.csv, index=False)
     except (InputError, OSError) as error:
