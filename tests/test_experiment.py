@@ -47,7 +47,7 @@ def test_a_grid_runs_to_its_table_and_the_store_holds_the_contract(
     out, err = capfd.readouterr()
     assert err == ""
     assert "8/8 done | 0 running" in out
-    assert re.search(r"^   1  +\d\d\.\d\d%  +3/3  mlp cosine relu ", out, re.MULTILINE)
+    assert re.search(r"^   1  +\d\d\.\d\d%  +3/3 +mlp cosine relu ", out, re.MULTILINE)
     (parent,) = runs(store_uri, "grid")
     trials = runs(store_uri, "trial")
     assert len(trials) == len({run.data.tags["trial_key"] for run in trials}) == 8
