@@ -115,12 +115,13 @@ def _load_as_before(manifest: Mapping[str, Any], trained: Sequence[TrialConfig],
     Raises:
         InputError: They are other ones.
     """
-    described = manifest.get("data")
-    if described is None:
-        raise InputError(f"'{request.experiment}' does not say what it was trained on (grid.json); run grid.run again")
-    dataset = load(
-        described["name"], request.data_dir, per_class=described["per_class"], split_seed=manifest["order_seed"]
-    )
+    try:
+        name, per_class = manifest["data"]["name"], manifest["data"]["per_class"]
+        split_seed = manifest["order_seed"]
+    except (KeyError, TypeError) as error:
+        mend = "(grid.json); run grid.run again"
+        raise InputError(f"'{request.experiment}' does not say what it was trained on {mend}") from error
+    dataset = load(name, request.data_dir, per_class=per_class, split_seed=split_seed)
     if {config.data_fingerprint for config in trained} != {dataset.fingerprint}:
         raise InputError(f"the images in {request.data_dir} are not those of the grid; pass its --data-dir")
     return dataset

@@ -153,7 +153,7 @@ class Store:
             return bool(missing.error_code == "RESOURCE_DOES_NOT_EXIST")
 
     def manifest(self) -> dict[str, Any]:
-        """Return `grid.json`; empty if there is none.
+        """Return `grid.json`; empty if there is none, or it is damaged.
 
         Raises:
             InputError: The store does not answer.
@@ -161,10 +161,12 @@ class Store:
         with self._answering(), tempfile.TemporaryDirectory() as folder:
             if MANIFEST not in (file.path for file in self.client.list_artifacts(self.parent_id)):
                 return {}
-            manifest: dict[str, Any] = json.loads(
-                Path(self.client.download_artifacts(self.parent_id, MANIFEST, folder)).read_text()
-            )
-            return manifest
+            content = Path(self.client.download_artifacts(self.parent_id, MANIFEST, folder)).read_bytes()
+        try:
+            manifest = json.loads(content)
+        except ValueError:
+            return {}
+        return manifest if isinstance(manifest, dict) else {}
 
     def attach(self, run_id: str, files: Mapping[str, bytes]) -> None:
         """Put files among the artifacts of a run, in the place of earlier ones.

@@ -134,10 +134,12 @@ def test_lost_weights_are_told_and_nothing_is_tested(
     assert not [each for each in confirmed(store_uri) if "test_accuracy" in each.data.metrics]
 
 
+@pytest.mark.parametrize("manifest", [b"{}", b'{"data": {"na', b'{"data": {"name": "glyphs"}}', b'{"data": null}'])
 def test_a_grid_that_does_not_say_its_images_can_not_be_confirmed(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    manifest: bytes, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    store.attach(store.parent_id, {"grid.json": manifest})
     tags = {"kind": "trial", "status": "completed", "trial_key": CONFIG.trial_key}
     run_id = store.client.create_run(store.experiment_id, tags=tags).info.run_id
     for name, value in CONFIG.to_params().items():
