@@ -8,9 +8,10 @@ import logging
 import os
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
@@ -142,6 +143,34 @@ class Store:
     def release(self) -> None:
         """Give the claim up."""
         self.client.set_tag(self.parent_id, "driver", "")
+
+    @contextmanager
+    def claimed(self, every_seconds: float = 15.0) -> Iterator[None]:
+        """Be the one driver of the experiment while the block lasts.
+
+        Args:
+            every_seconds: Between two signs of life.
+
+        Raises:
+            InputError: Another one is alive.
+        """
+        self.claim()
+        ended = threading.Event()
+
+        def show_life() -> None:
+            while not ended.wait(every_seconds):
+                with suppress(*UNREACHABLE):  # the block itself will notice
+                    self.show_life()
+
+        thread = threading.Thread(target=show_life, name="claim", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            with suppress(*UNREACHABLE):  # then the claim ends by itself
+                self.release()
 
     def is_gone(self, run_id: str | None, error: BaseException) -> bool:
         """Say whether a write failed because the run was deleted: no later attempt will succeed."""

@@ -1,6 +1,7 @@
 """The command as a user gives it, with Ray, sqlite, real trainings and a real registry."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -132,6 +133,22 @@ def test_lost_weights_are_told_and_nothing_is_tested(
     assert confirm([*arguments, "--top", "1", "--seeds", "1"]) == 2
     assert re.search("the weights of .* are gone from the storage; delete run", capfd.readouterr().err)
     assert not [each for each in confirmed(store_uri) if "test_accuracy" in each.data.metrics]
+
+
+@pytest.mark.slow
+def test_a_second_command_is_refused_while_the_first_one_tests(
+    arguments: list[str], store_uri: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    drivers = []
+
+    def give_up(store: Store, *unused: object) -> None:
+        drivers.append(store.client.get_run(store.parent_id).data.tags["driver"])
+        raise OSError("the cable is cut")
+
+    monkeypatch.setattr("grid.finalists._test", give_up)
+    assert confirm([*arguments, "--top", "1", "--seeds", "1"]) == 2
+    assert drivers[0].endswith(f":{os.getpid()}")
+    assert "grid.confirm: can't record what the finalists are worth: the cable is cut" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("manifest", [b"{}", b'{"data": {"na', b'{"data": {"name": "glyphs"}}', b'{"data": null}'])
