@@ -111,12 +111,24 @@ def read_experiment(uri: str | None, name: str) -> Experiment:
         raise InputError(f"no trial of experiment '{name}' in {mask(uri)} has ended yet ({reasons}); wait for one")
     finalists, more_notes = _tabulate(by_kind["confirm"], "finalist")
     parent_id = by_kind["grid"][0].info.run_id if by_kind["grid"] else ""
-    notes += more_notes
+    notes += more_notes + _lost_finalists(finalists)
     notes += [f"{_count(foreign, 'run')} left out: no tag kind=trial, confirm or grid"] if foreign else []
     notes += [f"{_count(deleted, 'run')} left out: deleted"] if deleted else []
     manifest, fault = _parse_manifest(read_artifact(uri, parent_id, "grid.json") or b"{}")
     notes += [fault] if fault else []
     return Experiment(uri, name, parent_id, trials, finalists, manifest, tuple(notes))
+
+
+def _lost_finalists(finalists: pd.DataFrame) -> list[str]:
+    """Say how many trainings of finalists have no accuracy, for no table of cells shows them."""
+    lost = finalists["status"].value_counts()
+    cells = finalists.groupby("status")["cell_key"].nunique()
+    return [
+        f"{_count(int(lost[status]), 'training')} of finalists {status}, of {_count(int(cells[status]), 'cell')}: "
+        "their means are of the other seeds alone"
+        for status in ("diverged", "failed")
+        if status in lost
+    ]
 
 
 def _parse_manifest(content: bytes) -> tuple[Mapping[str, Any], str]:

@@ -86,6 +86,15 @@ def test_tags_and_metrics_that_are_no_epochs_are_passed_over(store: Store, tmp_p
     assert [name for name in row if name.startswith("val_accuracy_at_")] == ["val_accuracy_at_1"]
 
 
+def test_finalists_that_diverged_are_told(store: Store, tmp_path: Path) -> None:
+    record(store, tmp_path, "stopped")
+    confirming = Store(store.uri, "some grid", kind="confirm")
+    confirming.create()
+    record(confirming, tmp_path, "diverged")
+    (note,) = read_experiment(store.uri, "some grid").notes
+    assert note == "1 training of finalists diverged, of 1 cell: their means are of the other seeds alone"
+
+
 def test_an_artifact_that_is_not_there_is_none(store: Store) -> None:
     assert read_artifact(store.uri, store.parent_id, "no/such.json") is None
     assert read_artifact(store.uri, "", "grid.json") is None
