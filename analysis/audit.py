@@ -384,8 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         experiment = read_experiment(options.store, options.experiment)
-        factor = int(experiment.manifest.get("rungs", {}).get("factor", FACTOR))
-        audit = audit_stopping(experiment.trials, factor=factor)
+        audit = audit_stopping(experiment.trials, factor=experiment.rung_factor or FACTOR)
         if options.csv:
             tidy(audit).to_csv(options.csv, index=False)
     except (InputError, OSError) as error:

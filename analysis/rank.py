@@ -6,7 +6,7 @@ counted.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from string import ascii_lowercase
 
@@ -59,7 +59,8 @@ def bootstrap_interval(values: Sequence[float], confidence: float = CONFIDENCE) 
     """Return the expanded percentile bootstrap interval of a mean; NaN for fewer than two values.
 
     The plain percentile interval of few values is too narrow; its level is raised so that for normal values it is as
-    wide as Student's.
+    wide as Student's. No resample leaves the range of the values, which under five of them is too narrow at any level
+    (two values hold their mean between them half of the time), so each end is Student's where that lies farther out.
 
     Reference: Hesterberg 2015, https://arxiv.org/abs/1411.5279 (section 4.1.1, 5.3)
     """
@@ -77,7 +78,9 @@ def bootstrap_interval(values: Sequence[float], confidence: float = CONFIDENCE) 
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return float(interval.low), float(interval.high)
+    mean = float(np.mean(values))
+    half = stats.t.ppf((1 + confidence) / 2, count - 1) * float(np.std(values, ddof=1)) / np.sqrt(count)
+    return float(min(interval.low, mean - half)), float(max(interval.high, mean + half))
 
 
 def _standings(trials: pd.DataFrame) -> Iterable[Standing]:
@@ -97,7 +100,10 @@ def _standings(trials: pd.DataFrame) -> Iterable[Standing]:
 
 
 def _rank_finalists(finalists: pd.DataFrame) -> pd.DataFrame:
-    """Return the finalists, best first; those whose paired difference to the best may be 0 are of one group."""
+    """Return the finalists, best first; those whose paired difference to the best may be 0 are of one group.
+
+    The noise is that of cells x seeds beyond the sum of both, pooled over all finalists.
+    """
     tested = finalists.groupby(list(FACTORS))["test_accuracy"].mean()
     ranked = [cell for cell in rank_standings(_standings(finalists)) if cell.epochs_run == cell.epochs]
     rows = []
@@ -106,51 +112,82 @@ def _rank_finalists(finalists: pd.DataFrame) -> pd.DataFrame:
         test_accuracy = tested.get(tuple(cell.cell.values()), np.nan)
         rows.append(_row(cell, "finalist") | {"low": low, "high": high, "test_accuracy": test_accuracy})
     table = pd.DataFrame(rows, columns=list(_no_cells().columns))
-    return table.assign(group=_group(ranked, _differ_when_paired))
+    error, degrees = _paired_error(ranked)
+    reach = _reach(len(ranked), degrees)
+
+    def differ(one: RankedCell, other: RankedCell) -> bool:
+        shared = one.accuracies.keys() & other.accuracies.keys()
+        differences = [one.accuracies[seed] - other.accuracies[seed] for seed in shared]
+        return bool(shared) and abs(np.mean(differences)) > reach * error * np.sqrt(2 / len(shared))
+
+    return table.assign(group=_group(ranked, differ) if degrees else np.nan)
 
 
 def _rank_trials(cells: Sequence[RankedCell], all_cells: Sequence[RankedCell], val_images: int | None) -> pd.DataFrame:
-    errors = _standard_errors(all_cells, val_images)
-    quantile = stats.norm.ppf((1 + CONFIDENCE) / 2)
     rows, groups = [], []
     for epochs_run in sorted({cell.epochs_run for cell in cells}, reverse=True):
         some = [cell for cell in cells if cell.epochs_run == epochs_run]
+        errors, degrees = _standard_errors(
+            some, [cell for cell in all_cells if cell.epochs_run == epochs_run], val_images
+        )
+        quantile, reach = stats.t.ppf((1 + CONFIDENCE) / 2, degrees), _reach(len(some), degrees)
         for cell in some:
             half = quantile * errors[id(cell)]
             tier = "completed" if epochs_run == cell.epochs else "stopped"
             rows.append(_row(cell, tier) | {"low": cell.mean - half, "high": cell.mean + half})
-        groups += _group(
-            some,
-            lambda one, other: abs(one.mean - other.mean) > quantile * np.hypot(errors[id(one)], errors[id(other)]),
-        )
-    return pd.DataFrame(rows, columns=list(_no_cells().columns)).assign(
-        group=[group if np.isfinite(errors[id(cell)]) else np.nan for group, cell in zip(groups, cells, strict=True)]
-    )
+        found = _group(some, _farther_apart(reach, errors))
+        groups += [group if np.isfinite(errors[id(cell)]) else np.nan for group, cell in zip(found, some, strict=True)]
+    return pd.DataFrame(rows, columns=list(_no_cells().columns)).assign(group=groups)
 
 
-def _standard_errors(cells: Sequence[RankedCell], val_images: int | None) -> dict[int, float]:
-    """Return the standard error of each cell's mean, by its id.
+def _farther_apart(reach: float, errors: Mapping[int, float]) -> Callable[[RankedCell, RankedCell], bool]:
+    """Return the test whether two cells differ by more than `reach` standard errors."""
+    return lambda one, other: abs(one.mean - other.mean) > reach * float(np.hypot(errors[id(one)], errors[id(other)]))
+
+
+def _reach(count: int, degrees: float) -> float:
+    """Return how many standard errors of a difference tell two of `count` cells apart, whichever two are looked at.
+
+    The best of many equal cells is best by luck, and the more there are, the farther ahead: at 1.96 errors, 300 equal
+    cells fall into several groups each time. At Tukey's quantile equal cells do so in one ranking of twenty.
+
+    Reference: Tukey 1953; Kramer 1956, https://doi.org/10.2307/3001469
+    """
+    if count < 2 or not degrees:
+        return np.inf
+    return float(stats.studentized_range.ppf(CONFIDENCE, count, degrees) / np.sqrt(2))
+
+
+def _standard_errors(
+    cells: Sequence[RankedCell], as_far: Sequence[RankedCell], val_images: int | None
+) -> tuple[dict[int, float], float]:
+    """Return the standard error of each cell's mean, by its id, and the degrees of freedom that it is known with.
 
     From the spread between seeds, pooled over the cells of as many epochs; where no cell has two seeds, that of a share
     of `val_images` images, which leaves out what another seed would change.
     """
-    errors = {}
-    for epochs_run in {cell.epochs_run for cell in cells}:
-        some = [cell for cell in cells if cell.epochs_run == epochs_run]
-        degrees = sum(len(cell.accuracies) - 1 for cell in some)
-        squares = sum(float(np.sum((np.array(list(cell.accuracies.values())) - cell.mean) ** 2)) for cell in some)
-        for cell in some:
-            if degrees:
-                errors[id(cell)] = float(np.sqrt(squares / degrees / len(cell.accuracies)))
-            else:
-                errors[id(cell)] = float(np.sqrt(cell.mean * (1 - cell.mean) / (val_images or np.nan)))
-    return errors
+    degrees = sum(len(cell.accuracies) - 1 for cell in as_far)
+    if not degrees:
+        return {
+            id(cell): float(np.sqrt(cell.mean * (1 - cell.mean) / (val_images or np.nan))) for cell in cells
+        }, np.inf
+    squares = sum(float(np.sum((np.array(list(cell.accuracies.values())) - cell.mean) ** 2)) for cell in as_far)
+    return {id(cell): float(np.sqrt(squares / degrees / len(cell.accuracies))) for cell in cells}, degrees
 
 
-def _differ_when_paired(one: RankedCell, other: RankedCell) -> bool:
-    shared = sorted(one.accuracies.keys() & other.accuracies.keys())
-    low, high = bootstrap_interval([one.accuracies[seed] - other.accuracies[seed] for seed in shared])
-    return low > 0 or high < 0
+def _paired_error(cells: Sequence[RankedCell]) -> tuple[float, int]:
+    """Return the residual standard deviation of cells x seeds, some perhaps missing, and its degrees of freedom."""
+    known = [(cell, seed) for cell in range(len(cells)) for seed in cells[cell].accuracies]
+    values = np.array([cells[cell].accuracies[seed] for cell, seed in known])
+    seeds = sorted({seed for _, seed in known})
+    design = np.zeros((len(known), len(cells) + len(seeds)))
+    for row, (cell, seed) in enumerate(known):
+        design[row, cell] = design[row, len(cells) + seeds.index(seed)] = 1
+    degrees = len(known) - int(np.linalg.matrix_rank(design)) if known else 0
+    if not degrees:
+        return np.nan, 0
+    residuals = values - design @ np.linalg.lstsq(design, values)[0]
+    return float(np.sqrt(residuals @ residuals / degrees)), degrees
 
 
 def _group(cells: Sequence[RankedCell], differ: Callable[[RankedCell, RankedCell], bool]) -> list[float]:

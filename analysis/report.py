@@ -45,8 +45,9 @@ def _subtitle(experiment: Experiment) -> str:
         f"{cells:,} cell{'s' * (cells != 1)}",
         f"{count:,} trial{'s' * (count != 1)} of at most {epochs} epoch{'s' * (epochs != 1)}",
     ]
-    data = manifest.get("data", {})
-    images = [f"{data[f'{split}_images']:,} {name}" for split, name in SPLITS.items() if f"{split}_images" in data]
+    data = experiment.described("data")
+    counts = {name: data.get(f"{split}_images") for split, name in SPLITS.items()}
+    images = [f"{count:,} {name}" for name, count in counts.items() if isinstance(count, int)]
     named = f"{data['name']}: " if "name" in data else ""
     parts += [f"{named}{' and '.join(images)} images"] if images else []
     parts += [f"commit {manifest['commit']}"] if "commit" in manifest else []

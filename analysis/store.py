@@ -66,11 +66,20 @@ class Experiment:
     notes: tuple[str, ...]
     """A sentence on each kind of run that is not in the tables."""
 
+    def described(self, part: str) -> Mapping[str, Any]:
+        """Return an object of the manifest; empty if it has none, or something else there."""
+        found = self.manifest.get(part)
+        return found if isinstance(found, Mapping) else {}
+
     @property
     def val_images(self) -> int | None:
         """Images that every validation accuracy is a share of; None if the store does not say."""
-        count = self.manifest.get("data", {}).get("val_images")
-        return None if count is None else int(count)
+        return _whole(self.described("data").get("val_images"), least=1)
+
+    @property
+    def rung_factor(self) -> int | None:
+        """One trial in this many goes on at a rung; None if the store does not say."""
+        return _whole(self.described("rungs").get("factor"), least=2)
 
 
 def read_experiment(uri: str | None, name: str) -> Experiment:
@@ -102,11 +111,40 @@ def read_experiment(uri: str | None, name: str) -> Experiment:
         raise InputError(f"no trial of experiment '{name}' in {mask(uri)} has ended yet ({reasons}); wait for one")
     finalists, more_notes = _tabulate(by_kind["confirm"], "finalist")
     parent_id = by_kind["grid"][0].info.run_id if by_kind["grid"] else ""
-    notes += more_notes
+    notes += more_notes + _lost_finalists(finalists)
     notes += [f"{_count(foreign, 'run')} left out: no tag kind=trial, confirm or grid"] if foreign else []
     notes += [f"{_count(deleted, 'run')} left out: deleted"] if deleted else []
-    manifest = json.loads(read_artifact(uri, parent_id, "grid.json") or b"{}")
+    manifest, fault = _parse_manifest(read_artifact(uri, parent_id, "grid.json") or b"{}")
+    notes += [fault] if fault else []
     return Experiment(uri, name, parent_id, trials, finalists, manifest, tuple(notes))
+
+
+def _lost_finalists(finalists: pd.DataFrame) -> list[str]:
+    """Say how many trainings of finalists have no accuracy, for no table of cells shows them."""
+    lost = finalists["status"].value_counts()
+    cells = finalists.groupby("status")["cell_key"].nunique()
+    return [
+        f"{_count(int(lost[status]), 'training')} of finalists {status}, of {_count(int(cells[status]), 'cell')}: "
+        "their means are of the other seeds alone"
+        for status in ("diverged", "failed")
+        if status in lost
+    ]
+
+
+def _parse_manifest(content: bytes) -> tuple[Mapping[str, Any], str]:
+    """Return the manifest, and why it could not be read."""
+    try:
+        manifest = json.loads(content)
+    except ValueError as error:
+        return {}, f"the manifest (grid.json) is damaged and not used: {first_line(error)}"
+    if not isinstance(manifest, dict):
+        return {}, "the manifest (grid.json) is no object and not used"
+    return manifest, ""
+
+
+def _whole(value: object, *, least: int) -> int | None:
+    """Return a whole number that another program may have written; None for anything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= least else None
 
 
 def read_artifact(uri: str, run_id: str, path: str) -> bytes | None:
@@ -260,12 +298,20 @@ def _row(run: Run) -> dict[str, Any] | None:
         "epochs": config.epochs,
         "status": tags.get("status", ""),
         "control": tags.get("control") == "true",
-        "stopped_at_epoch": float(tags.get("stopped_at_epoch", nan)),
+        "stopped_at_epoch": _epoch(tags.get("stopped_at_epoch", "")),
         "epochs_run": int(metrics.get("epochs_run", 0)),
         "best_val_accuracy": metrics.get("best_val_accuracy", nan),
         "epoch_seconds": metrics.get("epoch_seconds", nan),
-        **{name: value for name, value in metrics.items() if name.startswith(RUNG_METRIC) or name in TEST_METRICS},
+        **{name: value for name, value in metrics.items() if _is_rung(name) or name in TEST_METRICS},
     }
+
+
+def _is_rung(metric: str) -> bool:
+    return metric.startswith(RUNG_METRIC) and metric.removeprefix(RUNG_METRIC).isdecimal()
+
+
+def _epoch(tag: str) -> float:
+    return float(tag) if tag.isdecimal() else nan
 
 
 def _count(number: int, noun: str) -> str:

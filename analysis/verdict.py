@@ -57,7 +57,7 @@ def judge(experiment: Experiment) -> Verdict:
     except InputError as error:
         faults["effects" if effects is None else "effects_at_end"] = str(error)
     try:
-        audit = audit_stopping(trials, factor=experiment.manifest.get("rungs", {}).get("factor", FACTOR))
+        audit = audit_stopping(trials, factor=experiment.rung_factor or FACTOR)
     except InputError as error:
         faults["audit"] = str(error)
     return Verdict(experiment, cells, effects, effects_at_end, audit, faults)

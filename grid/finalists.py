@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from grid import tuner
 from grid.asha import Asha, rung_epochs
 from grid.checkpoint import Checkpoints
-from grid.config import InputError, TrialConfig, cell_name
+from grid.config import InputError, TrialConfig, cell_name, first_line
 from grid.confirm import Confirmation
 from grid.data import Dataset, load, load_test
 from grid.evaluation import ClassScore, ConfusedPair, Evaluation, confused_pairs, evaluate, inference_state, per_class
@@ -28,11 +28,11 @@ from grid.experiment import Training, print_facts, train_all
 from grid.hardware import numeric_settings
 from grid.pictures import confusion_picture, mistake_sheet
 from grid.plan import Plan
-from grid.predictor import log_predictor, register
+from grid.predictor import forget_models, log_predictor, register
 from grid.ranking import RankedCell, rank_cells
 from grid.record import Recorder, open_spool
 from grid.spool import Spool
-from grid.store import Store, StoredTrial
+from grid.store import UNREACHABLE, Store, StoredTrial
 from grid.store_uri import mask, slug
 from grid.trial import DeviceData
 from grid.watcher import FINAL, to_standing
@@ -73,9 +73,14 @@ def confirm(request: Confirmation) -> int:
         return ended
     store = Store(request.store, request.experiment, kind="confirm")
     store.create(missing=False)
-    for trial in _untested(store, trials):
-        _test(store, trial, dataset, checkpoints, test_images, test_labels)
-    return _conclude(request, store, trials)
+    try:
+        with store.claimed():  # two commands at once would test each net twice
+            for trial in _untested(store, trials):
+                _test(store, trial, dataset, checkpoints, test_images, test_labels)
+            return _conclude(request, store, trials)
+    except UNREACHABLE as error:
+        fault = f"can't record what the finalists are worth: {first_line(error)}"
+        raise InputError(f"{fault}; mend it, the same command goes on") from error
 
 
 def choose(ranked: Sequence[RankedCell], top: int) -> list[RankedCell]:
@@ -115,12 +120,13 @@ def _load_as_before(manifest: Mapping[str, Any], trained: Sequence[TrialConfig],
     Raises:
         InputError: They are other ones.
     """
-    described = manifest.get("data")
-    if described is None:
-        raise InputError(f"'{request.experiment}' does not say what it was trained on (grid.json); run grid.run again")
-    dataset = load(
-        described["name"], request.data_dir, per_class=described["per_class"], split_seed=manifest["order_seed"]
-    )
+    try:
+        name, per_class = manifest["data"]["name"], manifest["data"]["per_class"]
+        split_seed = manifest["order_seed"]
+    except (KeyError, TypeError) as error:
+        mend = "(grid.json); run grid.run again"
+        raise InputError(f"'{request.experiment}' does not say what it was trained on {mend}") from error
+    dataset = load(name, request.data_dir, per_class=per_class, split_seed=split_seed)
     if {config.data_fingerprint for config in trained} != {dataset.fingerprint}:
         raise InputError(f"the images in {request.data_dir} are not those of the grid; pass its --data-dir")
     return dataset
@@ -188,6 +194,7 @@ def _test(
     result = evaluate(config, state, data, images, labels)
     store.attach(trial.run_id, _files(result, trial.config, dataset, images))
     weights = inference_state(config, state, data)
+    forget_models(store.client, trial.run_id)
     model_id = log_predictor(
         store.client, trial.run_id, trial.config, weights, data, dataset.classes, dataset.val_images[:4]
     )

@@ -139,6 +139,13 @@ def log_predictor(
     return str(logged.model_id)
 
 
+def forget_models(client: MlflowClient, run_id: str) -> None:
+    """Delete the models of a run, such as a command that died before it was done has left."""
+    experiment_id = client.get_run(run_id).info.experiment_id
+    for left in client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'"):
+        client.delete_logged_model(left.model_id)
+
+
 def register(client: MlflowClient, model_id: str, name: str) -> int:
     """Make a logged model a version of a registered model, which is made if missing; the newest, unless it is one.
 

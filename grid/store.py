@@ -8,9 +8,10 @@ import logging
 import os
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
@@ -143,6 +144,34 @@ class Store:
         """Give the claim up."""
         self.client.set_tag(self.parent_id, "driver", "")
 
+    @contextmanager
+    def claimed(self, every_seconds: float = 15.0) -> Iterator[None]:
+        """Be the one driver of the experiment while the block lasts.
+
+        Args:
+            every_seconds: Between two signs of life.
+
+        Raises:
+            InputError: Another one is alive.
+        """
+        self.claim()
+        ended = threading.Event()
+
+        def show_life() -> None:
+            while not ended.wait(every_seconds):
+                with suppress(*UNREACHABLE):  # the block itself will notice
+                    self.show_life()
+
+        thread = threading.Thread(target=show_life, name="claim", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            with suppress(*UNREACHABLE):  # then the claim ends by itself
+                self.release()
+
     def is_gone(self, run_id: str | None, error: BaseException) -> bool:
         """Say whether a write failed because the run was deleted: no later attempt will succeed."""
         if run_id is None or not isinstance(error, mlflow.exceptions.MlflowException):
@@ -153,7 +182,7 @@ class Store:
             return bool(missing.error_code == "RESOURCE_DOES_NOT_EXIST")
 
     def manifest(self) -> dict[str, Any]:
-        """Return `grid.json`; empty if there is none.
+        """Return `grid.json`; empty if there is none, or it is damaged.
 
         Raises:
             InputError: The store does not answer.
@@ -161,10 +190,12 @@ class Store:
         with self._answering(), tempfile.TemporaryDirectory() as folder:
             if MANIFEST not in (file.path for file in self.client.list_artifacts(self.parent_id)):
                 return {}
-            manifest: dict[str, Any] = json.loads(
-                Path(self.client.download_artifacts(self.parent_id, MANIFEST, folder)).read_text()
-            )
-            return manifest
+            content = Path(self.client.download_artifacts(self.parent_id, MANIFEST, folder)).read_bytes()
+        try:
+            manifest = json.loads(content)
+        except ValueError:
+            return {}
+        return manifest if isinstance(manifest, dict) else {}
 
     def attach(self, run_id: str, files: Mapping[str, bytes]) -> None:
         """Put files among the artifacts of a run, in the place of earlier ones.

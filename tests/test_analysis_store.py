@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,51 @@ def test_the_manifest_is_read_with_the_trials(store: Store, tmp_path: Path) -> N
     record(store, tmp_path, "stopped")
     experiment = read_experiment(store.uri, "some grid")
     assert (experiment.val_images, experiment.parent_id, experiment.notes) == (940, store.parent_id, ())
+
+
+@pytest.mark.parametrize("content", [b'{"data": {"val', b"\xff\xfe\x00", b"[1, 2]"])
+def test_a_damaged_manifest_is_none_and_is_told(store: Store, tmp_path: Path, content: bytes) -> None:
+    record(store, tmp_path, "stopped")
+    store.attach(store.parent_id, {"grid.json": content})
+    experiment = read_experiment(store.uri, "some grid")
+    assert (experiment.manifest, len(experiment.trials)) == ({}, 1)
+    assert experiment.notes[0].startswith("the manifest (grid.json) is ")
+    assert store.manifest() == {}
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        b'{"data": null, "rungs": null}',
+        b'{"data": "glyphs", "rungs": "1,3"}',
+        b'{"data": {"val_images": "many"}, "rungs": {"factor": "three"}}',
+        b'{"data": {"val_images": 0}, "rungs": {"factor": 0}}',
+    ],
+)
+def test_a_manifest_of_another_program_may_hold_anything(store: Store, tmp_path: Path, manifest: bytes) -> None:
+    record(store, tmp_path, "stopped")
+    store.attach(store.parent_id, {"grid.json": manifest})
+    experiment = read_experiment(store.uri, "some grid")
+    assert (experiment.val_images, experiment.rung_factor) == (None, None)
+
+
+def test_tags_and_metrics_that_are_no_epochs_are_passed_over(store: Store, tmp_path: Path) -> None:
+    record(store, tmp_path, "stopped")
+    run_id = store.run_ids()[CONFIG.trial_key]
+    store.client.log_metric(run_id, "val_accuracy_at_best", 0.5)
+    store.client.set_tag(run_id, "stopped_at_epoch", "first")
+    (row,) = read_experiment(store.uri, "some grid").trials.to_dict("records")
+    assert math.isnan(row["stopped_at_epoch"])
+    assert [name for name in row if name.startswith("val_accuracy_at_")] == ["val_accuracy_at_1"]
+
+
+def test_finalists_that_diverged_are_told(store: Store, tmp_path: Path) -> None:
+    record(store, tmp_path, "stopped")
+    confirming = Store(store.uri, "some grid", kind="confirm")
+    confirming.create()
+    record(confirming, tmp_path, "diverged")
+    (note,) = read_experiment(store.uri, "some grid").notes
+    assert note == "1 training of finalists diverged, of 1 cell: their means are of the other seeds alone"
 
 
 def test_an_artifact_that_is_not_there_is_none(store: Store) -> None:

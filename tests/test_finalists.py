@@ -1,6 +1,7 @@
 """The command as a user gives it, with Ray, sqlite, real trainings and a real registry."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -134,10 +135,28 @@ def test_lost_weights_are_told_and_nothing_is_tested(
     assert not [each for each in confirmed(store_uri) if "test_accuracy" in each.data.metrics]
 
 
+@pytest.mark.slow
+def test_a_second_command_is_refused_while_the_first_one_tests(
+    arguments: list[str], store_uri: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    drivers = []
+
+    def give_up(store: Store, *unused: object) -> None:
+        drivers.append(store.client.get_run(store.parent_id).data.tags["driver"])
+        raise OSError("the cable is cut")
+
+    monkeypatch.setattr("grid.finalists._test", give_up)
+    assert confirm([*arguments, "--top", "1", "--seeds", "1"]) == 2
+    assert drivers[0].endswith(f":{os.getpid()}")
+    assert "grid.confirm: can't record what the finalists are worth: the cable is cut" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("manifest", [b"{}", b'{"data": {"na', b'{"data": {"name": "glyphs"}}', b'{"data": null}'])
 def test_a_grid_that_does_not_say_its_images_can_not_be_confirmed(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    manifest: bytes, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    store.attach(store.parent_id, {"grid.json": manifest})
     tags = {"kind": "trial", "status": "completed", "trial_key": CONFIG.trial_key}
     run_id = store.client.create_run(store.experiment_id, tags=tags).info.run_id
     for name, value in CONFIG.to_params().items():

@@ -15,7 +15,7 @@ from mlflow.models import Model
 from grid import predictor
 from grid.config import InputError, TrialConfig
 from grid.evaluation import inference_state
-from grid.predictor import CharacterReader, log_predictor, register, save_predictor
+from grid.predictor import CharacterReader, forget_models, log_predictor, register, save_predictor
 from grid.trial import DeviceData, Trial
 
 CLASSES = tuple("0123Abcd")
@@ -136,6 +136,15 @@ def test_a_model_that_did_not_arrive_is_marked_as_failed(store, run_id, trial, m
     (logged,) = store.client.search_logged_models([store.experiment_id])
     assert logged.status == "FAILED"
     assert not store.client.get_run(run_id).outputs.model_outputs
+
+
+def test_what_a_dead_command_left_is_forgotten(store, run_id, trial):
+    other = store.client.create_run(store.experiment_id).info.run_id
+    for each in (run_id, other):
+        log_predictor(store.client, each, *belongings(trial))
+    forget_models(store.client, run_id)
+    (kept,) = store.client.search_logged_models([store.experiment_id])
+    assert kept.source_run_id == other
 
 
 def test_another_model_of_one_name_is_another_version(store, run_id, trial):

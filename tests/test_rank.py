@@ -1,3 +1,4 @@
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,7 @@ def test_the_spread_between_seeds_is_pooled_over_the_cells() -> None:
     some = [trial(0.5 + 0.01 * seed, seed=seed) for seed in (-1, 0, 1)] + [trial(0.6, activation="gelu")]
     cells = rank_cells(pd.DataFrame(some), val_images=100).set_index("activation")
     half = (cells["high"] - cells["low"]) / 2
-    assert half["gelu"] == pytest.approx(stats.norm.ppf(0.975) * 0.01)
+    assert half["gelu"] == pytest.approx(stats.t.ppf(0.975, 2) * 0.01)
     assert half["relu"] == pytest.approx(half["gelu"] / np.sqrt(3))
 
 
@@ -115,10 +116,38 @@ def test_without_a_count_of_images_nothing_is_said_to_be_tied() -> None:
     assert rank_cells(pd.DataFrame([trial(0.8), trial(0.8, activation="gelu")]))["group"].isna().all()
 
 
-def test_the_bootstrap_of_few_normal_values_covers_their_mean() -> None:
-    draws = np.random.default_rng(0).normal(size=(300, 5))
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_the_bootstrap_of_few_normal_values_covers_their_mean(count: int) -> None:
+    draws = np.random.default_rng(0).normal(size=(300, count))
     covered = np.mean([low < 0 < high for low, high in map(bootstrap_interval, draws)])
-    assert 0.90 <= covered <= 0.985
+    assert 0.92 <= covered <= 0.985
+
+
+def equal_cells(count: int, seeds: int, rng: np.random.Generator) -> pd.DataFrame:
+    named = ("lr_schedule", "activation", "optimizer", "regularization")
+    crossed = islice(product(*(LEVELS[factor] for factor in named)), count)
+    return pd.DataFrame(
+        trial(rng.normal(0.8, 0.005), seed=seed, **dict(zip(named, cell, strict=True)))
+        for cell in crossed
+        for seed in range(seeds)
+    )
+
+
+@pytest.mark.parametrize(("count", "seeds"), [(6, 2), (40, 2), (100, 1)])
+def test_equal_cells_are_seldom_told_apart(count: int, seeds: int) -> None:
+    rng = np.random.default_rng(0)
+    images = 6400  # 0.8 of them have a standard error of 0.005
+    split = [rank_cells(equal_cells(count, seeds, rng), val_images=images)["group"].max() > 1 for _ in range(25)]
+    assert sum(split) <= 4
+
+
+@pytest.mark.parametrize("seeds", [2, 5])
+def test_equal_finalists_are_seldom_told_apart(seeds: int) -> None:
+    rng, none = np.random.default_rng(0), pd.DataFrame([trial(0.5, "diverged")])
+    split = [
+        rank_cells(none, equal_cells(6, seeds, rng).assign(test_accuracy=0.8))["group"].max() > 1 for _ in range(40)
+    ]
+    assert sum(split) <= 5
 
 
 def test_one_value_has_no_interval_and_equal_ones_have_an_empty_one() -> None:

@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -51,6 +52,15 @@ def test_a_claim_can_be_renewed_and_given_up(store: Store) -> None:
     store.claim()
     store.claim()
     store.release()
+    assert store.client.get_run(store.parent_id).data.tags["driver"] == ""
+
+
+def test_a_claim_is_kept_alive_and_given_up_at_the_end(store: Store) -> None:
+    with store.claimed(every_seconds=0.02):
+        claim_as(store, f"{socket.gethostname()}:{os.getpid()}", seconds_ago=1000)
+        time.sleep(0.3)
+        tags = store.client.get_run(store.parent_id).data.tags
+        assert time.time() - float(tags["driver_seen"]) < 100
     assert store.client.get_run(store.parent_id).data.tags["driver"] == ""
 
 
