@@ -374,4 +374,4 @@ def test_artifacts_that_cannot_be_written_are_told(store: Store, tmp_path: Path)
         closing(Spool(tmp_path / "spool.jsonl")) as spool,
         pytest.raises(InputError, match="^can't write to the store sqlite.*; mend its rights, or pass another --store"),
     ):
-        Recorder(store, spool).begin({}, {})
+        Recorder(store, spool).begin({"grid.json": b"{}"}, {})
