@@ -155,7 +155,15 @@ class Hosts:
 
     def _inside(self, name: str, command: Sequence[str], cwd: Path = Path("/")) -> list[str]:
         pid = self._first_process(name)
-        clean = ["env", "-i", f"--chdir={cwd}", f"HOME={self.home}", f"PATH={os.environ['PATH']}", "TERM=dumb", "LC_ALL=C.UTF-8"]
+        clean = [
+            "env",
+            "-i",
+            f"--chdir={cwd}",
+            f"HOME={self.home}",
+            f"PATH={os.environ['PATH']}",
+            "TERM=dumb",
+            "LC_ALL=C.UTF-8",
+        ]
         if not pid:
             return ["false"]
         return ["nsenter", "-t", str(pid), "--mount", "--uts", "--net", "--pid", *clean, *command]

@@ -36,6 +36,7 @@ class Notes:
         self.reports: dict[str, list[EpochReport]] = {}
         self.ends: dict[str, tuple[str, str]] = {}
         self.worker_pids: set[int] = set()
+        self.faults: list[str] = []
         self.end_after = end_after
 
     def started(self, config: TrialConfig) -> None:
@@ -47,12 +48,15 @@ class Notes:
     def ended(self, config: TrialConfig, status: str, error: str) -> None:
         self.ends[config.trial_key] = (status, error)
 
+    def give_up(self, fault: str) -> None:
+        self.faults.append(fault)
+
     def tick(self) -> None:
         self.worker_pids |= worker_pids()
 
     @property
     def interrupted(self) -> bool:
-        return sum(map(len, self.reports.values())) >= self.end_after
+        return bool(self.faults) or sum(map(len, self.reports.values())) >= self.end_after
 
 
 @pytest.fixture(scope="module")
