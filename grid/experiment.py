@@ -31,11 +31,17 @@ from grid.watcher import Watcher, restore_rungs
 
 
 def dry_run(request: Request) -> int:
-    """Print what a request would run and cost; start nothing, write nothing."""
-    packing = _packing_of(request)
-    plan = make_plan(request, packing=packing, fingerprint="")
-    train_images, source = _training_images(request)
-    seconds_per_image, spread = forecast.calibrate(plan.trials, DATASETS[request.data].class_count)
+    """Print what a request would run and cost; start no trial, write nothing."""
+    cluster = tuner.find_cluster(request.address)
+    packing = (
+        tuner.local_packing(request.concurrency) if cluster is None else tuner.connect(cluster, request.concurrency)
+    )
+    try:
+        plan = make_plan(request, packing=packing, fingerprint="")
+        train_images, source = _training_images(request)
+        (seconds_per_image, spread), where = tuner.calibrate(plan.trials, DATASETS[request.data].class_count, packing)
+    finally:
+        tuner.disconnect()
     cost = forecast.forecast(
         plan.trials,
         plan.controls,
@@ -44,20 +50,10 @@ def dry_run(request: Request) -> int:
         train_images=train_images,
         slots=packing.slots,
     )
-    facts = _describe(request, plan)
+    facts = _describe(request, plan) | describe_packing(packing)
     facts["data"] = f"{request.data}, {train_images:,} training images {source}"
-    print_facts(facts | _describe_cost(cost, packing, request.price_per_hour))
+    print_facts(facts | _describe_cost(cost, where, packing, request.price_per_hour))
     return 0
-
-
-def _packing_of(request: Request) -> Packing:
-    """Return how trials would share the cluster of this machine, or this machine; start nothing."""
-    cluster = tuner.find_cluster(request.address)
-    if cluster is None:
-        return tuner.local_packing(request.concurrency)
-    packing = tuner.connect(cluster, request.concurrency)
-    tuner.disconnect()
-    return packing
 
 
 def run(request: Request) -> int:
@@ -243,12 +239,14 @@ def describe_packing(packing: Packing) -> dict[str, str]:
     return {"where": packing.machines, "at once": f"{packing} ({packing.reason})"}
 
 
-def _describe_cost(cost: forecast.Forecast, packing: Packing, price_per_hour: float | None) -> dict[str, str]:
+def _describe_cost(
+    cost: forecast.Forecast, where: str, packing: Packing, price_per_hour: float | None
+) -> dict[str, str]:
     saved = 1 - cost.epochs / cost.full_epochs
     hours = cost.seconds / 3600
     facts = {
         "epochs": f"{cost.epochs:,.0f} expected of {cost.full_epochs:,} ({saved:.0%} saved by stopping early)",
-        "time": f"{spell_seconds(cost.seconds)} on this machine, {packing} (cells vary by {cost.spread:.0%})",
+        "time": f"{spell_seconds(cost.seconds)}, timed on {where} (cells vary by {cost.spread:.0%})",
     }
     if packing.gpus_per_trial:
         facts["GPU-hours"] = f"{hours * packing.concurrency * packing.gpus_per_trial:,.1f}"

@@ -5,7 +5,7 @@ import socket
 import threading
 import traceback
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 for _name, _value in {
@@ -28,6 +28,7 @@ from ray.tune.experiment import Trial as TuneTrial  # noqa: E402
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
+from grid import forecast  # noqa: E402
 from grid.asha import Asha  # noqa: E402
 from grid.checkpoint import Checkpoints  # noqa: E402
 from grid.config import InputError, TrialConfig, last_line  # noqa: E402
@@ -44,9 +45,9 @@ TRIES = 2
 """How often an epoch that raises is tried."""
 ANSWER_SECONDS = 120.0
 """How long a machine of a cluster may take to say what it has; it imports torch for that."""
-QUIET: dict[str, Any] = {"logging_level": "CRITICAL", "log_to_driver": False, "configure_logging": True}
-
-_leaving = threading.Event()
+FIRST_TRIALS = 500
+"""Trials of which some are timed; their order is random, so that every model is among them."""
+QUIET: dict[str, Any] = {"logging_level": "CRITICAL", "log_to_driver": False, "configure_logging": True}_leaving = threading.Event()
 
 
 def find_cluster(address: str | None) -> str | None:
@@ -145,6 +146,21 @@ def local_packing(concurrency: int | None) -> Packing:
     """Choose how trials share this machine, without starting Ray."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return pack(cpus, torch.cuda.device_count(), gpu_memory(), concurrency)
+
+
+def calibrate(trials: Sequence[TrialConfig], classes: int, packing: Packing) -> tuple[forecast.Calibration, str]:
+    """Time a few trials where they would run, and say where that was.
+
+    A machine with a GPU that is not up is not started for it: then this one's CPU has to do.
+    """
+    trials = trials[:FIRST_TRIALS]
+    if packing.device == "cpu" or torch.cuda.is_available():
+        return forecast.calibrate(trials, classes), "this machine"
+    if ray.cluster_resources().get("GPU", 0) > 0:
+        task = ray.remote(num_cpus=packing.cpus_per_trial, num_gpus=packing.gpus_per_trial)(forecast.calibrate)
+        return ray.get(task.remote(trials, classes)), "a GPU of the cluster"
+    on_cpu = [replace(trial, device="cpu", fused=False) for trial in trials]
+    return forecast.calibrate(on_cpu, classes), "the CPU of this machine, as no GPU is up: expect less"
 
 
 def guard(on_death: Callable[[], None]) -> None:

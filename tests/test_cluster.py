@@ -1,0 +1,224 @@
+"""`cluster-local.yaml` for real: `ray up`, a grid, a worker host and the head lost and back, `ray down`.
+
+The hosts are namespaces of this machine (`tests.cluster_hosts`); nothing of Ray or ssh is pretended. One story, told in
+the order of the tests: what costs a minute is not done twice.
+"""
+
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.chaos_audit import audit
+from tests.cluster_hosts import Hosts, hosts, missing
+
+ROOT = Path(__file__).parents[1]
+BIN = ROOT / ".venv" / "bin"
+LACKING = missing() or ("" if (BIN / "ray").exists() else "needs .venv (make setup)")
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.skipif(bool(LACKING), reason=LACKING)]
+
+STRANGER = """
+import grpc, sys
+call = grpc.insecure_channel(sys.argv[1]).unary_unary(sys.argv[2])
+metadata = [("authorization", "Bearer " + sys.argv[3])] if len(sys.argv) > 3 else []
+try:
+    call(b"", timeout=20, metadata=metadata)
+except grpc.RpcError as error:
+    print(error.code().name)
+else:
+    print("ANSWERED")
+"""
+"""Calls one method of a gRPC server, with a token or without, and prints how it ended."""
+
+
+class Cluster:
+    """The laptop's view: a configuration that is filled in, and the commands that a person types."""
+
+    def __init__(self, made: Hosts):
+        self.hosts = made
+        self.config = made.folder / "cluster-local.yaml"
+        self.config.write_text(fill_in((ROOT / "cluster-local.yaml").read_text(), made))
+        self.project = made.home / "factorial-grid"
+
+    def ray(self, *arguments: str, seconds: float = 300) -> subprocess.CompletedProcess[str]:
+        """Run `ray ...` on the laptop, in the project's folder."""
+        return self.hosts.run("laptop", [str(BIN / "ray"), *arguments], ROOT, seconds)
+
+    def up(self) -> None:
+        done = self.ray("up", str(self.config), "-y")
+        assert done.returncode == 0, done.stdout
+
+    def execute(self, command: str, seconds: float = 300) -> subprocess.CompletedProcess[str]:
+        """Run a command on the head through `ray exec`."""
+        return self.ray("exec", str(self.config), f"cd factorial-grid && {command}", seconds=seconds)
+
+    def on(self, name: str, command: str, seconds: float = 60) -> str:
+        """Return what a shell on a host prints."""
+        return self.hosts.run(name, ["bash", "-c", command], Path("/"), seconds).stdout
+
+    def nodes(self) -> int:
+        """Return how many nodes are up."""
+        status = self.on("head", f"source ~/.bashrc; {BIN}/ray status")
+        return sum(map(int, re.findall(r"^ (\d+) local\.cluster\.node", status, re.MULTILINE)))
+
+    def waits_for_nodes(self, count: int) -> None:
+        """Wait until so many nodes are up; asks rarely, because asking takes a second of CPU."""
+        deadline = time.monotonic() + 200
+        while self.nodes() != count:
+            assert time.monotonic() < deadline
+            time.sleep(5)
+
+    def trains(self, name: str) -> bool:
+        """Say whether a trial runs on a host."""
+        return "TrialWorker" in self.on(name, "ps -e -o args")
+
+
+def fill_in(text: str, made: Hosts) -> str:
+    """Do what the file's FILL comments ask a person to do."""
+    workers = ", ".join(made.address(name) for name in made.names if name.startswith("worker"))
+    values = {
+        "head_ip: HEAD_IP": f"head_ip: {made.address('head')}",
+        "[WORKER_IP, WORKER_IP]": f"[{workers}]",
+        "ssh_user: SSH_USER": "ssh_user: root",
+        "ssh_private_key: SSH_PRIVATE_KEY": f"ssh_private_key: {made.key}",
+    }
+    for blank, value in values.items():
+        assert text.count(blank) == 1, blank
+        text = text.replace(blank, value)
+    return text
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain"
+        time.sleep(1)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("hosts")
+    # Homes are their own, so that code and token are really sent; .venv is there, as after a first `make setup`.
+    shared = {"factorial-grid/.venv": ROOT / ".venv", "storage": folder / "storage"}
+    with hosts(folder, ("head", "worker-1", "worker-2", "laptop"), shared) as made:
+        one = Cluster(made)
+        assert one.ray("get-auth-token", "--generate").returncode == 0
+        one.up()
+        one.waits_for_nodes(3)
+        yield one
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_the_dry_run_shows_what_the_cluster_would_do_and_cost(cluster: Cluster) -> None:
+    printed = cluster.execute("python -m grid.run --grid smoke --dry-run --price-per-hour 3").stdout
+    assert re.search(r"^where +3 nodes, \d+ CPUs, 0 GPUs\r?$", printed, re.MULTILINE), printed
+    assert re.search(r"^at once +\d+ at once, 1 CPU each \(one per CPU\)", printed, re.MULTILINE)
+    assert re.search(r"^price +[\d.]+ at 3 per hour", printed, re.MULTILINE)
+    assert not (cluster.hosts.own_home("head") / "factorial-grid" / "storage").exists()
+
+
+def test_a_storage_that_is_not_shared_and_other_code_are_told_with_the_node_before_any_trial(cluster: Cluster) -> None:
+    other = cluster.hosts.own_home("worker-2") / "factorial-grid" / "nets" / "mlp.py"
+    kept = other.read_text()
+    other.write_text(kept + "\n# other code\n")
+    try:
+        refused = cluster.execute("python -m grid.run --grid smoke")
+    finally:
+        other.write_text(kept)
+    name_1, name_2 = (f"node {cluster.hosts.address(name)} ({name})" for name in ("worker-1", "worker-2"))
+    assert refused.returncode != 0
+    assert f"{name_1} does not see in {cluster.project}/storage what the driver wrote there; mount" in refused.stdout
+    assert f"{name_2} has other code (" in refused.stdout
+    assert "bring the cluster up again" in refused.stdout
+    assert "Traceback" not in refused.stdout
+    assert "left to run" not in refused.stdout
+
+
+def test_a_stranger_without_the_token_is_refused_by_every_port(cluster: Cluster) -> None:
+    stranger = cluster.hosts.folder / "stranger.py"
+    stranger.write_text(STRANGER)
+    head = cluster.hosts.address("head")
+    ports = sorted({int(port) for port in re.findall(r":(\d+) +\S+ *$", cluster.on("head", "ss -ltnH"), re.MULTILINE)})
+    assert 6379 in ports
+    alive = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+    token = (cluster.hosts.own_home("head") / ".ray" / "auth_token").read_text().strip()
+
+    def call(port: int, *token: str) -> str:
+        python = [str(BIN / "python"), str(stranger), f"{head}:{port}", alive, *token]
+        return cluster.hosts.run("laptop", python, Path("/"), 60).stdout.strip()
+
+    def http(host: str, url: str, *options: str) -> str:
+        script = "import sys, urllib.request as r\ntry: print(r.urlopen(r.Request(sys.argv[1], headers=dict([sys.argv[2:]] if sys.argv[2:] else [])), timeout=20).status)\nexcept Exception as e: print(getattr(e, 'code', type(e).__name__))"  # noqa: E501
+        return cluster.hosts.run(host, [str(BIN / "python"), "-c", script, url, *options], Path("/"), 60).stdout.strip()
+
+    assert call(6379) == call(6379, "wrong") == "UNAUTHENTICATED"
+    assert call(6379, token) == "ANSWERED"
+    for port in set(ports) - {22}:
+        assert http("laptop", f"http://{head}:{port}/metrics") in (
+            "401",
+            "URLError",
+            "RemoteDisconnected",
+            "BadStatusLine",
+            "ConnectionResetError",
+        ), port
+        assert call(port) in ("UNAUTHENTICATED", "UNAVAILABLE"), port
+    for port in (5000, 8265):  # MLflow and the dashboard: here, and not from outside
+        assert http("laptop", f"http://{head}:{port}") == "URLError"
+    assert http("head", "http://127.0.0.1:8265/api/cluster_status") == "401"
+    assert http("head", "http://127.0.0.1:8265/api/cluster_status", "Authorization", f"Bearer {token}") == "200"
+    assert http("head", "http://127.0.0.1:5000/health") == "200"
+
+
+def test_our_command_with_a_wrong_token_says_so_in_one_line(cluster: Cluster) -> None:
+    address = f"{cluster.hosts.address('head')}:6379"
+    command = ["env", "RAY_AUTH_TOKEN=" + "0" * 64, "RAY_AUTH_MODE=token", str(BIN / "python"), "-m", "grid.run"]
+    command += ["--grid", "smoke", "--dry-run", "--address", address]
+    refused = cluster.hosts.run("laptop", command, ROOT, 120)
+    assert refused.returncode == 2
+    assert "~/.ray/auth_token must be the cluster's" in refused.stdout.splitlines()[-1]
+    assert "Traceback" not in refused.stdout
+
+
+def test_a_grid_outlives_the_loss_of_a_worker_host_and_of_the_head(cluster: Cluster) -> None:
+    command = "python -m grid.run --grid smoke --data-dir ~/data --storage ~/storage"
+    log = cluster.hosts.folder / "grid.log"
+    executing = [str(BIN / "ray"), "exec", str(cluster.config), f"cd factorial-grid && {command}"]
+    first = cluster.hosts.popen("laptop", executing, ROOT, log)
+    wait_until(lambda: cluster.trains("worker-1") and cluster.trains("worker-2"), 300)
+    cluster.hosts.kill("worker-2")
+    time.sleep(3)
+    cluster.hosts.start("worker-2")
+    wait_until(lambda: cluster.trains("worker-2") or first.poll() is not None, 300)
+    assert first.poll() is None, log.read_text()[-2000:]  # back and at work, with nobody's help
+    cluster.hosts.kill("head")
+    first.wait(100)
+    assert " 32/32 done" not in log.read_text()
+    cluster.hosts.start("head")
+    cluster.up()
+    deadline = time.monotonic() + 200
+    while (again := cluster.execute(command)).returncode and "is being run by" in again.stdout:
+        assert time.monotonic() < deadline
+        time.sleep(5)  # until the claim of the dead driver ends
+    assert again.returncode == 0, again.stdout[-3000:]
+    assert "32/32 done" in again.stdout
+    check_record(cluster)
+
+
+def check_record(cluster: Cluster) -> None:
+    folder = cluster.hosts.own_home("head") / "factorial-grid"
+    found = audit(f"sqlite:///{folder}/mlflow.db", folder, "smoke-glyphs", ["smoke-glyphs"])
+    assert found.trials == 32
+    assert found.clean, found
+    assert list((cluster.hosts.folder / "storage").glob("*/checkpoints/*")) == []
+
+
+def test_ray_down_leaves_no_ray_behind(cluster: Cluster) -> None:
+    done = cluster.ray("down", str(cluster.config), "-y")
+    assert "Command failed" not in done.stdout
+    for name in ("head", "worker-1", "worker-2"):
+        wait_until(lambda name=name: "raylet" not in cluster.on(name, "ps -e -o args"), 150)  # type: ignore[misc]
