@@ -45,9 +45,9 @@ TRIES = 2
 """How often an epoch that raises is tried."""
 ANSWER_SECONDS = 120.0
 """How long a machine of a cluster may take to say what it has; it imports torch for that."""
-FIRST_TRIALS = 500
-"""Trials of which some are timed; their order is random, so that every model is among them."""
-QUIET: dict[str, Any] = {"logging_level": "CRITICAL", "log_to_driver": False, "configure_logging": True}_leaving = threading.Event()
+QUIET: dict[str, Any] = {"logging_level": "CRITICAL", "log_to_driver": False, "configure_logging": True}
+
+_leaving = threading.Event()
 
 
 def find_cluster(address: str | None) -> str | None:
@@ -153,7 +153,6 @@ def calibrate(trials: Sequence[TrialConfig], classes: int, packing: Packing) -> 
 
     A machine with a GPU that is not up is not started for it: then this one's CPU has to do.
     """
-    trials = trials[:FIRST_TRIALS]
     if packing.device == "cpu" or torch.cuda.is_available():
         return forecast.calibrate(trials, classes), "this machine"
     if ray.cluster_resources().get("GPU", 0) > 0:
