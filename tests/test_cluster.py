@@ -4,6 +4,7 @@ The hosts are namespaces of this machine (`tests.cluster_hosts`); nothing of Ray
 the order of the tests: what costs a minute is not done twice.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -23,17 +24,34 @@ LACKING = missing() or ("" if (BIN / "ray").exists() else "needs .venv (make set
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.skipif(bool(LACKING), reason=LACKING)]
 
 STRANGER = """
-import grpc, sys
-call = grpc.insecure_channel(sys.argv[1]).unary_unary(sys.argv[2])
-metadata = [("authorization", "Bearer " + sys.argv[3])] if len(sys.argv) > 3 else []
-try:
-    call(b"", timeout=20, metadata=metadata)
-except grpc.RpcError as error:
-    print(error.code().name)
-else:
-    print("ANSWERED")
+import json, sys, urllib.error, urllib.request, grpc
+
+def ask(kind, address, token=None):
+    headers = {"authorization": "Bearer " + token} if token else {}
+    try:
+        if kind == "http":
+            return str(urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=20).status)
+        call = grpc.insecure_channel(address).unary_unary(kind)
+        call(b"", timeout=20, metadata=list(headers.items()))
+        return "ANSWERED"
+    except urllib.error.HTTPError as error:
+        return str(error.code)
+    except grpc.RpcError as error:
+        return error.code().name
+    except OSError:
+        return "NO HTTP"
+
+print(json.dumps([ask(*question) for question in json.loads(sys.argv[1])]))
 """
-"""Calls one method of a gRPC server, with a token or without, and prints how it ended."""
+"""Asks ports by HTTP, or calls one method by gRPC, with a token or without, and prints how each of that ended."""
+
+METHODS = {
+    "GCS": "/ray.rpc.NodeInfoGcsService/CheckAlive",
+    "raylet": "/ray.rpc.NodeManagerService/GetSystemConfig",
+    "object manager": "/ray.rpc.ObjectManagerService/FreeObjects",
+    "Ray client": "/ray.rpc.RayletDriver/KVExists",
+}
+"""One method of each of Ray's servers; a server that has another's port answers that it does not know it."""
 
 
 class Cluster:
@@ -139,39 +157,36 @@ def test_a_storage_that_is_not_shared_and_other_code_are_told_with_the_node_befo
     assert "left to run" not in refused.stdout
 
 
+def ask(cluster: Cluster, host: str, *questions: tuple[str, ...]) -> list[str]:
+    command = [str(BIN / "python"), "-c", STRANGER, json.dumps(questions)]
+    answers: list[str] = json.loads(cluster.hosts.run(host, command, Path("/"), 200).stdout.splitlines()[-1])
+    return answers
+
+
 def test_a_stranger_without_the_token_is_refused_by_every_port(cluster: Cluster) -> None:
-    stranger = cluster.hosts.folder / "stranger.py"
-    stranger.write_text(STRANGER)
     head = cluster.hosts.address("head")
-    ports = sorted({int(port) for port in re.findall(r":(\d+) +\S+ *$", cluster.on("head", "ss -ltnH"), re.MULTILINE)})
-    assert 6379 in ports
-    alive = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+    listening = cluster.on("head", "ss -ltnH").splitlines()
+    ports = sorted({int(line.split()[3].rpartition(":")[2]) for line in listening} - {22})
+    assert {5000, 6379, 8265} <= set(ports)
+    pages = ask(cluster, "laptop", *(("http", f"http://{head}:{port}/metrics") for port in ports))
+    assert set(pages) <= {"401", "NO HTTP"}, list(zip(ports, pages, strict=True))
+    calls = [(server, port) for server in METHODS for port in ports]
+    said = ask(cluster, "laptop", *((METHODS[server], f"{head}:{port}") for server, port in calls))
+    assert set(said) <= {"UNAUTHENTICATED", "UNIMPLEMENTED", "UNAVAILABLE"}, list(zip(calls, said, strict=True))
+    refusing = {server for (server, _), answer in zip(calls, said, strict=True) if answer == "UNAUTHENTICATED"}
+    assert refusing == set(METHODS)
+
+
+def test_the_token_opens_and_mlflow_and_the_dashboard_answer_on_the_head_alone(cluster: Cluster) -> None:
     token = (cluster.hosts.own_home("head") / ".ray" / "auth_token").read_text().strip()
-
-    def call(port: int, *token: str) -> str:
-        python = [str(BIN / "python"), str(stranger), f"{head}:{port}", alive, *token]
-        return cluster.hosts.run("laptop", python, Path("/"), 60).stdout.strip()
-
-    def http(host: str, url: str, *options: str) -> str:
-        script = "import sys, urllib.request as r\ntry: print(r.urlopen(r.Request(sys.argv[1], headers=dict([sys.argv[2:]] if sys.argv[2:] else [])), timeout=20).status)\nexcept Exception as e: print(getattr(e, 'code', type(e).__name__))"  # noqa: E501
-        return cluster.hosts.run(host, [str(BIN / "python"), "-c", script, url, *options], Path("/"), 60).stdout.strip()
-
-    assert call(6379) == call(6379, "wrong") == "UNAUTHENTICATED"
-    assert call(6379, token) == "ANSWERED"
-    for port in set(ports) - {22}:
-        assert http("laptop", f"http://{head}:{port}/metrics") in (
-            "401",
-            "URLError",
-            "RemoteDisconnected",
-            "BadStatusLine",
-            "ConnectionResetError",
-        ), port
-        assert call(port) in ("UNAUTHENTICATED", "UNAVAILABLE"), port
-    for port in (5000, 8265):  # MLflow and the dashboard: here, and not from outside
-        assert http("laptop", f"http://{head}:{port}") == "URLError"
-    assert http("head", "http://127.0.0.1:8265/api/cluster_status") == "401"
-    assert http("head", "http://127.0.0.1:8265/api/cluster_status", "Authorization", f"Bearer {token}") == "200"
-    assert http("head", "http://127.0.0.1:5000/health") == "200"
+    head = cluster.hosts.address("head")
+    gcs = METHODS["GCS"], f"{head}:6379"
+    assert ask(cluster, "laptop", (*gcs, "wrong"), (*gcs, token)) == ["UNAUTHENTICATED", "ANSWERED"]
+    outside = [("http", f"http://{head}:{port}") for port in (5000, 8265)]
+    assert ask(cluster, "laptop", *outside) == ["NO HTTP"] * 2
+    page = "http", "http://127.0.0.1:8265/api/cluster_status"
+    mlflow = "http", "http://127.0.0.1:5000/health"
+    assert ask(cluster, "head", page, (*page, token), mlflow) == ["401", "200", "200"]
 
 
 def test_our_command_with_a_wrong_token_says_so_in_one_line(cluster: Cluster) -> None:

@@ -1,6 +1,7 @@
 """Ray for real: one private cluster for all tests of the file."""
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ from grid.checkpoint import Checkpoints
 from grid.config import TrialConfig
 from grid.data import Dataset, load
 from grid.hardware import Packing
+from grid.preflight import Code
 from grid.trial import DeviceData, EpochReport, train
 from grid.tuner import connect, disconnect, run_trials
 
@@ -136,6 +138,25 @@ def test_an_interruption_leaves_trials_without_an_end(dataset: Dataset, packing:
     notes = run(trials, dataset, packing, tmp_path, end_after=4)
     assert notes.ends == {}
     assert 4 <= sum(map(len, notes.reports.values())) < 50
+
+
+def test_a_worker_on_a_machine_with_other_code_ends_the_run_with_one_line_and_no_trial(
+    dataset: Dataset, packing: Packing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Code.here()
+    monkeypatch.setattr("grid.tuner.Code.here", lambda: replace(here, digest="another"))
+    notes = run([CONFIG], dataset, packing, tmp_path)
+    assert notes.ends == notes.reports == {}
+    assert re.match(r"^node 127\.0\.0\.1 \(.+\) has other code \(\w+, the driver another\); bring the", notes.faults[0])
+    assert list(tmp_path.rglob("probe-*")) == []
+
+
+def test_workers_read_the_images_from_the_memory_of_their_node(dataset: Dataset, packing: Packing) -> None:
+    @ray.remote
+    def read(given: Dataset) -> bool:
+        return bool(given.train_images.flags.writeable)  # a copy of one's own could be written
+
+    assert ray.get(read.remote(ray.put(dataset))) is False
 
 
 class Killer(Notes):
