@@ -22,6 +22,8 @@ from grid.hardware import Node, Packing, gpu_memory, pack_nodes
 PACKAGES = ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow")
 BYTES_PER_TRIAL = 700 * 2**20
 """What one process that trains has for itself: torch, the images, a net and its gradients, rounded up."""
+ANSWER_SECONDS = 120.0
+"""How long a machine may take to say what it has; it imports torch for that."""
 PROBE = "probe-driver"
 MEND = "bring the cluster up again with this folder (`ray up`)"
 
@@ -116,12 +118,19 @@ def storage_fault(checkpoints: Checkpoints, mark: str, name: str) -> str:
     return ""
 
 
-def late_fault(code: Code, checkpoints: Checkpoints, mark: str, name: str) -> str:
-    """Say why this machine, which may have joined after the start, can't train; empty if it can."""
-    faults = Code.here().faults(code)
-    if not faults and (fault := storage_fault(checkpoints, mark, name)):
-        faults = [fault]
-    return f"node {name} {faults[0]}" if faults else ""
+@dataclass(frozen=True)
+class Wanted:
+    """What a machine that joins after the start must have, too."""
+
+    code: Code
+    """The driver's."""
+    mark: str
+    """From `mark_storage`."""
+
+    def fault(self, checkpoints: Checkpoints, name: str) -> str:
+        """Say why this machine can't train; empty if it can."""
+        faults = self.code.here().faults(self.code) or [storage_fault(checkpoints, self.mark, name.partition(" ")[0])]
+        return f"node {name} {faults[0]}" if faults[0] else ""
 
 
 def memory_fault(memory: float, node: Node, packing: Packing) -> str:

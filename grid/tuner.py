@@ -1,5 +1,6 @@
 """The only file that knows Ray: runs the trials of a grid as Ray Tune trials, stops them by ASHA, tells a listener."""
 
+import logging
 import os
 import socket
 import threading
@@ -22,6 +23,7 @@ import ray  # noqa: E402  (after the settings that it reads when imported)
 import torch  # noqa: E402
 from ray import tune  # noqa: E402
 from ray._private import ray_constants  # noqa: E402
+from ray._private.authentication import authentication_token_setup as token  # noqa: E402
 from ray._private.utils import read_ray_address  # noqa: E402
 from ray.exceptions import AuthenticationError, GetTimeoutError, RayError  # noqa: E402
 from ray.tune.experiment import Trial as TuneTrial  # noqa: E402
@@ -35,7 +37,7 @@ from grid.config import InputError, TrialConfig, last_line  # noqa: E402
 from grid.data import Dataset  # noqa: E402
 from grid.hardware import Packing, gpu_memory, pack  # noqa: E402
 from grid.listener import Listener  # noqa: E402
-from grid.preflight import MEND, PROBE, Code, Report, judge, late_fault, mark_storage, report  # noqa: E402
+from grid.preflight import ANSWER_SECONDS, MEND, PROBE, Code, Report, Wanted, judge, mark_storage, report  # noqa: E402
 from grid.request import NO_RAY, check_address  # noqa: E402
 from grid.trial import DeviceData, EpochReport, Trial  # noqa: E402
 
@@ -43,8 +45,6 @@ WORKER_RESTARTS = 8
 """How often a trial whose worker died is run again. Errors of the trial itself never restart a worker."""
 TRIES = 2
 """How often an epoch that raises is tried."""
-ANSWER_SECONDS = 120.0
-"""How long a machine of a cluster may take to say what it has; it imports torch for that."""
 QUIET: dict[str, Any] = {"logging_level": "CRITICAL", "log_to_driver": False, "configure_logging": True}
 
 _leaving = threading.Event()
@@ -94,6 +94,8 @@ def connect(address: str | None, concurrency: int | None, checkpoints: Checkpoin
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **QUIET)
         return packing
     ray_constants.ENABLE_RAY_CLUSTER = True
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    token.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # Ray does so for the address `auto` alone
     try:
         ray.init(address=address, **QUIET)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
@@ -149,10 +151,7 @@ def local_packing(concurrency: int | None) -> Packing:
 
 
 def calibrate(trials: Sequence[TrialConfig], classes: int, packing: Packing) -> tuple[forecast.Calibration, str]:
-    """Time a few trials where they would run, and say where that was.
-
-    A machine with a GPU that is not up is not started for it: then this one's CPU has to do.
-    """
+    """Time a few trials where they would run, and say where that was; no machine is started for it."""
     if packing.device == "cpu" or torch.cuda.is_available():
         return forecast.calibrate(trials, classes), "this machine"
     if ray.cluster_resources().get("GPU", 0) > 0:
@@ -215,7 +214,7 @@ def run_trials(
     worker = tune.with_resources(
         # The images go into Ray's object store: to each node once, and its workers read the same memory.
         tune.with_parameters(
-            TrialWorker, dataset=dataset, checkpoints=checkpoints, put_down=put_down, code=Code.here(), mark=mark
+            TrialWorker, dataset=dataset, checkpoints=checkpoints, put_down=put_down, wanted=Wanted(Code.here(), mark)
         ),
         {"CPU": packing.cpus_per_trial, "GPU": packing.gpus_per_trial},
     )
@@ -260,13 +259,12 @@ class TrialWorker(tune.Trainable):
         dataset: Dataset,
         checkpoints: Checkpoints,
         put_down: tuple[int, ...],
-        code: Code,
-        mark: str,
+        wanted: Wanted,
     ) -> None:
         """Prepare for the first trial; this machine may have joined after the others were looked at."""
         torch.set_num_threads(1)
         name = _machine(ray.util.get_node_ip_address(), socket.gethostname())
-        self._fault = late_fault(code, checkpoints, mark, name)
+        self._fault = wanted.fault(checkpoints, name)
         self._dataset = dataset
         self._checkpoints = checkpoints
         self._put_down = put_down

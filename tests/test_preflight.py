@@ -15,8 +15,8 @@ from grid.preflight import (
     PROBE,
     Code,
     Report,
+    Wanted,
     judge,
-    late_fault,
     mark_storage,
     memory_fault,
     storage_fault,
@@ -92,11 +92,11 @@ def test_storage_that_is_another_folder_or_unwritable_is_found(tmp_path: Path) -
 def test_a_machine_that_joins_late_says_the_same(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path), "grid")
     mark = mark_storage(checkpoints)
-    assert late_fault(Code.here(), checkpoints, mark, "10.0.0.3 (late)") == ""
-    fault = late_fault(CODE, checkpoints, mark, "10.0.0.3 (late)")
+    assert Wanted(Code.here(), mark).fault(checkpoints, "10.0.0.3 (late)") == ""
+    fault = Wanted(CODE, mark).fault(checkpoints, "10.0.0.3 (late)")
     assert fault.startswith("node 10.0.0.3 (late) has torch ")
     checkpoints.delete(PROBE)
-    assert "does not see" in late_fault(Code.here(), checkpoints, mark, "10.0.0.3 (late)")
+    assert "does not see" in Wanted(Code.here(), mark).fault(checkpoints, "10.0.0.3 (late)")
 
 
 def test_the_digest_is_of_the_code_that_runs() -> None:
