@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TOOLS = ("ip", "unshare", "nsenter", "sshd", "rsync", "ssh-keygen", "make")
+TOOLS = ("ip", "unshare", "nsenter", "setpriv", "sshd", "rsync", "ssh-keygen", "make")
 
 
 def missing() -> str:
@@ -66,6 +66,7 @@ class Hosts:
 
     def build(self) -> None:
         """Make the bridge and start all hosts."""
+        _sweep()
         self.home.mkdir()
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.key)], check=True)
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / "hostkey")], check=True)
@@ -107,10 +108,11 @@ class Hosts:
             *binds,
             f"exec {shutil.which('sshd')} -D -e -f '{self.folder}/sshd_config'",
         ]
+        dying = ["setpriv", "--pdeathsig", "KILL"]  # with the test, should that be killed before it can tidy up
         unshare = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         with (self.folder / f"{name}.log").open("ab") as log:
             self.inits[name] = subprocess.Popen(
-                ["ip", "netns", "exec", self._space(name), *unshare, "bash", "-c", "\n".join(script)],
+                [*dying, "ip", "netns", "exec", self._space(name), *unshare, "bash", "-c", "\n".join(script)],
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -201,6 +203,17 @@ def hosts(folder: Path, names: Sequence[str], shared: dict[str, Path]) -> Iterat
         yield made
     finally:
         made.tear_down()
+
+
+def _sweep() -> None:
+    """Take away the networks of tests that were killed; their processes have died with them."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    for line in listed.splitlines():
+        prefix, _, rest = line.split()[0].partition("-")
+        owner = rest.partition("-")[0]
+        if prefix == "grid" and owner.isdecimal() and not Path("/proc", owner).exists():
+            subprocess.run(["ip", "netns", "del", line.split()[0]], check=False)
+            subprocess.run(["ip", "link", "del", f"gb-{owner}"], capture_output=True, check=False)
 
 
 def _ip(*arguments: str) -> None:

@@ -93,7 +93,7 @@ class Cluster:
 
     def trains(self, name: str) -> bool:
         """Say whether a trial runs on a host."""
-        return "TrialWorker" in self.on(name, "ps -e -o args")
+        return bool(re.search(r"ray::\S*(TrialWorker|Trainable)", self.on(name, "ps -e -o args")))
 
 
 def fill_in(text: str, made: Hosts) -> str:

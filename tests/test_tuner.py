@@ -4,6 +4,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,11 @@ CONFIG = TrialConfig(learning_rate=0.05, optimizer="sgd", epochs=3, hidden_sizes
 
 
 def worker_pids() -> set[int]:
-    return {process.pid for process in psutil.Process().children(recursive=True) if "TrialWorker" in process.name()}
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found |= {process.pid} if "TrialWorker" in process.name() else set()
+    return found
 
 
 class Notes:
