@@ -48,7 +48,7 @@ print(json.dumps([ask(*question) for question in json.loads(sys.argv[1])]))
 METHODS = {
     "GCS": "/ray.rpc.NodeInfoGcsService/CheckAlive",
     "raylet": "/ray.rpc.NodeManagerService/GetSystemConfig",
-    "object manager": "/ray.rpc.ObjectManagerService/FreeObjects",
+    "object manager": "/ray.rpc.ObjectManagerService/Pull",
     "Ray client": "/ray.rpc.RayletDriver/KVExists",
 }
 """One method of each of Ray's servers; a server that has another's port answers that it does not know it."""
