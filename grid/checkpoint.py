@@ -35,6 +35,9 @@ class Checkpoints:
         self._filesystem, root = known
         self._folder = f"{root}/{experiment}/checkpoints"
 
+    def __str__(self) -> str:
+        return self._storage
+
     def check(self) -> None:
         """Put something down and take it away again.
 

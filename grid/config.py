@@ -60,6 +60,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def last_line(error: BaseException) -> str:
+    """Return the end of an error, which in one that has travelled says what happened."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrialConfig:
     """Everything that changes the result of one training; two equal configurations yield the same numbers.

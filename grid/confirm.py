@@ -41,7 +41,7 @@ class Confirmation:
     spool: Path
     """Local folder of what has not reached the store yet."""
     address: str | None
-    """Of a running Ray cluster; None starts Ray on this machine."""
+    """`HOST:PORT`, `auto` or `local`; None joins the cluster of this machine if there is one, else starts Ray."""
     concurrency: int | None
     """Trials at once; None lets the machine decide."""
 
@@ -109,7 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--storage", default="storage", metavar="DIR", help="checkpoints, reached by all nodes (storage)"
     )
-    parser.add_argument("--address", metavar="ADDR", help="a running Ray cluster, or auto; else Ray starts here")
+    parser.add_argument(
+        "--address",
+        metavar="ADDR",
+        help="HOST:PORT; auto: a cluster must run here; local: none (the cluster of this machine if one runs)",
+    )
     parser.add_argument("--concurrency", type=int, metavar="N", help="trials at once (what the machine holds)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser

@@ -20,7 +20,7 @@ from grid.hardware import Packing
 from grid.manifest import describe_code, describe_plan
 from grid.pictures import sample_sheet
 from grid.plan import Plan, check_comparable, make_plan
-from grid.progress import spell_seconds, top_table
+from grid.progress import count, spell_seconds, top_table
 from grid.record import Recorder, open_spool
 from grid.request import Request
 from grid.space import ORDER_SEED, settings_of
@@ -31,11 +31,17 @@ from grid.watcher import Watcher, restore_rungs
 
 
 def dry_run(request: Request) -> int:
-    """Print what a request would run and cost; start nothing, write nothing."""
-    packing = tuner.local_packing(request.concurrency)
-    plan = make_plan(request, device=packing.device, fingerprint="")
-    train_images, source = _training_images(request)
-    seconds_per_image, spread = forecast.calibrate(plan.trials, DATASETS[request.data].class_count)
+    """Print what a request would run and cost; start no trial, write nothing."""
+    cluster = tuner.find_cluster(request.address)
+    packing = (
+        tuner.local_packing(request.concurrency) if cluster is None else tuner.connect(cluster, request.concurrency)
+    )
+    try:
+        plan = make_plan(request, packing=packing, fingerprint="")
+        train_images, source = _training_images(request)
+        (seconds_per_image, spread), where = tuner.calibrate(plan.trials, DATASETS[request.data].class_count, packing)
+    finally:
+        tuner.disconnect()
     cost = forecast.forecast(
         plan.trials,
         plan.controls,
@@ -44,9 +50,9 @@ def dry_run(request: Request) -> int:
         train_images=train_images,
         slots=packing.slots,
     )
-    facts = _describe(request, plan)
+    facts = _describe(request, plan) | describe_packing(packing)
     facts["data"] = f"{request.data}, {train_images:,} training images {source}"
-    print_facts(facts | _describe_cost(cost, packing, request.price_per_hour))
+    print_facts(facts | _describe_cost(cost, where, packing, request.price_per_hour))
     return 0
 
 
@@ -57,13 +63,14 @@ def run(request: Request) -> int:
         InputError: The request can't be met; nothing has been written but what an earlier run had left to write.
     """
     checkpoints = Checkpoints(request.storage, slug(request.store, request.experiment))
-    if request.address is None:
+    cluster = tuner.find_cluster(request.address)
+    if cluster is None:
         tuner.local_packing(request.concurrency)  # raises if it can't be met
     dataset = load(request.data, request.data_dir, per_class=request.per_class, split_seed=ORDER_SEED)
     with closing(open_spool(request.spool, request.store, request.experiment)) as spool:
-        packing = tuner.connect(request.address, request.concurrency)
+        packing = tuner.connect(cluster, request.concurrency, checkpoints)
         try:
-            if request.address is None:
+            if cluster is None:
                 tuner.guard(_give_up)
             return _run_connected(request, dataset, packing, spool, checkpoints)
         finally:
@@ -80,7 +87,7 @@ def _run_connected(request: Request, dataset: Dataset, packing: Packing, spool: 
         recorder.recover()
         stored = store.trials()
         begun = {key: trial.control for key, trial in stored.items()}
-        plan = make_plan(request, device=packing.device, fingerprint=dataset.fingerprint, begun=begun)
+        plan = make_plan(request, packing=packing, fingerprint=dataset.fingerprint, begun=begun)
         check_comparable(plan.trials, [trial.config for trial in stored.values()], request.experiment)
         asha = Asha(rung_epochs(request.epochs))
         restore_rungs(asha, stored)
@@ -144,7 +151,7 @@ def train_all(
         concurrency=packing.concurrency,
         keep_weights=training.keep_weights,
     )
-    print_facts({**facts, "runs": f"{len(watcher.todo)} left to run, {packing}"})
+    print_facts({**facts, **describe_packing(packing), "runs": f"{len(watcher.todo)} left to run, {packing}"})
     with watcher.until_interrupted():
         if watcher.todo:
             tuner.run_trials(
@@ -184,6 +191,9 @@ def _conclude(request: Request, watcher: Watcher, undelivered: str) -> int:
     if watcher.fault:
         print(f"{watcher.fault}; free the disk, then go on with:  {_command()}", file=sys.stderr)
         return 1
+    if watcher.unfit:
+        print(f"{watcher.unfit}; then go on with:  {_command()}", file=sys.stderr)
+        return 1
     if watcher.interrupted:
         print(f"interrupted; go on with:  {_command()}", file=sys.stderr)
         return 130
@@ -216,20 +226,27 @@ def _describe(request: Request, plan: Plan) -> dict[str, str]:
     if plan.excluded:
         facts["excluded"] = "; ".join(f"{count:,} cells: {reason}" for reason, count in plan.excluded.items())
     facts["trials"] = (
-        f"{len(plan.trials):,} = cells x {_count(request.seeds, 'seed')} x "
-        f"{_count(len(request.lr_scales), 'lr scale')}; {_count(len(plan.controls), 'control')}, never stopped"
+        f"{len(plan.trials):,} = cells x {count(request.seeds, 'seed')} x "
+        f"{count(len(request.lr_scales), 'lr scale')}; {count(len(plan.controls), 'control')}, never stopped"
     )
     rungs = ", ".join(map(str, rung_epochs(request.epochs))) or "none"
     facts["budget"] = f"{request.epochs} epochs; one in {FACTOR} goes on after epoch {rungs}"
     return facts
 
 
-def _describe_cost(cost: forecast.Forecast, packing: Packing, price_per_hour: float | None) -> dict[str, str]:
+def describe_packing(packing: Packing) -> dict[str, str]:
+    """Return where trials run, and why so many at once."""
+    return {"where": packing.machines, "at once": f"{packing} ({packing.reason})"}
+
+
+def _describe_cost(
+    cost: forecast.Forecast, where: str, packing: Packing, price_per_hour: float | None
+) -> dict[str, str]:
     saved = 1 - cost.epochs / cost.full_epochs
     hours = cost.seconds / 3600
     facts = {
         "epochs": f"{cost.epochs:,.0f} expected of {cost.full_epochs:,} ({saved:.0%} saved by stopping early)",
-        "time": f"{spell_seconds(cost.seconds)} on this machine, {packing} (cells vary by {cost.spread:.0%})",
+        "time": f"{spell_seconds(cost.seconds)}, timed on {where} (cells vary by {cost.spread:.0%})",
     }
     if packing.gpus_per_trial:
         facts["GPU-hours"] = f"{hours * packing.concurrency * packing.gpus_per_trial:,.1f}"
@@ -268,10 +285,6 @@ def _manifest(request: Request, plan: Plan, asha: Asha, dataset: Dataset) -> dic
         },
     )
     return described | describe_code()
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def print_facts(facts: Mapping[str, str]) -> None:

@@ -25,7 +25,7 @@ from grid.confirm import Confirmation
 from grid.data import Dataset, load, load_test
 from grid.evaluation import ClassScore, ConfusedPair, Evaluation, confused_pairs, evaluate, inference_state, per_class
 from grid.experiment import Training, print_facts, train_all
-from grid.hardware import numeric_settings
+from grid.hardware import Packing, numeric_settings
 from grid.pictures import confusion_picture, mistake_sheet
 from grid.plan import Plan
 from grid.predictor import forget_models, log_predictor, register
@@ -62,9 +62,9 @@ def confirm(request: Confirmation) -> int:
     name = slug(request.store, f"{request.experiment} confirm")
     checkpoints = Checkpoints(request.storage, name)
     with closing(open_spool(request.spool, request.store, f"{request.experiment} confirm")) as spool:
-        packing = tuner.connect(request.address, request.concurrency)
+        packing = tuner.connect(tuner.find_cluster(request.address), request.concurrency, checkpoints)
         try:
-            trials = finalist_trials(chosen, [trial.config for trial in stored.values()], request.seeds, packing.device)
+            trials = finalist_trials(chosen, [trial.config for trial in stored.values()], request.seeds, packing)
             training = Training(request.storage, name, packing, checkpoints, keep_weights=True)
             ended = _train(request, trials, dataset, spool, training)
         finally:
@@ -96,7 +96,7 @@ def choose(ranked: Sequence[RankedCell], top: int) -> list[RankedCell]:
 
 
 def finalist_trials(
-    chosen: Iterable[RankedCell], trained: Sequence[TrialConfig], seeds: int, device: str
+    chosen: Iterable[RankedCell], trained: Sequence[TrialConfig], seeds: int, packing: Packing
 ) -> list[TrialConfig]:
     """Return the trainings of the finalists: their configurations as they were in the grid, on new seeds.
 
@@ -104,12 +104,12 @@ def finalist_trials(
         chosen: Cells to confirm.
         trained: Configurations of the grid.
         seeds: Replicates of each, `FIRST_SEED` and up.
-        device: Kind of device that trains now: `cpu` or `cuda`.
+        packing: Where they are trained.
     """
     known = {(tuple(config.cell.values()), config.lr_scale): config for config in trained}
     templates = [known[tuple(ranked.cell.values()), ranked.lr_scale] for ranked in chosen]
-    if any(template.device != device for template in templates):
-        settings = numeric_settings(device)
+    if any(template.device != packing.device for template in templates):
+        settings = numeric_settings(packing.device, bfloat16=packing.bfloat16)
         templates = [TrialConfig.from_params(template.to_params() | settings) for template in templates]
     return [replace(template, seed=FIRST_SEED + seed) for seed in range(seeds) for template in templates]
 
@@ -152,9 +152,9 @@ def _train(
     asha = Asha(rung_epochs(trials[0].epochs))
     watcher, delivered = train_all(plan, stored, dataset, recorder, asha, training, _describe(trials))
     if watcher.interrupted:
-        reason = watcher.fault or "interrupted"
-        print(f"{reason}; the same command goes on", file=sys.stderr)
-        return 1 if watcher.fault else 130
+        reason = watcher.fault or watcher.unfit
+        print(f"{reason or 'interrupted'}; the same command goes on", file=sys.stderr)
+        return 1 if reason else 130
     if not delivered:
         print(f"not everything has reached {mask(request.store)}: {recorder.error}; run it again", file=sys.stderr)
         return 1

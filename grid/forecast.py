@@ -17,6 +17,9 @@ CALIBRATED_PER_MODEL = 4
 """Trials of each model that are timed."""
 CALIBRATION_IMAGES = 1280
 
+Calibration = tuple[dict[str, float], float]
+"""Seconds per training image for each model, and the spread about it (standard deviation / mean)."""
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -52,7 +55,7 @@ def expected_epochs(trials: Sequence[TrialConfig], controls: Collection[str], se
     return dict(epochs)
 
 
-def calibrate(trials: Sequence[TrialConfig], classes: int, side: int = 28) -> tuple[dict[str, float], float]:
+def calibrate(trials: Sequence[TrialConfig], classes: int, side: int = 28) -> Calibration:
     """Time a few trials of each model on random pixels.
 
     Args:

@@ -1,7 +1,8 @@
 """What a machine has, and what is made of it: how many trials run at once, in which precision."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -23,6 +24,12 @@ class Packing:
     cpus_per_trial: float
     gpus_per_trial: float
     """Share of one GPU; 0 where trials run on CPUs. Bookkeeping of Ray: memory is not kept apart."""
+    reason: str = field(default="", compare=False)
+    """Why so many."""
+    machines: str = field(default="this machine", compare=False)
+    """What it was chosen for."""
+    bfloat16: bool | None = field(default=None, compare=False)
+    """Whether all GPUs are fast in it, where the driver can't ask its own."""
 
     @property
     def slots(self) -> float:
@@ -39,30 +46,86 @@ class Packing:
         return f"{self.concurrency} at once, {share} each"
 
 
-def pack(cpus: float, gpus: float, gpu_bytes: int, concurrency: int | None = None) -> Packing:
-    """Choose how many trials run at once.
+@dataclass(frozen=True)
+class Node:
+    """What one machine offers to trials."""
 
-    On CPUs one per CPU: a trial has one thread. On GPUs as many as their memory and the CPUs that drive them allow.
+    cpus: float
+    gpus: float
+    gpu_bytes: int
+    """Memory of its smallest GPU."""
+    gpu_kind: str = ""
+    """As Ray names it, such as `A10G`; empty if not known."""
+    here: bool = True
+    """Whether it is up; otherwise it is one that a cluster starts on demand."""
+
+
+def pack(cpus: float, gpus: float, gpu_bytes: int, concurrency: int | None = None) -> Packing:
+    """Choose how many trials run at once on one machine.
 
     Args:
-        cpus: CPUs of the machine or cluster.
-        gpus: GPUs of the machine or cluster.
+        cpus: CPUs of the machine.
+        gpus: GPUs of the machine.
         gpu_bytes: Memory of its smallest GPU.
         concurrency: The user's own number instead.
 
     Raises:
-        InputError: `concurrency` is below 1.
+        InputError: `concurrency` is out of range.
     """
+    return pack_nodes([Node(cpus, gpus, gpu_bytes)], concurrency)
+
+
+def pack_nodes(nodes: Sequence[Node], concurrency: int | None = None) -> Packing:
+    """Choose how many trials run at once on machines that may differ; all trials take the same share of one.
+
+    On CPUs one per CPU: a trial has one thread. On GPUs as many as their memory and the CPUs that drive them allow, on
+    the machine that has least of it. Machines without a GPU are left out where others have one.
+
+    Args:
+        nodes: All machines that are up or that may come.
+        concurrency: The user's own number instead.
+
+    Raises:
+        InputError: `concurrency` is out of range, or no machine can train.
+    """
+    cpus = sum(node.cpus for node in nodes)
     if concurrency is not None and concurrency < 1:
         raise InputError(f"--concurrency must be 1 or more, got {concurrency}")
-    if concurrency is not None and concurrency > MOST_PER_CPU * max(1.0, cpus):
-        most = int(MOST_PER_CPU * max(1.0, cpus))
+    most = int(MOST_PER_CPU * max(1.0, cpus))
+    if concurrency is not None and concurrency > most:
         raise InputError(f"--concurrency must be at most {most} here ({MOST_PER_CPU} per CPU), got {concurrency}")
-    if gpus >= 1:
-        fitting = max(1, min(MAX_TRIALS_PER_GPU, gpu_bytes // GPU_BYTES_PER_TRIAL, int(cpus // gpus)))
-        per_gpu = fitting if concurrency is None else math.ceil(concurrency / gpus)
-        return Packing(concurrency or int(per_gpu * gpus), min(1.0, cpus / (per_gpu * gpus)), 1 / per_gpu)
-    return Packing(concurrency or max(1, int(cpus)), min(1.0, cpus / (concurrency or 1)), 0.0)
+    with_gpu = [node for node in nodes if node.gpus >= 1 and node.cpus > 0]
+    if with_gpu:
+        return _pack_gpus(with_gpu, concurrency)
+    if not cpus:
+        raise InputError("no machine of the cluster has a CPU for trials; add a worker, or let the head have CPUs")
+    if concurrency is None:
+        whole = sum(int(node.cpus) for node in nodes)
+        return Packing(max(1, whole), 1.0 if whole else max(node.cpus for node in nodes), 0.0, "one per CPU")
+    return Packing(concurrency, _cpu_share([node.cpus for node in nodes], concurrency), 0.0, "as --concurrency asks")
+
+
+def _pack_gpus(nodes: Sequence[Node], concurrency: int | None) -> Packing:
+    gpus = sum(int(node.gpus) for node in nodes)
+    limits = {
+        f"{MAX_TRIALS_PER_GPU} share a GPU at most": MAX_TRIALS_PER_GPU,
+        "what its memory holds": min(node.gpu_bytes for node in nodes) // GPU_BYTES_PER_TRIAL,
+        "one for each CPU beside it": int(min(node.cpus / node.gpus for node in nodes)),
+    }
+    fitting = max(1, min(limits.values()))
+    per_gpu = fitting if concurrency is None else math.ceil(concurrency / gpus)
+    binding = min(limits, key=lambda reason: limits[reason])
+    reason = f"{per_gpu} per GPU, {binding}" if concurrency is None else "as --concurrency asks"
+    share = min(1.0, *(node.cpus / (int(node.gpus) * per_gpu) for node in nodes))
+    return Packing(concurrency or per_gpu * gpus, share, 1 / per_gpu, reason)
+
+
+def _cpu_share(cpus: Sequence[float], concurrency: int) -> float:
+    """Return the largest share of a CPU, 1 at most, of which machines with these CPUs hold `concurrency`."""
+    share = min(1.0, sum(cpus) / concurrency)
+    while sum(int(each / share + 1e-9) for each in cpus) < concurrency:
+        share = max(each / (int(each / share + 1e-9) + 1) for each in cpus)
+    return share
 
 
 def gpu_memory() -> int:
@@ -71,20 +134,22 @@ def gpu_memory() -> int:
     return min((torch.cuda.get_device_properties(index).total_memory for index in range(count)), default=0)
 
 
-def numeric_settings(device: str, precision: str = "auto") -> dict[str, str]:
+def numeric_settings(device: str, precision: str = "auto", bfloat16: bool | None = None) -> dict[str, str]:
     """Choose precision, memory format and fused optimizers by what the device can do.
 
     Args:
         device: `cpu` or `cuda`.
         precision: `auto`, or one that overrides the choice.
+        bfloat16: Whether the GPUs are fast in it; None asks this machine.
 
     Returns:
         The fields of `TrialConfig` of these names, spelled as parameters.
     """
-    native = torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_has_bfloat16()
+    if bfloat16 is None:
+        bfloat16 = torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_has_bfloat16()
     return {
         "device": device,
-        "precision": precision if precision != "auto" else "bfloat16" if native else "float32",
+        "precision": precision if precision != "auto" else "bfloat16" if bfloat16 else "float32",
         "memory_format": "channels_last",
         "fused": "on",
     }

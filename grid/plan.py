@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from grid.config import InputError, TrialConfig
-from grid.hardware import numeric_settings
+from grid.hardware import Packing, numeric_settings
 from grid.optimizers import OPTIMIZERS
 from grid.request import Request
 from grid.space import ORDER_SEED, Cell, cross, draw_controls, expand, settings_of
@@ -29,12 +29,12 @@ class Plan:
     """Keys of the trials that are never stopped."""
 
 
-def make_plan(request: Request, *, device: str, fingerprint: str, begun: Mapping[str, bool] | None = None) -> Plan:
+def make_plan(request: Request, *, packing: Packing, fingerprint: str, begun: Mapping[str, bool] | None = None) -> Plan:
     """Expand a request into trials.
 
     Args:
         request: What was asked for.
-        device: Kind of device that trains: `cpu` or `cuda`.
+        packing: Where it is trained.
         fingerprint: Of the data.
         begun: Keys of the trials that have begun in an earlier run, and whether they are controls.
 
@@ -43,7 +43,7 @@ def make_plan(request: Request, *, device: str, fingerprint: str, begun: Mapping
     """
     cells, excluded = cross(request.levels)
     shared = {
-        **numeric_settings(device, request.precision),
+        **numeric_settings(packing.device, request.precision, packing.bfloat16),
         "epochs": str(request.epochs),
         "data": request.data,
         "data_fingerprint": fingerprint,

@@ -112,6 +112,11 @@ def top_table(standings: Sequence[Standing], count: int = 10) -> str:
     return "\n".join([*lines, f"{shown}; {len(standings)} trials: {by_status or 'none'}"])
 
 
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural where it must be."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def spell_seconds(seconds: float) -> str:
     """Return a duration such as `42 s`, `7 min` or `3 h 20 min`."""
     if seconds < 100:

@@ -13,6 +13,9 @@ from grid.store_uri import write_fault
 MOST = {"epochs": 100_000, "seeds": 1_000, "concurrency": 100_000}
 """What may be asked for at most; more is a slip of the finger."""
 
+NO_RAY = "start one with `ray up` or `ray start --head`, or leave --address out"
+"""What to do where no Ray answers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -49,7 +52,7 @@ class Request:
     spool: Path
     """Local folder of what has not reached the store yet."""
     address: str | None
-    """Of a running Ray cluster; None starts Ray on this machine."""
+    """`HOST:PORT`, `auto` or `local`; None joins the cluster of this machine if there is one, else starts Ray."""
     concurrency: int | None
     """Trials at once; None lets the machine decide."""
     precision: str
@@ -77,17 +80,18 @@ def check_address(address: str | None) -> str | None:
     """Return the address of a Ray cluster, after a test that something answers there.
 
     Args:
-        address: `HOST:PORT`, `auto` for the cluster that runs on this machine, or None for none.
+        address: `HOST:PORT`; `auto` for the cluster of this machine; `local` for a Ray of one's own; or None for the
+            cluster of this machine if it belongs to one.
 
     Raises:
         InputError: It has another form, or nothing answers.
     """
-    if address in (None, "auto"):
+    if address in (None, "auto", "local"):
         return address
     host, _, port = address.rpartition(":")
-    mend = "start one with `ray start --head`, or leave --address out"
+    mend = NO_RAY
     if not host or not port.isdecimal():
-        raise InputError(f"--address must be HOST:PORT or auto, got '{address}'; {mend}")
+        raise InputError(f"--address must be HOST:PORT, auto or local, got '{address}'; {mend}")
     try:
         with socket.create_connection((host, int(port)), timeout=5) as connection:
             speaks_grpc = _speaks_http2(connection)

@@ -97,7 +97,11 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--storage", default="storage", metavar="DIR", help="checkpoints, reached by all nodes (storage)"
     )
-    where.add_argument("--address", metavar="ADDR", help="a running Ray cluster, or auto; else Ray starts here")
+    where.add_argument(
+        "--address",
+        metavar="ADDR",
+        help="HOST:PORT; auto: a cluster must run here; local: none (the cluster of this machine if one runs)",
+    )
     where.add_argument("--concurrency", type=int, metavar="N", help="trials at once (what the machine holds)")
     where.add_argument(
         "--dry-run", action="store_true", help="print cells, trials and the expected cost; start nothing"

@@ -1,11 +1,13 @@
 """The only file that knows Ray: runs the trials of a grid as Ray Tune trials, stops them by ASHA, tells a listener."""
 
+import logging
 import os
+import socket
 import threading
 import traceback
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict
-from typing import Any, Protocol
+from dataclasses import asdict, replace
+from typing import Any
 
 for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -21,81 +23,142 @@ import ray  # noqa: E402  (after the settings that it reads when imported)
 import torch  # noqa: E402
 from ray import tune  # noqa: E402
 from ray._private import ray_constants  # noqa: E402
+from ray._private.authentication import authentication_token_setup as token  # noqa: E402
+from ray._private.utils import read_ray_address  # noqa: E402
+from ray.exceptions import AuthenticationError, GetTimeoutError, RayError  # noqa: E402
 from ray.tune.experiment import Trial as TuneTrial  # noqa: E402
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler  # noqa: E402
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
+from grid import forecast  # noqa: E402
 from grid.asha import Asha  # noqa: E402
 from grid.checkpoint import Checkpoints  # noqa: E402
-from grid.config import InputError, TrialConfig  # noqa: E402
+from grid.config import InputError, TrialConfig, last_line  # noqa: E402
 from grid.data import Dataset  # noqa: E402
 from grid.hardware import Packing, gpu_memory, pack  # noqa: E402
+from grid.listener import Listener  # noqa: E402
+from grid.preflight import ANSWER_SECONDS, MEND, PROBE, Code, Report, Wanted, judge, mark_storage, report  # noqa: E402
+from grid.request import NO_RAY, check_address  # noqa: E402
 from grid.trial import DeviceData, EpochReport, Trial  # noqa: E402
 
 WORKER_RESTARTS = 8
 """How often a trial whose worker died is run again. Errors of the trial itself never restart a worker."""
 TRIES = 2
 """How often an epoch that raises is tried."""
-
+QUIET: dict[str, Any] = {"logging_level": "CRITICAL", "log_to_driver": False, "configure_logging": True}
 
 _leaving = threading.Event()
 
 
-class Listener(Protocol):
-    """What is told how the trials go; called from the driver's main thread, and must return quickly."""
+def find_cluster(address: str | None) -> str | None:
+    """Return the address of the cluster to join; None if Ray is to start here, for this run alone.
 
-    def started(self, config: TrialConfig) -> None:
-        """A trial has begun, for the first time or again."""
+    A machine belongs to a cluster if RAY_ADDRESS says so, or if `ray start`, and so `ray up`, was run on it. The Ray
+    that another run has started for itself is never joined.
 
-    def reported(self, config: TrialConfig, report: EpochReport, *, stopped: bool) -> None:
-        """An epoch has ended; `stopped` if ASHA has decided that it was the last."""
+    Args:
+        address: What the user gave: `HOST:PORT`, `auto`, `local`, or None.
 
-    def ended(self, config: TrialConfig, status: str, error: str) -> None:
-        """A trial has ended with one of `grid.config.STATUSES`; `error` is the traceback of a failed one."""
+    Raises:
+        InputError: No cluster answers where one should.
+    """
+    if address not in (None, "auto"):
+        return None if address == "local" else address
+    found = os.environ.get("RAY_ADDRESS") or read_ray_address()
+    if found in (None, "", "auto", "local"):
+        if address == "auto":
+            raise InputError(f"this machine belongs to no Ray cluster; {NO_RAY}")
+        return None
+    try:
+        return check_address(found)
+    except InputError as error:
+        mend = "bring it up again, or end it with `ray stop`, or pass --address local to run on this machine alone"
+        raise InputError(f"the Ray cluster of this machine, {found}, does not answer; {mend}") from error
 
-    def tick(self) -> None:
-        """Called often."""
 
-    @property
-    def interrupted(self) -> bool:
-        """Whether to stop now and leave the unfinished trials unfinished."""
-
-
-def connect(address: str | None, concurrency: int | None) -> Packing:
+def connect(address: str | None, concurrency: int | None, checkpoints: Checkpoints | None = None) -> Packing:
     """Start Ray on this machine, or join a running cluster, and choose how trials share it.
 
     Args:
-        address: Of a running cluster, `auto` for the one on this machine; None starts a private one.
+        address: Of a running cluster, from `find_cluster`; None starts a private one.
         concurrency: Trials at once, chosen by the user.
+        checkpoints: The storage that all machines of a cluster must reach; None does not try.
 
     Raises:
-        InputError: No Ray answers at `address`, or `concurrency` is out of range.
+        InputError: No Ray answers at `address`, or `concurrency` is out of range, or a machine can't train.
     """
-    quiet: dict[str, Any] = {"logging_level": "CRITICAL", "log_to_driver": False, "configure_logging": True}
     if address is None:
         packing = local_packing(concurrency)
         ray_constants.ENABLE_RAY_CLUSTER = False  # a Ray that no other machine joins listens on localhost alone
-        ray.init(
-            address="local",
-            num_cpus=max(1, round(packing.concurrency * packing.cpus_per_trial)),
-            include_dashboard=False,
-            **quiet,
-        )
+        cpus = max(1, round(packing.concurrency * packing.cpus_per_trial))
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **QUIET)
         return packing
     ray_constants.ENABLE_RAY_CLUSTER = True
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    token.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # Ray does so for the address `auto` alone
     try:
-        ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        mend = "start one with `ray start --head`, or leave --address out"
-        closed = "if it is closed by a token, set RAY_AUTH_MODE=token"
-        raise InputError(f"no Ray answers at '{address}' ({type(error).__name__}; {closed}); {mend}") from error
-    resources = ray.cluster_resources()
-    return pack(resources.get("CPU", 1), resources.get("GPU", 0), gpu_memory() or 16 * 2**30, concurrency)
+        ray.init(address=address, **QUIET)
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
+        closed = "if it is closed by a token, ~/.ray/auth_token must be the cluster's"
+        raise InputError(f"no Ray answers at '{address}' ({type(error).__name__}; {closed}); {NO_RAY}") from error
+    try:
+        return _survey(address, concurrency, checkpoints)
+    except InputError:
+        ray.shutdown()
+        raise
+
+
+def _survey(address: str, concurrency: int | None, checkpoints: Checkpoints | None) -> Packing:
+    """Ask every machine of the cluster what it has; raise if one can't train."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    resources = {_machine(node["NodeManagerAddress"], node["NodeManagerHostname"]): node["Resources"] for node in alive}
+    reports = _ask(dict(zip(resources, (node["NodeID"] for node in alive), strict=True)), address, checkpoints)
+    return judge(resources, reports, Code.here(), concurrency)
+
+
+def _ask(nodes: dict[str, str], address: str, checkpoints: Checkpoints | None) -> dict[str, Report | str]:
+    """Return what each machine reports, or why it does not."""
+    mark = "" if checkpoints is None else mark_storage(checkpoints)
+    task = ray.remote(num_cpus=0, max_retries=0)(report)
+    asked = {
+        name: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(
+            checkpoints, mark, name.partition(" ")[0], address
+        )
+        for name, node_id in nodes.items()
+    }
+    ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER_SECONDS, fetch_local=False)
+    said: dict[str, Report | str] = {}
+    for name, answer in asked.items():
+        try:
+            said[name] = ray.get(answer, timeout=1)
+        except GetTimeoutError:
+            said[name] = f"does not answer within {ANSWER_SECONDS:.0f} s; see `ray status`, or take it out"
+        except RayError as error:
+            said[name] = f"can't load this code ({last_line(error)}); {MEND}"
+    if checkpoints is not None:
+        checkpoints.delete(PROBE)
+    return said
+
+
+def _machine(address: str, host: str) -> str:
+    return f"{address} ({host})"
 
 
 def local_packing(concurrency: int | None) -> Packing:
     """Choose how trials share this machine, without starting Ray."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return pack(cpus, torch.cuda.device_count(), gpu_memory(), concurrency)
+
+
+def calibrate(trials: Sequence[TrialConfig], classes: int, packing: Packing) -> tuple[forecast.Calibration, str]:
+    """Time a few trials where they would run, and say where that was; no machine is started for it."""
+    if packing.device == "cpu" or torch.cuda.is_available():
+        return forecast.calibrate(trials, classes), "this machine"
+    if ray.cluster_resources().get("GPU", 0) > 0:
+        task = ray.remote(num_cpus=packing.cpus_per_trial, num_gpus=packing.gpus_per_trial)(forecast.calibrate)
+        return ray.get(task.remote(trials, classes)), "a GPU of the cluster"
+    on_cpu = [replace(trial, device="cpu", fused=False) for trial in trials]
+    return forecast.calibrate(on_cpu, classes), "the CPU of this machine, as no GPU is up: expect less"
 
 
 def guard(on_death: Callable[[], None]) -> None:
@@ -146,9 +209,13 @@ def run_trials(
         experiment: Name of Tune's folder in it.
         keep_weights: Whether a trial is put down after its last epoch, too.
     """
+    mark = mark_storage(checkpoints)
     put_down = (*asha.rungs, *({trial.epochs for trial in trials} if keep_weights else ()))
     worker = tune.with_resources(
-        tune.with_parameters(TrialWorker, dataset=dataset, checkpoints=checkpoints, put_down=put_down),
+        # The images go into Ray's object store: to each node once, and its workers read the same memory.
+        tune.with_parameters(
+            TrialWorker, dataset=dataset, checkpoints=checkpoints, put_down=put_down, wanted=Wanted(Code.here(), mark)
+        ),
         {"CPU": packing.cpus_per_trial, "GPU": packing.gpus_per_trial},
     )
     tuner = tune.Tuner(
@@ -162,7 +229,10 @@ def run_trials(
         ),
         run_config=_run_config(listener, storage, experiment),
     )
-    tuner.fit()
+    try:
+        tuner.fit()
+    finally:
+        checkpoints.delete(PROBE)
 
 
 def _run_config(listener: Listener, storage: str, experiment: str) -> tune.RunConfig:
@@ -184,10 +254,17 @@ class TrialWorker(tune.Trainable):
     """
 
     def setup(  # type: ignore[override]
-        self, config: dict[str, Any], dataset: Dataset, checkpoints: Checkpoints, put_down: tuple[int, ...]
+        self,
+        config: dict[str, Any],
+        dataset: Dataset,
+        checkpoints: Checkpoints,
+        put_down: tuple[int, ...],
+        wanted: Wanted,
     ) -> None:
-        """Prepare for the first trial."""
+        """Prepare for the first trial; this machine may have joined after the others were looked at."""
         torch.set_num_threads(1)
+        name = _machine(ray.util.get_node_ip_address(), socket.gethostname())
+        self._fault = wanted.fault(checkpoints, name)
         self._dataset = dataset
         self._checkpoints = checkpoints
         self._put_down = put_down
@@ -201,6 +278,8 @@ class TrialWorker(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Train one epoch; an error of the trial is a result, so that the worker lives on."""
+        if self._fault:
+            return {"node_fault": self._fault}
         config = TrialConfig.from_params(self.config["trial"])
         for attempt in range(TRIES):
             try:
@@ -278,13 +357,17 @@ class _Bridge(_DriverOnly, tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
     ) -> None:
-        if "error" not in result:
+        if "node_fault" in result:
+            self._listener.give_up(result["node_fault"])
+        elif "error" not in result:
             report = EpochReport(**{name: result[name] for name in EpochReport.__dataclass_fields__})
             ended = report.diverged or report.epoch == _config(trial).epochs
             self._listener.reported(_config(trial), report, stopped=result["done"] and not ended)
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        if trial.last_result.get("done"):  # else the run is interrupted, and the trial goes on another time
+        if (
+            trial.last_result.get("done") and "node_fault" not in trial.last_result
+        ):  # else the run is interrupted, and the trial goes on another time
             status = _status(_config(trial), trial.last_result)
             self._listener.ended(_config(trial), status, trial.last_result.get("error", ""))
 
@@ -296,7 +379,7 @@ class _Interruption(_DriverOnly, tune.Stopper):
     """Ends the whole run when the listener says so."""
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return "error" in result  # the trial is over; ASHA has nothing to judge
+        return "error" in result or "node_fault" in result  # ASHA has nothing to judge
 
     def stop_all(self) -> bool:
         return self._listener.interrupted

@@ -52,6 +52,8 @@ class Watcher:
         self.interrupted = False
         self.fault = ""
         """Why nothing can be recorded any more; empty while it can."""
+        self.unfit = ""
+        """Which machine can't train, and why; empty if all can."""
         self.total = len(plan.trials)
         self._accuracies = {key: list(trial.val_accuracies) for key, trial in known.items()}
         self._controls = plan.controls
@@ -115,6 +117,11 @@ class Watcher:
         """Keep the progress line alive."""
         self.progress.running = len(self._running)
         self.progress.show()
+
+    def give_up(self, fault: str) -> None:
+        """End the run: what is left waits until the machine is mended."""
+        self.unfit = self.unfit or fault
+        self.interrupted = True
 
     def put_down(self) -> None:
         """Record that the trials which still run rest until another run takes them up."""

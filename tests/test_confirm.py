@@ -19,7 +19,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--seeds", "0"], "--seeds must be 1 to 1,000, got 0"),
         (["--register", "a/b"], "--register must be a name without / and :, got 'a/b'"),
         (["--register", " "], "--register must be a name without / and :, got ' '"),
-        (["--address", "nowhere"], "--address must be HOST:PORT or auto, got 'nowhere'"),
+        (["--address", "nowhere"], "--address must be HOST:PORT, auto or local, got 'nowhere'"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_code_2(

@@ -17,10 +17,12 @@ from grid.config import TrialConfig
 from grid.confirm import main as confirm
 from grid.data import load, load_test
 from grid.finalists import FIRST_SEED, choose, finalist_trials
+from grid.hardware import Packing
 from grid.ranking import RankedCell
 from grid.run import main as run
 from grid.store import Store
 
+CPU = Packing(1, 1.0, 0.0)
 CONFIG = TrialConfig(learning_rate=1e-3, epochs=9, lr_scale=0.5)
 
 
@@ -36,7 +38,7 @@ def test_the_best_of_each_model_are_chosen() -> None:
 
 def test_finalists_are_paired_on_seeds_that_the_grid_had_not() -> None:
     trained = [CONFIG, replace(CONFIG, dropout=True), replace(CONFIG, lr_scale=1.0, seed=7)]
-    trials = finalist_trials([cell(0.7), cell(0.6, dropout="on")], trained, 3, "cpu")
+    trials = finalist_trials([cell(0.7), cell(0.6, dropout="on")], trained, 3, CPU)
     assert {(trial.dropout, trial.seed) for trial in trials} == {
         (dropout, FIRST_SEED + seed) for dropout in (False, True) for seed in range(3)
     }
@@ -44,7 +46,7 @@ def test_finalists_are_paired_on_seeds_that_the_grid_had_not() -> None:
 
 
 def test_finalists_of_another_device_are_trained_as_that_device_likes_it() -> None:
-    (trial,) = finalist_trials([cell(0.7)], [replace(CONFIG, device="cuda")], 1, "cpu")
+    (trial,) = finalist_trials([cell(0.7)], [replace(CONFIG, device="cuda")], 1, CPU)
     assert (trial.device, trial.memory_format, trial.learning_rate) == ("cpu", "channels_last", 1e-3)
 
 

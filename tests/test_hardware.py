@@ -10,10 +10,12 @@ from grid.hardware import (
     GPU_BYTES_PER_TRIAL,
     MAX_TRIALS_PER_GPU,
     MOST_PER_CPU,
+    Node,
     Packing,
     gpu_memory,
     numeric_settings,
     pack,
+    pack_nodes,
 )
 
 GIB = 2**30
@@ -66,6 +68,40 @@ def test_all_trials_fit_the_machine_at_once(cpus, gpus, gpu_bytes, concurrency):
     assert packing.concurrency == (concurrency or packing.concurrency) >= 1
     assert packing.concurrency * packing.cpus_per_trial <= cpus * (1 + 1e-9)
     assert packing.concurrency * packing.gpus_per_trial <= gpus * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ([Node(3, 0, 0), Node(2, 0, 0)], Packing(5, 1.0, 0.0)),
+        ([Node(1.5, 0, 0), Node(1.5, 0, 0)], Packing(2, 1.0, 0.0)),  # halves of two machines are no CPU
+        ([Node(8, 0, 0), Node(4, 1, 80 * GIB)], Packing(4, 1.0, 1 / 4)),  # CPUs elsewhere drive no GPU
+        ([Node(0, 0, 0), Node(8, 1, 16 * GIB)], Packing(8, 1.0, 1 / 8)),  # a head without CPUs
+        ([Node(8, 1, 80 * GIB), Node(4, 1, 80 * GIB)], Packing(8, 1.0, 1 / 4)),  # the smaller one decides
+    ],
+)
+def test_trials_at_once_follow_from_all_machines(nodes, expected):
+    assert pack_nodes(nodes) == expected
+
+
+def test_the_reason_names_what_is_short():
+    assert pack(8, 1, 80 * GIB).reason == "8 per GPU, 8 share a GPU at most"
+    assert pack(4, 1, 80 * GIB).reason == "4 per GPU, one for each CPU beside it"
+    assert pack(8, 1, 9 * GIB).reason == "4 per GPU, what its memory holds"
+    assert pack(4, 0, 0).reason == "one per CPU"
+    assert pack(4, 0, 0, 3).reason == "as --concurrency asks"
+
+
+@given(cpus=st.lists(CAPACITY, min_size=1, max_size=5), concurrency=st.integers(1, 60))
+def test_machines_that_differ_hold_as_many_as_were_asked_for(cpus, concurrency):
+    assume(concurrency <= MOST_PER_CPU * max(1, sum(cpus)))
+    share = pack_nodes([Node(each, 0, 0) for each in cpus], concurrency).cpus_per_trial
+    assert sum(int(each / share + 1e-9) for each in cpus) >= concurrency
+
+
+def test_a_cluster_without_any_cpu_is_refused():
+    with pytest.raises(InputError, match="^no machine of the cluster has a CPU for trials; add a worker"):
+        pack_nodes([Node(0, 0, 0)])
 
 
 @given(cpus=CAPACITY, gpus=st.integers(1, 16), gpu_bytes=st.integers(GPU_BYTES_PER_TRIAL, 200 * GIB))

@@ -4,13 +4,14 @@ from pathlib import Path
 import pytest
 
 from grid.config import InputError
+from grid.hardware import Packing
 from grid.optimizers import OPTIMIZERS
 from grid.plan import Plan, check_comparable, make_plan
 from grid.run import _parser, read_request
 
 
 def plan(*arguments: str) -> Plan:
-    return make_plan(read_request(_parser().parse_args(arguments)), device="cpu", fingerprint="abc")
+    return make_plan(read_request(_parser().parse_args(arguments)), packing=Packing(1, 1.0, 0.0), fingerprint="abc")
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +81,6 @@ def test_controls_of_a_grown_grid_keep_those_that_have_begun() -> None:
     small = plan("--grid", "smoke", "--controls", "0.1")
     begun = {trial.trial_key: trial.trial_key in small.controls for trial in small.trials}
     request = read_request(_parser().parse_args(["--grid", "smoke", "--controls", "0.1", "--seeds", "3"]))
-    grown = make_plan(request, device="cpu", fingerprint="abc", begun=begun)
+    grown = make_plan(request, packing=Packing(1, 1.0, 0.0), fingerprint="abc", begun=begun)
     assert len(grown.controls) == 10  # a tenth of 96
     assert {key for key in grown.controls if key in begun} == small.controls

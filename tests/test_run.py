@@ -57,7 +57,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["--store", "sqlite:////nowhere/x.db"], "can't open the store sqlite:////nowhere/x.db: there is no folder"),
         (["--storage", "/proc/x"], "can't make the storage folder /proc/x: can't write to the folder /proc ("),
         (["--address", "127.0.0.1:1"], "no Ray runs at '127.0.0.1:1'"),
-        (["--address", "head"], "--address must be HOST:PORT or auto, got 'head'"),
+        (["--address", "head"], "--address must be HOST:PORT, auto or local, got 'head'"),
         (["--nonsense"], "unrecognized arguments: --nonsense; see --help"),
     ],
 )

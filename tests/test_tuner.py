@@ -1,8 +1,10 @@
 """Ray for real: one private cluster for all tests of the file."""
 
 import os
+import re
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from grid.checkpoint import Checkpoints
 from grid.config import TrialConfig
 from grid.data import Dataset, load
 from grid.hardware import Packing
+from grid.preflight import Code
 from grid.trial import DeviceData, EpochReport, train
 from grid.tuner import connect, disconnect, run_trials
 
@@ -25,7 +28,11 @@ CONFIG = TrialConfig(learning_rate=0.05, optimizer="sgd", epochs=3, hidden_sizes
 
 
 def worker_pids() -> set[int]:
-    return {process.pid for process in psutil.Process().children(recursive=True) if "TrialWorker" in process.name()}
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found |= {process.pid} if "TrialWorker" in process.name() else set()
+    return found
 
 
 class Notes:
@@ -36,6 +43,7 @@ class Notes:
         self.reports: dict[str, list[EpochReport]] = {}
         self.ends: dict[str, tuple[str, str]] = {}
         self.worker_pids: set[int] = set()
+        self.faults: list[str] = []
         self.end_after = end_after
 
     def started(self, config: TrialConfig) -> None:
@@ -47,12 +55,15 @@ class Notes:
     def ended(self, config: TrialConfig, status: str, error: str) -> None:
         self.ends[config.trial_key] = (status, error)
 
+    def give_up(self, fault: str) -> None:
+        self.faults.append(fault)
+
     def tick(self) -> None:
         self.worker_pids |= worker_pids()
 
     @property
     def interrupted(self) -> bool:
-        return sum(map(len, self.reports.values())) >= self.end_after
+        return bool(self.faults) or sum(map(len, self.reports.values())) >= self.end_after
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +143,25 @@ def test_an_interruption_leaves_trials_without_an_end(dataset: Dataset, packing:
     notes = run(trials, dataset, packing, tmp_path, end_after=4)
     assert notes.ends == {}
     assert 4 <= sum(map(len, notes.reports.values())) < 50
+
+
+def test_a_worker_on_a_machine_with_other_code_ends_the_run_with_one_line_and_no_trial(
+    dataset: Dataset, packing: Packing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Code.here()
+    monkeypatch.setattr("grid.tuner.Code.here", lambda: replace(here, digest="another"))
+    notes = run([CONFIG], dataset, packing, tmp_path)
+    assert notes.ends == notes.reports == {}
+    assert re.match(r"^node 127\.0\.0\.1 \(.+\) has other code \(\w+, the driver another\); bring the", notes.faults[0])
+    assert list(tmp_path.rglob("probe-*")) == []
+
+
+def test_workers_read_the_images_from_the_memory_of_their_node(dataset: Dataset, packing: Packing) -> None:
+    @ray.remote
+    def read(given: Dataset) -> bool:
+        return bool(given.train_images.flags.writeable)  # a copy of one's own could be written
+
+    assert ray.get(read.remote(ray.put(dataset))) is False
 
 
 class Killer(Notes):

@@ -1,0 +1,241 @@
+"""`cluster-local.yaml` for real: `ray up`, a grid, a worker host and the head lost and back, `ray down`.
+
+The hosts are namespaces of this machine (`tests.cluster_hosts`); nothing of Ray or ssh is pretended. One story, told in
+the order of the tests: what costs a minute is not done twice.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.chaos_audit import audit
+from tests.cluster_hosts import Hosts, hosts, missing
+
+ROOT = Path(__file__).parents[1]
+BIN = ROOT / ".venv" / "bin"
+LACKING = missing() or ("" if (BIN / "ray").exists() else "needs .venv (make setup)")
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.skipif(bool(LACKING), reason=LACKING)]
+
+STRANGER = """
+import http.client, json, sys, urllib.error, urllib.request, grpc
+
+def ask(kind, address, token=None):
+    headers = {"authorization": "Bearer " + token} if token else {}
+    try:
+        if kind == "http":
+            return str(urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=20).status)
+        call = grpc.insecure_channel(address).unary_unary(kind)
+        call(b"", timeout=20, metadata=list(headers.items()))
+        return "ANSWERED"
+    except urllib.error.HTTPError as error:
+        return str(error.code)
+    except grpc.RpcError as error:
+        return error.code().name
+    except (OSError, http.client.HTTPException):
+        return "NO HTTP"
+
+print(json.dumps([ask(*question) for question in json.loads(sys.argv[1])]))
+"""
+"""Asks ports by HTTP, or calls one method by gRPC, with a token or without, and prints how each of that ended."""
+
+METHODS = {
+    "GCS": "/ray.rpc.NodeInfoGcsService/CheckAlive",
+    "raylet": "/ray.rpc.NodeManagerService/GetSystemConfig",
+    "object manager": "/ray.rpc.ObjectManagerService/Pull",
+    "Ray client": "/ray.rpc.RayletDriver/KVExists",
+}
+"""One method of each of Ray's servers; a server that has another's port answers that it does not know it."""
+
+
+class Cluster:
+    """The laptop's view: a configuration that is filled in, and the commands that a person types."""
+
+    def __init__(self, made: Hosts):
+        self.hosts = made
+        self.config = made.folder / "cluster-local.yaml"
+        self.config.write_text(fill_in((ROOT / "cluster-local.yaml").read_text(), made))
+        self.project = made.home / "factorial-grid"
+
+    def ray(self, *arguments: str, seconds: float = 300) -> subprocess.CompletedProcess[str]:
+        """Run `ray ...` on the laptop, in the project's folder."""
+        return self.hosts.run("laptop", [str(BIN / "ray"), *arguments], ROOT, seconds)
+
+    def up(self) -> None:
+        done = self.ray("up", str(self.config), "-y")
+        assert done.returncode == 0, done.stdout
+
+    def execute(self, command: str, seconds: float = 300) -> subprocess.CompletedProcess[str]:
+        """Run a command on the head through `ray exec`."""
+        return self.ray("exec", str(self.config), f"cd factorial-grid && {command}", seconds=seconds)
+
+    def on(self, name: str, command: str, seconds: float = 60) -> str:
+        """Return what a shell on a host prints."""
+        return self.hosts.run(name, ["bash", "-c", command], Path("/"), seconds).stdout
+
+    def nodes(self) -> int:
+        """Return how many nodes are up."""
+        status = self.on("head", f"source ~/.bashrc; {BIN}/ray status")
+        return sum(map(int, re.findall(r"^ (\d+) local\.cluster\.node", status, re.MULTILINE)))
+
+    def waits_for_nodes(self, count: int) -> None:
+        """Wait until so many nodes are up; asks rarely, because asking takes a second of CPU."""
+        deadline = time.monotonic() + 200
+        while self.nodes() != count:
+            assert time.monotonic() < deadline
+            time.sleep(5)
+
+    def trains(self, name: str) -> bool:
+        """Say whether a trial runs on a host."""
+        return bool(re.search(r"ray::\S*(TrialWorker|Trainable)", self.on(name, "ps -e -o args")))
+
+
+def fill_in(text: str, made: Hosts) -> str:
+    """Do what the file's FILL comments ask a person to do."""
+    workers = ", ".join(made.address(name) for name in made.names if name.startswith("worker"))
+    values = {
+        "head_ip: HEAD_IP": f"head_ip: {made.address('head')}",
+        "[WORKER_IP, WORKER_IP]": f"[{workers}]",
+        "ssh_user: SSH_USER": "ssh_user: root",
+        "ssh_private_key: SSH_PRIVATE_KEY": f"ssh_private_key: {made.key}",
+    }
+    for blank, value in values.items():
+        assert text.count(blank) == 1, blank
+        text = text.replace(blank, value)
+    return text
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain"
+        time.sleep(1)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("hosts")
+    # Homes are their own, so that code and token are really sent; .venv is there, as after a first `make setup`.
+    shared = {"factorial-grid/.venv": ROOT / ".venv", "storage": folder / "storage"}
+    with hosts(folder, ("head", "worker-1", "worker-2", "laptop"), shared) as made:
+        one = Cluster(made)
+        assert one.ray("get-auth-token", "--generate").returncode == 0
+        one.up()
+        one.waits_for_nodes(3)
+        yield one
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_the_dry_run_shows_what_the_cluster_would_do_and_cost_and_a_wrong_token_nothing(cluster: Cluster) -> None:
+    refused = start_with_a_wrong_token(cluster)  # half a minute of Ray's patience, spent beside the rest
+    printed = cluster.execute("python -m grid.run --grid smoke --dry-run --price-per-hour 3").stdout
+    assert re.search(r"^where +3 nodes, \d+ CPUs, 0 GPUs\r?$", printed, re.MULTILINE), printed
+    assert re.search(r"^at once +\d+ at once, 1 CPU each \(one per CPU\)", printed, re.MULTILINE)
+    assert re.search(r"^price +[\d.]+ at 3 per hour", printed, re.MULTILINE)
+    assert not (cluster.hosts.own_home("head") / "factorial-grid" / "storage").exists()
+    assert refused.wait(200) == 2
+    lines = (cluster.hosts.folder / "refused.log").read_text().splitlines()
+    assert "~/.ray/auth_token must be the cluster's" in lines[-1]
+    assert not [line for line in lines if "Traceback" in line]
+
+
+def start_with_a_wrong_token(cluster: Cluster) -> subprocess.Popen[bytes]:
+    address = f"{cluster.hosts.address('head')}:6379"
+    command = ["env", "RAY_AUTH_TOKEN=" + "0" * 64, "RAY_AUTH_MODE=token", str(BIN / "python"), "-m", "grid.run"]
+    command += ["--grid", "smoke", "--dry-run", "--address", address]
+    return cluster.hosts.popen("laptop", command, ROOT, cluster.hosts.folder / "refused.log")
+
+
+def test_a_storage_that_is_not_shared_and_other_code_are_told_with_the_node_before_any_trial(cluster: Cluster) -> None:
+    other = cluster.hosts.own_home("worker-2") / "factorial-grid" / "nets" / "mlp.py"
+    kept = other.read_text()
+    other.write_text(kept + "\n# other code\n")
+    try:
+        refused = cluster.execute("python -m grid.run --grid smoke")
+    finally:
+        other.write_text(kept)
+    name_1, name_2 = (f"node {cluster.hosts.address(name)} ({name})" for name in ("worker-1", "worker-2"))
+    assert refused.returncode != 0
+    assert f"{name_1} does not see in {cluster.project}/storage what the driver wrote there; mount" in refused.stdout
+    assert f"{name_2} has other code (" in refused.stdout
+    assert "bring the cluster up again" in refused.stdout
+    assert "Traceback" not in refused.stdout
+    assert "left to run" not in refused.stdout
+
+
+def ask(cluster: Cluster, host: str, *questions: tuple[str, ...]) -> list[str]:
+    command = [str(BIN / "python"), "-c", STRANGER, json.dumps(questions)]
+    answers: list[str] = json.loads(cluster.hosts.run(host, command, Path("/"), 200).stdout.splitlines()[-1])
+    return answers
+
+
+def test_a_stranger_without_the_token_is_refused_by_every_port(cluster: Cluster) -> None:
+    head = cluster.hosts.address("head")
+    listening = cluster.on("head", "ss -ltnH").splitlines()
+    ports = sorted({int(line.split()[3].rpartition(":")[2]) for line in listening} - {22})
+    assert {5000, 6379, 8265} <= set(ports)
+    pages = ask(cluster, "laptop", *(("http", f"http://{head}:{port}/metrics") for port in ports))
+    assert set(pages) <= {"401", "NO HTTP"}, list(zip(ports, pages, strict=True))
+    calls = [(server, port) for server in METHODS for port in ports]
+    said = ask(cluster, "laptop", *((METHODS[server], f"{head}:{port}") for server, port in calls))
+    assert set(said) <= {"UNAUTHENTICATED", "UNIMPLEMENTED", "UNAVAILABLE"}, list(zip(calls, said, strict=True))
+    refusing = {server for (server, _), answer in zip(calls, said, strict=True) if answer == "UNAUTHENTICATED"}
+    assert refusing == set(METHODS)
+
+
+def test_the_token_opens_and_mlflow_and_the_dashboard_answer_on_the_head_alone(cluster: Cluster) -> None:
+    token = (cluster.hosts.own_home("head") / ".ray" / "auth_token").read_text().strip()
+    head = cluster.hosts.address("head")
+    gcs = METHODS["GCS"], f"{head}:6379"
+    assert ask(cluster, "laptop", (*gcs, "wrong"), (*gcs, token)) == ["UNAUTHENTICATED", "ANSWERED"]
+    outside = [("http", f"http://{head}:{port}") for port in (5000, 8265)]
+    assert ask(cluster, "laptop", *outside) == ["NO HTTP"] * 2
+    page = "http", "http://127.0.0.1:8265/api/cluster_status"
+    mlflow = "http", "http://127.0.0.1:5000/health"
+    assert ask(cluster, "head", page, (*page, token), mlflow) == ["401", "200", "200"]
+
+
+def test_a_grid_outlives_the_loss_of_a_worker_host_and_of_the_head(cluster: Cluster) -> None:
+    command = "python -m grid.run --grid smoke --data-dir ~/data --storage ~/storage"
+    log = cluster.hosts.folder / "grid.log"
+    executing = [str(BIN / "ray"), "exec", str(cluster.config), f"cd factorial-grid && {command}"]
+    first = cluster.hosts.popen("laptop", executing, ROOT, log)
+    wait_until(lambda: cluster.trains("worker-1") and cluster.trains("worker-2"), 300)
+    cluster.hosts.kill("worker-2")
+    time.sleep(3)
+    cluster.hosts.start("worker-2")
+    wait_until(lambda: cluster.trains("worker-2") or first.poll() is not None, 300)
+    assert first.poll() is None, log.read_text()[-2000:]  # back and at work, with nobody's help
+    cluster.hosts.kill("head")
+    first.wait(100)
+    assert " 32/32 done" not in log.read_text()
+    cluster.hosts.start("head")
+    cluster.up()
+    deadline = time.monotonic() + 200
+    while (again := cluster.execute(command)).returncode and "is being run by" in again.stdout:
+        assert time.monotonic() < deadline
+        time.sleep(5)  # until the claim of the dead driver ends
+    assert again.returncode == 0, again.stdout[-3000:]
+    assert "32/32 done" in again.stdout
+    check_record(cluster)
+
+
+def check_record(cluster: Cluster) -> None:
+    folder = cluster.hosts.own_home("head") / "factorial-grid"
+    found = audit(f"sqlite:///{folder}/mlflow.db", folder, "smoke-glyphs", ["smoke-glyphs"])
+    assert found.trials == 32
+    assert found.clean, found
+    assert list((cluster.hosts.folder / "storage").glob("*/checkpoints/*")) == []
+
+
+def test_ray_down_leaves_no_ray_behind(cluster: Cluster) -> None:
+    done = cluster.ray("down", str(cluster.config), "-y")
+    assert "Command failed" not in done.stdout
+    for name in ("head", "worker-1", "worker-2"):
+        wait_until(lambda name=name: "raylet" not in cluster.on(name, "ps -e -o args"), 150)  # type: ignore[misc]

@@ -1,0 +1,108 @@
+"""Which Ray a run joins, with real ones: `ray start` on a loopback address, pretending a GPU."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from grid.config import InputError
+from grid.tuner import find_cluster
+
+ROOT = Path(__file__).parents[1]
+PACKING = """
+from grid import tuner
+from grid.experiment import describe_packing
+print(describe_packing(tuner.connect(tuner.find_cluster(None), None)))
+"""
+PRIVATE = """
+import sys
+from grid import tuner
+tuner.connect(None, 1)
+print("up", flush=True)
+sys.stdin.read()
+tuner.disconnect()
+"""
+
+
+@pytest.fixture
+def ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for Ray of one's own, whose name is short, as the paths of its sockets may not be long."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))
+    for name, value in {"RAY_TMPDIR": str(folder), "HOME": str(folder), "PYTHONPATH": str(ROOT)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def pretended(ray_folder: Path) -> Iterator[str]:
+    """A cluster of one machine that claims a GPU and eight CPUs; the port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ray = [str(Path(sys.executable).parent / "ray")]
+    subprocess.run([*ray, "get-auth-token", "--generate"], check=True, capture_output=True)
+    start = [*ray, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
+    start += ["--num-cpus=8", "--num-gpus=1", "--include-dashboard=false"]
+    process = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    file = ray_folder / "ray" / "ray_current_cluster"
+    while not file.exists() and process.poll() is None:
+        time.sleep(0.2)
+    yield f":{port}"
+    process.terminate()
+    process.wait(60)
+
+
+def run_script(script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+def test_a_run_joins_the_cluster_of_its_machine_and_packs_its_gpu(pretended: str) -> None:
+    done = run_script(PACKING)
+    assert "'where': '1 node, 8 CPUs, 1 GPU'" in done.stdout, done.stderr
+    assert "'at once': '8 at once, 0.125 GPU each (8 per GPU, 8 share a GPU at most)'" in done.stdout
+    found = find_cluster("auto")
+    assert found is not None
+    assert found.endswith(pretended)
+    assert find_cluster(None) == found
+    assert find_cluster("local") is None
+
+
+@pytest.mark.slow
+def test_the_private_ray_of_another_run_is_not_joined(ray_folder: Path) -> None:
+    other = subprocess.Popen([sys.executable, "-c", PRIVATE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "up\n"
+    try:
+        assert find_cluster(None) is None
+        with pytest.raises(InputError, match="^this machine belongs to no Ray cluster; start one with `ray up`"):
+            find_cluster("auto")
+    finally:
+        other.communicate("")
+
+
+def test_a_cluster_that_is_gone_is_told_and_not_replaced_by_this_machine(ray_folder: Path) -> None:
+    (ray_folder / "ray").mkdir()
+    (ray_folder / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    with pytest.raises(
+        InputError, match=r"^the Ray cluster of this machine, 127.0.0.1:1, does not answer; bring it up"
+    ):
+        find_cluster(None)
+    assert find_cluster("local") is None
+
+
+def test_the_environment_says_which_cluster(ray_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(InputError, match="does not answer"):
+        find_cluster(None)
+    assert os.environ["RAY_ADDRESS"] == "127.0.0.1:1"
+    assert find_cluster("10.0.0.1:6379") == "10.0.0.1:6379"

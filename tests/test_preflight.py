@@ -1,0 +1,106 @@
+"""What is said of machines that can't train, without any."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from grid.checkpoint import Checkpoints
+from grid.cluster import HEAD
+from grid.config import InputError
+from grid.hardware import Node, Packing
+from grid.preflight import (
+    BYTES_PER_TRIAL,
+    PROBE,
+    Code,
+    Report,
+    Wanted,
+    judge,
+    mark_storage,
+    memory_fault,
+    storage_fault,
+)
+
+CODE = Code("0123456789ab", {"torch": "2.15", "ray": "2.60"})
+GOOD = Report(CODE, "", 0, "")
+RESOURCES = {"CPU": 4.0, "memory": 8.0 * 2**30}
+TWO = {"10.0.0.1 (head)": {**RESOURCES, HEAD: 1.0}, "10.0.0.2 (node)": RESOURCES}
+
+
+def judge_second(second: Report | str) -> Packing:
+    return judge(TWO, dict(zip(TWO, (GOOD, second), strict=True)), CODE, None)
+
+
+def test_a_good_cluster_is_packed_and_described() -> None:
+    packing = judge_second(GOOD)
+    assert (packing.concurrency, packing.machines, packing.bfloat16) == (8, "2 nodes, 8 CPUs, 0 GPUs", None)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ("does not answer", "does not answer"),
+        (
+            replace(GOOD, code=replace(CODE, versions={"torch": "2.14", "ray": "2.60"})),
+            "has torch 2.14, the driver 2.15; ",
+        ),
+        (
+            replace(GOOD, code=replace(CODE, digest="f" * 12)),
+            "has other code (ffffffffffff, the driver 0123456789ab); ",
+        ),
+        (replace(GOOD, storage_fault="can't use the storage"), "can't use the storage"),
+    ],
+)
+def test_a_machine_that_cannot_train_is_named_with_the_mend(second: Report | str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        judge_second(second)
+    assert str(caught.value).startswith(f"node 10.0.0.2 (node) {message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_configuration_of_the_autoscaler_is_planned_with() -> None:
+    kinds = {"gpu": {"resources": {"CPU": 8, "GPU": 1, "accelerator_type:T4": 1}, "max_workers": 2}}
+    scaling = json.dumps({"max_workers": 2, "available_node_types": kinds})
+    name = next(iter(TWO))
+    packing = judge({name: TWO[name]}, {name: replace(GOOD, scaling=scaling)}, CODE, None)
+    assert (packing.concurrency, packing.gpus_per_trial, packing.bfloat16) == (16, 1 / 8, False)
+
+
+def test_too_little_memory_is_told_with_a_concurrency_that_fits() -> None:
+    node, packing = Node(4, 0, 0), Packing(8, 1.0, 0.0)  # two such machines
+    assert memory_fault(4 * BYTES_PER_TRIAL, node, packing) == ""
+    fault = memory_fault(2 * BYTES_PER_TRIAL, node, packing)
+    assert fault == "has 1.4 GiB of memory for 4 trials, which need 2.7; pass --concurrency 4"
+
+
+def test_a_head_that_holds_no_trials_needs_no_memory_for_them() -> None:
+    assert memory_fault(0, Node(0, 0, 0), Packing(8, 1.0, 1 / 8)) == ""
+
+
+def test_storage_that_is_another_folder_or_unwritable_is_found(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(str(tmp_path / "here"), "grid")
+    mark = mark_storage(checkpoints)
+    assert storage_fault(checkpoints, mark, "node") == ""
+    assert [file.name for file in tmp_path.rglob("*.pt")] == [f"{PROBE}.pt"]
+    assert storage_fault(checkpoints, "another run's", "node").startswith(f"does not see in {tmp_path / 'here'} what")
+    (tmp_path / "file").touch()
+    blocked = Checkpoints(str(tmp_path / "file"), "grid")
+    assert storage_fault(blocked, mark, "node").startswith(f"can't use the storage {tmp_path / 'file'} (")
+
+
+def test_a_machine_that_joins_late_says_the_same(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(str(tmp_path), "grid")
+    mark = mark_storage(checkpoints)
+    assert Wanted(Code.here(), mark).fault(checkpoints, "10.0.0.3 (late)") == ""
+    fault = Wanted(CODE, mark).fault(checkpoints, "10.0.0.3 (late)")
+    assert fault.startswith("node 10.0.0.3 (late) has torch ")
+    checkpoints.delete(PROBE)
+    assert "does not see" in Wanted(Code.here(), mark).fault(checkpoints, "10.0.0.3 (late)")
+
+
+def test_the_digest_is_of_the_code_that_runs() -> None:
+    here = Code.here()
+    assert here == Code.here()
+    assert len(here.digest) == 12
+    assert here.versions["torch"]
