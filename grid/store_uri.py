@@ -34,8 +34,8 @@ def check_store_uri(uri: str | None, *, must_exist: bool = False) -> str:
 
 
 def mask(text: str) -> str:
-    """Return a text with the password of a URI in it hidden."""
-    return re.sub(r"(://[^:/@\s]*):[^@/\s]*@", r"\1:***@", text)
+    """Return a text with the password of a URI in it hidden, also one with @ or / in it."""
+    return re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)
 
 
 def _check(uri: str, must_exist: bool) -> str:
@@ -46,6 +46,9 @@ def _check(uri: str, must_exist: bool) -> str:
         return _check_server(uri)
     if scheme not in DATABASES:
         raise InputError(f"can't open the store '{mask(uri)}'; give sqlite:///FILE, http://HOST:PORT or a database URI")
+    if uri.count("@") > 1 or "@" in urlsplit(uri).path:
+        raise InputError(f"can't open the store '{mask(uri)}': write @ in a password as %40, / as %2F")
+    _ = urlsplit(uri).port  # raises for what is no number
     return uri
 
 
@@ -112,5 +115,7 @@ def _check_server(uri: str) -> str:
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
         socket.create_connection((parts.hostname or "", port), timeout=5).close()
     except (OSError, ValueError) as error:
-        raise InputError(f"can't open the store {uri}: {error}; start the server or pass another --store") from error
+        raise InputError(
+            f"can't open the store {mask(uri)}: {error}; start the server or pass another --store"
+        ) from error
     return uri

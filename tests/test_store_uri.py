@@ -68,3 +68,19 @@ def test_artifacts_of_a_file_lie_beside_it_and_those_of_a_server_are_its_own_mat
 def test_one_experiment_name_in_two_stores_is_two_slugs() -> None:
     assert slug("sqlite:////a.db", "x") != slug("sqlite:////b.db", "x")
     assert "/" not in slug("sqlite:////a.db", "x/../y")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://me:sec:ret@127.0.0.1:1",
+        "postgresql://me:sec@ret@127.0.0.1:1/db",
+        "postgresql://me:sec/ret@127.0.0.1:1/db",
+        "postgresql://me:secret@127.0.0.1:none/db",
+    ],
+)
+def test_a_password_is_never_shown(uri: str) -> None:
+    with pytest.raises(InputError, match="can't open the store") as error:
+        check_store_uri(uri)
+    assert "sec" not in str(error.value)
+    assert "ret" not in str(error.value).replace("store", "")
