@@ -23,7 +23,7 @@ BIN = ROOT / ".venv" / "bin"
 LACKING = missing() or ("" if (BIN / "ray").exists() else "needs .venv (make setup)")
 
 SEEDS = os.cpu_count() or 1
-"""So that the grid lasts minutes on any machine: a lost host is noticed after half a minute, and must come back in time."""
+"""So that the grid lasts minutes on any machine: a lost host is noticed after half a minute, and then comes back."""
 TRIALS = 32 * SEEDS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.skipif(bool(LACKING), reason=LACKING)]
