@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import random
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -26,6 +28,20 @@ from grid.pictures import confusion_picture, mistake_sheet, sample_sheet  # noqa
 from grid.record import Recorder  # noqa: E402
 from grid.spool import Spool  # noqa: E402
 from grid.store import Store  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_token() -> Iterator[None]:
+    """Let no module inherit the token that Ray has read for another: Ray keeps it as long as a process lives."""
+    mode = os.environ.get("RAY_AUTH_MODE")
+    yield
+    if "ray" in sys.modules:
+        os.environ.pop("RAY_AUTH_MODE", None)
+        if mode is not None:
+            os.environ["RAY_AUTH_MODE"] = mode
+        raylet = sys.modules["ray"]._raylet
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 @pytest.fixture(scope="session")
