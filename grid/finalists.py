@@ -75,8 +75,9 @@ def confirm(request: Confirmation) -> int:
     store.create(missing=False)
     try:
         with store.claimed():  # two commands at once would test each net twice
+            data = DeviceData.of(dataset, _device_here(trials[0]))
             for trial in _untested(store, trials):
-                _test(store, trial, dataset, checkpoints, test_images, test_labels)
+                _test(store, trial, dataset, data, checkpoints, test_images, test_labels)
             return _conclude(request, store, trials)
     except UNREACHABLE as error:
         fault = f"can't record what the finalists are worth: {first_line(error)}"
@@ -174,23 +175,28 @@ def _untested(store: Store, trials: Sequence[TrialConfig]) -> list[StoredTrial]:
     return [trial for trial in wanted if trial.status == "completed" and "test_accuracy" not in trial.metrics]
 
 
+def _device_here(config: TrialConfig) -> str:
+    """Return the kind of device that a net is tested on: that of its training, unless this machine has none."""
+    return config.device if config.device == "cpu" or torch.cuda.is_available() else "cpu"
+
+
 def _test(
     store: Store,
     trial: StoredTrial,
     dataset: Dataset,
+    data: DeviceData,
     checkpoints: Checkpoints,
     images: NDArray[np.uint8],
     labels: NDArray[np.int64],
 ) -> None:
     """Test one net and record what it is worth; the numbers come last, and with them it counts as tested."""
     config = trial.config
-    if config.device == "cuda" and not torch.cuda.is_available():
+    if config.device != _device_here(config):
         config = replace(config, device="cpu", fused=False)
     state = checkpoints.load(trial.config.trial_key, config.device)
     if state is None:
         mend = f"delete run {trial.run_id} in MLflow and run again"
         raise InputError(f"the weights of {trial.config.name} are gone from the storage; {mend}")
-    data = DeviceData.of(dataset, config.device)
     result = evaluate(config, state, data, images, labels)
     store.attach(trial.run_id, _files(result, trial.config, dataset, images))
     weights = inference_state(config, state, data)
