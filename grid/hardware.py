@@ -1,6 +1,8 @@
 """What a machine has, and what is made of it: how many trials run at once, in which precision."""
 
+import ctypes
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +15,8 @@ GPU_BYTES_PER_TRIAL = 2 * 2**30
 MAX_TRIALS_PER_GPU = 8
 MOST_PER_CPU = 64
 """Trials that one CPU may be shared by."""
+MALLOC_OPTIONS = {-1: 2**31 - 1, -2: 2**26, -3: 2**30}
+"""Of glibc's malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD; in bytes."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,18 @@ def _cpu_share(cpus: Sequence[float], concurrency: int) -> float:
     while sum(int(each / share + 1e-9) for each in cpus) < concurrency:
         share = max(each / (int(each / share + 1e-9) + 1) for each in cpus)
     return share
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory that this process frees, where it is glibc.
+
+    By default it hands every large block back to the system, which then zeroes its pages anew, one fault each: at every
+    step, for every layer.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for name, value in MALLOC_OPTIONS.items():
+            mallopt(name, value)
 
 
 def gpu_memory() -> int:

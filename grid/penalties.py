@@ -1,36 +1,46 @@
-"""The penalties under study: terms of the loss on weights, never on biases or normalisation."""
+"""The penalties under study: terms of the loss on weights, never on biases or normalisation.
+
+A penalty is added as its gradient, after the backward pass of the cross-entropy: the same mathematics as a term of the
+loss, without a graph over all weights at every step.
+"""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-Penalty = Callable[[Sequence[Tensor]], Tensor]
-
-
-def l1(weights: Sequence[Tensor], strength: float) -> Tensor:
-    """Return strength x sum of |w|, a scalar."""
-    return strength * torch.stack([weight.abs().sum() for weight in weights]).sum()
+Weights = Sequence[nn.Parameter]
 
 
-def l2(weights: Sequence[Tensor], strength: float) -> Tensor:
-    """Return strength x sum of w^2 / 2, a scalar; under plain SGD this is weight decay of that strength."""
-    return strength / 2 * torch.stack([weight.square().sum() for weight in weights]).sum()
+@torch.no_grad()
+def add_l1(weights: Weights, strength: float) -> None:
+    """Add the gradient of strength x sum of |w|."""
+    for weight in weights:
+        assert weight.grad is not None  # noqa: S101  (a backward pass has just been run)
+        weight.grad.add_(weight.sign(), alpha=strength)
 
 
-def elastic(weights: Sequence[Tensor], l1_strength: float, l2_strength: float) -> Tensor:
-    """Return the sum of both penalties, a scalar."""
-    return l1(weights, l1_strength) + l2(weights, l2_strength)
+@torch.no_grad()
+def add_l2(weights: Weights, strength: float) -> None:
+    """Add the gradient of strength x sum of w^2 / 2; under plain SGD this is weight decay of that strength."""
+    for weight in weights:
+        assert weight.grad is not None  # noqa: S101  (a backward pass has just been run)
+        weight.grad.add_(weight, alpha=strength)
 
 
-PENALTIES: dict[str, Callable[[float, float], Penalty | None]] = {
-    "none": lambda l1_strength, l2_strength: None,
-    "l1": lambda l1_strength, l2_strength: partial(l1, strength=l1_strength),
-    "l2": lambda l1_strength, l2_strength: partial(l2, strength=l2_strength),
-    "elastic": lambda l1_strength, l2_strength: partial(elastic, l1_strength=l1_strength, l2_strength=l2_strength),
+def add_elastic(weights: Weights, l1_strength: float, l2_strength: float) -> None:
+    """Add the gradients of both penalties."""
+    add_l1(weights, l1_strength)
+    add_l2(weights, l2_strength)
+
+
+PENALTIES: dict[str, Callable[[Weights, float, float], None]] = {
+    "none": lambda weights, l1_strength, l2_strength: None,
+    "l1": lambda weights, l1_strength, l2_strength: add_l1(weights, l1_strength),
+    "l2": lambda weights, l1_strength, l2_strength: add_l2(weights, l2_strength),
+    "elastic": add_elastic,
 }
-"""Name -> penalty of these strengths.
+"""Name -> what adds its gradient to those of the weights, given the strengths of L1 and of L2.
 
 References:
     l1: Tibshirani 1996, https://doi.org/10.1111/j.2517-6161.1996.tb02080.x

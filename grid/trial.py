@@ -159,7 +159,6 @@ class Trial:
         self.net = build_net(config, data, self._dropout).to(device=config.device)
         self.net = self.net.to(memory_format=self._layout)
         self._weights = penalised_weights(self.net)
-        self._penalty = PENALTIES[config.regularization](config.l1_strength, config.l2_strength)
         count = len(data.train_labels)
         self._batch_size = min(config.batch_size, count)
         self._steps = count // self._batch_size
@@ -218,24 +217,24 @@ class Trial:
 
     def _train_epoch(self) -> tuple[float, float, float, bool]:
         self.net.train()
-        totals = torch.zeros(3, dtype=torch.float64, device=self.config.device)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.config.device)
         learning_rate = self._schedule.learning_rate
         for images, labels in self._batches():
             learning_rate = self._schedule.learning_rate
             totals += self._step(images, labels)
-        loss, objective, correct = (totals / self._steps).tolist()
-        return loss, correct / self._batch_size, learning_rate, math.isfinite(objective)
+        loss, correct = (totals / self._steps).tolist()
+        return loss, correct / self._batch_size, learning_rate, math.isfinite(loss)
 
-    def _step(self, images: Float[Tensor, "batch 1 side side"], labels: Int[Tensor, " batch"]) -> Float[Tensor, "3"]:
+    def _step(self, images: Float[Tensor, "batch 1 side side"], labels: Int[Tensor, " batch"]) -> Float[Tensor, "2"]:
         self._optimizer.zero_grad(set_to_none=True)
         logits = self._logits(images)
         loss = F.cross_entropy(logits, labels)
-        objective = loss if self._penalty is None else loss + self._penalty(self._weights)
-        objective.backward()
+        loss.backward()
+        PENALTIES[self.config.regularization](self._weights, self.config.l1_strength, self.config.l2_strength)
         self._optimizer.step()
         self._schedule.after_step()
         correct = (logits.detach().argmax(dim=1) == labels).sum()
-        return torch.stack((loss.detach(), objective.detach(), correct.to(loss.dtype)))
+        return torch.stack((loss.detach(), correct.to(loss.dtype)))
 
     @contextmanager
     def judged(self) -> Iterator[None]:
@@ -270,7 +269,8 @@ class Trial:
         """Yield whole batches in a new order; what is left over waits for another epoch's order."""
         order = torch.randperm(len(self.data.train_labels), generator=self._order).to(self.config.device)
         for chosen in order.split(self._batch_size)[: self._steps]:
-            yield self._scaled(self.data.train_images[chosen]), self.data.train_labels[chosen]
+            images = self.data.train_images.index_select(0, chosen)
+            yield self._scaled(images), self.data.train_labels.index_select(0, chosen)
 
     def _norm_batches(self) -> Iterator[Tensor]:
         """Yield whole batches: what is left over may be a single image, which has no variance."""

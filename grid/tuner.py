@@ -35,7 +35,7 @@ from grid.asha import Asha  # noqa: E402
 from grid.checkpoint import Checkpoints  # noqa: E402
 from grid.config import InputError, TrialConfig, last_line  # noqa: E402
 from grid.data import Dataset  # noqa: E402
-from grid.hardware import Packing, gpu_memory, pack  # noqa: E402
+from grid.hardware import Packing, gpu_memory, keep_freed_memory, pack  # noqa: E402
 from grid.listener import Listener  # noqa: E402
 from grid.preflight import ANSWER_SECONDS, MEND, PROBE, Code, Report, Wanted, judge, mark_storage, report  # noqa: E402
 from grid.request import NO_RAY, check_address  # noqa: E402
@@ -263,6 +263,7 @@ class TrialWorker(tune.Trainable):
     ) -> None:
         """Prepare for the first trial; this machine may have joined after the others were looked at."""
         torch.set_num_threads(1)
+        keep_freed_memory()
         name = _machine(ray.util.get_node_ip_address(), socket.gethostname())
         self._fault = wanted.fault(checkpoints, name)
         self._dataset = dataset

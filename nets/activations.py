@@ -28,6 +28,9 @@ References:
     tanh: LeCun et al. 1998, https://doi.org/10.1007/3-540-49430-8_2
 """
 
+RISING = frozenset({"relu", "leaky_relu", "elu", "tanh"})
+"""Activations that never fall: the largest of several values before is the largest after."""
+
 POINTS = 20_001
 """Of the trapezoidal rule over [-10, 10]; the gains are right to eight digits."""
 

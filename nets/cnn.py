@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nets.blocks import Techniques, block, conv3x3, linear
+from nets.blocks import FlattenPixels, Techniques, block, conv3x3, linear
 
 
 class CNN(nn.Module):
@@ -39,7 +39,7 @@ class CNN(nn.Module):
         for in_channels, out_channels in pairwise((1, *channels)):
             layers += block(conv3x3, in_channels, out_channels, techniques, weights, masks, pool=nn.MaxPool2d(2))
         pixels = (side >> len(channels)) ** 2
-        layers.append(nn.Flatten())
+        layers.append(FlattenPixels())
         layers += block(linear, channels[-1] * pixels, dense_size, techniques, weights, masks)
         layers.append(linear(dense_size, classes, gain=1.0, bias=True, generator=weights))
         self.layers = nn.Sequential(*layers)

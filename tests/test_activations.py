@@ -5,7 +5,7 @@ from torch.func import functional_call
 from torch.nn.init import calculate_gain
 
 from grid.config import LEVELS
-from nets.activations import ACTIVATIONS, gain
+from nets.activations import ACTIVATIONS, RISING, gain
 from nets.blocks import Techniques, block, linear
 from nets.mlp import MLP
 
@@ -73,3 +73,10 @@ def test_signal_neither_dies_nor_explodes_over_ten_layers(name):
     modules = [module for _ in range(10) for module in block(linear, 256, 256, techniques, draws, draws)]
     outputs = nn.Sequential(*modules)(torch.randn(256, 256, generator=draws))
     assert 1 / 30 < outputs.square().mean().item() * gain(name) ** 2 < 30
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_the_rising_ones_are_those_that_never_fall(name):
+    outputs = ACTIVATIONS[name]()(torch.linspace(-10, 10, 10_001, dtype=torch.float32))
+    learned = any(True for _ in ACTIVATIONS[name]().parameters())  # a slope may turn negative
+    assert (name in RISING) == (bool((outputs.diff() >= 0).all()) and not learned)

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from nets.blocks import SeededDropout, Techniques, block, conv3x3, linear
+from nets.activations import RISING
+from nets.blocks import RANDOM_VALUES, FlattenPixels, SeededDropout, Techniques, block, conv3x3, linear
 
 LAYERS = {"linear": linear, "conv3x3": conv3x3}
 DRAWS = torch.Generator().manual_seed(0)
@@ -32,8 +34,30 @@ def types(net: nn.Sequential) -> list[type[nn.Module]]:
     ],
 )
 def test_order_is_layer_norm_activation_pool_dropout(layer, kind, norm):
-    assert types(built(layer, FULL, nn.Identity())) == [kind, norm, nn.ReLU, nn.Identity, SeededDropout]
+    gelu = replace(FULL, activation="gelu")
+    assert types(built(layer, gelu, nn.Identity())) == [kind, norm, nn.GELU, nn.Identity, SeededDropout]
     assert types(built(layer, PLAIN)) == [kind, nn.ReLU]
+
+
+@pytest.mark.parametrize("activation", sorted(RISING))
+def test_pooling_before_an_activation_that_never_falls_changes_nothing(activation):
+    layer, norm, first, second, _ = built("conv3x3", replace(FULL, activation=activation), nn.MaxPool2d(2)).double()
+    assert isinstance(first, nn.MaxPool2d)
+    results = []
+    for one, other in ((first, second), (second, first)):
+        layer.zero_grad()
+        outputs = other(one(norm(layer(INPUTS["conv3x3"].double()))))
+        outputs.square().sum().backward()
+        results.append((outputs.detach(), layer.weight.grad.clone()))
+    torch.testing.assert_close(*results)
+
+
+def test_pixels_are_flattened_without_a_copy_in_channels_last():
+    maps = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    flat = FlattenPixels()(maps)
+    assert flat.data_ptr() == maps.data_ptr()
+    assert torch.equal(flat, FlattenPixels()(maps.contiguous()))
+    assert flat[1, :3].tolist() == maps[1, :, 0, 0].tolist()
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -60,7 +84,18 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean(rate, seed):
     outputs = SeededDropout(rate, torch.Generator().manual_seed(seed))(torch.ones(400, 500))
     share = (outputs == 0).float().mean().item()
     assert share == pytest.approx(rate, abs=0.01)
-    torch.testing.assert_close(outputs[outputs != 0], torch.tensor(1 / (1 - rate)).expand(int((outputs != 0).sum())))
+    met = round(rate * RANDOM_VALUES) / RANDOM_VALUES
+    torch.testing.assert_close(outputs[outputs != 0], torch.tensor(1 / (1 - met)).expand(int((outputs != 0).sum())))
+    assert met == pytest.approx(rate, abs=1e-5)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_dropout_draws_every_unit_apart_from_its_neighbours(memory_format):
+    inputs = torch.ones(64, 8, 16, 16).contiguous(memory_format=memory_format)
+    kept = (SeededDropout(0.25, torch.Generator().manual_seed(0))(inputs) != 0).double()
+    for axis in range(4):
+        pairs = torch.stack((kept.roll(1, axis).flatten(), kept.flatten()))
+        assert abs(torch.corrcoef(pairs)[0, 1].item()) < 4 / math.sqrt(kept.numel())
 
 
 def test_dropout_lets_no_gradient_through_what_it_zeroes():

@@ -6,7 +6,7 @@ from jaxtyping import TypeCheckError
 from torch import nn
 
 from grid.config import TrialConfig, parse_sizes
-from nets.blocks import Techniques
+from nets.blocks import FlattenPixels, Techniques
 from nets.cnn import CNN
 
 DEFAULTS = TrialConfig(learning_rate=1.0, epochs=1)
@@ -58,7 +58,7 @@ def test_any_sizes_give_their_parameters_and_outputs(channels, side, dense_size)
 def test_every_convolution_block_pools_and_the_dense_one_does_not():
     kinds = [type(module) for module in cnn().layers]
     assert kinds.count(nn.MaxPool2d) == kinds.count(nn.Conv2d) == 2
-    assert nn.MaxPool2d not in kinds[kinds.index(nn.Flatten) :]
+    assert nn.MaxPool2d not in kinds[kinds.index(FlattenPixels) :]
 
 
 def test_output_weights_start_with_gain_one():

@@ -383,8 +383,8 @@ def test_an_infinite_validation_loss_is_reported_as_nan(data, monkeypatch):
     assert math.isnan(report.val_accuracy)
 
 
-def test_a_penalty_that_is_not_finite_is_a_divergence(data):
-    one_batch = {"batch_size": 10_000, "regularization": "l2", "l2_strength": 1e38}
+def test_a_penalty_that_blows_the_weights_up_is_a_divergence_even_after_the_last_batch(data):
+    one_batch = {"batch_size": 10_000, "optimizer": "sgd", "regularization": "l2", "l2_strength": 1e38}
     report = Trial(config(**one_batch), data).run_epoch()
     assert report.diverged
     assert math.isfinite(report.train_loss)

@@ -1,0 +1,164 @@
+"""How far is a training step from what the processor can do? Needs torch alone: neither Ray nor MLflow.
+
+    python -m benchmarks.step_speed [--device cuda] [--threads 1] [--profile]
+
+Trains each model on random images, in each precision, bare and with every technique that costs time. Printed is the
+speed of training (validation left out) as a share of the fastest matrix product that torch reaches on this device in
+this precision. Only matrix products and convolutions count as work, 2 FLOPs for each multiply-add:
+
+    forward + gradient of the weights + gradient of the inputs (not of the first layer: nobody asks for it)
+
+so whatever else a step does, from batch norm to the optimizer, lowers the share.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from grid.config import TrialConfig, cell_name
+from grid.hardware import keep_freed_memory, numeric_settings
+from grid.optimizers import OPTIMIZERS
+from grid.trial import DeviceData, Trial
+
+CLASSES = 47
+SIDE = 28
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SECONDS = 1.5
+"""Least time that a peak is looked for."""
+
+
+def main() -> None:
+    """Measure and print the table."""
+    options = _arguments()
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as a worker does
+    data = random_images(options.images, options.device)
+    peaks = {name: matmul_peak(dtype, options.device) for name, dtype in PRECISIONS.items()}
+    print(f"{_device_name(options.device)}, torch {torch.__version__}, batch size {options.batch_size}")
+    for name, peak in peaks.items():
+        print(f"matmul peak in {name}: {peak / 1e9:,.0f} GFLOP/s")
+    print(f"\n{'precision':<9} {'images/s':>9} {'MFLOP/image':>11} {'GFLOP/s':>9} {'of peak':>7}  trial")
+    for config in trials(options):
+        flops = flops_per_image(config, data)
+        speed = images_per_second(config, data, options.repeats)
+        rate = flops * speed
+        print(
+            f"{config.precision:<9} {speed:>9,.0f} {flops / 1e6:>11.2f} {rate / 1e9:>9,.0f} "
+            f"{rate / peaks[config.precision]:>7.1%}  {cell_name(config.cell)}",
+            flush=True,
+        )
+        if options.profile:
+            print(top_operators(config, data, options.profile))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_speed", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="kind of device (cpu)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads, as many as a trial has (1)")
+    parser.add_argument("--models", nargs="+", choices=["mlp", "cnn"], default=["mlp", "cnn"], help="which (both)")
+    parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS), help="(both)")
+    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adam", help="(adam)")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images per step (128)")
+    parser.add_argument("--images", type=int, default=6400, metavar="N", help="training images of an epoch (6400)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="epochs timed; the median counts (5)")
+    parser.add_argument("--profile", type=int, nargs="?", const=15, metavar="ROWS", help="show the top operators")
+    return parser.parse_args()
+
+
+def trials(options: argparse.Namespace) -> Iterator[TrialConfig]:
+    """Yield what is timed: each model and precision, bare and with all that costs time."""
+    for model in options.models:
+        for precision in options.precisions:
+            settings = numeric_settings(options.device, precision)
+            bare = TrialConfig.from_params(
+                settings
+                | {
+                    "model": model,
+                    "optimizer": options.optimizer,
+                    "learning_rate": str(OPTIMIZERS[options.optimizer].base_learning_rate),
+                    "epochs": "1000",
+                    "batch_size": str(options.batch_size),
+                }
+            )
+            yield bare
+            yield replace(bare, batch_norm=True, dropout=True)
+            yield replace(bare, batch_norm=True, dropout=True, activation="gelu", regularization="elastic")
+
+
+def random_images(count: int, device: str) -> DeviceData:
+    """Return random pixels and labels: the speed does not depend on them."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 1, SIDE, SIDE), dtype=torch.uint8, generator=generator).to(device)
+    labels = torch.randint(0, CLASSES, (count,), generator=generator).to(device)
+    return DeviceData(images, labels, images[:1], labels[:1], CLASSES, 128.0, 74.0)
+
+
+def matmul_peak(dtype: torch.dtype, device: str) -> float:
+    """Return the FLOP/s of the fastest square matrix product."""
+    best = 0.0
+    for size in (512, 1024, 2048) if device == "cpu" else (4096, 8192):
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        out = torch.empty(size, size, device=device, dtype=dtype)
+        until = time.perf_counter() + SECONDS
+        while time.perf_counter() < until:
+            seconds = _timed(lambda left=left, right=right, out=out: torch.mm(left, right, out=out), device)
+            best = max(best, 2 * size**3 / seconds)
+    return best
+
+
+def flops_per_image(config: TrialConfig, data: DeviceData) -> float:
+    """Count the FLOPs of matrix products and convolutions, forward and backward, per training image."""
+    trial = Trial(config, data)
+    images = torch.zeros(config.batch_size, 1, SIDE, SIDE, device=config.device)
+    with FlopCounterMode(display=False) as counter:
+        trial.net.train()
+        trial.net(images).sum().backward()
+    return float(counter.get_total_flops()) / config.batch_size
+
+
+def images_per_second(config: TrialConfig, data: DeviceData, repeats: int) -> float:
+    """Return the median speed of training over epochs, after one that warms up."""
+    trial = Trial(config, data)
+    trial.run_epoch()
+    return statistics.median(trial.run_epoch().samples_per_second for _ in range(repeats))
+
+
+def top_operators(config: TrialConfig, data: DeviceData, rows: int) -> str:
+    """Return where the time of one epoch goes, by torch's profiler."""
+    trial = Trial(config, data)
+    trial.run_epoch()
+    cuda = config.device == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
+        trial.run_epoch()
+    order = "self_device_time_total" if cuda else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, order))
+    total = sum(getattr(event, order) for event in events)
+    lines = [f"    {getattr(event, order) / total:>6.1%} {event.count:>6} x {event.key}" for event in events[:rows]]
+    return "\n".join(lines)
+
+
+def _timed(work: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def _device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return f"CPU ({torch.backends.cpu.get_cpu_capability()}), {threads} thread{'s' * (threads > 1)}"
+
+
+if __name__ == "__main__":
+    main()
