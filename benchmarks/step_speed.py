@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -107,7 +108,7 @@ def matmul_peak(dtype: torch.dtype, device: str) -> float:
         out = torch.empty(size, size, device=device, dtype=dtype)
         until = time.perf_counter() + SECONDS
         while time.perf_counter() < until:
-            seconds = _timed(lambda left=left, right=right, out=out: torch.mm(left, right, out=out), device)
+            seconds = _timed(partial(torch.mm, left, right, out=out), device)
             best = max(best, 2 * size**3 / seconds)
     return best
 

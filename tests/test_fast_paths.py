@@ -1,0 +1,147 @@
+"""Every fast path against the plain way: float32, contiguous, pooling last, penalties as terms of the loss."""
+
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.fast_paths import CELLS, compare, configs
+from grid import trial as trial_module
+from grid.config import TrialConfig
+from grid.data import load
+from grid.optimizers import OPTIMIZERS
+from grid.penalties import penalised_weights
+from grid.schedules import SCHEDULES, Span
+from grid.trial import DeviceData, Trial
+from nets.activations import ACTIVATIONS, RISING
+from nets.blocks import SeededDropout
+
+STEPS, BATCH = 200, 32
+TOLERANCES = {"float32": 0.005, "bfloat16": 0.05}
+"""How far the mean losses of 20 steps may lie apart, in nats; they begin near log 47 = 3.85."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DeviceData:
+    """Glyphs: 40 steps of 32 images are an epoch."""
+    dataset = load("glyphs", tmp_path_factory.mktemp("glyphs"), per_class=28)
+    return DeviceData.of(dataset)
+
+
+def config(precision: str, **levels: object) -> TrialConfig:
+    """Return a small net in the settings that `grid.run` chooses, at a fifth of the base rate: chaos grows slowly."""
+    rate = OPTIMIZERS[str(levels.get("optimizer", "adam"))].base_learning_rate / 5
+    small = {"hidden_sizes": "64-32", "channels": "6-8", "dense_size": 32, "batch_size": BATCH, "epochs": 5}
+    strengths = {"l1_strength": 1e-3, "l2_strength": 1e-2}
+    fast = {"precision": precision, "memory_format": "channels_last", "fused": True}
+    return TrialConfig(**{"learning_rate": rate, **small, **strengths, **fast, **levels})
+
+
+@contextmanager
+def losses_recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """Collect the loss of every training step of a `Trial`."""
+    losses: list[float] = []
+
+    def cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        loss = F.cross_entropy(logits, labels, reduction=reduction)
+        if loss.requires_grad:
+            losses.append(loss.item())
+        return loss
+
+    functions = type("functions", (), {"cross_entropy": staticmethod(cross_entropy)})
+    with monkeypatch.context() as patch:
+        patch.setattr(trial_module, "F", functions)
+        yield losses
+
+
+def plain_layers(net: nn.Module) -> list[nn.Module]:
+    """Return the layers with every pooling behind its activation."""
+    rising = tuple(type(ACTIVATIONS[name]()) for name in RISING)
+    layers = list(net.layers)
+    for place in range(len(layers) - 1):
+        if isinstance(layers[place], nn.MaxPool2d) and isinstance(layers[place + 1], rising):
+            layers[place : place + 2] = reversed(layers[place : place + 2])
+    return layers
+
+
+def plain_losses(config: TrialConfig, data: DeviceData) -> list[float]:
+    """Train as a textbook would write it, from the same weights, with the same batches and masks."""
+    trial = Trial(config, data)
+    net = trial.net.to(memory_format=torch.contiguous_format)
+    layers, weights = plain_layers(net), penalised_weights(net)
+    optimizer = OPTIMIZERS[config.optimizer].build(net.parameters(), lr=config.learning_rate, foreach=False)
+    steps = len(data.train_labels) // BATCH
+    scheduler = SCHEDULES[config.lr_schedule](optimizer, Span(config.epochs, steps, config.learning_rate))
+    losses = []
+    for _ in range(config.epochs):
+        order = torch.randperm(len(data.train_labels), generator=trial._order)
+        for chosen in order.split(BATCH)[:steps]:
+            features = (data.train_images[chosen].float() - data.mean) / data.std
+            for layer in layers:
+                if isinstance(layer, SeededDropout) and features.ndim == 4:  # masks are drawn in the order of memory
+                    features = features.contiguous(memory_format=torch.channels_last)
+                features = layer(features).contiguous()
+            loss = F.cross_entropy(features, data.train_labels[chosen])
+            penalty = 0.0
+            if config.regularization in ("l1", "elastic"):
+                penalty = penalty + config.l1_strength * sum(weight.abs().sum() for weight in weights)
+            if config.regularization in ("l2", "elastic"):
+                penalty = penalty + config.l2_strength / 2 * sum(weight.square().sum() for weight in weights)
+            optimizer.zero_grad()
+            (loss + penalty).backward()
+            optimizer.step()
+            scheduler.step()
+            losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize(
+    "levels",
+    [
+        {"model": "mlp"},
+        {"model": "mlp", "batch_norm": True, "dropout": True, "activation": "gelu", "regularization": "elastic"},
+        {"model": "mlp", "optimizer": "rmsprop", "regularization": "l1", "lr_schedule": "one_cycle"},
+        {"model": "mlp", "optimizer": "adagrad", "regularization": "l2", "lr_schedule": "cosine"},
+        {"model": "cnn"},
+        {"model": "cnn", "batch_norm": True, "dropout": True, "activation": "elu", "regularization": "elastic"},
+        {"model": "cnn", "optimizer": "sgd", "activation": "leaky_relu", "regularization": "l2"},
+        {"model": "cnn", "optimizer": "nadam", "activation": "silu", "batch_norm": True, "lr_schedule": "step"},
+    ],
+    ids=lambda levels: " ".join(map(str, levels.values())),
+)
+def test_the_loss_curve_of_200_steps_is_that_of_the_plain_way(levels, precision, data, monkeypatch):
+    chosen = config(precision, **levels)
+    with losses_recorded(monkeypatch) as losses:
+        trial = Trial(chosen, data)
+        for _ in range(chosen.epochs):
+            trial.run_epoch()
+    plain = plain_losses(chosen, data)
+    assert len(losses) == len(plain) >= STEPS
+    ours, theirs = ([statistics.mean(some) for some in chunks(curve)] for curve in (losses, plain))
+    assert theirs[-1] < theirs[0] - 0.2  # it learns, so that there is something to compare
+    assert ours == pytest.approx(theirs, abs=TOLERANCES[precision])
+
+
+def chunks(losses: list[float], size: int = 20) -> list[list[float]]:
+    return [losses[begin : begin + size] for begin in range(0, len(losses), size)]
+
+
+def test_the_benchmark_compares_the_same_trials_but_for_their_numerics():
+    plain, fast = configs(CELLS[0], seed=3, epochs=2, precision="bfloat16", name="glyphs")
+    assert (plain.precision, plain.memory_format, plain.fused) == ("float32", "contiguous", False)
+    assert (fast.precision, fast.memory_format, fast.fused) == ("bfloat16", "channels_last", True)
+    assert plain.cell == fast.cell
+    assert plain.seed == fast.seed == 3
+
+
+def test_the_benchmark_finds_a_difference_where_there_is_one(data):
+    same = compare([0.5, 0.6, 0.55], [0.51, 0.59, 0.55])
+    other = compare([0.5, 0.6, 0.55], [0.4, 0.5, 0.451])
+    assert same.within_noise
+    assert not other.within_noise
+    assert other.mean == pytest.approx(-0.0997, abs=1e-4)
