@@ -7,6 +7,7 @@ of one configuration yield the same bits (with the same number of threads).
 import hashlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,16 +52,23 @@ class DeviceData:
 
     @classmethod
     def of(cls, dataset: "grid.data.Dataset", device: str = "cpu") -> "DeviceData":
-        """Copy a data set to `device`, once for all trials that run there."""
-        counts = np.bincount(dataset.train_images.ravel(), minlength=256)
+        """Put a data set on `device`, once for all trials that run there; a CPU's memory is shared with `dataset`."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray's memory can't be written, and is not
+            tensors = [
+                torch.from_numpy(array).to(device)
+                for array in (dataset.train_images, dataset.train_labels, dataset.val_images, dataset.val_labels)
+            ]
+        train_images, train_labels, val_images, val_labels = tensors
+        counts = torch.bincount(train_images.flatten(), minlength=256).cpu().numpy()
         levels = np.arange(256)
         mean = float(np.average(levels, weights=counts))
         std = math.sqrt(np.average((levels - mean) ** 2, weights=counts))
         return cls(
-            train_images=torch.tensor(dataset.train_images, device=device).unsqueeze(1),
-            train_labels=torch.tensor(dataset.train_labels, device=device),
-            val_images=torch.tensor(dataset.val_images, device=device).unsqueeze(1),
-            val_labels=torch.tensor(dataset.val_labels, device=device),
+            train_images=train_images.unsqueeze(1),
+            train_labels=train_labels,
+            val_images=val_images.unsqueeze(1),
+            val_labels=val_labels,
             classes=len(dataset.classes),
             mean=mean,
             std=max(1.0, std),
