@@ -12,11 +12,14 @@ so whatever else a step does, from batch norm to the optimizer, lowers the share
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell on stdout when it starts and stops
 
 import torch
 from torch.profiler import ProfilerActivity, profile
