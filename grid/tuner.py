@@ -194,6 +194,7 @@ def run_trials(
     storage: str,
     experiment: str,
     keep_weights: bool = False,
+    begin: Callable[[TrialConfig, DeviceData], Trial] = Trial,
 ) -> None:
     """Run trials to their ends; Ray must be connected.
 
@@ -208,13 +209,19 @@ def run_trials(
         storage: Folder or URI that all nodes reach.
         experiment: Name of Tune's folder in it.
         keep_weights: Whether a trial is put down after its last epoch, too.
+        begin: Makes a trial in a worker; `benchmarks.grid_scale` passes one that replays a recorded curve.
     """
     mark = mark_storage(checkpoints)
     put_down = (*asha.rungs, *({trial.epochs for trial in trials} if keep_weights else ()))
     worker = tune.with_resources(
         # The images go into Ray's object store: to each node once, and its workers read the same memory.
         tune.with_parameters(
-            TrialWorker, dataset=dataset, checkpoints=checkpoints, put_down=put_down, wanted=Wanted(Code.here(), mark)
+            TrialWorker,
+            dataset=dataset,
+            checkpoints=checkpoints,
+            put_down=put_down,
+            wanted=Wanted(Code.here(), mark),
+            begin=begin,
         ),
         {"CPU": packing.cpus_per_trial, "GPU": packing.gpus_per_trial},
     )
@@ -260,6 +267,7 @@ class TrialWorker(tune.Trainable):
         checkpoints: Checkpoints,
         put_down: tuple[int, ...],
         wanted: Wanted,
+        begin: Callable[[TrialConfig, DeviceData], Trial],
     ) -> None:
         """Prepare for the first trial; this machine may have joined after the others were looked at."""
         torch.set_num_threads(1)
@@ -268,6 +276,7 @@ class TrialWorker(tune.Trainable):
         self._dataset = dataset
         self._checkpoints = checkpoints
         self._put_down = put_down
+        self._begin = begin
         self._data: DeviceData | None = None
         self._trial: Trial | None = None
 
@@ -301,7 +310,7 @@ class TrialWorker(tune.Trainable):
         if self._data is None:
             self._data = DeviceData.of(self._dataset, config.device)
         if self._trial is None:
-            self._trial = Trial(config, self._data)
+            self._trial = self._begin(config, self._data)
             state = self._checkpoints.load(config.trial_key, config.device)
             if state is not None:
                 self._trial.load_state_dict(state)
