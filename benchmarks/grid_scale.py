@@ -197,7 +197,7 @@ def measure(trials: int, folder: Path) -> Cost:
             recorder.begin({"grid.json": b"{}"}, {})
             watcher = Stopwatch(plan, {}, recorder, checkpoints, rungs=asha.rungs, concurrency=packing.concurrency)
             planned = time.perf_counter()
-            run(plan, watcher, dataset, asha, packing, checkpoints, request)
+            run(plan, watcher, dataset, asha, packing, checkpoints)
             ended = time.perf_counter()
             assert recorder.close(finished=True), recorder.error
             delivered = time.perf_counter()
@@ -254,7 +254,6 @@ def run(
     asha: Asha,
     packing: Packing,
     checkpoints: Checkpoints,
-    request: Request,
 ) -> None:
     """Run the trials as `grid.experiment` does, their epochs replaced."""
     with contextlib.redirect_stdout(sys.stderr):
@@ -266,8 +265,6 @@ def run(
             controls=plan.controls,
             packing=packing,
             checkpoints=checkpoints,
-            storage=request.storage,
-            experiment=request.experiment,
             begin=RecordedTrial,
         )
         watcher.put_down()

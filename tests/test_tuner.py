@@ -79,7 +79,7 @@ def dataset(glyphs_dir: Path) -> Dataset:
 
 def run(trials: list[TrialConfig], dataset: Dataset, packing: Packing, folder: Path, **changes: object) -> Notes:
     notes = Notes(**({"end_after": changes.pop("end_after")} if "end_after" in changes else {}))  # type: ignore[arg-type]
-    settings = {"asha": Asha(()), "controls": (), "packing": packing, "storage": str(folder), "experiment": "test"}
+    settings = {"asha": Asha(()), "controls": (), "packing": packing}
     settings["checkpoints"] = Checkpoints(str(folder), "test")
     run_trials(trials, dataset, notes, **(settings | changes))  # type: ignore[arg-type]
     return notes
@@ -186,7 +186,7 @@ def test_the_death_of_a_worker_costs_at_most_a_rung_and_no_bit(
     config = replace(CONFIG, epochs=6, optimizer="adam", lr_schedule="cosine", dropout=True)
     notes = Killer(after=4)
     checkpoints = Checkpoints(str(tmp_path), "test")
-    settings = {"controls": (), "packing": packing, "storage": str(tmp_path), "experiment": "test"}
+    settings = {"controls": (), "packing": packing}
     run_trials([config], dataset, notes, asha=Asha((1, 3)), checkpoints=checkpoints, **settings)  # type: ignore[arg-type]
     assert notes.killed
     assert notes.ends == {config.trial_key: ("completed", "")}
