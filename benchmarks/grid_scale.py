@@ -82,15 +82,15 @@ class Cost:
         """One row of the table."""
         per_report = self.running / self.reports
         return (
-            f"{self.trials:>6,} {self.reports:>7,} {self.planning:>5.1f} {self.running:>6.1f} {self.delivering:>7.1f} "
-            f"{self.per_trial * 1000:>8.1f} {per_report * 1000:>9.1f} {self.next_trial * 1000:>10.1f} "
-            f"{self.next_epoch * 1000:>5.1f} {self.megabytes:>5.0f}"
+            f"{self.trials:>6,} {self.reports:>7,} {self.planning:>6.1f} {self.starting:>6.1f} {self.running:>6.1f} "
+            f"{self.delivering:>8.1f} {self.per_trial * 1000:>6.1f} {per_report * 1000:>7.1f} "
+            f"{self.next_trial * 1000:>6.1f} {self.next_epoch * 1000:>6.1f} {self.megabytes:>6,.0f}"
         )
 
 
 HEADER = """\
-               seconds in            ms of driver per    ms to next in  driver
-trials reports  plan    run deliver    trial    report      trial epoch    MB"""
+                                  seconds   ms of it for a    ms to next in  driver
+trials reports   plan  start    run  deliver  trial  report  trial  epoch     MB"""
 
 
 class RecordedTrial(Trial):
@@ -139,14 +139,17 @@ class RecordedTrial(Trial):
 class Stopwatch(Watcher):
     """A watcher that notes the first report and the waits between steps."""
 
-    first_report_at = math.nan
+    def __init__(self, *parts: Any, **settings: Any):
+        super().__init__(*parts, **settings)
+        self.first_report_at = math.nan
+        self.to_next_trial: list[float] = []
+        self.to_next_epoch: list[float] = []
 
     def reported(self, config: TrialConfig, report: EpochReport, *, stopped: bool) -> None:
         """Note, and pass on."""
         if math.isnan(self.first_report_at):
             self.first_report_at = time.perf_counter()
-            self.waits: dict[bool, list[float]] = {True: [], False: []}
-        self.waits[report.epoch == 1].append(report.train_loss)
+        (self.to_next_trial if report.epoch == 1 else self.to_next_epoch).append(report.train_loss)
         super().reported(config, report, stopped=stopped)
 
 
@@ -206,13 +209,13 @@ def measure(trials: int, folder: Path) -> Cost:
     examine(store, plan)
     return Cost(
         trials=trials,
-        reports=sum(map(len, watcher.waits.values())),
+        reports=len(watcher.to_next_trial) + len(watcher.to_next_epoch),
         planning=planned - begun,
         starting=watcher.first_report_at - planned,
         running=ended - watcher.first_report_at,
         delivering=delivered - ended,
-        next_trial=statistics.median(watcher.waits[True]),
-        next_epoch=statistics.median(watcher.waits[False]),
+        next_trial=statistics.median(watcher.to_next_trial),
+        next_epoch=statistics.median(watcher.to_next_epoch),
         megabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     )
 
