@@ -89,12 +89,12 @@ class Cost:
 
 
 HEADER = """\
-                                  seconds   ms of it for a    ms to next in  driver
+                                     seconds    ms for each    ms to next driver
 trials reports   plan  start    run  deliver  trial  report  trial  epoch     MB"""
 
 
 class RecordedTrial(Trial):
-    """Replays a curve that its key alone decides; `train_loss` is the seconds since the worker's last step."""
+    """Replays a curve that its key alone decides; `train_loss` is the seconds since the process's last step."""
 
     last_step_at = math.nan
     """When this process ended its latest step, of whichever trial."""
