@@ -60,7 +60,8 @@ class Recorder:
             InputError: The store does not take them.
         """
         try:
-            self._run_ids = self.store.run_ids()
+            if self._spool.pending(limit=1)[0]:
+                self._run_ids = self.store.run_ids()
             return self._deliver_pending()
         except UNREACHABLE as error:
             kept = f"the reports of an earlier run stay in {self._spool.path}"

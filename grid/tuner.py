@@ -310,17 +310,17 @@ class AshaScheduler(FIFOScheduler):
         goes_on = self._asha.goes_on(
             config.trial_key,
             group=config.model,
-            epoch=result["epoch"],
-            value=result["val_accuracy"],
+            epoch=result["report"].epoch,
+            value=result["report"].val_accuracy,
             control=config.trial_key in self._controls,
         )
         return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
 
     def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
         """Count a diverged trial at the rung that it does not reach."""
-        if result.get("diverged"):
+        if "report" in result and result["report"].diverged:
             config = _config(trial)
-            self._asha.diverge(config.trial_key, group=config.model, epoch=result["epoch"])
+            self._asha.diverge(config.trial_key, group=config.model, epoch=result["report"].epoch)
 
 
 class _DriverOnly:
@@ -348,7 +348,7 @@ class _Bridge(_DriverOnly, tune.Callback):
         if "node_fault" in result:
             self._listener.give_up(result["node_fault"])
         elif "error" not in result:
-            report = EpochReport(**{name: result[name] for name in EpochReport.__dataclass_fields__})
+            report: EpochReport = result["report"]
             ended = report.diverged or report.epoch == _config(trial).epochs
             self._listener.reported(_config(trial), report, stopped=result["done"] and not ended)
 
@@ -381,6 +381,6 @@ def _config(trial: TuneTrial) -> TrialConfig:
 def _status(config: TrialConfig, result: dict[str, Any]) -> str:
     if "error" in result:
         return "failed"
-    if result["diverged"]:
+    if result["report"].diverged:
         return "diverged"
-    return "completed" if result["epoch"] == config.epochs else "stopped"
+    return "completed" if result["report"].epoch == config.epochs else "stopped"

@@ -2,7 +2,6 @@
 
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 from grid.checkpoint import Checkpoints
@@ -48,7 +47,7 @@ class Worker:
         """Train the next epoch of a trial, that in hand or, after `clear`, another.
 
         Returns:
-            The fields of its `EpochReport`, or `error` with a traceback, and `done`: whether no epoch follows. An error
+            Its `EpochReport` as `report`, or `error` with a traceback, and `done`: whether no epoch follows. An error
             of the trial is a result, so that the worker lives on.
         """
         for attempt in range(TRIES):
@@ -64,7 +63,7 @@ class Worker:
                 if attempt == TRIES - 1:
                     return {"error": traceback.format_exc(), "done": True}
             else:
-                return {**asdict(report), "done": report.diverged or report.epoch == config.epochs}
+                return {"report": report, "done": report.diverged or report.epoch == config.epochs}
         raise AssertionError("unreachable")
 
     def _take_up(self, config: TrialConfig) -> Trial:

@@ -45,7 +45,7 @@ def worker(glyphs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_trial_is_done_after_its_last_epoch(worker: Worker) -> None:
     results = [worker.run_epoch(CONFIG) for _ in range(3)]
-    assert [(result["epoch"], result["done"]) for result in results] == [(1, False), (2, False), (3, True)]
+    assert [(result["report"].epoch, result["done"]) for result in results] == [(1, False), (2, False), (3, True)]
 
 
 def test_a_trial_is_put_down_at_a_rung_only_when_it_goes_on(worker: Worker) -> None:
@@ -57,17 +57,16 @@ def test_a_trial_is_put_down_at_a_rung_only_when_it_goes_on(worker: Worker) -> N
 
 def test_another_trial_begins_anew_and_one_that_was_put_down_goes_on(worker: Worker) -> None:
     other = TrialConfig(learning_rate=0.05, epochs=3, seed=1)
-    epochs = []
-    for config in (CONFIG, CONFIG, other, CONFIG):
-        if epochs:
-            worker.clear() if config != CONFIG or len(epochs) == 3 else None
-        epochs.append(worker.run_epoch(config)["epoch"])
+    epochs = [worker.run_epoch(CONFIG)["report"].epoch for _ in range(2)]
+    for config in (other, CONFIG):
+        worker.clear()
+        epochs.append(worker.run_epoch(config)["report"].epoch)
     assert epochs == [1, 2, 1, 2]
 
 
 def test_an_error_is_tried_again_and_then_a_result(worker: Worker) -> None:
     Counting.raises = TRIES - 1
-    assert worker.run_epoch(CONFIG)["epoch"] == 1
+    assert worker.run_epoch(CONFIG)["report"].epoch == 1
     Counting.raises = TRIES
     result = worker.run_epoch(CONFIG)
     assert result["done"]
