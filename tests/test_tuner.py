@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -20,7 +21,7 @@ from grid.data import Dataset, load
 from grid.hardware import Packing
 from grid.preflight import Code
 from grid.trial import DeviceData, EpochReport, train
-from grid.tuner import connect, disconnect, run_trials
+from grid.tuner import AshaScheduler, connect, disconnect, run_trials
 
 pytestmark = pytest.mark.slow
 
@@ -136,6 +137,26 @@ def test_workers_are_kept_for_many_trials(dataset: Dataset, packing: Packing, tm
     notes = run(trials, dataset, packing, tmp_path)
     assert sorted(notes.ends) == sorted(trial.trial_key for trial in trials)
     assert 1 <= len(notes.worker_pids - before) <= packing.concurrency
+
+
+def test_trials_start_in_the_order_given_and_tune_leaves_nothing_behind(
+    dataset: Dataset, packing: Packing, tmp_path: Path
+) -> None:
+    trials = [replace(CONFIG, seed=seed, epochs=1) for seed in (3, 1, 4, 0, 5)]
+    notes = run(trials, dataset, replace(packing, concurrency=1), tmp_path)
+    assert notes.starts == [trial.trial_key for trial in trials]
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
+
+
+def test_a_worker_that_is_starting_is_left_to_its_trial() -> None:
+    scheduler = AshaScheduler(Asha(()), ())
+    waiting, stopped, fresh = (SimpleNamespace(status=status) for status in ("PENDING", "TERMINATED", "PENDING"))
+    scheduler.on_trial_add(None, waiting)  # type: ignore[arg-type]
+    assert scheduler.choose_trial_to_run(None) is waiting  # gets a worker of its own, which takes a while
+    scheduler.on_trial_add(None, stopped)  # type: ignore[arg-type]
+    scheduler.on_trial_add(None, fresh)  # type: ignore[arg-type]
+    assert scheduler.choose_trial_to_run(None) is fresh  # gets the worker that has become free
+    assert scheduler.choose_trial_to_run(None) is None
 
 
 def test_an_interruption_leaves_trials_without_an_end(dataset: Dataset, packing: Packing, tmp_path: Path) -> None:
