@@ -204,6 +204,7 @@ def measure(trials: int, folder: Path) -> Cost:
             ended = time.perf_counter()
             assert recorder.close(finished=True), recorder.error
             delivered = time.perf_counter()
+            megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     finally:
         tuner.disconnect()
     examine(store, plan)
@@ -216,7 +217,7 @@ def measure(trials: int, folder: Path) -> Cost:
         delivering=delivered - ended,
         next_trial=statistics.median(watcher.to_next_trial),
         next_epoch=statistics.median(watcher.to_next_epoch),
-        megabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        megabytes=megabytes,
     )
 
 
