@@ -95,7 +95,7 @@ def _run_connected(request: Request, dataset: Dataset, packing: Packing, spool: 
     except InputError:
         store.release()
         raise
-    training = Training(request.storage, slug(request.store, request.experiment), packing, checkpoints)
+    training = Training(packing, checkpoints)
     watcher, delivered = train_all(plan, stored, dataset, recorder, asha, training, _describe(request, plan))
     if recorder.dropped:
         lost = f"{recorder.dropped.total()} reports of {len(recorder.dropped)} trials"
@@ -108,10 +108,6 @@ def _run_connected(request: Request, dataset: Dataset, packing: Packing, spool: 
 class Training:
     """Where trials are trained."""
 
-    storage: str
-    """Folder or URI that all nodes reach."""
-    name: str
-    """Of the folder in it."""
     packing: Packing
     checkpoints: Checkpoints
     keep_weights: bool = False
@@ -162,8 +158,6 @@ def train_all(
                 controls=plan.controls,
                 packing=packing,
                 checkpoints=checkpoints,
-                storage=training.storage,
-                experiment=training.name,
                 keep_weights=training.keep_weights,
             )
             watcher.progress.show(last=True)

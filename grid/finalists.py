@@ -65,7 +65,7 @@ def confirm(request: Confirmation) -> int:
         packing = tuner.connect(tuner.find_cluster(request.address), request.concurrency, checkpoints)
         try:
             trials = finalist_trials(chosen, [trial.config for trial in stored.values()], request.seeds, packing)
-            training = Training(request.storage, name, packing, checkpoints, keep_weights=True)
+            training = Training(packing, checkpoints, keep_weights=True)
             ended = _train(request, trials, dataset, spool, training)
         finally:
             tuner.disconnect()

@@ -24,7 +24,6 @@ from grid.store_uri import check_store_uri, mask, slug
 
 BATCH_SIZE = 900
 """Metrics in one request; MLflow allows 1000 entries of all kinds."""
-PARAM_BATCH_SIZE = 90
 LONGEST_WAIT_SECONDS = 15.0
 """Between two attempts to reach a store that does not answer."""
 HEARTBEAT_SECONDS = 15.0
@@ -61,7 +60,8 @@ class Recorder:
             InputError: The store does not take them.
         """
         try:
-            self._run_ids = self.store.run_ids()
+            if self._spool.pending(limit=1)[0]:
+                self._run_ids = self.store.run_ids()
             return self._deliver_pending()
         except UNREACHABLE as error:
             kept = f"the reports of an earlier run stay in {self._spool.path}"
@@ -217,21 +217,27 @@ class Recorder:
             self.dropped[trial_key] += len(events)
 
     def _deliver(self, trial_key: str, events: list[Event]) -> None:
-        client = self.store.client
-        for start in (event for event in events if event["kind"] == "start"):
+        """Carry the events of a trial in as few requests as they take: each costs more than what is in it."""
+        starts = [event for event in events if event["kind"] == "start"]
+        for start in starts:
             self._begin_run(trial_key, start)
         if trial_key not in self._run_ids:
             self.dropped[trial_key] += len(events)
             return
-        run_id = self._run_ids[trial_key]
-        metrics = list(_metrics(events))
-        tags = [RunTag(*tag) for event in events if event["kind"] == "epoch" for tag in event["tags"].items()]
-        for begin in range(0, len(metrics), BATCH_SIZE):
-            client.log_batch(run_id, metrics=metrics[begin : begin + BATCH_SIZE], tags=tags)
-        if events[-1]["kind"] == "end":
-            self._end_run(run_id, events[-1], failed_before=trial_key in self._failed_at)
-        if events[-1]["kind"] == "rest":
-            client.set_terminated(run_id, "KILLED", events[-1]["time"])
+        run_id, last = self._run_ids[trial_key], events[-1]
+        tags = {name: value for event in events if event["kind"] == "epoch" for name, value in event["tags"].items()}
+        if last["kind"] == "end":
+            if last["error"]:
+                self.store.client.log_text(run_id, last["error"], "traceback.txt")
+            if last["error"] or trial_key in self._failed_at:
+                tags["error"] = summarise(last["error"])
+            tags |= last["tags"]
+        self._log(run_id, list(_metrics(events)), starts[-1]["params"] if starts else {}, tags)
+        if last["kind"] == "end":
+            status = "FAILED" if last["status"] == "failed" else "FINISHED"
+            self.store.client.set_terminated(run_id, status, last["time"])
+        if last["kind"] == "rest":
+            self.store.client.set_terminated(run_id, "KILLED", last["time"])
 
     def _begin_run(self, trial_key: str, start: Event) -> None:
         if trial_key not in self._run_ids and self.error:  # an attempt whose answer was lost may have made it
@@ -242,19 +248,15 @@ class Recorder:
             tags = {**start["tags"], "mlflow.parentRunId": self.store.parent_id}
             run = self.store.client.create_run(self.store.experiment_id, start["time"], tags, start["name"])
             self._run_ids[trial_key] = run.info.run_id
-        params = [Param(name, value) for name, value in start["params"].items()]
-        for begin in range(0, len(params), PARAM_BATCH_SIZE):
-            self.store.client.log_batch(self._run_ids[trial_key], params=params[begin : begin + PARAM_BATCH_SIZE])
 
-    def _end_run(self, run_id: str, end: Event, *, failed_before: bool) -> None:
-        client = self.store.client
-        if end["error"]:
-            client.log_text(run_id, end["error"], "traceback.txt")
-        tags = end["tags"]
-        if end["error"] or failed_before:
-            tags = tags | {"error": summarise(end["error"])}
-        client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
-        client.set_terminated(run_id, "FAILED" if end["status"] == "failed" else "FINISHED", end["time"])
+    def _log(self, run_id: str, metrics: list[Metric], params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+        """Log all of it; the tags, which may say that a trial has ended, in the last request."""
+        entries = [Param(*param) for param in params.items()]
+        while metrics or entries or tags:
+            some, metrics = metrics[:BATCH_SIZE], metrics[BATCH_SIZE:]
+            last = [] if metrics else [RunTag(*tag) for tag in tags.items()]
+            self.store.client.log_batch(run_id, metrics=some, params=entries, tags=last)
+            entries, tags = [], tags if metrics else {}
 
 
 def summarise(error: str) -> str:

@@ -3,17 +3,17 @@
 import logging
 import os
 import socket
+import tempfile
 import threading
-import traceback
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_GLOBAL_CHECKPOINT_S": "inf",  # snapshots of all trials, for a restore, which is not used here
     "RAY_AIR_NEW_OUTPUT": "0",
 }.items():
     os.environ.setdefault(_name, _value)
@@ -28,6 +28,7 @@ from ray._private.utils import read_ray_address  # noqa: E402
 from ray.exceptions import AuthenticationError, GetTimeoutError, RayError  # noqa: E402
 from ray.tune.experiment import Trial as TuneTrial  # noqa: E402
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler  # noqa: E402
+from ray.tune.search import Searcher  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
 from grid import forecast  # noqa: E402
@@ -40,11 +41,10 @@ from grid.listener import Listener  # noqa: E402
 from grid.preflight import ANSWER_SECONDS, MEND, PROBE, Code, Report, Wanted, judge, mark_storage, report  # noqa: E402
 from grid.request import NO_RAY, check_address  # noqa: E402
 from grid.trial import DeviceData, EpochReport, Trial  # noqa: E402
+from grid.worker import Worker  # noqa: E402
 
 WORKER_RESTARTS = 8
 """How often a trial whose worker died is run again. Errors of the trial itself never restart a worker."""
-TRIES = 2
-"""How often an epoch that raises is tried."""
 QUIET: dict[str, Any] = {"logging_level": "CRITICAL", "log_to_driver": False, "configure_logging": True}
 
 _leaving = threading.Event()
@@ -191,9 +191,8 @@ def run_trials(
     controls: Collection[str],
     packing: Packing,
     checkpoints: Checkpoints,
-    storage: str,
-    experiment: str,
     keep_weights: bool = False,
+    begin: Callable[[TrialConfig, DeviceData], Trial] = Trial,
 ) -> None:
     """Run trials to their ends; Ray must be connected.
 
@@ -205,40 +204,39 @@ def run_trials(
         controls: Keys of the trials that are never stopped.
         packing: How many at once, with which resources.
         checkpoints: Where trials are put down at rungs, and taken up if they were.
-        storage: Folder or URI that all nodes reach.
-        experiment: Name of Tune's folder in it.
         keep_weights: Whether a trial is put down after its last epoch, too.
+        begin: Makes a trial in a worker; `benchmarks.grid_scale` passes one that replays a recorded curve.
     """
     mark = mark_storage(checkpoints)
     put_down = (*asha.rungs, *({trial.epochs for trial in trials} if keep_weights else ()))
-    worker = tune.with_resources(
+    worker = Worker(dataset, checkpoints, put_down, begin)
+    trainable = tune.with_resources(
         # The images go into Ray's object store: to each node once, and its workers read the same memory.
-        tune.with_parameters(
-            TrialWorker, dataset=dataset, checkpoints=checkpoints, put_down=put_down, wanted=Wanted(Code.here(), mark)
-        ),
+        tune.with_parameters(TrialWorker, worker=worker, wanted=Wanted(Code.here(), mark)),
         {"CPU": packing.cpus_per_trial, "GPU": packing.gpus_per_trial},
     )
-    tuner = tune.Tuner(
-        worker,
-        param_space={"trial": tune.grid_search([trial.to_params() for trial in trials])},
-        tune_config=tune.TuneConfig(
-            scheduler=AshaScheduler(asha, controls),
-            max_concurrent_trials=packing.concurrency,
-            reuse_actors=True,
-            trial_dirname_creator=lambda trial: _config(trial).trial_key,
-        ),
-        run_config=_run_config(listener, storage, experiment),
-    )
-    try:
-        tuner.fit()
-    finally:
-        checkpoints.delete(PROBE)
+    with tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as folder:
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=_Queue(trials),
+                num_samples=len(trials),
+                scheduler=AshaScheduler(asha, controls),
+                max_concurrent_trials=packing.concurrency,
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: _config(trial).trial_key,
+            ),
+            run_config=_run_config(listener, folder),
+        )
+        try:
+            tuner.fit()
+        finally:
+            checkpoints.delete(PROBE)
 
 
-def _run_config(listener: Listener, storage: str, experiment: str) -> tune.RunConfig:
+def _run_config(listener: Listener, folder: str) -> tune.RunConfig:
     return tune.RunConfig(
-        name=experiment,
-        storage_path=storage,
+        storage_path=folder,  # of Tune's own files, which nobody reads; it puts no trial down
         verbose=0,
         stop=_Interruption(listener),
         callbacks=[_Bridge(listener)],
@@ -247,66 +245,42 @@ def _run_config(listener: Listener, storage: str, experiment: str) -> tune.RunCo
     )
 
 
+class _Queue(Searcher):
+    """Hands Tune one trial after another: of a `grid_search` it copies the whole list for each trial in it."""
+
+    def __init__(self, trials: Sequence[TrialConfig]):
+        super().__init__()
+        self._trials = iter(trials)
+
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        return {"trial": next(self._trials)}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        pass
+
+    def save(self, checkpoint_path: str) -> None:
+        pass
+
+
 class TrialWorker(tune.Trainable):
-    """Trains one trial after another in one process, which keeps torch and the images.
+    """Trains one trial after another in one process, which keeps torch and the images."""
 
-    A trial that goes on past a rung is put down first, so that the death of its worker costs at most one rung.
-    """
-
-    def setup(  # type: ignore[override]
-        self,
-        config: dict[str, Any],
-        dataset: Dataset,
-        checkpoints: Checkpoints,
-        put_down: tuple[int, ...],
-        wanted: Wanted,
-    ) -> None:
+    def setup(self, config: dict[str, Any], worker: Worker, wanted: Wanted) -> None:  # type: ignore[override]
         """Prepare for the first trial; this machine may have joined after the others were looked at."""
         torch.set_num_threads(1)
         keep_freed_memory()
         name = _machine(ray.util.get_node_ip_address(), socket.gethostname())
-        self._fault = wanted.fault(checkpoints, name)
-        self._dataset = dataset
-        self._checkpoints = checkpoints
-        self._put_down = put_down
-        self._data: DeviceData | None = None
-        self._trial: Trial | None = None
+        self._fault = wanted.fault(worker.checkpoints, name)
+        self._worker = worker
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take up another trial; always possible."""
-        self._trial = None
+        self._worker.clear()
         return True
 
     def step(self) -> dict[str, Any]:
-        """Train one epoch; an error of the trial is a result, so that the worker lives on."""
-        if self._fault:
-            return {"node_fault": self._fault}
-        config = TrialConfig.from_params(self.config["trial"])
-        for attempt in range(TRIES):
-            try:
-                trial = self._take_up(config)
-                if trial.epoch in self._put_down:  # not before it is known to go on
-                    self._checkpoints.save(config.trial_key, trial.state_dict())
-                report = trial.run_epoch()
-                if trial.epoch == config.epochs and trial.epoch in self._put_down:
-                    self._checkpoints.save(config.trial_key, trial.state_dict())
-            except Exception:  # noqa: BLE001  (whatever it is, it is recorded as the trial's failure)
-                self._trial = None
-                if attempt == TRIES - 1:
-                    return {"error": traceback.format_exc(), "done": True}
-            else:
-                return {**asdict(report), "done": report.diverged or report.epoch == config.epochs}
-        raise AssertionError("unreachable")
-
-    def _take_up(self, config: TrialConfig) -> Trial:
-        if self._data is None:
-            self._data = DeviceData.of(self._dataset, config.device)
-        if self._trial is None:
-            self._trial = Trial(config, self._data)
-            state = self._checkpoints.load(config.trial_key, config.device)
-            if state is not None:
-                self._trial.load_state_dict(state)
-        return self._trial
+        """Train one epoch."""
+        return {"node_fault": self._fault} if self._fault else self._worker.run_epoch(self.config["trial"])
 
 
 class AshaScheduler(FIFOScheduler):
@@ -316,6 +290,20 @@ class AshaScheduler(FIFOScheduler):
         super().__init__()  # type: ignore[no-untyped-call]
         self._asha = asha
         self._controls = controls
+        self._fresh: list[TuneTrial] = []
+
+    def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Note a trial that is to start, for the first time or again."""
+        self._fresh.append(trial)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
+        """Return a trial that has just come, which gets a free worker if there is one, or a new one.
+
+        Tune's own rule searches all trials at every step, and gives a free worker to the first that waits though a new
+        one is starting for it, which is ended: where trials are shorter than the start of a worker, none ever starts.
+        """
+        fresh, self._fresh = self._fresh, []
+        return next((trial for trial in fresh if trial.status == TuneTrial.PENDING), None)
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         """Stop a trial that is not among the best at a rung."""
@@ -323,17 +311,17 @@ class AshaScheduler(FIFOScheduler):
         goes_on = self._asha.goes_on(
             config.trial_key,
             group=config.model,
-            epoch=result["epoch"],
-            value=result["val_accuracy"],
+            epoch=result["report"].epoch,
+            value=result["report"].val_accuracy,
             control=config.trial_key in self._controls,
         )
         return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
 
     def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
         """Count a diverged trial at the rung that it does not reach."""
-        if result.get("diverged"):
+        if "report" in result and result["report"].diverged:
             config = _config(trial)
-            self._asha.diverge(config.trial_key, group=config.model, epoch=result["epoch"])
+            self._asha.diverge(config.trial_key, group=config.model, epoch=result["report"].epoch)
 
 
 class _DriverOnly:
@@ -361,7 +349,7 @@ class _Bridge(_DriverOnly, tune.Callback):
         if "node_fault" in result:
             self._listener.give_up(result["node_fault"])
         elif "error" not in result:
-            report = EpochReport(**{name: result[name] for name in EpochReport.__dataclass_fields__})
+            report: EpochReport = result["report"]
             ended = report.diverged or report.epoch == _config(trial).epochs
             self._listener.reported(_config(trial), report, stopped=result["done"] and not ended)
 
@@ -387,12 +375,13 @@ class _Interruption(_DriverOnly, tune.Stopper):
 
 
 def _config(trial: TuneTrial) -> TrialConfig:
-    return TrialConfig.from_params(trial.config["trial"])
+    config: TrialConfig = trial.config["trial"]
+    return config
 
 
 def _status(config: TrialConfig, result: dict[str, Any]) -> str:
     if "error" in result:
         return "failed"
-    if result["diverged"]:
+    if result["report"].diverged:
         return "diverged"
-    return "completed" if result["epoch"] == config.epochs else "stopped"
+    return "completed" if result["report"].epoch == config.epochs else "stopped"

@@ -1,11 +1,13 @@
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from mlflow.entities import Run
+from mlflow.entities import Metric, Param, Run, RunTag
 
+from grid import record
 from grid.config import EPOCH_METRICS, InputError, TrialConfig
 from grid.record import Recorder, main, open_spool, summarise
 from grid.spool import Spool
@@ -219,6 +221,44 @@ def test_what_a_dead_driver_left_is_delivered_first_and_once(store: Store, tmp_p
         spool.close()
     (run,) = runs(store)
     assert (run.data.tags["status"], run.data.metrics["epochs_run"]) == ("completed", 3)
+
+
+def test_a_trial_whose_reports_come_together_takes_three_requests(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_in_spool(store, tmp_path)
+    asked: list[str] = []
+    for name in ("create_run", "update_run", "log_batch", "log_text", "set_tag", "set_terminated"):
+        real = getattr(store.client, name)
+
+        def ask(*given: object, name: str = name, real: Callable[..., object] = real, **named: object) -> object:
+            asked.append(name)
+            return real(*given, **named)
+
+        monkeypatch.setattr(store.client, name, ask)
+    with closing(open_spool(tmp_path, store.uri, store.experiment)) as spool:
+        Recorder(store, spool).recover()
+    assert asked == ["create_run", "log_batch", "set_terminated"]
+
+
+def test_a_status_comes_with_the_last_of_the_metrics(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_in_spool(store, tmp_path)
+    monkeypatch.setattr(record, "BATCH_SIZE", 10)
+    sent: list[tuple[int, int, list[str]]] = []
+    real = store.client.log_batch
+
+    def log_batch(run_id: str, metrics: list[Metric], params: list[Param], tags: list[RunTag]) -> None:
+        sent.append((len(metrics), len(params), [tag.key for tag in tags]))
+        real(run_id, metrics=metrics, params=params, tags=tags)
+
+    monkeypatch.setattr(store.client, "log_batch", log_batch)
+    with closing(open_spool(tmp_path, store.uri, store.experiment)) as spool:
+        Recorder(store, spool).recover()
+    assert sent == [(10, len(CONFIG.to_params()), []), (10, 0, []), (4, 0, ["status"])]
+    (run,) = runs(store)
+    assert run.data.params == CONFIG.to_params()
 
 
 def test_delivering_twice_doubles_nothing(store: Store, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -20,7 +21,7 @@ from grid.data import Dataset, load
 from grid.hardware import Packing
 from grid.preflight import Code
 from grid.trial import DeviceData, EpochReport, train
-from grid.tuner import connect, disconnect, run_trials
+from grid.tuner import AshaScheduler, connect, disconnect, run_trials
 
 pytestmark = pytest.mark.slow
 
@@ -79,7 +80,7 @@ def dataset(glyphs_dir: Path) -> Dataset:
 
 def run(trials: list[TrialConfig], dataset: Dataset, packing: Packing, folder: Path, **changes: object) -> Notes:
     notes = Notes(**({"end_after": changes.pop("end_after")} if "end_after" in changes else {}))  # type: ignore[arg-type]
-    settings = {"asha": Asha(()), "controls": (), "packing": packing, "storage": str(folder), "experiment": "test"}
+    settings = {"asha": Asha(()), "controls": (), "packing": packing}
     settings["checkpoints"] = Checkpoints(str(folder), "test")
     run_trials(trials, dataset, notes, **(settings | changes))  # type: ignore[arg-type]
     return notes
@@ -138,6 +139,26 @@ def test_workers_are_kept_for_many_trials(dataset: Dataset, packing: Packing, tm
     assert 1 <= len(notes.worker_pids - before) <= packing.concurrency
 
 
+def test_trials_start_in_the_order_given_and_tune_leaves_nothing_behind(
+    dataset: Dataset, packing: Packing, tmp_path: Path
+) -> None:
+    trials = [replace(CONFIG, seed=seed, epochs=1) for seed in (3, 1, 4, 0, 5)]
+    notes = run(trials, dataset, replace(packing, concurrency=1), tmp_path)
+    assert notes.starts == [trial.trial_key for trial in trials]
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
+
+
+def test_a_worker_that_is_starting_is_left_to_its_trial() -> None:
+    scheduler = AshaScheduler(Asha(()), ())
+    waiting, stopped, fresh = (SimpleNamespace(status=status) for status in ("PENDING", "TERMINATED", "PENDING"))
+    scheduler.on_trial_add(None, waiting)  # type: ignore[arg-type]
+    assert scheduler.choose_trial_to_run(None) is waiting  # gets a worker of its own, which takes a while
+    scheduler.on_trial_add(None, stopped)  # type: ignore[arg-type]
+    scheduler.on_trial_add(None, fresh)  # type: ignore[arg-type]
+    assert scheduler.choose_trial_to_run(None) is fresh  # gets the worker that has become free
+    assert scheduler.choose_trial_to_run(None) is None
+
+
 def test_an_interruption_leaves_trials_without_an_end(dataset: Dataset, packing: Packing, tmp_path: Path) -> None:
     trials = [replace(CONFIG, seed=seed, epochs=50) for seed in range(3)]
     notes = run(trials, dataset, packing, tmp_path, end_after=4)
@@ -186,7 +207,7 @@ def test_the_death_of_a_worker_costs_at_most_a_rung_and_no_bit(
     config = replace(CONFIG, epochs=6, optimizer="adam", lr_schedule="cosine", dropout=True)
     notes = Killer(after=4)
     checkpoints = Checkpoints(str(tmp_path), "test")
-    settings = {"controls": (), "packing": packing, "storage": str(tmp_path), "experiment": "test"}
+    settings = {"controls": (), "packing": packing}
     run_trials([config], dataset, notes, asha=Asha((1, 3)), checkpoints=checkpoints, **settings)  # type: ignore[arg-type]
     assert notes.killed
     assert notes.ends == {config.trial_key: ("completed", "")}

@@ -1,0 +1,300 @@
+"""Does the cost per trial grow with the grid? Runs pretended grids of 100, 1,000 and 10,000 trials through everything.
+
+    python -m benchmarks.grid_scale [--trials 100 1000 10000] [--quick]
+
+Plan, Ray, Tune, ASHA, worker processes, checkpoints, spool, recorder and an sqlite store are real; only the training of
+an epoch is replaced, by a curve that takes microseconds. A grid is `full` with as many seeds as it takes, cut to size,
+on the first trials of its random order; each runs in a process of its own, two trials at once. At the end its store is
+examined: one run per trial, ended, with one status.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mlflow.tracking import MlflowClient
+
+from grid import tuner
+from grid.asha import Asha, rung_epochs
+from grid.checkpoint import Checkpoints
+from grid.config import STATUSES, TrialConfig
+from grid.data import Dataset
+from grid.hardware import Packing
+from grid.plan import Plan, make_plan
+from grid.record import Recorder, open_spool
+from grid.request import Request
+from grid.space import GRIDS, cross
+from grid.store import Store
+from grid.trial import DeviceData, EpochReport, Trial
+from grid.watcher import Watcher, restore_rungs
+
+SIZES = (100, 1_000, 10_000)
+QUICK = (60,)
+AT_ONCE = 2
+EPOCHS = 9
+DIVERGING = 0.02
+"""Share of the trials that diverge in their second epoch, if they come to it."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a grid took; times in seconds."""
+
+    trials: int
+    reports: int
+    planning: float
+    """From the request to the first call of Tune: store, plan, recorder, watcher."""
+    starting: float
+    """From there to the first report: the worker processes import torch."""
+    running: float
+    """From the first report to the end of Tune's loop, and of what Tune does after it."""
+    delivering: float
+    """Until all that was reported has arrived in the store."""
+    next_trial: float
+    """Median time between the last step of a trial and the first of the next in a worker."""
+    next_epoch: float
+    """Median time between two steps of a trial in a worker."""
+    megabytes: float
+    """Most memory that the driver has held."""
+
+    @property
+    def per_trial(self) -> float:
+        """Seconds for each trial, the start of the workers left out."""
+        return (self.planning + self.running + self.delivering) / self.trials
+
+    @property
+    def line(self) -> str:
+        """One row of the table."""
+        per_report = self.running / self.reports
+        return (
+            f"{self.trials:>6,} {self.reports:>7,} {self.planning:>6.1f} {self.starting:>6.1f} {self.running:>6.1f} "
+            f"{self.delivering:>8.1f} {self.per_trial * 1000:>6.1f} {per_report * 1000:>7.1f} "
+            f"{self.next_trial * 1000:>6.1f} {self.next_epoch * 1000:>6.1f} {self.megabytes:>6,.0f}"
+        )
+
+
+HEADER = """\
+                                     seconds    ms for each    ms to next driver
+trials reports   plan  start    run  deliver  trial  report  trial  epoch     MB"""
+
+
+class RecordedTrial(Trial):
+    """Replays a curve that its key alone decides; `train_loss` is the seconds since the process's last step."""
+
+    last_step_at = math.nan
+    """When this process ended its latest step, of whichever trial."""
+
+    def __init__(self, config: TrialConfig, data: DeviceData):
+        self.config = config
+        self.epoch = 0
+        luck = random.Random(config.trial_key)  # noqa: S311  (a curve)
+        self._diverges = luck.random() < DIVERGING
+        self._asymptote = luck.uniform(0.2, 0.9)
+        self._pace = luck.uniform(0.5, 2.0)
+
+    def run_epoch(self) -> EpochReport:
+        """Take the next value of the curve."""
+        begun = time.perf_counter()
+        waited = 0.0 if math.isnan(RecordedTrial.last_step_at) else begun - RecordedTrial.last_step_at
+        self.epoch += 1
+        diverged = self._diverges and self.epoch == 2
+        accuracy = math.nan if diverged else self._asymptote * (1 - math.exp(-self.epoch / self._pace))
+        RecordedTrial.last_step_at = time.perf_counter()
+        return EpochReport(
+            epoch=self.epoch,
+            train_loss=waited,
+            train_accuracy=accuracy,
+            val_loss=1 - accuracy,
+            val_accuracy=accuracy,
+            learning_rate=self.config.learning_rate,
+            epoch_seconds=RecordedTrial.last_step_at - begun,
+            samples_per_second=1.0,
+            diverged=diverged,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the curve stands."""
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on there."""
+        self.epoch = state["epoch"]
+
+
+class Stopwatch(Watcher):
+    """A watcher that notes the first report and the waits between steps."""
+
+    def __init__(self, *parts: Any, **settings: Any):
+        super().__init__(*parts, **settings)
+        self.first_report_at = math.nan
+        self.to_next_trial: list[float] = []
+        self.to_next_epoch: list[float] = []
+
+    def reported(self, config: TrialConfig, report: EpochReport, *, stopped: bool) -> None:
+        """Note, and pass on."""
+        if math.isnan(self.first_report_at):
+            self.first_report_at = time.perf_counter()
+        (self.to_next_trial if report.epoch == 1 else self.to_next_epoch).append(report.train_loss)
+        super().reported(config, report, stopped=stopped)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run every size in a process of its own and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, nargs="+", default=list(SIZES), help="sizes of the grids")
+    parser.add_argument("--quick", action="store_true", help=f"one grid of {QUICK[0]} trials")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.here:
+        with tempfile.TemporaryDirectory(prefix="scale-") as folder:
+            print(json.dumps(asdict(measure(options.trials[0], Path(folder)))))
+        return 0
+    print(HEADER, flush=True)
+    for trials in QUICK if options.quick else options.trials:
+        print(measure_apart(trials).line, flush=True)
+    return 0
+
+
+def measure_apart(trials: int) -> Cost:
+    """Run a grid in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.grid_scale", "--here", "--trials", str(trials)]
+    with tempfile.TemporaryDirectory(prefix="scale-cwd-") as folder:
+        path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+        environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return Cost(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure(trials: int, folder: Path) -> Cost:
+    """Run a grid of pretended trials in this process, examine its store, and return what it took."""
+    dataset = blank_dataset()
+    request = ask(trials, folder)
+    checkpoints = Checkpoints(request.storage, request.experiment)
+    packing = tuner.connect(None, AT_ONCE, checkpoints)
+    try:
+        begun = time.perf_counter()
+        store = Store(request.store, request.experiment)
+        store.create()
+        store.claim()
+        with contextlib.closing(open_spool(request.spool, request.store, request.experiment)) as spool:
+            recorder = Recorder(store, spool)
+            recorder.recover()
+            plan = cut(make_plan(request, packing=packing, fingerprint=dataset.fingerprint), trials)
+            asha = Asha(rung_epochs(request.epochs))
+            restore_rungs(asha, store.trials())
+            recorder.begin({"grid.json": b"{}"}, {})
+            watcher = Stopwatch(plan, {}, recorder, checkpoints, rungs=asha.rungs, concurrency=packing.concurrency)
+            planned = time.perf_counter()
+            run(plan, watcher, dataset, asha, packing, checkpoints)
+            ended = time.perf_counter()
+            assert recorder.close(finished=True), recorder.error
+            delivered = time.perf_counter()
+            megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    finally:
+        tuner.disconnect()
+    examine(store, plan)
+    return Cost(
+        trials=trials,
+        reports=len(watcher.to_next_trial) + len(watcher.to_next_epoch),
+        planning=planned - begun,
+        starting=watcher.first_report_at - planned,
+        running=ended - watcher.first_report_at,
+        delivering=delivered - ended,
+        next_trial=statistics.median(watcher.to_next_trial),
+        next_epoch=statistics.median(watcher.to_next_epoch),
+        megabytes=megabytes,
+    )
+
+
+def ask(trials: int, folder: Path) -> Request:
+    """Return the request of the grid `full` with the seeds that yield at least so many trials."""
+    levels = GRIDS["full"].levels
+    return Request(
+        grid="full",
+        levels=levels,
+        data="glyphs",
+        data_dir=folder / "data",
+        per_class=None,
+        epochs=EPOCHS,
+        seeds=math.ceil(trials / len(cross(levels)[0])),
+        lr_scales=(1.0,),
+        controls=0.03,
+        store=f"sqlite:///{folder}/mlflow.db",
+        experiment="scale",
+        storage=str(folder / "storage"),
+        spool=folder / "spool",
+        address="local",
+        concurrency=AT_ONCE,
+        precision="float32",
+        price_per_hour=None,
+    )
+
+
+def cut(plan: Plan, trials: int) -> Plan:
+    """Return a plan of the first trials alone."""
+    kept = plan.trials[:trials]
+    return replace(plan, trials=kept, controls=plan.controls & {trial.trial_key for trial in kept})
+
+
+def run(
+    plan: Plan,
+    watcher: Watcher,
+    dataset: Dataset,
+    asha: Asha,
+    packing: Packing,
+    checkpoints: Checkpoints,
+) -> None:
+    """Run the trials as `grid.experiment` does, their epochs replaced."""
+    with contextlib.redirect_stdout(sys.stderr):
+        tuner.run_trials(
+            watcher.todo,
+            dataset,
+            watcher,
+            asha=asha,
+            controls=plan.controls,
+            packing=packing,
+            checkpoints=checkpoints,
+            begin=RecordedTrial,
+        )
+        watcher.put_down()
+        checkpoints.clear()
+
+
+def examine(store: Store, plan: Plan) -> None:
+    """Assert that the store has one ended run with one status for each trial, and no other."""
+    client = MlflowClient(tracking_uri=store.uri)
+    found: Counter[str] = Counter()
+    token: str | None = None
+    while token != "":
+        page = client.search_runs([store.experiment_id], "tags.kind = 'trial'", max_results=1000, page_token=token)
+        token = page.token or ""
+        for one in page:
+            assert one.data.tags["status"] in STATUSES[:3], one.data.tags
+            assert one.info.status == "FINISHED", one.info
+            found[one.data.tags["trial_key"]] += 1
+    assert found == Counter(trial.trial_key for trial in plan.trials), "lost or doubled trials"
+
+
+def blank_dataset() -> Dataset:
+    """Return a few images that nobody looks at."""
+    images, labels = np.zeros((64, 28, 28), dtype=np.uint8), np.zeros(64, dtype=np.int64)
+    return Dataset("glyphs", ("a", "b"), images, labels, images, labels, fingerprint="0" * 16)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""What a worker process does, without the process."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grid.checkpoint import Checkpoints
+from grid.config import TrialConfig
+from grid.data import load
+from grid.trial import DeviceData, EpochReport, Trial
+from grid.worker import TRIES, Worker
+
+CONFIG = TrialConfig(learning_rate=0.05, epochs=3)
+
+
+class Counting(Trial):
+    """Does nothing but count; raises as often as it is told to."""
+
+    raises = 0
+
+    def __init__(self, config: TrialConfig, data: DeviceData):
+        self.epoch = 0
+
+    def run_epoch(self) -> EpochReport:
+        if Counting.raises:
+            Counting.raises -= 1
+            raise RuntimeError("out of luck")
+        self.epoch += 1
+        return EpochReport(self.epoch, *[0.5] * 7, diverged=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.epoch = state["epoch"]
+
+
+@pytest.fixture
+def worker(glyphs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
+    monkeypatch.setattr(Counting, "raises", 0)
+    return Worker(load("glyphs", glyphs_dir, per_class=2), Checkpoints(str(tmp_path), "test"), (1,), Counting)
+
+
+def test_a_trial_is_done_after_its_last_epoch(worker: Worker) -> None:
+    results = [worker.run_epoch(CONFIG) for _ in range(3)]
+    assert [(result["report"].epoch, result["done"]) for result in results] == [(1, False), (2, False), (3, True)]
+
+
+def test_a_trial_is_put_down_at_a_rung_only_when_it_goes_on(worker: Worker) -> None:
+    worker.run_epoch(CONFIG)
+    assert worker.checkpoints.load(CONFIG.trial_key, "cpu") is None
+    worker.run_epoch(CONFIG)
+    assert worker.checkpoints.load(CONFIG.trial_key, "cpu") == {"epoch": 1}
+
+
+def test_another_trial_begins_anew_and_one_that_was_put_down_goes_on(worker: Worker) -> None:
+    other = TrialConfig(learning_rate=0.05, epochs=3, seed=1)
+    epochs = [worker.run_epoch(CONFIG)["report"].epoch for _ in range(2)]
+    for config in (other, CONFIG):
+        worker.clear()
+        epochs.append(worker.run_epoch(config)["report"].epoch)
+    assert epochs == [1, 2, 1, 2]
+
+
+def test_an_error_is_tried_again_and_then_a_result(worker: Worker) -> None:
+    Counting.raises = TRIES - 1
+    assert worker.run_epoch(CONFIG)["report"].epoch == 1
+    Counting.raises = TRIES
+    result = worker.run_epoch(CONFIG)
+    assert result["done"]
+    assert result["error"].endswith("RuntimeError: out of luck\n")
