@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from mlflow.tracking import MlflowClient
 
-from grid import tuner
+from grid import connection, tuner
 from grid.asha import Asha, rung_epochs
 from grid.checkpoint import Checkpoints
 from grid.config import STATUSES, TrialConfig
@@ -185,7 +185,7 @@ def measure(trials: int, folder: Path) -> Cost:
     dataset = blank_dataset()
     request = ask(trials, folder)
     checkpoints = Checkpoints(request.storage, request.experiment)
-    packing = tuner.connect(None, AT_ONCE, checkpoints)
+    packing = connection.connect(None, AT_ONCE, checkpoints)
     try:
         begun = time.perf_counter()
         store = Store(request.store, request.experiment)
@@ -206,7 +206,7 @@ def measure(trials: int, folder: Path) -> Cost:
             delivered = time.perf_counter()
             megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     finally:
-        tuner.disconnect()
+        connection.disconnect()
     examine(store, plan)
     return Cost(
         trials=trials,

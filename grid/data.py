@@ -13,7 +13,6 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from http import HTTPStatus
 from http.client import HTTPException
 from pathlib import Path
@@ -29,11 +28,10 @@ from torchvision.datasets.utils import USER_AGENT, check_md5
 from grid.config import InputError
 from grid.datasets import DATASETS, NAMES, VALIDATION_SHARE, check_name, check_per_class
 from grid.glyphs import Glyphs, ensure
+from grid.images import Dataset, Images, Labels
 
 __all__ = ["NAMES", "Dataset", "check_name", "check_per_class", "is_here", "load", "load_test", "split_indices"]
 
-Images = NDArray[np.uint8]
-Labels = NDArray[np.int64]
 Indices = NDArray[np.int64]
 
 IMAGE_SIZE = 28
@@ -41,23 +39,6 @@ CHUNK_BYTES = 1 << 18
 TIMEOUT_SECONDS = 30
 """How long a silent server is waited for."""
 MEND = "delete it and run again"
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Train and validation images of one data set; the test set is not in it."""
-
-    name: str
-    classes: tuple[str, ...]
-    """Class names; the label is the position."""
-    train_images: Images
-    """`[image, row, column]`, 28 x 28, white (255) on black (0), upright."""
-    train_labels: Labels
-    """`[image]`, from 0."""
-    val_images: Images
-    val_labels: Labels
-    fingerprint: str
-    """16 hexadecimal digits that change with any byte of the above."""
 
 
 def load(name: str, data_dir: Path, *, per_class: int | None = None, split_seed: int = 0) -> Dataset:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grid import forecast, tuner
+from grid import connection, forecast, tuner
 from grid.asha import FACTOR, Asha, rung_epochs
 from grid.checkpoint import Checkpoints
 from grid.config import FACTORS, InputError
@@ -32,16 +32,20 @@ from grid.watcher import Watcher, restore_rungs
 
 def dry_run(request: Request) -> int:
     """Print what a request would run and cost; start no trial, write nothing."""
-    cluster = tuner.find_cluster(request.address)
+    cluster = connection.find_cluster(request.address)
     packing = (
-        tuner.local_packing(request.concurrency) if cluster is None else tuner.connect(cluster, request.concurrency)
+        connection.local_packing(request.concurrency)
+        if cluster is None
+        else connection.connect(cluster, request.concurrency)
     )
     try:
         plan = make_plan(request, packing=packing, fingerprint="")
         train_images, source = _training_images(request)
-        (seconds_per_image, spread), where = tuner.calibrate(plan.trials, DATASETS[request.data].class_count, packing)
+        (seconds_per_image, spread), where = connection.calibrate(
+            plan.trials, DATASETS[request.data].class_count, packing
+        )
     finally:
-        tuner.disconnect()
+        connection.disconnect()
     cost = forecast.forecast(
         plan.trials,
         plan.controls,
@@ -63,18 +67,18 @@ def run(request: Request) -> int:
         InputError: The request can't be met; nothing has been written but what an earlier run had left to write.
     """
     checkpoints = Checkpoints(request.storage, slug(request.store, request.experiment))
-    cluster = tuner.find_cluster(request.address)
+    cluster = connection.find_cluster(request.address)
     if cluster is None:
-        tuner.local_packing(request.concurrency)  # raises if it can't be met
+        connection.local_packing(request.concurrency)  # raises if it can't be met
     dataset = load(request.data, request.data_dir, per_class=request.per_class, split_seed=ORDER_SEED)
     with closing(open_spool(request.spool, request.store, request.experiment)) as spool:
-        packing = tuner.connect(cluster, request.concurrency, checkpoints)
+        packing = connection.connect(cluster, request.concurrency, checkpoints)
         try:
             if cluster is None:
-                tuner.guard(_give_up)
+                connection.guard(_give_up)
             return _run_connected(request, dataset, packing, spool, checkpoints)
         finally:
-            tuner.disconnect()
+            connection.disconnect()
 
 
 def _run_connected(request: Request, dataset: Dataset, packing: Packing, spool: Spool, checkpoints: Checkpoints) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from grid import tuner
+from grid import connection
 from grid.asha import Asha, rung_epochs
 from grid.checkpoint import Checkpoints
 from grid.config import InputError, TrialConfig, cell_name, first_line
@@ -62,13 +62,13 @@ def confirm(request: Confirmation) -> int:
     name = slug(request.store, f"{request.experiment} confirm")
     checkpoints = Checkpoints(request.storage, name)
     with closing(open_spool(request.spool, request.store, f"{request.experiment} confirm")) as spool:
-        packing = tuner.connect(tuner.find_cluster(request.address), request.concurrency, checkpoints)
+        packing = connection.connect(connection.find_cluster(request.address), request.concurrency, checkpoints)
         try:
             trials = finalist_trials(chosen, [trial.config for trial in stored.values()], request.seeds, packing)
             training = Training(packing, checkpoints, keep_weights=True)
             ended = _train(request, trials, dataset, spool, training)
         finally:
-            tuner.disconnect()
+            connection.disconnect()
     if ended:
         return ended
     store = Store(request.store, request.experiment, kind="confirm")

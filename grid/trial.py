@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,15 +21,13 @@ from torch import Tensor, nn
 
 from grid.averaging import averaged_weights
 from grid.config import EPOCH_METRICS, TrialConfig, parse_sizes
+from grid.images import Dataset
 from grid.optimizers import build_optimizer
 from grid.penalties import PENALTIES, penalised_weights
 from grid.schedules import Schedule, Span
 from nets.blocks import Techniques
 from nets.cnn import CNN
 from nets.mlp import MLP
-
-if TYPE_CHECKING:  # torchvision takes seconds to import, and who has a trained net has no use for it
-    import grid.data
 
 EVALUATION_BATCH_SIZE = 1000
 NORM_BATCHES = 20
@@ -51,7 +49,7 @@ class DeviceData:
     """Of the training pixels; at least 1."""
 
     @classmethod
-    def of(cls, dataset: "grid.data.Dataset", device: str = "cpu") -> "DeviceData":
+    def of(cls, dataset: Dataset, device: str = "cpu") -> "DeviceData":
         """Put a data set on `device`, once for all trials that run there; a CPU's memory is shared with `dataset`."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Ray's memory can't be written, and is not

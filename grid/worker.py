@@ -6,7 +6,7 @@ from typing import Any
 
 from grid.checkpoint import Checkpoints
 from grid.config import TrialConfig
-from grid.data import Dataset
+from grid.images import Dataset
 from grid.trial import DeviceData, Trial
 
 TRIES = 2

@@ -13,21 +13,21 @@ from pathlib import Path
 import pytest
 
 from grid.config import InputError
-from grid.tuner import find_cluster
+from grid.connection import find_cluster
 
 ROOT = Path(__file__).parents[1]
 PACKING = """
-from grid import tuner
+from grid import connection
 from grid.experiment import describe_packing
-print(describe_packing(tuner.connect(tuner.find_cluster(None), None)))
+print(describe_packing(connection.connect(connection.find_cluster(None), None)))
 """
 PRIVATE = """
 import sys
-from grid import tuner
-tuner.connect(None, 1)
+from grid import connection
+connection.connect(None, 1)
 print("up", flush=True)
 sys.stdin.read()
-tuner.disconnect()
+connection.disconnect()
 """
 
 

@@ -17,11 +17,12 @@ import torch
 from grid.asha import Asha
 from grid.checkpoint import Checkpoints
 from grid.config import TrialConfig
+from grid.connection import connect, disconnect
 from grid.data import Dataset, load
 from grid.hardware import Packing
 from grid.preflight import Code
 from grid.trial import DeviceData, EpochReport, train
-from grid.tuner import AshaScheduler, connect, disconnect, run_trials
+from grid.tuner import AshaScheduler, run_trials
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,165 @@
+"""Joins a Ray cluster, or starts a Ray of its own, looks at its machines, and leaves it. Knows Ray, but not Tune."""
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import psutil
+import ray
+import torch
+from ray._private import ray_constants
+from ray._private.authentication import authentication_token_setup as token
+from ray._private.utils import read_ray_address
+from ray.exceptions import AuthenticationError, GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from grid import forecast
+from grid.checkpoint import Checkpoints
+from grid.config import InputError, TrialConfig, last_line
+from grid.hardware import Packing, gpu_memory, pack
+from grid.preflight import ANSWER_SECONDS, MEND, PROBE, Code, Report, judge, mark_storage, report
+from grid.request import NO_RAY, check_address
+
+QUIET: dict[str, Any] = {"logging_level": "CRITICAL", "log_to_driver": False, "configure_logging": True}
+
+_leaving = threading.Event()
+
+
+def find_cluster(address: str | None) -> str | None:
+    """Return the address of the cluster to join; None if Ray is to start here, for this run alone.
+
+    A machine belongs to a cluster if RAY_ADDRESS says so, or if `ray start`, and so `ray up`, was run on it. The Ray
+    that another run has started for itself is never joined.
+
+    Args:
+        address: What the user gave: `HOST:PORT`, `auto`, `local`, or None.
+
+    Raises:
+        InputError: No cluster answers where one should.
+    """
+    if address not in (None, "auto"):
+        return None if address == "local" else address
+    found = os.environ.get("RAY_ADDRESS") or read_ray_address()
+    if found in (None, "", "auto", "local"):
+        if address == "auto":
+            raise InputError(f"this machine belongs to no Ray cluster; {NO_RAY}")
+        return None
+    try:
+        return check_address(found)
+    except InputError as error:
+        mend = "bring it up again, or end it with `ray stop`, or pass --address local to run on this machine alone"
+        raise InputError(f"the Ray cluster of this machine, {found}, does not answer; {mend}") from error
+
+
+def connect(address: str | None, concurrency: int | None, checkpoints: Checkpoints | None = None) -> Packing:
+    """Start Ray on this machine, or join a running cluster, and choose how trials share it.
+
+    Args:
+        address: Of a running cluster, from `find_cluster`; None starts a private one.
+        concurrency: Trials at once, chosen by the user.
+        checkpoints: The storage that all machines of a cluster must reach; None does not try.
+
+    Raises:
+        InputError: No Ray answers at `address`, or `concurrency` is out of range, or a machine can't train.
+    """
+    if address is None:
+        packing = local_packing(concurrency)
+        ray_constants.ENABLE_RAY_CLUSTER = False  # a Ray that no other machine joins listens on localhost alone
+        cpus = max(1, round(packing.concurrency * packing.cpus_per_trial))
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **QUIET)
+        return packing
+    ray_constants.ENABLE_RAY_CLUSTER = True
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    token.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # Ray does so for the address `auto` alone
+    try:
+        ray.init(address=address, **QUIET)
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
+        closed = "if it is closed by a token, ~/.ray/auth_token must be the cluster's"
+        raise InputError(f"no Ray answers at '{address}' ({type(error).__name__}; {closed}); {NO_RAY}") from error
+    try:
+        return _survey(address, concurrency, checkpoints)
+    except InputError:
+        ray.shutdown()
+        raise
+
+
+def _survey(address: str, concurrency: int | None, checkpoints: Checkpoints | None) -> Packing:
+    """Ask every machine of the cluster what it has; raise if one can't train."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    resources = {
+        machine_name(node["NodeManagerAddress"], node["NodeManagerHostname"]): node["Resources"] for node in alive
+    }
+    reports = _ask(dict(zip(resources, (node["NodeID"] for node in alive), strict=True)), address, checkpoints)
+    return judge(resources, reports, Code.here(), concurrency)
+
+
+def _ask(nodes: dict[str, str], address: str, checkpoints: Checkpoints | None) -> dict[str, Report | str]:
+    """Return what each machine reports, or why it does not."""
+    mark = "" if checkpoints is None else mark_storage(checkpoints)
+    task = ray.remote(num_cpus=0, max_retries=0)(report)
+    asked = {
+        name: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(
+            checkpoints, mark, name.partition(" ")[0], address
+        )
+        for name, node_id in nodes.items()
+    }
+    ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER_SECONDS, fetch_local=False)
+    said: dict[str, Report | str] = {}
+    for name, answer in asked.items():
+        try:
+            said[name] = ray.get(answer, timeout=1)
+        except GetTimeoutError:
+            said[name] = f"does not answer within {ANSWER_SECONDS:.0f} s; see `ray status`, or take it out"
+        except RayError as error:
+            said[name] = f"can't load this code ({last_line(error)}); {MEND}"
+    if checkpoints is not None:
+        checkpoints.delete(PROBE)
+    return said
+
+
+def machine_name(address: str, host: str) -> str:
+    """Return how faults call a machine."""
+    return f"{address} ({host})"
+
+
+def local_packing(concurrency: int | None) -> Packing:
+    """Choose how trials share this machine, without starting Ray."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return pack(cpus, torch.cuda.device_count(), gpu_memory(), concurrency)
+
+
+def calibrate(trials: Sequence[TrialConfig], classes: int, packing: Packing) -> tuple[forecast.Calibration, str]:
+    """Time a few trials where they would run, and say where that was; no machine is started for it."""
+    if packing.device == "cpu" or torch.cuda.is_available():
+        return forecast.calibrate(trials, classes), "this machine"
+    if ray.cluster_resources().get("GPU", 0) > 0:
+        task = ray.remote(num_cpus=packing.cpus_per_trial, num_gpus=packing.gpus_per_trial)(forecast.calibrate)
+        return ray.get(task.remote(trials, classes)), "a GPU of the cluster"
+    on_cpu = [replace(trial, device="cpu", fused=False) for trial in trials]
+    return forecast.calibrate(on_cpu, classes), "the CPU of this machine, as no GPU is up: expect less"
+
+
+def guard(on_death: Callable[[], None]) -> None:
+    """Watch over the processes of a private Ray, and call `on_death` from another thread if one of them dies."""
+    children = psutil.Process().children(recursive=True)
+    servers = [process for process in children if process.name() in ("gcs_server", "raylet")]
+    _leaving.clear()
+
+    def watch() -> None:
+        while not _leaving.wait(0.1):
+            if any(not server.is_running() or server.status() == psutil.STATUS_ZOMBIE for server in servers):
+                on_death()
+                return
+
+    threading.Thread(target=watch, name="guard", daemon=True).start()
+
+
+def disconnect() -> None:
+    """Leave the cluster; a private one ends."""
+    _leaving.set()
+    ray.shutdown()
