@@ -91,10 +91,9 @@ def connect(address: str | None, concurrency: int | None, checkpoints: Checkpoin
 def _survey(address: str, concurrency: int | None, checkpoints: Checkpoints | None) -> Packing:
     """Ask every machine of the cluster what it has; raise if one can't train."""
     alive = [node for node in ray.nodes() if node["Alive"]]
-    resources = {
-        machine_name(node["NodeManagerAddress"], node["NodeManagerHostname"]): node["Resources"] for node in alive
-    }
-    reports = _ask(dict(zip(resources, (node["NodeID"] for node in alive), strict=True)), address, checkpoints)
+    names = [machine_name(node["NodeManagerAddress"], node["NodeManagerHostname"]) for node in alive]
+    resources = {name: node["Resources"] for name, node in zip(names, alive, strict=True)}
+    reports = _ask({name: node["NodeID"] for name, node in zip(names, alive, strict=True)}, address, checkpoints)
     return judge(resources, reports, Code.here(), concurrency)
 
 

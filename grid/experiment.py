@@ -33,19 +33,17 @@ from grid.watcher import Watcher, restore_rungs
 def dry_run(request: Request) -> int:
     """Print what a request would run and cost; start no trial, write nothing."""
     cluster = connection.find_cluster(request.address)
-    packing = (
-        connection.local_packing(request.concurrency)
-        if cluster is None
-        else connection.connect(cluster, request.concurrency)
-    )
+    if cluster is None:
+        packing = connection.local_packing(request.concurrency)
+    else:
+        packing = connection.connect(cluster, request.concurrency)
     try:
         plan = make_plan(request, packing=packing, fingerprint="")
         train_images, source = _training_images(request)
-        (seconds_per_image, spread), where = connection.calibrate(
-            plan.trials, DATASETS[request.data].class_count, packing
-        )
+        timed, where = connection.calibrate(plan.trials, DATASETS[request.data].class_count, packing)
     finally:
         connection.disconnect()
+    seconds_per_image, spread = timed
     cost = forecast.forecast(
         plan.trials,
         plan.controls,

@@ -1,6 +1,6 @@
 """Whether every machine can train what the driver asks: same code, same packages, same storage, enough memory.
 
-Each fault is one line that names the machine and the mend. Knows no Ray: `grid.connection` carries `report` to the machines.
+Each fault is one line that names the machine and the mend. Knows no Ray: `grid.connection` carries `report` to them.
 """
 
 import os

@@ -1,4 +1,7 @@
-"""Runs the trials of a grid as Ray Tune trials, stops them by ASHA, tells a listener. With `grid.connection` all of Ray."""
+"""Runs the trials of a grid as Ray Tune trials, stops them by ASHA, tells a listener.
+
+With `grid.connection` the only file that knows Ray.
+"""
 
 import os
 import socket
