@@ -71,7 +71,8 @@ def connect(address: str | None, concurrency: int | None, checkpoints: Checkpoin
         packing = local_packing(concurrency)
         ray_constants.ENABLE_RAY_CLUSTER = False  # a Ray that no other machine joins listens on localhost alone
         cpus = max(1, round(packing.concurrency * packing.cpus_per_trial))
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **QUIET)
+        preload = {"preload_python_modules": ["grid.tuner"]}  # while the driver is still busy
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _system_config=preload, **QUIET)
         return packing
     ray_constants.ENABLE_RAY_CLUSTER = True
     logging.getLogger("ray").setLevel(logging.ERROR)

@@ -1,11 +1,10 @@
 """A grid from request to verdict: plan, data, Ray, store, table. Heavy to import; `grid.run` is the light door."""
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ from grid.pictures import sample_sheet
 from grid.plan import Plan, check_comparable, make_plan
 from grid.progress import count, spell_seconds, top_table
 from grid.record import Recorder, open_spool
-from grid.request import Request
+from grid.request import Request, resume_command
 from grid.space import ORDER_SEED, settings_of
 from grid.spool import Spool
-from grid.store import MANIFEST, Store, StoredTrial
+from grid.store import MANIFEST, UNREACHABLE, Store, StoredTrial
 from grid.store_uri import mask, slug
 from grid.watcher import Watcher, restore_rungs
 
@@ -58,45 +57,61 @@ def dry_run(request: Request) -> int:
     return 0
 
 
-def run(request: Request) -> int:
-    """Run what is left of a grid, print its best, and return the exit code.
+@dataclass(frozen=True)
+class Prepared:
+    """What a run needs besides Ray, open until `close`."""
+
+    dataset: Dataset
+    samples: bytes
+    """A PNG file with some of its images."""
+    store: Store
+    """Claimed."""
+    spool: Spool
+
+    def close(self) -> None:
+        """Let others have the experiment."""
+        self.spool.close()
+        with suppress(*UNREACHABLE):  # then the claim ends by itself
+            self.store.release()
+
+
+def prepare(request: Request) -> Prepared:
+    """Read the images and claim the experiment in the store.
 
     Raises:
-        InputError: The request can't be met; nothing has been written but what an earlier run had left to write.
+        InputError: The request can't be met.
     """
-    checkpoints = Checkpoints(request.storage, slug(request.store, request.experiment))
-    cluster = connection.find_cluster(request.address)
-    if cluster is None:
-        connection.local_packing(request.concurrency)  # raises if it can't be met
     dataset = load(request.data, request.data_dir, per_class=request.per_class, split_seed=ORDER_SEED)
-    with closing(open_spool(request.spool, request.store, request.experiment)) as spool:
-        packing = connection.connect(cluster, request.concurrency, checkpoints)
-        try:
-            if cluster is None:
-                connection.guard(_give_up)
-            return _run_connected(request, dataset, packing, spool, checkpoints)
-        finally:
-            connection.disconnect()
-
-
-def _run_connected(request: Request, dataset: Dataset, packing: Packing, spool: Spool, checkpoints: Checkpoints) -> int:
-    checkpoints.check()
-    store = Store(request.store, request.experiment)
-    store.create()
-    store.claim()
-    recorder = Recorder(store, spool)
+    spool = open_spool(request.spool, request.store, request.experiment)
     try:
-        recorder.recover()
-        stored = store.trials()
-        begun = {key: trial.control for key, trial in stored.items()}
-        plan = make_plan(request, packing=packing, fingerprint=dataset.fingerprint, begun=begun)
-        check_comparable(plan.trials, [trial.config for trial in stored.values()], request.experiment)
-        asha = Asha(rung_epochs(request.epochs))
-        restore_rungs(asha, stored)
-        recorder.begin(_describe_files(request, plan, asha, dataset), stored)
+        store = Store(request.store, request.experiment)
+        store.create()
+        store.claim()
     except InputError:
-        store.release()
+        spool.close()
         raise
+    return Prepared(dataset, sample_sheet(dataset.train_images, dataset.train_labels, dataset.classes), store, spool)
+
+
+def run(request: Request, prepared: Prepared, packing: Packing) -> int:
+    """Run what is left of a grid, print its best, and return the exit code; Ray must be connected.
+
+    Raises:
+        InputError: The request can't be met.
+    """
+    store, dataset = prepared.store, prepared.dataset
+    checkpoints = Checkpoints(request.storage, slug(request.store, request.experiment))
+    checkpoints.check()
+    recorder = Recorder(store, prepared.spool)
+    recorder.recover()
+    stored = store.trials()
+    begun = {key: trial.control for key, trial in stored.items()}
+    plan = make_plan(request, packing=packing, fingerprint=dataset.fingerprint, begun=begun)
+    check_comparable(plan.trials, [trial.config for trial in stored.values()], request.experiment)
+    asha = Asha(rung_epochs(request.epochs))
+    restore_rungs(asha, stored)
+    manifest = json.dumps(_manifest(request, plan, asha, dataset), indent=2).encode()
+    recorder.begin({MANIFEST: manifest, "samples.png": prepared.samples}, stored)
     training = Training(packing, checkpoints)
     watcher, delivered = train_all(plan, stored, dataset, recorder, asha, training, _describe(request, plan))
     if recorder.dropped:
@@ -171,12 +186,6 @@ def train_all(
     return watcher, delivered
 
 
-def _give_up() -> None:
-    """End at once: Ray is gone and would let us wait; all that was reported is in the spool."""
-    print(f"\nRay has died under the run; go on with:  {_command()}", file=sys.stderr, flush=True)
-    os._exit(1)
-
-
 def _conclude(request: Request, watcher: Watcher, undelivered: str) -> int:
     standings = list(watcher.standings.values())
     where = shlex.join(["--experiment", request.experiment, "--store", mask(request.store)])
@@ -185,13 +194,13 @@ def _conclude(request: Request, watcher: Watcher, undelivered: str) -> int:
         print(f"not everything has reached {mask(request.store)}: {undelivered}", file=sys.stderr)
         print(f"kept in {request.spool}; deliver it with:  python -m grid.record --replay {where}", file=sys.stderr)
     if watcher.fault:
-        print(f"{watcher.fault}; free the disk, then go on with:  {_command()}", file=sys.stderr)
+        print(f"{watcher.fault}; free the disk, then go on with:  {resume_command()}", file=sys.stderr)
         return 1
     if watcher.unfit:
-        print(f"{watcher.unfit}; then go on with:  {_command()}", file=sys.stderr)
+        print(f"{watcher.unfit}; then go on with:  {resume_command()}", file=sys.stderr)
         return 1
     if watcher.interrupted:
-        print(f"interrupted; go on with:  {_command()}", file=sys.stderr)
+        print(f"interrupted; go on with:  {resume_command()}", file=sys.stderr)
         return 130
     address = shlex.quote(mask(request.store))
     data_dir = (
@@ -251,13 +260,6 @@ def _describe_cost(
     return facts
 
 
-def _describe_files(request: Request, plan: Plan, asha: Asha, dataset: Dataset) -> dict[str, bytes]:
-    """Return what is attached to the parent run."""
-    manifest = _manifest(request, plan, asha, dataset)
-    samples = sample_sheet(dataset.train_images, dataset.train_labels, dataset.classes)
-    return {MANIFEST: json.dumps(manifest, indent=2).encode(), "samples.png": samples}
-
-
 def _manifest(request: Request, plan: Plan, asha: Asha, dataset: Dataset) -> dict[str, Any]:
     described = describe_plan(
         grid=request.grid,
@@ -287,7 +289,3 @@ def print_facts(facts: Mapping[str, str]) -> None:
     """Print names and what is to be said of them."""
     for name, text in facts.items():
         print(f"{name:<9}  {text}", flush=True)
-
-
-def _command() -> str:
-    return shlex.join(["python", "-m", "grid.run", *map(mask, sys.argv[1:])])

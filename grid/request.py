@@ -1,14 +1,16 @@
 """What a user asks of `grid.run`, checked as far as it can be without data, torch or Ray. Standard library only."""
 
 import os
+import shlex
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from grid.config import InputError
 from grid.datasets import DATASETS, check_name, check_per_class
 from grid.space import Levels
-from grid.store_uri import write_fault
+from grid.store_uri import mask, write_fault
 
 MOST = {"epochs": 100_000, "seeds": 1_000, "concurrency": 100_000}
 """What may be asked for at most; more is a slip of the finger."""
@@ -142,3 +144,8 @@ def check_storage(storage: str) -> str:
     if fault := write_fault(present):
         raise InputError(f"can't make the storage folder {folder}: {fault}; pass another --storage")
     return str(folder)
+
+
+def resume_command() -> str:
+    """Return the command that goes on with this run: the same again, without its secrets."""
+    return shlex.join(["python", "-m", "grid.run", *map(mask, sys.argv[1:])])

