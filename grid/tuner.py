@@ -73,22 +73,22 @@ def run_trials(
         {"CPU": packing.cpus_per_trial, "GPU": packing.gpus_per_trial},
     )
     with tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as folder:
-        tuner = tune.Tuner(
-            trainable,
-            tune_config=tune.TuneConfig(
-                search_alg=_Queue(trials),
-                num_samples=len(trials),
-                scheduler=AshaScheduler(asha, controls),
-                max_concurrent_trials=packing.concurrency,
-                reuse_actors=True,
-                trial_dirname_creator=lambda trial: _config(trial).trial_key,
-            ),
-            run_config=_run_config(listener, folder),
-        )
+        tune_config = _tune_config(trials, AshaScheduler(asha, controls), packing.concurrency)
         try:
-            tuner.fit()
+            tune.Tuner(trainable, tune_config=tune_config, run_config=_run_config(listener, folder)).fit()
         finally:
             checkpoints.delete(PROBE)
+
+
+def _tune_config(trials: Sequence[TrialConfig], scheduler: TrialScheduler, concurrency: int) -> tune.TuneConfig:
+    return tune.TuneConfig(
+        search_alg=_Queue(trials),
+        num_samples=len(trials),
+        scheduler=scheduler,
+        max_concurrent_trials=concurrency,  # holds for a `Searcher`; another `search_alg` would make Tune ignore it
+        reuse_actors=True,
+        trial_dirname_creator=lambda trial: _config(trial).trial_key,
+    )
 
 
 def _run_config(listener: Listener, folder: str) -> tune.RunConfig:
