@@ -1,0 +1,257 @@
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from benchmarks import grid_speed
+from benchmarks.grid_speed import (
+    CELLS,
+    DEFAULT_CONTENDERS,
+    Images,
+    Job,
+    clean,
+    main,
+    our_arguments,
+    peer_arguments,
+    present,
+    timed,
+    turned,
+)
+from benchmarks.grid_speed_table import Row, append_row, compare, paired, read_rows, read_store, report
+from benchmarks.peers import common
+from grid.config import InputError, TrialConfig
+from grid.optimizers import OPTIMIZERS
+from grid.run import _parser, read_request
+from grid.trial import _generator, assemble_net
+from nets.activations import gain
+
+ROW = Row(
+    model="mlp",
+    contender="ours",
+    repeat=0,
+    wall_seconds=20.0,
+    trials=4,
+    epochs=8,
+    epoch_seconds=24.0,
+    best_val_accuracy=0.75,
+    cells=4,
+    budget=3,
+    data="glyphs",
+    train_images=1000,
+    val_images=500,
+    peer_init="ours",
+    slots=2,
+    commit="abc",
+)
+IMAGES = Images("glyphs", Path("/data"), 20, Path("/split.npz"), 940, 2350)
+
+
+def peer(repeat: int, wall: float, epochs: int = 8) -> Row:
+    return replace(ROW, contender="tune", repeat=repeat, wall_seconds=wall, epochs=epochs, best_val_accuracy=0.74)
+
+
+def test_seconds_samples_and_overhead_are_of_the_whole_run() -> None:
+    assert ROW.seconds_per_epoch == 2.5
+    assert ROW.samples_per_second == 1000 * 8 / 20
+    assert ROW.overhead == (20 - 24 / 2) / 4
+
+
+def test_ratios_pair_the_runs_of_one_repeat() -> None:
+    rows = [ROW, replace(ROW, repeat=1, wall_seconds=10.0), peer(1, 80.0), peer(0, 40.0), peer(2, 1.0)]
+    pairs = paired(rows, "ours", "tune")
+    assert [(one.repeat, other.wall_seconds) for one, other in pairs] == [(0, 40.0), (1, 80.0)]
+    head, fast, whole, accuracy = compare("tune", pairs)
+    assert head == "ours against tune, 2 paired repeats: median (min to max)"
+    assert fast.endswith("5.00 (2.00 to 8.00) times")
+    assert whole.endswith("5.00 (2.00 to 8.00) times")
+    assert accuracy.endswith("+1.00 (+1.00 to +1.00) points")
+
+
+def test_ratio_per_epoch_forgives_a_contender_that_trains_more() -> None:
+    _, fast, whole, _ = compare("tune", [(ROW, peer(0, 40.0, epochs=16))])
+    assert "1.00 (1.00 to 1.00)" in fast
+    assert "2.00 (2.00 to 2.00)" in whole
+
+
+def test_report_fits_eighty_columns() -> None:
+    rows = [
+        replace(row, wall_seconds=1234.5, train_images=697_932, val_images=116_323) for row in (ROW, peer(0, 1.0))
+    ] + [replace(ROW, model="cnn")]
+    lines = report(rows).splitlines()
+    assert max(map(len, lines)) <= 80
+    (ours,) = [line for line in lines if line.startswith("ours ") and "1234.5" in line]
+    assert ours.split() == ["ours", "1234.5", "(1234-1234)", "4", "8", "154.31", "4,523", "305.62", "s", "75.00%"]
+    assert lines[-1] == "commit abc"
+
+
+def test_report_says_when_cells_are_missing() -> None:
+    assert "ours, repeat 0: 3 trials for 4 cells" in report([replace(ROW, trials=3)])
+    assert "trials for" not in report([ROW])
+
+
+def test_rows_of_two_settings_are_not_put_into_one_table() -> None:
+    with pytest.raises(InputError, match="mlp runs of two settings"):
+        report([ROW, replace(ROW, budget=9)])
+    report([ROW, replace(ROW, model="cnn", budget=9)])
+
+
+def test_rows_survive_the_file(tmp_path: Path) -> None:
+    rows = [ROW, peer(0, 0.1 + 0.2)]
+    for row in rows:
+        append_row(tmp_path / "speed.csv", row)
+    assert read_rows(tmp_path / "speed.csv") == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [("a,b\n1,2\n", "its first line differs"), (None, "No such file")],
+)
+def test_file_that_is_no_table_is_refused(tmp_path: Path, text: str | None, fault: str) -> None:
+    if text is not None:
+        (tmp_path / "speed.csv").write_text(text)
+    with pytest.raises(InputError, match=fault):
+        read_rows(tmp_path / "speed.csv")
+
+
+def test_damaged_line_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "speed.csv"
+    append_row(path, ROW)
+    path.write_text(path.read_text().replace("20.0", "soon"))
+    with pytest.raises(InputError, match="holds a line that --csv did not write"):
+        read_rows(path)
+
+
+def test_store_is_read_as_mlflow_wrote_it(store_uri: str) -> None:
+    client = mlflow.MlflowClient(store_uri)
+    experiment = client.create_experiment("grid")
+    runs = [client.create_run(experiment).info.run_id for _ in range(4)]
+    for run, accuracies in zip(runs, ((0.5, 0.7), (0.6, float("nan")), (), (0.9,)), strict=True):
+        for epoch, accuracy in enumerate(accuracies, start=1):
+            client.log_metric(run, "val_accuracy", accuracy, step=epoch)
+            client.log_metric(run, "epoch_seconds", 2.0, step=epoch)
+    client.delete_run(runs[-1])
+    stored = read_store(Path(store_uri.removeprefix("sqlite:///")))
+    assert (stored.trials, stored.epochs, stored.epoch_seconds, stored.best_val_accuracy) == (2, 4, 8.0, 0.7)
+
+
+def test_store_without_a_trial_is_refused(store_uri: str) -> None:
+    with pytest.raises(InputError, match="holds no trial"):
+        read_store(Path(store_uri.removeprefix("sqlite:///")))
+
+
+def test_each_contender_takes_each_place() -> None:
+    orders = [turned(("a", "b", "c"), repeat) for repeat in range(3)]
+    assert {tuple(sorted(place)) for place in zip(*orders, strict=True)} == {("a", "b", "c")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--contenders", "ours,rely"], "unknown contender 'rely'; choose from ours, tune, optuna, ours_f32"),
+        (["--contenders", "ours,ours"], "--contenders names one twice"),
+        (["--data", "cifar"], "unknown data set 'cifar'"),
+        (["--per-class", "0"], "--per-class must be at least 1"),
+        (["--report", "/nowhere/speed.csv"], "cannot read /nowhere/speed.csv"),
+    ],
+)
+def test_fault_is_one_line_and_code_2(
+    arguments: Sequence[str], fault: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main([*arguments, "--data-dir", str(tmp_path)] if "--report" not in arguments else arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"benchmarks.grid_speed: {fault}")
+
+
+def test_unknown_model_is_refused_by_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--model", "rnn"])
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_contender_that_is_not_installed_is_skipped_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(grid_speed.NEEDED, "optuna", ("no_such_package",))
+    assert present(DEFAULT_CONTENDERS.split(",")) == ["ours", "tune"]
+    assert capsys.readouterr().err == 'optuna is skipped: no no_such_package here; pip install -e ".[bench]"\n'
+    with pytest.raises(InputError, match="no contender is left"):
+        present(["optuna"])
+
+
+def test_environment_has_no_cluster_and_no_store() -> None:
+    cleaned = clean({"RAY_ADDRESS": "1.2.3.4:5", "MLFLOW_TRACKING_URI": "http://x", "HOME": "/h", "PYTHONPATH": "/a"})
+    assert "RAY_ADDRESS" not in cleaned
+    assert "MLFLOW_TRACKING_URI" not in cleaned
+    assert cleaned["HOME"] == "/h"
+    assert cleaned["PYTHONPATH"] == f"{grid_speed.ROOT}:/a"
+
+
+def test_command_that_fails_is_told_with_its_last_lines(tmp_path: Path) -> None:
+    with pytest.raises(grid_speed.subprocess.CalledProcessError) as caught:
+        timed([sys.executable, "-c", "print('why'); raise SystemExit(3)"], tmp_path, "a title")
+    assert (caught.value.returncode, caught.value.output) == (3, "why")
+
+
+@pytest.mark.parametrize("model", CELLS)
+def test_both_sides_are_asked_for_the_same_cells(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = Job(model, CELLS[model], IMAGES, 3, "ours")
+    request = read_request(_parser().parse_args(our_arguments(job, "auto")))
+    monkeypatch.setattr(sys, "argv", ["script", *peer_arguments(job, slots=2, seed=7), "--store", "sqlite:///x.db"])
+    task = common.read_task()
+    assert request.levels["model"] == (task.model,)
+    assert sorted(request.levels["optimizer"]) == sorted(task.optimizers)
+    assert sorted(request.levels["activation"]) == sorted(task.activations)
+    assert all(
+        len(request.levels[factor]) == 1 for factor in ("lr_schedule", "batch_norm", "regularization", "dropout")
+    )
+    assert (request.epochs, request.data, request.data_dir) == (task.epochs, task.data, task.data_dir)
+
+
+@pytest.mark.parametrize("activation", common.ACTIVATIONS)
+@pytest.mark.parametrize("model", CELLS)
+def test_nets_of_the_peers_are_ours(model: str, activation: str) -> None:
+    config = TrialConfig(model=model, activation=activation, batch_norm=True, dropout=True, learning_rate=1.0, epochs=1)
+    ours = assemble_net(config, side=28, classes=47, dropout=_generator(0, "dropout", "cpu"))
+    theirs = common.build_net(model, activation, 47, "ours")
+    for one, other in zip(ours.layers, theirs, strict=True):
+        assert type(other).__name__ == type(one).__name__.removeprefix("Seeded")
+        for mine, your in zip(one.parameters(), other.parameters(), strict=True):
+            assert mine.shape == your.shape
+            assert float(your.detach().std()) == pytest.approx(float(mine.detach().std()), rel=0.12)
+
+
+@pytest.mark.parametrize("name", common.OPTIMIZERS)
+def test_learning_rates_of_the_peers_are_ours(name: str) -> None:
+    (group,) = common.OPTIMIZERS[name](common.build_net("mlp", "relu", 47, "torch").parameters()).param_groups
+    assert group["lr"] == OPTIMIZERS[name].base_learning_rate
+    assert group["weight_decay"] == 0
+    assert group.get("momentum", 0) == (0.9 if name == "sgd" else 0)
+
+
+@pytest.mark.parametrize("activation", common.GAINS)
+def test_gains_of_the_peers_are_ours(activation: str) -> None:
+    assert common.GAINS[activation] == pytest.approx(gain(activation), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_real_runs_are_timed_and_paired(glyphs_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    csv = tmp_path / "speed.csv"
+    arguments = ["--quick", "--model", "mlp", "--contenders", "ours,tune", "--data-dir", str(glyphs_dir)]
+    assert main([*arguments, "--csv", str(csv)]) == 0
+    printed = capsys.readouterr().out
+    assert "ours against tune, 1 repeat" in printed
+    ours, tune = read_rows(csv)
+    assert (ours.contender, tune.contender) == ("ours", "tune")
+    for row in (ours, tune):
+        assert (row.trials, row.train_images, row.val_images) == (2, 940, 2350)
+        assert row.trials <= row.epochs <= row.trials * row.budget
+        assert 0 < row.epoch_seconds / row.slots < row.wall_seconds
+        assert row.best_val_accuracy > 5 / 47
+    assert main(["--report", str(csv)]) == 0
+    assert capsys.readouterr().out == printed
