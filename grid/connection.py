@@ -27,6 +27,12 @@ from grid.request import NO_RAY, check_address
 
 QUIET: dict[str, Any] = {"logging_level": "CRITICAL", "log_to_driver": False, "configure_logging": True}
 
+EARLY_WORKERS = {
+    "preload_python_modules": ["grid.tuner", "torch._dynamo"],
+    "idle_worker_killing_time_threshold_ms": 60_000,
+}
+"""Lets worker processes import what the first trial needs (optimizers need the second) while the driver is still busy."""
+
 _leaving = threading.Event()
 
 
@@ -71,8 +77,7 @@ def connect(address: str | None, concurrency: int | None, checkpoints: Checkpoin
         packing = local_packing(concurrency)
         ray_constants.ENABLE_RAY_CLUSTER = False  # a Ray that no other machine joins listens on localhost alone
         cpus = max(1, round(packing.concurrency * packing.cpus_per_trial))
-        preload = {"preload_python_modules": ["grid.tuner"]}  # while the driver is still busy
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _system_config=preload, **QUIET)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _system_config=EARLY_WORKERS, **QUIET)
         return packing
     ray_constants.ENABLE_RAY_CLUSTER = True
     logging.getLogger("ray").setLevel(logging.ERROR)

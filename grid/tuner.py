@@ -20,6 +20,7 @@ for _name, _value in {
 import ray  # noqa: E402  (after the settings that it reads when imported)
 import torch  # noqa: E402
 from ray import tune  # noqa: E402
+from ray.tune.execution import class_cache  # noqa: E402
 from ray.tune.experiment import Trial as TuneTrial  # noqa: E402
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler  # noqa: E402
 from ray.tune.search import Searcher  # noqa: E402
@@ -34,6 +35,8 @@ from grid.listener import Listener  # noqa: E402
 from grid.preflight import PROBE, Code, Wanted, mark_storage  # noqa: E402
 from grid.trial import DeviceData, EpochReport, Trial  # noqa: E402
 from grid.worker import Worker  # noqa: E402
+
+class_cache.DEFAULT_ENV_VARS.clear()  # a setting for PyTorch Lightning, which keeps trials out of prestarted workers
 
 WORKER_RESTARTS = 8
 """How often a trial whose worker died is run again. Errors of the trial itself never restart a worker."""
