@@ -28,10 +28,10 @@ from grid.request import NO_RAY, check_address
 QUIET: dict[str, Any] = {"logging_level": "CRITICAL", "log_to_driver": False, "configure_logging": True}
 
 EARLY_WORKERS = {
-    "preload_python_modules": ["grid.tuner", "torch._dynamo"],
+    "preload_python_modules": ["grid.preload"],
     "idle_worker_killing_time_threshold_ms": 60_000,
 }
-"""Lets worker processes import what the first trial needs (optimizers need the second) while the driver is still busy."""
+"""Lets worker processes import what trials need while the driver is still busy, and keeps them until then."""
 
 _leaving = threading.Event()
 

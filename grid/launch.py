@@ -1,5 +1,6 @@
 """Starts a grid fast: while Ray comes up, another thread imports the rest, reads the images and claims the store."""
 
+import gc
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,8 @@ def run(request: Request) -> int:
             packing = connection.connect(None, request.concurrency)
             connection.guard(_give_up)
         experiment, prepared = preparing.result()
+        gc.freeze()
+        gc.enable()
         exit_code: int = experiment.run(request, prepared, packing)
     return exit_code
 

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows ASCII only is no reason to stop
     try:
         request = read_request(options)
-        # torch and ray are imported now: seconds that --help and a wrong argument need not
+        gc.disable()  # until all is imported, torch and Ray among it: seconds that --help and a wrong argument need not
         run = import_module("grid.experiment").dry_run if options.dry_run else import_module("grid.launch").run
         return int(run(request))
     except InputError as error:
