@@ -3,7 +3,8 @@
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import ray
 import torch
 from ray._private import ray_constants
 from ray._private.authentication import authentication_token_setup as token
+from ray._private.node import Node
 from ray._private.utils import read_ray_address
 from ray.exceptions import AuthenticationError, GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -32,6 +34,10 @@ EARLY_WORKERS = {
     "idle_worker_killing_time_threshold_ms": 60_000,
 }
 """Lets worker processes import what trials need while the driver is still busy, and keeps them until then."""
+
+SPARED = ("start_monitor", "start_log_monitor")
+"""What a private Ray is started without: an autoscaler that has no machines, and a reader of logs that nobody is shown.
+They take a second of two cores to start, and another to end."""
 
 _leaving = threading.Event()
 
@@ -77,7 +83,8 @@ def connect(address: str | None, concurrency: int | None, checkpoints: Checkpoin
         packing = local_packing(concurrency)
         ray_constants.ENABLE_RAY_CLUSTER = False  # a Ray that no other machine joins listens on localhost alone
         cpus = max(1, round(packing.concurrency * packing.cpus_per_trial))
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _system_config=EARLY_WORKERS, **QUIET)
+        with _spared():
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _system_config=EARLY_WORKERS, **QUIET)
         return packing
     ray_constants.ENABLE_RAY_CLUSTER = True
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -92,6 +99,19 @@ def connect(address: str | None, concurrency: int | None, checkpoints: Checkpoin
     except InputError:
         ray.shutdown()
         raise
+
+
+@contextmanager
+def _spared() -> Iterator[None]:
+    """Let a Ray that is started within do without `SPARED`."""
+    kept = {name: getattr(Node, name) for name in SPARED}
+    for name in SPARED:
+        setattr(Node, name, lambda node: None)
+    try:
+        yield
+    finally:
+        for name, start in kept.items():
+            setattr(Node, name, start)
 
 
 def _survey(address: str, concurrency: int | None, checkpoints: Checkpoints | None) -> Packing:

@@ -34,7 +34,6 @@ def run(request: Request) -> int:
             packing = connection.connect(None, request.concurrency)
             connection.guard(_give_up)
         experiment, prepared = preparing.result()
-        gc.freeze()
         gc.enable()
         exit_code: int = experiment.run(request, prepared, packing)
     return exit_code
