@@ -1,4 +1,4 @@
-"""Do the fast paths reach the same accuracy as plain float32? The same cells and seeds, trained both ways.
+"""Does reduced precision reach the same accuracy as plain float32? The same cells and seeds, trained both ways.
 
     python -m benchmarks.fast_paths --data emnist-bymerge --data-dir DIR
 

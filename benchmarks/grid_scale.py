@@ -36,9 +36,10 @@ from grid.config import STATUSES, TrialConfig
 from grid.data import Dataset
 from grid.hardware import Packing
 from grid.plan import Plan, make_plan
-from grid.record import Recorder, open_spool
+from grid.record import Recorder
 from grid.request import Request
 from grid.space import GRIDS, cross
+from grid.spool import open_spool
 from grid.store import Store
 from grid.trial import DeviceData, EpochReport, Trial
 from grid.watcher import Watcher, restore_rungs

@@ -24,7 +24,7 @@ from grid import forecast
 from grid.checkpoint import Checkpoints
 from grid.config import InputError, TrialConfig, last_line
 from grid.hardware import Packing, gpu_memory, pack
-from grid.preflight import ANSWER_SECONDS, MEND, PROBE, Code, Report, judge, mark_storage, report
+from grid.preflight import ANSWER_SECONDS, MEND, Code, Report, judge, mark_storage, report, unmark_storage
 from grid.request import NO_RAY, check_address
 
 QUIET: dict[str, Any] = {"logging_level": "CRITICAL", "log_to_driver": False, "configure_logging": True}
@@ -143,7 +143,7 @@ def _ask(nodes: dict[str, str], address: str, checkpoints: Checkpoints | None) -
         except RayError as error:
             said[name] = f"can't load this code ({last_line(error)}); {MEND}"
     if checkpoints is not None:
-        checkpoints.delete(PROBE)
+        unmark_storage(checkpoints, mark)
     return said
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from grid import connection, forecast, tuner
 from grid.asha import FACTOR, Asha, rung_epochs
 from grid.checkpoint import Checkpoints
-from grid.config import FACTORS, InputError
+from grid.config import FACTORS
 from grid.data import Dataset, is_here, load
 from grid.datasets import DATASETS
 from grid.hardware import Packing
@@ -20,12 +20,12 @@ from grid.manifest import describe_code, describe_plan
 from grid.pictures import sample_sheet
 from grid.plan import Plan, check_comparable, make_plan
 from grid.progress import count, spell_seconds, top_table
-from grid.record import Recorder, open_spool
+from grid.record import Recorder
 from grid.request import Request, resume_command
 from grid.space import ORDER_SEED, settings_of
 from grid.spool import Spool
 from grid.store import MANIFEST, UNREACHABLE, Store, StoredTrial
-from grid.store_uri import mask, slug
+from grid.store_uri import mask
 from grid.watcher import Watcher, restore_rungs
 
 
@@ -59,18 +59,16 @@ def dry_run(request: Request) -> int:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run needs besides Ray, open until `close`."""
+    """What a run needs besides Ray and its spool."""
 
     dataset: Dataset
     samples: bytes
     """A PNG file with some of its images."""
     store: Store
-    """Claimed."""
-    spool: Spool
+    """Claimed, until `close`."""
 
     def close(self) -> None:
         """Let others have the experiment."""
-        self.spool.close()
         with suppress(*UNREACHABLE):  # then the claim ends by itself
             self.store.release()
 
@@ -82,43 +80,11 @@ def prepare(request: Request) -> Prepared:
         InputError: The request can't be met.
     """
     dataset = load(request.data, request.data_dir, per_class=request.per_class, split_seed=ORDER_SEED)
-    spool = open_spool(request.spool, request.store, request.experiment)
-    try:
-        store = Store(request.store, request.experiment)
-        store.create()
-        store.claim()
-    except InputError:
-        spool.close()
-        raise
-    return Prepared(dataset, sample_sheet(dataset.train_images, dataset.train_labels, dataset.classes), store, spool)
-
-
-def run(request: Request, prepared: Prepared, packing: Packing) -> int:
-    """Run what is left of a grid, print its best, and return the exit code; Ray must be connected.
-
-    Raises:
-        InputError: The request can't be met.
-    """
-    store, dataset = prepared.store, prepared.dataset
-    checkpoints = Checkpoints(request.storage, slug(request.store, request.experiment))
-    checkpoints.check()
-    recorder = Recorder(store, prepared.spool)
-    recorder.recover()
-    stored = store.trials()
-    begun = {key: trial.control for key, trial in stored.items()}
-    plan = make_plan(request, packing=packing, fingerprint=dataset.fingerprint, begun=begun)
-    check_comparable(plan.trials, [trial.config for trial in stored.values()], request.experiment)
-    asha = Asha(rung_epochs(request.epochs))
-    restore_rungs(asha, stored)
-    manifest = json.dumps(_manifest(request, plan, asha, dataset), indent=2).encode()
-    recorder.begin({MANIFEST: manifest, "samples.png": prepared.samples}, stored)
-    training = Training(packing, checkpoints)
-    watcher, delivered = train_all(plan, stored, dataset, recorder, asha, training, _describe(request, plan))
-    if recorder.dropped:
-        lost = f"{recorder.dropped.total()} reports of {len(recorder.dropped)} trials"
-        print(f"{lost} had no run to go to (deleted in MLflow?); the same command trains these again", file=sys.stderr)
-    undelivered = "" if delivered else recorder.error or "no reason given"
-    return max(_conclude(request, watcher, undelivered), 1 if recorder.dropped else 0)
+    samples = sample_sheet(dataset.train_images, dataset.train_labels, dataset.classes)
+    store = Store(request.store, request.experiment)
+    store.create()
+    store.claim()
+    return Prepared(dataset, samples, store)
 
 
 @dataclass(frozen=True)
@@ -129,6 +95,37 @@ class Training:
     checkpoints: Checkpoints
     keep_weights: bool = False
     """Whether the last checkpoint of a completed trial is kept."""
+
+
+def run(request: Request, prepared: Prepared, training: Training, spool: Spool) -> int:
+    """Run what is left of a grid, print its best, and return the exit code; Ray must be connected.
+
+    Args:
+        request: What the user asks.
+        prepared: From `prepare`.
+        training: Where.
+        spool: What waits for the store.
+
+    Raises:
+        InputError: The request can't be met.
+    """
+    store, dataset, packing = prepared.store, prepared.dataset, training.packing
+    recorder = Recorder(store, spool)
+    recorder.recover()
+    stored = store.trials()
+    begun = {key: trial.control for key, trial in stored.items()}
+    plan = make_plan(request, packing=packing, fingerprint=dataset.fingerprint, begun=begun)
+    check_comparable(plan.trials, [trial.config for trial in stored.values()], request.experiment)
+    asha = Asha(rung_epochs(request.epochs))
+    restore_rungs(asha, stored)
+    manifest = json.dumps(_manifest(request, plan, asha, dataset), indent=2).encode()
+    recorder.begin({MANIFEST: manifest, "samples.png": prepared.samples}, stored)
+    watcher, delivered = train_all(plan, stored, dataset, recorder, asha, training, _describe(request, plan))
+    if recorder.dropped:
+        lost = f"{recorder.dropped.total()} reports of {len(recorder.dropped)} trials"
+        print(f"{lost} had no run to go to (deleted in MLflow?); the same command trains these again", file=sys.stderr)
+    undelivered = "" if delivered else recorder.error or "no reason given"
+    return max(_conclude(request, watcher, undelivered), 1 if recorder.dropped else 0)
 
 
 def train_all(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from grid import connection
 from grid.asha import Asha, rung_epochs
 from grid.checkpoint import Checkpoints
-from grid.config import InputError, TrialConfig, cell_name, first_line
+from grid.config import NUMERICS_VERSION, InputError, TrialConfig, cell_name, first_line
 from grid.confirm import Confirmation
 from grid.data import Dataset, load, load_test
 from grid.evaluation import ClassScore, ConfusedPair, Evaluation, confused_pairs, evaluate, inference_state, per_class
@@ -30,8 +30,8 @@ from grid.pictures import confusion_picture, mistake_sheet
 from grid.plan import Plan
 from grid.predictor import forget_models, log_predictor, register
 from grid.ranking import RankedCell, rank_cells
-from grid.record import Recorder, open_spool
-from grid.spool import Spool
+from grid.record import Recorder
+from grid.spool import Spool, open_spool
 from grid.store import UNREACHABLE, Store, StoredTrial
 from grid.store_uri import mask, slug
 from grid.trial import DeviceData
@@ -106,7 +106,14 @@ def finalist_trials(
         trained: Configurations of the grid.
         seeds: Replicates of each, `FIRST_SEED` and up.
         packing: Where they are trained.
+
+    Raises:
+        InputError: The grid was trained by code that yields other numbers.
     """
+    others = {config.numerics_version for config in trained} - {NUMERICS_VERSION}
+    if others:
+        versions = f"numbers of version {min(others)}, this code's are of version {NUMERICS_VERSION}"
+        raise InputError(f"the grid has {versions}; confirm it with the code that trained it, or train it again")
     known = {(tuple(config.cell.values()), config.lr_scale): config for config in trained}
     templates = [known[tuple(ranked.cell.values()), ranked.lr_scale] for ranked in chosen]
     if any(template.device != packing.device for template in templates):

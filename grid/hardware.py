@@ -15,8 +15,8 @@ GPU_BYTES_PER_TRIAL = 2 * 2**30
 MAX_TRIALS_PER_GPU = 8
 MOST_PER_CPU = 64
 """Trials that one CPU may be shared by."""
-MALLOC_OPTIONS = {-1: 2**31 - 1, -2: 2**26, -3: 2**30}
-"""Of glibc's malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD; in bytes."""
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+"""Of glibc's malloc.h."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,10 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        for name, value in MALLOC_OPTIONS.items():
-            mallopt(name, value)
+        if not mallopt(M_MMAP_THRESHOLD, 2**30):
+            mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that older ones take
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TOP_PAD, 2**26)
 
 
 def gpu_memory() -> int:

@@ -3,14 +3,16 @@
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from importlib import import_module
 from typing import Any
 
 from grid import connection
 from grid.checkpoint import Checkpoints
 from grid.request import Request, resume_command
+from grid.spool import open_spool
 from grid.store_uri import slug
 
 
@@ -18,25 +20,37 @@ def run(request: Request) -> int:
     """Run what is left of a grid, print its best, and return the exit code.
 
     Raises:
-        InputError: The request can't be met; nothing has been written but what an earlier run had left to write.
+        InputError: The request can't be met.
     """
     checkpoints = Checkpoints(request.storage, slug(request.store, request.experiment))
     cluster = connection.find_cluster(request.address)
     if cluster is None:
         connection.local_packing(request.concurrency)  # raises if it can't be met
     with ExitStack() as stack:
+        spool = stack.enter_context(closing(open_spool(request.spool, request.store, request.experiment)))
+        checkpoints.check()
         stack.callback(connection.disconnect)
-        if cluster is not None:  # whose machines are looked at before anything is written
+        if cluster is not None:  # whose machines are looked at before anything is in the store
             packing = connection.connect(cluster, request.concurrency, checkpoints)
-        background = stack.enter_context(ThreadPoolExecutor(1, "preparing"))
-        preparing = background.submit(_prepare, request, stack)
+        preparing = stack.enter_context(_background()).submit(_prepare, request, stack)
         if cluster is None:
             packing = connection.connect(None, request.concurrency)
             connection.guard(_give_up)
         experiment, prepared = preparing.result()
         gc.enable()
-        exit_code: int = experiment.run(request, prepared, packing)
+        training = experiment.Training(packing, checkpoints)
+        exit_code: int = experiment.run(request, prepared, training, spool)
     return exit_code
+
+
+@contextmanager
+def _background() -> Iterator[ThreadPoolExecutor]:
+    """Have a thread that is waited for, but not after Ctrl-C: it may be in the middle of a download."""
+    executor = ThreadPoolExecutor(1, "preparing")
+    try:
+        yield executor
+    finally:
+        executor.shutdown(wait=not isinstance(sys.exception(), KeyboardInterrupt), cancel_futures=True)
 
 
 def _prepare(request: Request, stack: ExitStack) -> tuple[Any, Any]:

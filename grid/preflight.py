@@ -24,7 +24,6 @@ BYTES_PER_TRIAL = 700 * 2**20
 """What one process that trains has for itself: torch, the images, a net and its gradients, rounded up."""
 ANSWER_SECONDS = 120.0
 """How long a machine may take to say what it has; it imports torch for that."""
-PROBE = "probe-driver"
 MEND = "bring the cluster up again with this folder (`ray up`)"
 
 
@@ -100,18 +99,26 @@ def _scaling(cluster: str) -> str:
 def mark_storage(checkpoints: Checkpoints) -> str:
     """Write what the machines are to find in the storage, and return it."""
     mark = os.urandom(8).hex()
-    checkpoints.save(PROBE, {"mark": mark})
+    checkpoints.save(_mark_file(mark), {})
     return mark
+
+
+def unmark_storage(checkpoints: Checkpoints, mark: str) -> None:
+    """Take away what `mark_storage` wrote; the mark of another driver stays."""
+    checkpoints.delete(_mark_file(mark))
+
+
+def _mark_file(mark: str) -> str:
+    return f"probe-driver-{mark}"
 
 
 def storage_fault(checkpoints: Checkpoints, mark: str, name: str) -> str:
     """Say why this machine can't use the storage; empty if it can."""
     mend = "mount the same folder on all nodes, or pass --storage s3://BUCKET"
     try:
-        state = checkpoints.load(PROBE, "cpu")
-        if state is None or state.get("mark") != mark:
+        if checkpoints.load(_mark_file(mark), "cpu") is None:
             return f"does not see in {checkpoints} what the driver wrote there; {mend}"
-        checkpoints.save(f"probe-{name}", {"mark": mark})
+        checkpoints.save(f"probe-{name}", {})
         checkpoints.delete(f"probe-{name}")
     except OSError as error:
         return f"can't use the storage {checkpoints} ({first_line(error)}); {mend}"

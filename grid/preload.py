@@ -3,10 +3,11 @@
 import gc
 
 gc.disable()  # a million objects come and none goes: to look for garbage among them is a quarter of the time
+try:
+    import torch._dynamo  # noqa: F401  (every optimizer imports it at its first step)
 
-import torch._dynamo  # noqa: E402, F401  (every optimizer imports it at its first step)
+    import grid.tuner  # noqa: F401
 
-import grid.tuner  # noqa: E402, F401
-
-gc.freeze()
-gc.enable()
+    gc.freeze()
+finally:
+    gc.enable()

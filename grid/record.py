@@ -18,9 +18,9 @@ from mlflow.entities import Metric, Param, RunTag
 
 from grid.arguments import Parser
 from grid.config import RUNG_METRIC, InputError, TrialConfig, first_line
-from grid.spool import Event, Spool
+from grid.spool import Event, Spool, open_spool
 from grid.store import UNREACHABLE, Store, StoredTrial
-from grid.store_uri import check_store_uri, mask, slug
+from grid.store_uri import check_store_uri, mask
 
 BATCH_SIZE = 900
 """Metrics in one request; MLflow allows 1000 entries of all kinds."""
@@ -263,29 +263,6 @@ def summarise(error: str) -> str:
     """Return the line of a traceback that names the exception, at most 500 characters of it."""
     last_traceback = error.rpartition("Traceback (most recent call last):")[2].strip("\n")
     return next((line[:500] for line in last_traceback.splitlines() if not line.startswith(" ")), "")
-
-
-def open_spool(folder: Path, store_uri: str, experiment: str) -> Spool:
-    """Open the spool of an experiment.
-
-    Args:
-        folder: Where the spools of all experiments lie.
-        store_uri: Two stores may hold experiments of one name.
-        experiment: Its name.
-
-    Raises:
-        InputError: Another driver has it open, or the folder can't be written.
-    """
-    path = folder / f"{slug(store_uri, experiment)}.jsonl"
-    try:
-        return Spool(path)
-    except BlockingIOError as error:
-        mend = "wait for it or stop it"
-        raise InputError(f"experiment '{experiment}' is being run by another process from here; {mend}") from error
-    except OSError as error:
-        raise InputError(
-            f"can't write to the spool {path}: {error.strerror}; free the disk or mend its rights"
-        ) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

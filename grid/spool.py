@@ -10,6 +10,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from grid.config import InputError
+from grid.store_uri import slug
+
 Event = dict[str, Any]
 """What happened, in JSON's types."""
 
@@ -88,3 +91,26 @@ class Spool:
     def _forget_after(self, end: int) -> None:
         if os.fstat(self._file.fileno()).st_size > end:
             self._file.truncate(end)
+
+
+def open_spool(folder: Path, store_uri: str, experiment: str) -> Spool:
+    """Open the spool of an experiment.
+
+    Args:
+        folder: Where the spools of all experiments lie.
+        store_uri: Two stores may hold experiments of one name.
+        experiment: Its name.
+
+    Raises:
+        InputError: Another driver has it open, or the folder can't be written.
+    """
+    path = folder / f"{slug(store_uri, experiment)}.jsonl"
+    try:
+        return Spool(path)
+    except BlockingIOError as error:
+        mend = "wait for it or stop it"
+        raise InputError(f"experiment '{experiment}' is being run by another process from here; {mend}") from error
+    except OSError as error:
+        raise InputError(
+            f"can't write to the spool {path}: {error.strerror}; free the disk or mend its rights"
+        ) from error

@@ -80,7 +80,6 @@ class Store:
             self.client = MlflowClient(tracking_uri=uri)
         except (*UNREACHABLE, ImportError) as error:
             raise InputError(f"can't open the store {mask(uri)}: {first_line(error)}; pass another --store") from error
-        self._claimed = False
         self.experiment_id = ""
         self.parent_id = ""
         """The run with tag `kind=grid`."""
@@ -132,11 +131,9 @@ class Store:
                 f"wait for it or stop it; if it is dead, its claim ends after {DEAD_AFTER_SECONDS:.0f} s"
             )
         self.client.set_tag(self.parent_id, "driver", _this_driver())
-        self._claimed = True
         self.show_life()
         time.sleep(CLAIM_SETTLES_SECONDS)
         if self.client.get_run(self.parent_id).data.tags["driver"] != _this_driver():
-            self._claimed = False
             raise InputError(f"experiment '{self.experiment}' was claimed by another driver just now; wait for it")
 
     def show_life(self) -> None:
@@ -144,10 +141,9 @@ class Store:
         self.client.set_tag(self.parent_id, "driver_seen", f"{time.time():.0f}")
 
     def release(self) -> None:
-        """Give the claim up, once: afterwards it may be another driver's."""
-        if self._claimed:
+        """Give the claim up, if it is this driver's."""
+        if self.client.get_run(self.parent_id).data.tags.get("driver") == _this_driver():
             self.client.set_tag(self.parent_id, "driver", "")
-            self._claimed = False
 
     @contextmanager
     def claimed(self, every_seconds: float = 15.0) -> Iterator[None]:

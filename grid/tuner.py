@@ -32,7 +32,7 @@ from grid.connection import machine_name  # noqa: E402
 from grid.hardware import Packing, keep_freed_memory  # noqa: E402
 from grid.images import Dataset  # noqa: E402
 from grid.listener import Listener  # noqa: E402
-from grid.preflight import PROBE, Code, Wanted, mark_storage  # noqa: E402
+from grid.preflight import Code, Wanted, mark_storage, unmark_storage  # noqa: E402
 from grid.trial import DeviceData, EpochReport, Trial  # noqa: E402
 from grid.worker import Worker  # noqa: E402
 
@@ -80,7 +80,7 @@ def run_trials(
         try:
             tune.Tuner(trainable, tune_config=tune_config, run_config=_run_config(listener, folder)).fit()
         finally:
-            checkpoints.delete(PROBE)
+            unmark_storage(checkpoints, mark)
 
 
 def _tune_config(trials: Sequence[TrialConfig], scheduler: TrialScheduler, concurrency: int) -> tune.TuneConfig:
@@ -151,19 +151,24 @@ class AshaScheduler(FIFOScheduler):
         self._asha = asha
         self._controls = controls
         self._fresh: list[TuneTrial] = []
+        self._again: list[TuneTrial] = []
+        self._known: set[str] = set()
 
     def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
-        """Note a trial that is to start, for the first time or again."""
-        self._fresh.append(trial)
+        """Note a trial that is to start, for the first time or, after the death of its worker, again."""
+        (self._again if trial.trial_id in self._known else self._fresh).append(trial)
+        self._known.add(trial.trial_id)
 
     def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
-        """Return a trial that has just come, which gets a free worker if there is one, or a new one.
+        """Return a trial that has just come, or one that has to begin again, for a worker that is free or a new one.
 
         Tune's own rule searches all trials at every step, and gives a free worker to the first that waits though a new
         one is starting for it, which is ended: where trials are shorter than the start of a worker, none ever starts.
         """
         fresh, self._fresh = self._fresh, []
-        return next((trial for trial in fresh if trial.status == TuneTrial.PENDING), None)
+        self._again = [trial for trial in self._again if trial.status == TuneTrial.PENDING]
+        waiting = [*self._again, *fresh] if fresh else []
+        return next((trial for trial in waiting if trial.status == TuneTrial.PENDING), None)
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         """Stop a trial that is not among the best at a rung."""

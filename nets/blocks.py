@@ -1,4 +1,7 @@
-"""Building blocks; the order layer -> norm -> activation -> pool -> dropout is said here and nowhere else."""
+"""Building blocks; the order layer -> norm -> activation -> pool -> dropout is said here and nowhere else.
+
+An activation that never falls comes after the pool: the result is the same.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -31,7 +34,7 @@ class SeededDropout(nn.Module):
     """Dropout that draws from a generator of its own, so that no other code can change what a trial drops.
 
     Args:
-        rate: Share of units set to zero while training, in (0, 1); rounded to the next of 65,536 steps.
+        rate: Share of units set to zero while training, in (0, 1); rounded to the nearest of 65,536 steps.
         generator: Source of the masks; on the device that the net is trained on.
 
     Reference: Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html
@@ -41,7 +44,7 @@ class SeededDropout(nn.Module):
         super().__init__()
         self.rate = rate
         self.generator = generator
-        self._dropped = round(rate * RANDOM_VALUES)
+        self._dropped = min(max(1, round(rate * RANDOM_VALUES)), RANDOM_VALUES - 1)
 
     def forward(self, features: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
         """Zero a share `rate` of the features and scale up the others; the identity in evaluation mode."""

@@ -12,7 +12,6 @@ from grid.config import InputError
 from grid.hardware import Node, Packing
 from grid.preflight import (
     BYTES_PER_TRIAL,
-    PROBE,
     Code,
     Report,
     Wanted,
@@ -20,6 +19,7 @@ from grid.preflight import (
     mark_storage,
     memory_fault,
     storage_fault,
+    unmark_storage,
 )
 
 CODE = Code("0123456789ab", {"torch": "2.15", "ray": "2.60"})
@@ -82,8 +82,11 @@ def test_storage_that_is_another_folder_or_unwritable_is_found(tmp_path: Path) -
     checkpoints = Checkpoints(str(tmp_path / "here"), "grid")
     mark = mark_storage(checkpoints)
     assert storage_fault(checkpoints, mark, "node") == ""
-    assert [file.name for file in tmp_path.rglob("*.pt")] == [f"{PROBE}.pt"]
+    assert [file.name for file in tmp_path.rglob("*.pt")] == [f"probe-driver-{mark}.pt"]
     assert storage_fault(checkpoints, "another run's", "node").startswith(f"does not see in {tmp_path / 'here'} what")
+    other = mark_storage(checkpoints)  # of a second driver, which comes and goes
+    unmark_storage(checkpoints, other)
+    assert storage_fault(checkpoints, mark, "node") == ""
     (tmp_path / "file").touch()
     blocked = Checkpoints(str(tmp_path / "file"), "grid")
     assert storage_fault(blocked, mark, "node").startswith(f"can't use the storage {tmp_path / 'file'} (")
@@ -95,7 +98,7 @@ def test_a_machine_that_joins_late_says_the_same(tmp_path: Path) -> None:
     assert Wanted(Code.here(), mark).fault(checkpoints, "10.0.0.3 (late)") == ""
     fault = Wanted(CODE, mark).fault(checkpoints, "10.0.0.3 (late)")
     assert fault.startswith("node 10.0.0.3 (late) has torch ")
-    checkpoints.delete(PROBE)
+    unmark_storage(checkpoints, mark)
     assert "does not see" in Wanted(Code.here(), mark).fault(checkpoints, "10.0.0.3 (late)")
 
 
