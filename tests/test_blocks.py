@@ -98,6 +98,14 @@ def test_dropout_draws_every_unit_apart_from_its_neighbours(memory_format):
         assert abs(torch.corrcoef(pairs)[0, 1].item()) < 4 / math.sqrt(kept.numel())
 
 
+@pytest.mark.parametrize("rate", [1e-9, 1 - 1e-9])
+def test_rates_beyond_the_finest_step_are_the_finest_step(rate):
+    outputs = SeededDropout(rate, torch.Generator().manual_seed(0))(torch.ones(1000, 1000))
+    share = (outputs == 0).double().mean().item()
+    assert 0 < share < 1
+    assert share == pytest.approx(rate, abs=1e-4)
+
+
 def test_dropout_lets_no_gradient_through_what_it_zeroes():
     inputs = torch.ones(1000, requires_grad=True)
     outputs = SeededDropout(0.5, torch.Generator().manual_seed(0))(inputs)

@@ -13,7 +13,7 @@ import pytest
 from mlflow.entities import Run
 
 from analysis.rank import main as rank
-from grid.config import TrialConfig
+from grid.config import InputError, TrialConfig
 from grid.confirm import main as confirm
 from grid.data import load, load_test
 from grid.finalists import FIRST_SEED, choose, finalist_trials
@@ -48,6 +48,13 @@ def test_finalists_are_paired_on_seeds_that_the_grid_had_not() -> None:
 def test_finalists_of_another_device_are_trained_as_that_device_likes_it() -> None:
     (trial,) = finalist_trials([cell(0.7)], [replace(CONFIG, device="cuda")], 1, CPU)
     assert (trial.device, trial.memory_format, trial.learning_rate) == ("cpu", "channels_last", 1e-3)
+
+
+def test_a_grid_of_other_numbers_is_not_confirmed() -> None:
+    with pytest.raises(
+        InputError, match=r"^the grid has numbers of version 1, this code's are of version \d+; confirm"
+    ):
+        finalist_trials([cell(0.7)], [replace(CONFIG, numerics_version=1)], 1, CPU)
 
 
 @pytest.fixture

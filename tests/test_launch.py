@@ -1,7 +1,9 @@
 """How a run starts: workers import early, nothing is started in vain, and a fault is one line."""
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,19 @@ def test_files_that_are_damaged_are_told_in_one_line_while_ray_starts_and_nothin
     assert not (tmp_path / "mlflow.db").exists()
 
 
-def test_a_module_that_is_preloaded_leaves_the_garbage_collector_on(tmp_path: Path) -> None:
-    done = python("-c", "import gc, grid.preload; print(gc.isenabled())", cwd=tmp_path)
-    assert done.stdout.strip() == "True"
+def test_what_is_preloaded_leaves_the_garbage_collector_on_and_the_gpu_alone(tmp_path: Path) -> None:
+    code = "import gc, grid.preload, torch; print(gc.isenabled(), torch.cuda.is_initialized())"
+    assert python("-c", code, cwd=tmp_path).stdout.strip() == "True False"
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_all_is_prepared_ends_at_once_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "grid.run", "--grid", "smoke", "--per-class", "10", "--address", "local"]
+    started = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    time.sleep(1.5)
+    started.send_signal(signal.SIGINT)
+    _, said = started.communicate(timeout=120)
+    assert started.returncode == 130
+    assert said == "grid.run: interrupted; the same command goes on\n"
+    only = ["--only=activation=relu", "--only=optimizer=adam", "--only=dropout=off", "--epochs", "1"]
+    assert python(*command[1:], *only, cwd=tmp_path).returncode == 0

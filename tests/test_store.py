@@ -78,3 +78,11 @@ def test_a_store_that_does_not_answer_is_told(call: str, store: Store, monkeypat
         monkeypatch.setattr(store.client, name, refuse)
     with pytest.raises(InputError, match="^can't use the store sqlite.*: the cable is cut; pass another --store$"):
         getattr(store, call)()
+
+
+def test_a_claim_is_given_up_by_who_has_it_alone(store: Store) -> None:
+    store.claim()
+    claim_as(store, "elsewhere:42")  # while this driver's machine slept
+    store.release()
+    with pytest.raises(InputError, match="is being run by elsewhere:42"):
+        store.claim()

@@ -151,13 +151,29 @@ def test_trials_start_in_the_order_given_and_tune_leaves_nothing_behind(
 
 def test_a_worker_that_is_starting_is_left_to_its_trial() -> None:
     scheduler = AshaScheduler(Asha(()), ())
-    waiting, stopped, fresh = (SimpleNamespace(status=status) for status in ("PENDING", "TERMINATED", "PENDING"))
+    waiting, stopped, fresh = (
+        SimpleNamespace(trial_id=status, status=status.rstrip("2")) for status in ("PENDING", "TERMINATED", "PENDING2")
+    )
     scheduler.on_trial_add(None, waiting)  # type: ignore[arg-type]
     assert scheduler.choose_trial_to_run(None) is waiting  # gets a worker of its own, which takes a while
     scheduler.on_trial_add(None, stopped)  # type: ignore[arg-type]
     scheduler.on_trial_add(None, fresh)  # type: ignore[arg-type]
     assert scheduler.choose_trial_to_run(None) is fresh  # gets the worker that has become free
     assert scheduler.choose_trial_to_run(None) is None
+
+
+def test_a_trial_whose_worker_died_comes_before_those_that_have_just_come() -> None:
+    scheduler = AshaScheduler(Asha(()), ())
+    lost, fresh, last = (SimpleNamespace(trial_id=name, status="PENDING") for name in ("lost", "fresh", "last"))
+    scheduler.on_trial_add(None, lost)  # type: ignore[arg-type]
+    assert scheduler.choose_trial_to_run(None) is lost
+    scheduler.on_trial_add(None, lost)  # type: ignore[arg-type]
+    assert scheduler.choose_trial_to_run(None) is None  # Tune starts a worker for it
+    scheduler.on_trial_add(None, fresh)  # type: ignore[arg-type]
+    assert scheduler.choose_trial_to_run(None) is lost
+    lost.status = "RUNNING"
+    scheduler.on_trial_add(None, last)  # type: ignore[arg-type]
+    assert scheduler.choose_trial_to_run(None) is last
 
 
 def test_an_interruption_leaves_trials_without_an_end(dataset: Dataset, packing: Packing, tmp_path: Path) -> None:
