@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from grid.progress import count, spell_seconds, top_table
 from grid.record import Recorder
 from grid.request import Request, resume_command
 from grid.space import ORDER_SEED, settings_of
-from grid.spool import Spool
+from grid.spool import Spool, open_spool
 from grid.store import MANIFEST, UNREACHABLE, Store, StoredTrial
 from grid.store_uri import mask
 from grid.watcher import Watcher, restore_rungs
@@ -59,32 +59,41 @@ def dry_run(request: Request) -> int:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run needs besides Ray and its spool."""
+    """What a run needs besides Ray."""
 
     dataset: Dataset
     samples: bytes
     """A PNG file with some of its images."""
+    spool: Spool
     store: Store
-    """Claimed, until `close`."""
-
-    def close(self) -> None:
-        """Let others have the experiment."""
-        with suppress(*UNREACHABLE):  # then the claim ends by itself
-            self.store.release()
+    """Claimed."""
 
 
-def prepare(request: Request) -> Prepared:
-    """Read the images and claim the experiment in the store.
+def prepare(request: Request, checkpoints: Checkpoints, stack: ExitStack) -> Prepared:
+    """Read the images, and claim the experiment in the store.
+
+    Args:
+        request: What the user asks.
+        checkpoints: Tried.
+        stack: Closes what is opened here.
 
     Raises:
-        InputError: The request can't be met.
+        InputError: The request can't be met; nothing is in the store if it is for the images or the storage.
     """
     dataset = load(request.data, request.data_dir, per_class=request.per_class, split_seed=ORDER_SEED)
     samples = sample_sheet(dataset.train_images, dataset.train_labels, dataset.classes)
+    spool = stack.enter_context(closing(open_spool(request.spool, request.store, request.experiment)))
+    checkpoints.check()
     store = Store(request.store, request.experiment)
     store.create()
     store.claim()
-    return Prepared(dataset, samples, store)
+    stack.callback(_let_go, store)
+    return Prepared(dataset, samples, spool, store)
+
+
+def _let_go(store: Store) -> None:
+    with suppress(*UNREACHABLE):  # then the claim ends by itself
+        store.release()
 
 
 @dataclass(frozen=True)
@@ -97,20 +106,19 @@ class Training:
     """Whether the last checkpoint of a completed trial is kept."""
 
 
-def run(request: Request, prepared: Prepared, training: Training, spool: Spool) -> int:
+def run(request: Request, prepared: Prepared, training: Training) -> int:
     """Run what is left of a grid, print its best, and return the exit code; Ray must be connected.
 
     Args:
         request: What the user asks.
         prepared: From `prepare`.
         training: Where.
-        spool: What waits for the store.
 
     Raises:
         InputError: The request can't be met.
     """
     store, dataset, packing = prepared.store, prepared.dataset, training.packing
-    recorder = Recorder(store, spool)
+    recorder = Recorder(store, prepared.spool)
     recorder.recover()
     stored = store.trials()
     begun = {key: trial.control for key, trial in stored.items()}

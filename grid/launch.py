@@ -5,14 +5,13 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import Any
 
 from grid import connection
 from grid.checkpoint import Checkpoints
 from grid.request import Request, resume_command
-from grid.spool import open_spool
 from grid.store_uri import slug
 
 
@@ -27,19 +26,17 @@ def run(request: Request) -> int:
     if cluster is None:
         connection.local_packing(request.concurrency)  # raises if it can't be met
     with ExitStack() as stack:
-        spool = stack.enter_context(closing(open_spool(request.spool, request.store, request.experiment)))
-        checkpoints.check()
         stack.callback(connection.disconnect)
         if cluster is not None:  # whose machines are looked at before anything is in the store
             packing = connection.connect(cluster, request.concurrency, checkpoints)
-        preparing = stack.enter_context(_background()).submit(_prepare, request, stack)
+        preparing = stack.enter_context(_background()).submit(_prepare, request, checkpoints, stack)
         if cluster is None:
             packing = connection.connect(None, request.concurrency)
             connection.guard(_give_up)
         experiment, prepared = preparing.result()
         gc.enable()
         training = experiment.Training(packing, checkpoints)
-        exit_code: int = experiment.run(request, prepared, training, spool)
+        exit_code: int = experiment.run(request, prepared, training)
     return exit_code
 
 
@@ -53,12 +50,10 @@ def _background() -> Iterator[ThreadPoolExecutor]:
         executor.shutdown(wait=not isinstance(sys.exception(), KeyboardInterrupt), cancel_futures=True)
 
 
-def _prepare(request: Request, stack: ExitStack) -> tuple[Any, Any]:
+def _prepare(request: Request, checkpoints: Checkpoints, stack: ExitStack) -> tuple[Any, Any]:
     """Return `grid.experiment`, which takes seconds to import, and what it has prepared, to be closed by `stack`."""
     experiment = import_module("grid.experiment")
-    prepared = experiment.prepare(request)
-    stack.callback(prepared.close)
-    return experiment, prepared
+    return experiment, experiment.prepare(request, checkpoints, stack)
 
 
 def _give_up() -> None:
