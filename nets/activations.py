@@ -29,7 +29,11 @@ References:
 """
 
 RISING = frozenset({"relu", "leaky_relu", "elu", "tanh"})
-"""Activations that never fall: the largest of several values before is the largest after."""
+"""Activations that never fall: of several values, the largest yields the largest."""
+
+FALLING_THEN_RISING = frozenset({"gelu", "silu", "prelu"})
+"""Activations with one valley, or, as prelu, perhaps none: of several values, the largest or the smallest yields the
+largest. What stands in neither set is taken to do anything, and costs more time in front of a pooling."""
 
 POINTS = 20_001
 """Of the trapezoidal rule over [-10, 10]; the gains are right to eight digits."""

@@ -1,7 +1,4 @@
-"""Building blocks; the order layer -> norm -> activation -> pool -> dropout is said here and nowhere else.
-
-An activation that never falls comes after the pool: the result is the same.
-"""
+"""Building blocks; the order layer -> norm -> activation -> pool -> dropout is said here and nowhere else."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,7 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from nets.activations import ACTIVATIONS, RISING, gain
+from nets.activations import ACTIVATIONS, gain
+from nets.dropout import SeededDropout
+from nets.pooling import PooledActivation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,38 +23,6 @@ class Techniques:
     batch_norm: bool
     dropout_rate: float
     """Share of units dropped while training, in [0, 1); 0 leaves the dropout layers out."""
-
-
-RANDOM_VALUES = 2**16
-"""How finely a dropout rate is met: 16 random bits decide about a unit."""
-
-
-class SeededDropout(nn.Module):
-    """Dropout that draws from a generator of its own, so that no other code can change what a trial drops.
-
-    Args:
-        rate: Share of units set to zero while training, in (0, 1); rounded to the nearest of 65,536 steps.
-        generator: Source of the masks; on the device that the net is trained on.
-
-    Reference: Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html
-    """
-
-    def __init__(self, rate: float, generator: torch.Generator):
-        super().__init__()
-        self.rate = rate
-        self.generator = generator
-        self._dropped = min(max(1, round(rate * RANDOM_VALUES)), RANDOM_VALUES - 1)
-
-    def forward(self, features: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
-        """Zero a share `rate` of the features and scale up the others; the identity in evaluation mode."""
-        if not self.training:
-            return features
-        kept = _draw_mask(features, self._dropped, self.generator)
-        return (features * kept).mul_(RANDOM_VALUES / (RANDOM_VALUES - self._dropped))
-
-    def extra_repr(self) -> str:
-        """Show the rate where the net is printed."""
-        return f"rate={self.rate}"
 
 
 class FlattenPixels(nn.Module):
@@ -87,7 +54,8 @@ def block(
     techniques: Techniques,
     weights: torch.Generator,
     masks: torch.Generator,
-    pool: nn.Module | None = None,
+    *,
+    pooled: bool = False,
 ) -> Iterator[nn.Module]:
     """Yield the modules of one hidden block.
 
@@ -100,21 +68,17 @@ def block(
         techniques: Activation, batch norm and dropout.
         weights: Draws the initial weights; on the CPU.
         masks: Draws the dropout masks; on the device that trains.
-        pool: A max pooling, put between activation and dropout, or before an activation that never falls.
+        pooled: Whether the largest of every 2x2 pixels are kept, after the activation.
 
     Reference: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167 (norm before activation, no bias)
     """
-    norms = {linear: nn.BatchNorm1d, conv3x3: nn.BatchNorm2d}
     yield layer(in_size, out_size, gain=gain(techniques.activation), bias=not techniques.batch_norm, generator=weights)
-    if techniques.batch_norm:
-        yield norms[layer](out_size)
-    activation = ACTIVATIONS[techniques.activation]()
-    if pool is None:
-        yield activation
-    elif techniques.activation in RISING:  # the same values from a quarter of the work
-        yield from (pool, activation)
+    if pooled:
+        yield PooledActivation(techniques.activation, nn.BatchNorm2d(out_size) if techniques.batch_norm else None)
     else:
-        yield from (activation, pool)
+        if techniques.batch_norm:
+            yield nn.BatchNorm2d(out_size) if layer is conv3x3 else nn.BatchNorm1d(out_size)
+        yield ACTIVATIONS[techniques.activation]()
     if techniques.dropout_rate > 0:
         yield SeededDropout(techniques.dropout_rate, masks)
 
@@ -125,16 +89,3 @@ def _draw(layer: nn.Linear | nn.Conv2d, gain: float, generator: torch.Generator)
         layer.weight.normal_(0, gain / math.sqrt(fan_in), generator=generator)
         if layer.bias is not None:
             layer.bias.zero_()
-
-
-def _draw_mask(features: Tensor, dropped: int, generator: torch.Generator) -> Tensor:
-    """Return 0 with probability dropped / 65,536, otherwise 1, in the type and layout of `features`.
-
-    Every 64 bits that the generator yields serve four units: on a CPU `bernoulli_` takes seven times as long.
-    """
-    count = features.numel()
-    words = torch.empty(-(-count // 4), dtype=torch.int64, device=features.device)
-    bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[:count]
-    mask = torch.empty_like(features)  # dense, whatever its layout
-    torch.ge(bits, dropped - RANDOM_VALUES // 2, out=mask.as_strided((count,), (1,)))
-    return mask

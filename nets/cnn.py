@@ -37,7 +37,7 @@ class CNN(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for in_channels, out_channels in pairwise((1, *channels)):
-            layers += block(conv3x3, in_channels, out_channels, techniques, weights, masks, pool=nn.MaxPool2d(2))
+            layers += block(conv3x3, in_channels, out_channels, techniques, weights, masks, pooled=True)
         pixels = (side >> len(channels)) ** 2
         layers.append(FlattenPixels())
         layers += block(linear, channels[-1] * pixels, dense_size, techniques, weights, masks)

@@ -5,7 +5,7 @@ from torch.func import functional_call
 from torch.nn.init import calculate_gain
 
 from grid.config import LEVELS
-from nets.activations import ACTIVATIONS, RISING, gain
+from nets.activations import ACTIVATIONS, FALLING_THEN_RISING, RISING, gain
 from nets.blocks import Techniques, block, linear
 from nets.mlp import MLP
 
@@ -75,8 +75,24 @@ def test_signal_neither_dies_nor_explodes_over_ten_layers(name):
     assert 1 / 30 < outputs.square().mean().item() * gain(name) ** 2 < 30
 
 
+def slopes(activation: nn.Module) -> torch.Tensor:
+    """Return the signs of the slope from -10 to 10, where it has one."""
+    with torch.no_grad():
+        rises = activation.double()(torch.linspace(-10, 10, 10_001, dtype=torch.float64)).diff()
+    return rises[rises.abs() > 1e-13].sign()
+
+
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
 def test_the_rising_ones_are_those_that_never_fall(name):
-    outputs = ACTIVATIONS[name]()(torch.linspace(-10, 10, 10_001, dtype=torch.float32))
-    learned = any(True for _ in ACTIVATIONS[name]().parameters())  # a slope may turn negative
-    assert (name in RISING) == (bool((outputs.diff() >= 0).all()) and not learned)
+    activation = ACTIVATIONS[name]()
+    learned = any(True for _ in activation.parameters())  # a slope may turn negative
+    assert (name in RISING) == (bool((slopes(activation) >= 0).all()) and not learned)
+
+
+@pytest.mark.parametrize("learned", [-2.0, -0.25, 0.0, 0.25, 2.0])
+@pytest.mark.parametrize("name", sorted(FALLING_THEN_RISING))
+def test_the_falling_ones_fall_before_they_rise(name, learned):
+    activation = ACTIVATIONS[name]()
+    for parameter in activation.parameters():
+        parameter.data.fill_(learned)
+    assert (slopes(activation).diff() >= 0).all()

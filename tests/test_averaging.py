@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from grid.averaging import averaged_weights
 from grid.optimizers import OPTIMIZERS, build_optimizer
-from nets.blocks import SeededDropout
+from nets.dropout import SeededDropout
 
 AVERAGE_FROM = 3
 INPUTS = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))

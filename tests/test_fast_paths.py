@@ -17,8 +17,8 @@ from grid.optimizers import OPTIMIZERS
 from grid.penalties import penalised_weights
 from grid.schedules import SCHEDULES, Span
 from grid.trial import DeviceData, Trial
-from nets.activations import ACTIVATIONS, RISING
-from nets.blocks import SeededDropout
+from nets.dropout import SeededDropout
+from nets.pooling import PooledActivation
 
 STEPS, BATCH = 200, 32
 TOLERANCES = {"float32": 0.005, "bfloat16": 0.05}
@@ -58,21 +58,20 @@ def losses_recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
         yield losses
 
 
-def plain_layers(net: nn.Module) -> list[nn.Module]:
-    """Return the layers with every pooling behind its activation."""
-    rising = tuple(type(ACTIVATIONS[name]()) for name in RISING)
-    layers = list(net.layers)
-    for place in range(len(layers) - 1):
-        if isinstance(layers[place], nn.MaxPool2d) and isinstance(layers[place + 1], rising):
-            layers[place : place + 2] = reversed(layers[place : place + 2])
-    return layers
+def plain_layers(net: nn.Module) -> Iterator[nn.Module]:
+    """Yield the layers with torch's own norm, activation and pooling, in the order of the textbook."""
+    for layer in net.layers:
+        if isinstance(layer, PooledActivation):
+            yield from filter(None, (layer.norm, layer.activation, nn.MaxPool2d(2)))
+        else:
+            yield layer
 
 
 def plain_losses(config: TrialConfig, data: DeviceData) -> list[float]:
     """Train as a textbook would write it, from the same weights, with the same batches and masks."""
     trial = Trial(config, data)
     net = trial.net.to(memory_format=torch.contiguous_format)
-    layers, weights = plain_layers(net), penalised_weights(net)
+    layers, weights = list(plain_layers(net)), penalised_weights(net)
     optimizer = OPTIMIZERS[config.optimizer].build(net.parameters(), lr=config.learning_rate, foreach=False)
     steps = len(data.train_labels) // BATCH
     scheduler = SCHEDULES[config.lr_schedule](optimizer, Span(config.epochs, steps, config.learning_rate))

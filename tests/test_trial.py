@@ -18,7 +18,7 @@ from grid.penalties import penalised_weights
 from grid.schedules import SCHEDULES
 from grid.trial import DeviceData, EpochReport, Trial, TrialResult, build_net, train
 from nets.activations import gain
-from nets.blocks import SeededDropout
+from nets.dropout import SeededDropout
 
 CLASSES, PER_CLASS, VAL_PER_CLASS, SIDE = 8, 24, 6, 28
 SECONDS = ("epoch_seconds", "samples_per_second")

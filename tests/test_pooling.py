@@ -1,0 +1,188 @@
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from nets import pooling
+from nets.activations import ACTIVATIONS, FALLING_THEN_RISING, RISING
+from nets.pooling import PooledActivation
+
+CHANNELS = 6
+
+
+def draws(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def maps(side: int = 8, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """Return maps that are neither centred nor of unit size, channels last."""
+    values = torch.randn(5, CHANNELS, side, side, generator=draws(seed), dtype=torch.float64) * 1.5 - 0.7
+    return values.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+def pool(activation: str, *, batch_norm: bool, dtype: torch.dtype = torch.float64) -> PooledActivation:
+    """Return a module with scales of both signs."""
+    norm = nn.BatchNorm2d(CHANNELS) if batch_norm else None
+    if norm is not None:
+        norm.weight.data.normal_(generator=draws(1))
+        norm.bias.data.normal_(generator=draws(2))
+    return PooledActivation(activation, norm).to(dtype)
+
+
+def plain(module: PooledActivation, inputs: Tensor) -> Tensor:
+    """Return what torch's own layers make of the inputs, one after the other."""
+    return F.max_pool2d(module.activation(inputs if module.norm is None else module.norm(inputs)), 2)
+
+
+def passed(module: PooledActivation, inputs: Tensor, way=None) -> dict[str, Tensor]:
+    """Return all that a forward and a backward pass yield."""
+    module.zero_grad()
+    inputs.grad = None
+    if module.norm is not None:
+        module.norm.reset_running_stats()
+    outputs = module(inputs) if way is None else way(module, inputs)
+    gradient = torch.randn(outputs.shape, generator=draws(3), dtype=torch.float64).to(outputs.dtype)
+    outputs.backward(gradient)
+    gradients = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    return {"outputs": outputs.detach(), "inputs": inputs.grad.clone(), **gradients, **buffers}
+
+
+@pytest.fixture
+def pools_first(monkeypatch):
+    """Count how often the fast way is gone."""
+    calls = []
+    apply = pooling._Pool.apply
+    monkeypatch.setattr(pooling._Pool, "apply", lambda *arguments: calls.append(1) or apply(*arguments))
+    return calls
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("batch_norm", [True, False])
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_values_gradients_and_statistics_are_those_of_the_plain_layers(activation, batch_norm, training, pools_first):
+    module, inputs = pool(activation, batch_norm=batch_norm).train(training), maps()
+    fast, slow = passed(module, inputs), passed(module, inputs, plain)
+    assert len(pools_first) == 1
+    for name, value in fast.items():
+        torch.testing.assert_close(value, slow[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_bfloat16_differs_only_where_two_pixels_tie(activation, batch_norm):
+    module, inputs = pool(activation, batch_norm=batch_norm).float(), maps(14, dtype=torch.bfloat16)
+    fast, slow = passed(module, inputs), passed(module, inputs, plain)
+    assert torch.equal(fast["outputs"], slow["outputs"])
+    moved = (fast["inputs"] - slow["inputs"]).abs() > 0.05
+    assert moved.double().mean() < 0.01
+    sums = (F.avg_pool2d(each["inputs"].float(), 2, divisor_override=1) for each in (fast, slow))
+    torch.testing.assert_close(*sums, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "silu"])
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_gradients_are_those_of_finite_differences(activation, batch_norm):
+    module, inputs = pool(activation, batch_norm=batch_norm), maps(4)
+
+    def function(inputs: Tensor, *_: Tensor) -> Tensor:
+        return module(inputs)
+
+    assert torch.autograd.gradcheck(function, (inputs, *module.parameters()))
+
+
+def test_of_equal_pixels_the_upper_one_of_the_left_column_gets_the_gradient():
+    inputs = torch.zeros(1, 1, 4, 4).contiguous(memory_format=torch.channels_last)
+    inputs[0, 0, 0, 3] = -1.0
+    inputs[0, 0, 2, 0] = -1.0
+    inputs.requires_grad_()
+    PooledActivation("elu", None)(inputs).sum().backward()
+    assert inputs.grad[0, 0].tolist() == [[1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0]]
+
+
+@settings(deadline=None)
+@given(
+    values=st.lists(st.floats(-4, 4, width=16), min_size=4, max_size=4),
+    activation=st.sampled_from(sorted(RISING | FALLING_THEN_RISING)),
+)
+def test_any_four_pixels_yield_their_largest_activation_and_pass_the_gradient_to_one(values, activation):
+    module = PooledActivation(activation, None)
+    inputs = torch.tensor(values).view(1, 1, 2, 2).contiguous(memory_format=torch.channels_last).requires_grad_()
+    outputs = module(inputs)
+    activated = module.activation(inputs)
+    assert outputs.item() == pytest.approx(activated.max().item(), abs=1e-6)
+    outputs.backward()
+    (chosen,) = inputs.grad.flatten().nonzero().flatten().tolist() or [None]
+    if chosen is not None:
+        assert activated.flatten()[chosen].item() == pytest.approx(outputs.item(), abs=1e-6)
+
+
+def unsuited(name: str) -> Tensor:
+    if name == "odd side":
+        return maps(7)
+    return maps(8).detach().contiguous().requires_grad_()
+
+
+@pytest.mark.parametrize("name", ["odd side", "contiguous"])
+def test_other_maps_go_the_plain_way(name, pools_first):
+    module, inputs = pool("gelu", batch_norm=True), unsuited(name)
+    fast, slow = passed(module, inputs), passed(module, inputs, plain)
+    assert not pools_first
+    assert fast["outputs"].shape[2:] == (inputs.shape[2] // 2, inputs.shape[2] // 2)
+    for name, value in fast.items():
+        assert torch.equal(value, slow[name])
+
+
+def test_an_activation_of_another_shape_goes_the_plain_way(monkeypatch, pools_first):
+    monkeypatch.setitem(ACTIVATIONS, "hat", lambda: Hat())
+    module, inputs = pool("hat", batch_norm=True), maps()
+    torch.testing.assert_close(passed(module, inputs), passed(module, inputs, plain))
+    assert not pools_first
+
+
+class Hat(nn.Module):
+    """Rises, and falls then: the largest of four may be one in the middle."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.exp(-inputs.square())
+
+
+def test_the_running_statistics_follow_as_in_torch_with_and_without_momentum():
+    for momentum in (0.3, None):
+        norms = [nn.BatchNorm2d(CHANNELS, momentum=momentum).double() for _ in range(2)]
+        fast, slow = (PooledActivation("relu", norm) for norm in norms)
+        for seed in range(4):
+            fast(maps(seed=seed))
+            plain(slow, maps(seed=seed))
+        for (name, value), (_, expected) in zip(norms[0].named_buffers(), norms[1].named_buffers(), strict=True):
+            torch.testing.assert_close(value, expected, msg=f"{name} at momentum {momentum}")
+
+
+def test_evaluation_leaves_the_statistics_alone():
+    module = pool("gelu", batch_norm=True).eval()
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    with torch.no_grad():
+        module(maps())
+    for name, buffer in module.named_buffers():
+        assert torch.equal(buffer, before[name])
+
+
+def test_a_value_that_is_not_finite_is_not_lost():
+    for bad in (torch.nan, torch.inf):
+        inputs = maps().detach()
+        inputs[0, 0, 0, 0] = bad
+        for activation in ("relu", "gelu"):
+            assert not PooledActivation(activation, None)(inputs)[0, 0, 0, 0].isfinite()
+
+
+def test_sizes_halve_as_often_as_one_pools():
+    inputs = maps(16)
+    sides = [inputs.shape[2]]
+    while inputs.shape[2] > 1:
+        inputs = PooledActivation("relu", None)(inputs)
+        sides.append(inputs.shape[2])
+    assert all(side == 2 * half for side, half in pairwise(sides))
