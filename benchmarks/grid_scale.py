@@ -34,7 +34,7 @@ from grid.asha import Asha, rung_epochs
 from grid.checkpoint import Checkpoints
 from grid.config import STATUSES, TrialConfig
 from grid.data import Dataset
-from grid.hardware import Packing
+from grid.packing import Packing
 from grid.plan import Plan, make_plan
 from grid.record import Recorder
 from grid.request import Request

@@ -5,7 +5,6 @@ import pickle
 from typing import Any
 from uuid import uuid4
 
-import torch
 from pyarrow import fs
 
 from grid.config import InputError, first_line
@@ -52,6 +51,8 @@ class Checkpoints:
 
     def save(self, trial_key: str, state: dict[str, Any]) -> None:
         """Put a trial down, in the place of its earlier checkpoint."""
+        import torch  # noqa: PLC0415  (a second; the driver needs it later than this module)
+
         buffer = io.BytesIO()
         torch.save(state, buffer)
         self._filesystem.create_dir(self._folder, recursive=True)
@@ -62,6 +63,8 @@ class Checkpoints:
 
     def load(self, trial_key: str, device: str) -> dict[str, Any] | None:
         """Return the state of a trial on `device`; None if it was never put down, or its file is damaged."""
+        import torch  # noqa: PLC0415
+
         try:
             with self._filesystem.open_input_stream(self._path(trial_key)) as file:
                 content = file.read()

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grid.hardware import Node
+from grid.packing import Node
 from grid.progress import count
 
 USUAL_GPU_BYTES = 16 * 2**30

@@ -1,29 +1,33 @@
-"""Joins a Ray cluster, or starts a Ray of its own, looks at its machines, and leaves it. Knows Ray, but not Tune."""
+"""Joins a Ray cluster, or starts a Ray of its own, looks at its machines, and leaves it. Knows Ray, but not Tune.
+
+Imports no torch: a private Ray comes up while another thread does.
+"""
 
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import psutil
 import ray
-import torch
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray._private.authentication import authentication_token_setup as token
 from ray._private.node import Node
 from ray._private.utils import read_ray_address
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError, GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from grid import forecast
 from grid.checkpoint import Checkpoints
-from grid.config import InputError, TrialConfig, last_line
-from grid.hardware import Packing, gpu_memory, pack
+from grid.config import InputError, last_line
+from grid.gpus import find_gpus
+from grid.packing import Packing, pack
 from grid.preflight import ANSWER_SECONDS, MEND, Code, Report, judge, mark_storage, report, unmark_storage
 from grid.request import NO_RAY, check_address
 
@@ -35,11 +39,15 @@ EARLY_WORKERS = {
 }
 """Lets worker processes import what trials need while the driver is still busy, and keeps them until then."""
 
-SPARED = ("start_monitor", "start_log_monitor")
-"""What a private Ray is started without: an autoscaler that has no machines, and a reader of logs that nobody is shown.
-They take a second of two cores to start, and another to end."""
+SPARED = ("start_monitor", "start_log_monitor", "start_api_server")
+"""What a private Ray is started without: an autoscaler that has no machines, a reader of logs that nobody is shown, and
+a server of statistics that nobody asks for. They take two seconds of two cores to start, and one to end."""
+
+POLL_SECONDS = 0.02
+"""How often a private Ray is asked whether it is up; Ray itself asks every second."""
 
 _leaving = threading.Event()
+Result = TypeVar("Result")
 
 
 def find_cluster(address: str | None) -> str | None:
@@ -83,7 +91,7 @@ def connect(address: str | None, concurrency: int | None, checkpoints: Checkpoin
         packing = local_packing(concurrency)
         ray_constants.ENABLE_RAY_CLUSTER = False  # a Ray that no other machine joins listens on localhost alone
         cpus = max(1, round(packing.concurrency * packing.cpus_per_trial))
-        with _spared():
+        with _hurried():
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, _system_config=EARLY_WORKERS, **QUIET)
         return packing
     ray_constants.ENABLE_RAY_CLUSTER = True
@@ -102,16 +110,36 @@ def connect(address: str | None, concurrency: int | None, checkpoints: Checkpoin
 
 
 @contextmanager
-def _spared() -> Iterator[None]:
-    """Let a Ray that is started within do without `SPARED`."""
-    kept = {name: getattr(Node, name) for name in SPARED}
-    for name in SPARED:
-        setattr(Node, name, lambda node: None)
+def _hurried() -> Iterator[None]:
+    """Let a Ray that is started within do without `SPARED`, and be used as soon as it is up.
+
+    These are private parts of Ray: one that is not there is left alone.
+    """
+    spared = {name: lambda node, **settings: None for name in SPARED if hasattr(Node, name)}
+    changed: list[tuple[Any, Mapping[str, Any]]] = [(Node, spared)]
+    if hasattr(services, "get_node"):
+        changed.append((services, {"get_node": partial(_await_node, services.get_node)}))
+    kept = [(owner, {name: getattr(owner, name) for name in parts}) for owner, parts in changed]
+    _set(changed)
     try:
         yield
     finally:
-        for name, start in kept.items():
-            setattr(Node, name, start)
+        _set(kept)
+
+
+def _set(changes: Sequence[tuple[Any, Mapping[str, Any]]]) -> None:
+    for owner, parts in changes:
+        for name, part in parts.items():
+            setattr(owner, name, part)
+
+
+def _await_node(get_node: Callable[[str, str], Any], gcs_address: str, node_id: str) -> Any:
+    """Return what `get_node` says of this machine, once it can say something."""
+    client = GcsClient(address=gcs_address)
+    until = time.monotonic() + ANSWER_SECONDS
+    while not client.get_all_node_info() and time.monotonic() < until:
+        time.sleep(POLL_SECONDS)
+    return get_node(gcs_address, node_id)
 
 
 def _survey(address: str, concurrency: int | None, checkpoints: Checkpoints | None) -> Packing:
@@ -155,18 +183,19 @@ def machine_name(address: str, host: str) -> str:
 def local_packing(concurrency: int | None) -> Packing:
     """Choose how trials share this machine, without starting Ray."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return pack(cpus, torch.cuda.device_count(), gpu_memory(), concurrency)
+    return pack(cpus, *find_gpus(), concurrency)
 
 
-def calibrate(trials: Sequence[TrialConfig], classes: int, packing: Packing) -> tuple[forecast.Calibration, str]:
-    """Time a few trials where they would run, and say where that was; no machine is started for it."""
-    if packing.device == "cpu" or torch.cuda.is_available():
-        return forecast.calibrate(trials, classes), "this machine"
-    if ray.cluster_resources().get("GPU", 0) > 0:
-        task = ray.remote(num_cpus=packing.cpus_per_trial, num_gpus=packing.gpus_per_trial)(forecast.calibrate)
-        return ray.get(task.remote(trials, classes)), "a GPU of the cluster"
-    on_cpu = [replace(trial, device="cpu", fused=False) for trial in trials]
-    return forecast.calibrate(on_cpu, classes), "the CPU of this machine, as no GPU is up: expect less"
+def has_gpu() -> bool:
+    """Say whether a GPU of the cluster is up."""
+    return bool(ray.cluster_resources().get("GPU", 0) > 0)
+
+
+def call(function: Callable[..., Result], *arguments: Any, packing: Packing) -> Result:
+    """Call a function where a trial would run, and return what it returns."""
+    task = ray.remote(num_cpus=packing.cpus_per_trial, num_gpus=packing.gpus_per_trial)(function)
+    result: Result = ray.get(task.remote(*arguments))
+    return result
 
 
 def guard(on_death: Callable[[], None]) -> None:

@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from grid.checkpoint import Checkpoints
 from grid.config import FACTORS
 from grid.data import Dataset, is_here, load
 from grid.datasets import DATASETS
-from grid.hardware import Packing
+from grid.gpus import find_gpus
 from grid.manifest import describe_code, describe_plan
+from grid.packing import Packing
 from grid.pictures import sample_sheet
 from grid.plan import Plan, check_comparable, make_plan
 from grid.progress import count, spell_seconds, top_table
@@ -39,7 +40,7 @@ def dry_run(request: Request) -> int:
     try:
         plan = make_plan(request, packing=packing, fingerprint="")
         train_images, source = _training_images(request)
-        timed, where = connection.calibrate(plan.trials, DATASETS[request.data].class_count, packing)
+        timed, where = _calibrate(plan, DATASETS[request.data].class_count, packing)
     finally:
         connection.disconnect()
     seconds_per_image, spread = timed
@@ -55,6 +56,16 @@ def dry_run(request: Request) -> int:
     facts["data"] = f"{request.data}, {train_images:,} training images {source}"
     print_facts(facts | _describe_cost(cost, where, packing, request.price_per_hour))
     return 0
+
+
+def _calibrate(plan: Plan, classes: int, packing: Packing) -> tuple[forecast.Calibration, str]:
+    """Time a few trials where they would run, and say where that was; no machine is started for it."""
+    if packing.device == "cpu" or find_gpus()[0]:
+        return forecast.calibrate(plan.trials, classes), "this machine"
+    if connection.has_gpu():
+        return connection.call(forecast.calibrate, plan.trials, classes, packing=packing), "a GPU of the cluster"
+    on_cpu = [replace(trial, device="cpu", fused=False) for trial in plan.trials]
+    return forecast.calibrate(on_cpu, classes), "the CPU of this machine, as no GPU is up: expect less"
 
 
 @dataclass(frozen=True)
@@ -81,13 +92,14 @@ def prepare(request: Request, checkpoints: Checkpoints, stack: ExitStack) -> Pre
         InputError: The request can't be met; nothing is in the store if it is for the images or the storage.
     """
     dataset = load(request.data, request.data_dir, per_class=request.per_class, split_seed=ORDER_SEED)
-    samples = sample_sheet(dataset.train_images, dataset.train_labels, dataset.classes)
     spool = stack.enter_context(closing(open_spool(request.spool, request.store, request.experiment)))
     checkpoints.check()
     store = Store(request.store, request.experiment)
     store.create()
-    store.claim()
+    store.bid()
     stack.callback(_let_go, store)
+    samples = sample_sheet(dataset.train_images, dataset.train_labels, dataset.classes)
+    store.settle()
     return Prepared(dataset, samples, spool, store)
 
 

@@ -25,7 +25,8 @@ from grid.confirm import Confirmation
 from grid.data import Dataset, load, load_test
 from grid.evaluation import ClassScore, ConfusedPair, Evaluation, confused_pairs, evaluate, inference_state, per_class
 from grid.experiment import Training, print_facts, train_all
-from grid.hardware import Packing, numeric_settings
+from grid.hardware import numeric_settings
+from grid.packing import Packing
 from grid.pictures import confusion_picture, mistake_sheet
 from grid.plan import Plan
 from grid.predictor import forget_models, log_predictor, register

@@ -34,6 +34,7 @@ def run(request: Request) -> int:
             packing = connection.connect(None, request.concurrency)
             connection.guard(_give_up)
         experiment, prepared = preparing.result()
+        gc.freeze()  # what has been imported stays: nothing to look through again and again
         gc.enable()
         training = experiment.Training(packing, checkpoints)
         exit_code: int = experiment.run(request, prepared, training)

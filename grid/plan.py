@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from grid.config import InputError, TrialConfig
-from grid.hardware import Packing, numeric_settings
+from grid.hardware import numeric_settings
 from grid.optimizers import OPTIMIZERS
+from grid.packing import Packing
 from grid.request import Request
 from grid.space import ORDER_SEED, Cell, cross, draw_controls, expand, settings_of
 

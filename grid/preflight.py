@@ -17,7 +17,8 @@ import nets
 from grid.checkpoint import Checkpoints
 from grid.cluster import HEAD, describe, has_fast_bfloat16, to_node, with_growth
 from grid.config import InputError, first_line
-from grid.hardware import Node, Packing, gpu_memory, pack_nodes
+from grid.gpus import find_gpus
+from grid.packing import Node, Packing, pack_nodes
 
 PACKAGES = ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow")
 BYTES_PER_TRIAL = 700 * 2**20
@@ -81,7 +82,7 @@ def report(checkpoints: Checkpoints | None, mark: str, name: str, cluster: str) 
         cluster: Address of the cluster's head.
     """
     fault = "" if checkpoints is None else storage_fault(checkpoints, mark, name)
-    return Report(Code.here(), fault, gpu_memory(), _scaling(cluster))
+    return Report(Code.here(), fault, find_gpus()[1], _scaling(cluster))
 
 
 def _scaling(cluster: str) -> str:

@@ -119,10 +119,32 @@ class Store:
         Raises:
             InputError: Another one is alive.
         """
-        with self._answering():
-            self._claim()
+        self.bid()
+        self.settle()
 
-    def _claim(self) -> None:
+    def bid(self) -> None:
+        """Ask to be the one driver; `settle` tells whether it is granted, and something may be done in between.
+
+        Raises:
+            InputError: Another one is alive.
+        """
+        with self._answering():
+            self._bid()
+        self._bid_at = time.monotonic()
+
+    def settle(self) -> None:
+        """Wait until whoever looked before this bid must have bid, too: the last one has the experiment.
+
+        Raises:
+            InputError: It was another one.
+        """
+        time.sleep(max(0.0, self._bid_at + CLAIM_SETTLES_SECONDS - time.monotonic()))
+        with self._answering():
+            driver = self.client.get_run(self.parent_id).data.tags["driver"]
+        if driver != _this_driver():
+            raise InputError(f"experiment '{self.experiment}' was claimed by another driver just now; wait for it")
+
+    def _bid(self) -> None:
         tags = self.client.get_run(self.parent_id).data.tags
         driver, seen = tags.get("driver", ""), float(tags.get("driver_seen", 0))
         if driver and driver != _this_driver() and _is_alive(driver, seen):
@@ -132,9 +154,6 @@ class Store:
             )
         self.client.set_tag(self.parent_id, "driver", _this_driver())
         self.show_life()
-        time.sleep(CLAIM_SETTLES_SECONDS)
-        if self.client.get_run(self.parent_id).data.tags["driver"] != _this_driver():
-            raise InputError(f"experiment '{self.experiment}' was claimed by another driver just now; wait for it")
 
     def show_life(self) -> None:
         """Renew the claim."""

@@ -29,9 +29,10 @@ from grid.asha import Asha  # noqa: E402
 from grid.checkpoint import Checkpoints  # noqa: E402
 from grid.config import TrialConfig  # noqa: E402
 from grid.connection import machine_name  # noqa: E402
-from grid.hardware import Packing, keep_freed_memory  # noqa: E402
+from grid.hardware import keep_freed_memory  # noqa: E402
 from grid.images import Dataset  # noqa: E402
 from grid.listener import Listener  # noqa: E402
+from grid.packing import Packing  # noqa: E402
 from grid.preflight import Code, Wanted, mark_storage, unmark_storage  # noqa: E402
 from grid.trial import DeviceData, EpochReport, Trial  # noqa: E402
 from grid.worker import Worker  # noqa: E402

@@ -17,7 +17,7 @@ from grid.config import InputError, TrialConfig
 from grid.confirm import main as confirm
 from grid.data import load, load_test
 from grid.finalists import FIRST_SEED, choose, finalist_trials
-from grid.hardware import Packing
+from grid.packing import Packing
 from grid.ranking import RankedCell
 from grid.run import main as run
 from grid.store import Store

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.grid_scale import HEADER, Cost, RecordedTrial, ask, blank_dataset, cut, examine, main
 from grid.config import TrialConfig
-from grid.hardware import pack
+from grid.packing import pack
 from grid.plan import Plan, make_plan
 from grid.record import Recorder
 from grid.spool import Spool

@@ -3,7 +3,7 @@
 import pytest
 
 from grid.cluster import USUAL_GPU_BYTES, describe, has_fast_bfloat16, to_node, with_growth
-from grid.hardware import Node, pack_nodes
+from grid.packing import Node, pack_nodes
 
 HEAD = Node(0, 0, 0)
 GPU_KIND = {"resources": {"CPU": 8, "GPU": 1, "accelerator_type:A10G": 1}, "min_workers": 0, "max_workers": 3}

@@ -18,7 +18,7 @@ connection.connect(None, 1)
 ask = ray.remote(num_cpus=1)(lambda: [name in sys.modules for name in ("grid.tuner", "torch._dynamo")])
 print(ray.get(ask.remote()))
 servers = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
-print(any("gcs_server" in server for server in servers), any("monitor.py" in server for server in servers))
+print([any(name in server for server in servers) for name in ("gcs_server", "monitor", "dashboard/dashboard.py")])
 connection.disconnect()
 """
 
@@ -30,9 +30,9 @@ def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_workers_import_early_and_a_private_ray_has_neither_autoscaler_nor_log_monitor(tmp_path: Path) -> None:
+def test_workers_import_early_and_a_private_ray_has_no_servers_that_nobody_uses(tmp_path: Path) -> None:
     done = python("-c", EARLY, cwd=tmp_path)
-    assert done.stdout.splitlines() == ["[True, True]", "True False"], done.stderr
+    assert done.stdout.splitlines() == ["[True, True]", "[True, False, False]"], done.stderr
 
 
 @pytest.mark.slow
@@ -46,6 +46,23 @@ def test_files_that_are_damaged_are_told_in_one_line_while_ray_starts_and_nothin
     assert done.stderr.count("\n") == 1
     assert "not an IDX file" in done.stderr
     assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_ray_is_started_before_torch_is_imported(tmp_path: Path) -> None:
+    code = "import sys, grid.launch; print([name in sys.modules for name in ('ray', 'torch', 'mlflow')])"
+    assert python("-c", code, cwd=tmp_path).stdout.strip() == "[True, False, False]"
+
+
+@pytest.mark.slow
+def test_a_ray_without_the_private_parts_that_are_changed_starts_all_the_same(tmp_path: Path) -> None:
+    code = (
+        "from grid import connection\n"
+        "connection.SPARED = ('no_such_part',)\n"
+        "print(connection.connect(None, 1).concurrency)\n"
+        "connection.disconnect()"
+    )
+    done = python("-c", code, cwd=tmp_path)
+    assert done.stdout.strip() == "1", done.stderr
 
 
 def test_what_is_preloaded_leaves_the_garbage_collector_on_and_the_gpu_alone(tmp_path: Path) -> None:

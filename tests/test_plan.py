@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from grid.config import InputError
-from grid.hardware import Packing
 from grid.optimizers import OPTIMIZERS
+from grid.packing import Packing
 from grid.plan import Plan, check_comparable, make_plan
 from grid.run import _parser, read_request
 

@@ -9,7 +9,7 @@ import pytest
 from grid.checkpoint import Checkpoints
 from grid.cluster import HEAD
 from grid.config import InputError
-from grid.hardware import Node, Packing
+from grid.packing import Node, Packing
 from grid.preflight import (
     BYTES_PER_TRIAL,
     Code,

@@ -19,7 +19,7 @@ from grid.checkpoint import Checkpoints
 from grid.config import TrialConfig
 from grid.connection import connect, disconnect
 from grid.data import Dataset, load
-from grid.hardware import Packing
+from grid.packing import Packing
 from grid.preflight import Code
 from grid.trial import DeviceData, EpochReport, train
 from grid.tuner import AshaScheduler, run_trials

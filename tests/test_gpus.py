@@ -1,0 +1,46 @@
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from grid.gpus import find_gpus
+
+GIB = 2**30
+
+
+@pytest.fixture
+def devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of devices, of which torch counts two GPUs."""
+    sizes = [80 * GIB, 24 * GIB]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(sizes))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=sizes[index]))
+    (tmp_path / "nvme0n1").touch()  # a disk
+    return tmp_path
+
+
+@pytest.mark.parametrize("file", ["nvidia0", "nvidiactl", "nvhost-gpu", "nvmap", "kfd", "dxg"])
+def test_where_a_driver_is_torch_counts_and_the_smallest_memory_counts(file: str, devices: Path) -> None:
+    (devices / file).touch()
+    assert find_gpus(devices) == (2, 24 * GIB)
+
+
+def test_without_a_driver_torch_is_not_asked(devices: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert find_gpus(devices) == (0, 0)
+
+
+def test_on_other_systems_torch_is_always_asked(devices: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert find_gpus(devices) == (2, 24 * GIB)
+
+
+def test_a_driver_without_a_gpu_is_none(devices: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (devices / "nvidiactl").touch()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert find_gpus(devices) == (0, 0)
+
+
+def test_this_machine_answers_as_torch_does() -> None:
+    assert find_gpus()[0] == torch.cuda.device_count()
