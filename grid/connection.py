@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -16,10 +16,9 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import psutil
 import ray
-from ray._private import ray_constants, services
+from ray._private import ray_constants, services, utils
 from ray._private.authentication import authentication_token_setup as token
 from ray._private.node import Node
-from ray._private.utils import read_ray_address
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError, GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -64,7 +63,7 @@ def find_cluster(address: str | None) -> str | None:
     """
     if address not in (None, "auto"):
         return None if address == "local" else address
-    found = os.environ.get("RAY_ADDRESS") or read_ray_address()
+    found = os.environ.get("RAY_ADDRESS") or utils.read_ray_address()
     if found in (None, "", "auto", "local"):
         if address == "auto":
             raise InputError(f"this machine belongs to no Ray cluster; {NO_RAY}")
@@ -115,21 +114,20 @@ def _hurried() -> Iterator[None]:
 
     These are private parts of Ray: one that is not there is left alone.
     """
-    spared = {name: lambda node, **settings: None for name in SPARED if hasattr(Node, name)}
-    changed: list[tuple[Any, Mapping[str, Any]]] = [(Node, spared)]
-    if hasattr(services, "get_node"):
-        changed.append((services, {"get_node": partial(_await_node, services.get_node)}))
-    kept = [(owner, {name: getattr(owner, name) for name in parts}) for owner, parts in changed]
-    _set(changed)
+    get_node: Any = getattr(services, "get_node", None)
+    wanted: list[tuple[Any, str, Any]] = [
+        *((Node, name, lambda node, **settings: None) for name in SPARED),
+        (utils, "get_dashboard_dependency_error", lambda: ImportError("not wanted")),  # the agent opens fewer ports
+        (services, "get_node", partial(_await_node, get_node)),
+    ]
+    changes = [change for change in wanted if hasattr(*change[:2])]
+    kept = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
     try:
+        for owner, name, part in changes:
+            setattr(owner, name, part)
         yield
     finally:
-        _set(kept)
-
-
-def _set(changes: Sequence[tuple[Any, Mapping[str, Any]]]) -> None:
-    for owner, parts in changes:
-        for name, part in parts.items():
+        for owner, name, part in kept:
             setattr(owner, name, part)
 
 

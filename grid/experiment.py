@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from grid.datasets import DATASETS
 from grid.gpus import find_gpus
 from grid.manifest import describe_code, describe_plan
 from grid.packing import Packing
-from grid.pictures import sample_sheet
 from grid.plan import Plan, check_comparable, make_plan
 from grid.progress import count, spell_seconds, top_table
 from grid.record import Recorder
@@ -98,7 +98,9 @@ def prepare(request: Request, checkpoints: Checkpoints, stack: ExitStack) -> Pre
     store.create()
     store.bid()
     stack.callback(_let_go, store)
-    samples = sample_sheet(dataset.train_images, dataset.train_labels, dataset.classes)
+    # Drawn, and what draws imported, while the bid settles.
+    draw = import_module("grid.pictures").sample_sheet
+    samples = draw(dataset.train_images, dataset.train_labels, dataset.classes)
     store.settle()
     return Prepared(dataset, samples, spool, store)
 

@@ -72,6 +72,17 @@ def test_values_gradients_and_statistics_are_those_of_the_plain_layers(activatio
         torch.testing.assert_close(value, slow[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("batch_norm", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_without_gradients_the_values_are_the_same(activation, batch_norm, dtype):
+    module, inputs = pool(activation, batch_norm=batch_norm).to(torch.promote_types(dtype, torch.float32)), maps(8)
+    module.eval()
+    with torch.no_grad():
+        inputs = inputs.to(dtype, memory_format=torch.channels_last)
+        torch.testing.assert_close(module(inputs), plain(module, inputs))
+
+
 @pytest.mark.parametrize("batch_norm", [True, False])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_bfloat16_differs_only_where_two_pixels_tie(activation, batch_norm):
