@@ -35,6 +35,7 @@ def run(request: Request) -> int:
             connection.guard(_give_up)
         experiment, prepared = preparing.result()
         gc.freeze()  # what has been imported stays: nothing to look through again and again
+        stack.callback(gc.unfreeze)
         gc.enable()
         training = experiment.Training(packing, checkpoints)
         exit_code: int = experiment.run(request, prepared, training)
