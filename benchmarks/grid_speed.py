@@ -80,6 +80,8 @@ class Job:
     factors: Factors
     images: Images
     epochs: int
+    seeds: int
+    """Trials of each cell."""
     peer_init: str
 
 
@@ -97,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             images = prepare(options, Path(name))
             for model in options.models:
                 factors = QUICK_CELLS if options.quick else CELLS[model]
-                job = Job(model, factors, images, options.epochs, options.peer_init)
+                job = Job(model, factors, images, options.epochs, options.seeds, options.peer_init)
                 rows += run_job(job, contenders, options.repeats, rows, options.csv)
         print(report(rows))
         return 0
@@ -173,7 +175,7 @@ def run(name: str, job: Job, repeat: int) -> Row:
         if name.startswith(OURS):
             arguments = ["grid.run", *our_arguments(job, "float32" if name == "ours_f32" else "auto")]
         else:
-            arguments = [f"benchmarks.peers.{name}_script", *peer_arguments(job, slots, seed=repeat)]
+            arguments = [f"benchmarks.peers.{name}_script", *peer_arguments(job, slots, repeat)]
         arguments += ["--store", f"sqlite:///{folder}/{STORE}"]
         seconds = timed([sys.executable, "-m", *arguments], Path(folder), f"{job.model} {name}, repeat {repeat}")
         stored = read_store(Path(folder) / STORE)
@@ -187,6 +189,7 @@ def run(name: str, job: Job, repeat: int) -> Row:
         epoch_seconds=stored.epoch_seconds,
         best_val_accuracy=stored.best_val_accuracy,
         cells=math.prod(len(levels) for levels in job.factors.values()),
+        seeds=job.seeds,
         budget=job.epochs,
         data=job.images.name,
         train_images=job.images.train_count,
@@ -204,18 +207,19 @@ def our_arguments(job: Job, precision: str) -> list[str]:
     return [
         *("--grid", "full", *(word for level in levels for word in ("--only", level))),
         *("--data", job.images.name, "--data-dir", str(job.images.folder), *some),
-        *("--epochs", str(job.epochs), "--seeds", "1", "--controls", "0"),
+        *("--epochs", str(job.epochs), "--seeds", str(job.seeds), "--controls", "0"),
         *("--address", "local", "--precision", precision),
     ]
 
 
-def peer_arguments(job: Job, slots: int, seed: int) -> list[str]:
-    """Return the arguments of a script in `benchmarks/peers`, but for the store."""
+def peer_arguments(job: Job, slots: int, repeat: int) -> list[str]:
+    """Return the arguments of a script in `benchmarks/peers`, but for the store; each repeat has its own seeds."""
+    seeds = range(repeat * job.seeds, (repeat + 1) * job.seeds)
     levels = (word for factor, names in job.factors.items() for word in (f"--{factor}s", ",".join(names)))
     return [
         *("--model", job.model, *levels, "--init", job.peer_init),
         *("--data", job.images.name, "--data-dir", str(job.images.folder), "--split", str(job.images.split)),
-        *("--epochs", str(job.epochs), "--slots", str(slots), "--seed", str(seed)),
+        *("--epochs", str(job.epochs), "--slots", str(slots), "--seeds", ",".join(map(str, seeds))),
     ]
 
 
@@ -267,6 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="files of data sets (data)")
     parser.add_argument("--per-class", type=int, metavar="N", help="training images per class (all)")
     parser.add_argument("--epochs", type=int, default=3, metavar="N", help="of a trial that is not stopped (3)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="trials of each cell (1)")
     parser.add_argument(
         "--peer-init",
         choices=("ours", "torch"),
@@ -295,7 +300,7 @@ def _check(options: argparse.Namespace) -> None:
     options.models = MODELS if options.model == "both" else (options.model,)
     options.repeats = (1 if options.quick else 3) if options.repeats is None else options.repeats
     options.per_class = QUICK_PER_CLASS if options.quick and options.per_class is None else options.per_class
-    for name in ("repeats", "epochs"):
+    for name in ("repeats", "epochs", "seeds"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(options, name)}")
 

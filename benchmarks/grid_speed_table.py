@@ -49,6 +49,8 @@ class Row:
     best_val_accuracy: float
     cells: int
     """That were to be trained."""
+    seeds: int
+    """Trials of each cell."""
     budget: int
     """Epochs of a trial that is not stopped."""
     data: str
@@ -62,7 +64,8 @@ class Row:
     @property
     def setting(self) -> tuple[object, ...]:
         """What rows of one table have in common."""
-        return self.cells, self.budget, self.data, self.train_images, self.val_images, self.peer_init, self.slots
+        data = self.data, self.train_images, self.val_images
+        return self.cells, self.seeds, self.budget, *data, self.peer_init, self.slots
 
     @property
     def seconds_per_epoch(self) -> float:
@@ -160,7 +163,7 @@ def table(rows: Sequence[Row]) -> str:
     first, contenders = rows[0], list(dict.fromkeys(row.contender for row in rows))
     counts = f"{first.train_images:,} training and {first.val_images:,} validation images"
     lines = [
-        f"{first.model}: {first.cells} cells, {_epochs(first.budget)}, {first.slots} trials at once",
+        f"{first.model}: {first.cells} cells{_seeds(first.seeds)}, {_epochs(first.budget)}, {first.slots} at once",
         f"{first.data}: {counts}; peers' init: {first.peer_init}",
         f"{'contender':<9} {'wall s':>6} {'(min-max)':<13} {'trials':>6} {'epochs':>6} {'s/epoch':>7} "
         f"{'samples/s':>9} {'overhead':>8} {'best':>7}",
@@ -210,6 +213,10 @@ def _line(name: str, rows: Sequence[Row]) -> str:
     )
 
 
+def _seeds(count: int) -> str:
+    return "" if count == 1 else f" x {count} seeds"
+
+
 def _epochs(count: int) -> str:
     return "1 epoch" if count == 1 else f"{count} epochs"
 
@@ -220,9 +227,9 @@ def _spread(values: Sequence[float], form: str) -> str:
 
 def _notes(rows: Iterable[Row]) -> list[str]:
     return [
-        f"{row.contender}, repeat {row.repeat}: {row.trials} trials for {row.cells} cells"
+        f"{row.contender}, repeat {row.repeat}: {row.trials} trials for {row.cells} cells{_seeds(row.seeds)}"
         for row in rows
-        if row.trials != row.cells
+        if row.trials != row.cells * row.seeds
     ]
 
 

@@ -28,6 +28,7 @@ from grid.optimizers import OPTIMIZERS
 from grid.run import _parser, read_request
 from grid.trial import _generator, assemble_net
 from nets.activations import gain
+from nets.pooling import PooledActivation
 
 ROW = Row(
     model="mlp",
@@ -39,6 +40,7 @@ ROW = Row(
     epoch_seconds=24.0,
     best_val_accuracy=0.75,
     cells=4,
+    seeds=1,
     budget=3,
     data="glyphs",
     train_images=1000,
@@ -90,6 +92,8 @@ def test_report_fits_eighty_columns() -> None:
 
 def test_report_says_when_cells_are_missing() -> None:
     assert "ours, repeat 0: 3 trials for 4 cells" in report([replace(ROW, trials=3)])
+    assert "ours, repeat 0: 4 trials for 4 cells x 2 seeds" in report([replace(ROW, seeds=2)])
+    assert "trials for" not in report([replace(ROW, seeds=2, trials=8)])
     assert "trials for" not in report([ROW])
 
 
@@ -201,9 +205,9 @@ def test_command_that_fails_is_told_with_its_last_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", CELLS)
 def test_both_sides_are_asked_for_the_same_cells(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    job = Job(model, CELLS[model], IMAGES, 3, "ours")
+    job = Job(model, CELLS[model], IMAGES, 3, seeds=2, peer_init="ours")
     request = read_request(_parser().parse_args(our_arguments(job, "auto")))
-    monkeypatch.setattr(sys, "argv", ["script", *peer_arguments(job, slots=2, seed=7), "--store", "sqlite:///x.db"])
+    monkeypatch.setattr(sys, "argv", ["script", *peer_arguments(job, slots=2, repeat=3), "--store", "sqlite:///x.db"])
     task = common.read_task()
     assert request.levels["model"] == (task.model,)
     assert sorted(request.levels["optimizer"]) == sorted(task.optimizers)
@@ -211,16 +215,16 @@ def test_both_sides_are_asked_for_the_same_cells(model: str, monkeypatch: pytest
     assert all(
         len(request.levels[factor]) == 1 for factor in ("lr_schedule", "batch_norm", "regularization", "dropout")
     )
+    assert (request.seeds, task.seeds) == (2, (6, 7))
     assert (request.epochs, request.data, request.data_dir) == (task.epochs, task.data, task.data_dir)
 
 
 def kinds(layers: Iterable[nn.Module]) -> list[str]:
-    """Return what the layers are, with every pooling behind its activation, where the documentation has it."""
-    names = [type(layer).__name__.removeprefix("Seeded").removesuffix("Pixels") for layer in layers]
-    for place in range(len(names) - 1):
-        if names[place] == "MaxPool2d" and names[place + 1] != "Dropout":
-            names[place : place + 2] = reversed(names[place : place + 2])
-    return names
+    """Return what the layers are, one by one."""
+    single = []
+    for layer in layers:
+        single += [layer.norm, layer.activation, nn.MaxPool2d(2)] if isinstance(layer, PooledActivation) else [layer]
+    return [type(layer).__name__.removeprefix("Seeded").removesuffix("Pixels") for layer in single]
 
 
 @pytest.mark.parametrize("activation", common.ACTIVATIONS)

@@ -67,7 +67,8 @@ class Task:
     epochs: int
     slots: int
     """Trials at once."""
-    seed: int
+    seeds: tuple[int, ...]
+    """Each cell is trained once with each."""
     init: str
     """`torch` for what torch does, `ours` for the standard deviations of `nets.blocks`."""
     store: str
@@ -85,7 +86,7 @@ def read_task() -> Task:
     parser.add_argument("--split", required=True, type=Path)
     parser.add_argument("--epochs", required=True, type=int)
     parser.add_argument("--slots", required=True, type=int)
-    parser.add_argument("--seed", required=True, type=int)
+    parser.add_argument("--seeds", required=True, type=_numbers)
     parser.add_argument("--init", required=True, choices=("torch", "ours"))
     parser.add_argument("--store", required=True)
     return Task(**vars(parser.parse_args()))
@@ -185,3 +186,7 @@ def _convolution(in_size: int, out_size: int, act: type[nn.Module]) -> list[nn.M
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))

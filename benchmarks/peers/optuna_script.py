@@ -25,19 +25,21 @@ STUDY = "grid"
 
 
 def work(task: Task, ready: Event) -> None:
-    """Run trials until all cells are taken; one of the processes."""
+    """Run trials until all are taken; one of the processes."""
     torch.set_num_threads(1)
     ready.wait()
     study = optuna.load_study(
         study_name=STUDY,
         storage=JournalStorage(JournalFileBackend(JOURNAL)),
-        sampler=optuna.samplers.GridSampler({"optimizer": task.optimizers, "activation": task.activations}),
+        sampler=optuna.samplers.GridSampler(
+            {"optimizer": task.optimizers, "activation": task.activations, "seed": task.seeds}
+        ),
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
     )
     mlflc = MLflowCallback(tracking_uri=task.store, metric_name="accuracy")
 
     def objective(trial: optuna.Trial) -> float:
-        torch.manual_seed(task.seed)
+        torch.manual_seed(trial.suggest_categorical("seed", task.seeds))
         train, val, classes = load_data(task)
         activation = trial.suggest_categorical("activation", task.activations)
         net = build_net(task.model, activation, classes, task.init)
@@ -54,8 +56,8 @@ def work(task: Task, ready: Event) -> None:
 
     # Running trials count, or the processes that end first would train cells again that others still train.
     taken = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-    cells = len(task.optimizers) * len(task.activations)
-    study.optimize(mlflc.track_in_mlflow()(objective), callbacks=[mlflc, MaxTrialsCallback(cells, taken)])
+    count = len(task.optimizers) * len(task.activations) * len(task.seeds)
+    study.optimize(mlflc.track_in_mlflow()(objective), callbacks=[mlflc, MaxTrialsCallback(count, taken)])
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ from benchmarks.peers.common import OPTIMIZERS, Task, build_net, load_data, read
 
 def train_net(config: dict[str, Any], task: Task) -> None:
     """Train one trial; Tune stops it when ASHA says so."""
-    torch.manual_seed(task.seed)
+    torch.manual_seed(config["seed"])
     train, val, classes = load_data(task)
     net = build_net(task.model, config["activation"], classes, task.init)
     optimizer = OPTIMIZERS[config["optimizer"]](net.parameters())
@@ -35,6 +35,7 @@ def main() -> int:
         param_space={
             "optimizer": tune.grid_search(list(task.optimizers)),
             "activation": tune.grid_search(list(task.activations)),
+            "seed": tune.grid_search(list(task.seeds)),
         },
         tune_config=tune.TuneConfig(
             metric="val_accuracy",
