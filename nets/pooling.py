@@ -46,18 +46,24 @@ class PooledActivation(nn.Module):
     def forward(self, maps: Maps) -> Pooled:
         """Return maps of half the height and width."""
         if not (self._pools_first and _is_suited(maps)):
-            return F.max_pool2d(self.activation(maps if self.norm is None else self.norm(maps)), 2)
-        normalise = self._normaliser(maps)
-        rising = self._rising and (self.norm is None or bool((self.norm.weight >= 0).all()))
-        if rising:
-            return self._activated(normalise, _Pool.apply(maps, None))
-        activated = partial(self._activated, normalise)
+            return self._plain(maps)
+        activated = partial(self._activated, self._normaliser(maps))
+        if self._rising and (self.norm is None or bool((self.norm.weight >= 0).all())):
+            return activated(_Pool.apply(maps, None))
         if torch.is_grad_enabled():
             return activated(_Pool.apply(maps, activated))
         return torch.maximum(*(activated(_reduce(maps, extreme)[1]) for extreme in (torch.maximum, torch.minimum)))
 
+    def _plain(self, maps: Maps) -> Pooled:
+        normalised = maps if self.norm is None else self.norm(maps)
+        pool = partial(F.max_pool2d, kernel_size=2)
+        first, second = (pool, self.activation) if self._rising else (self.activation, pool)
+        pooled: Tensor = second(first(normalised))
+        return pooled
+
     def _activated(self, normalise: Callable[[Maps], Maps], values: Maps) -> Maps:
-        activated: Tensor = self.activation(normalise(values))
+        pixels = normalise(values).permute(PIXELS_FIRST)  # torch takes twice as long for gelu of channels last
+        activated: Tensor = self.activation(pixels).permute(PIXELS_LAST)
         return activated
 
     def _normaliser(self, maps: Maps) -> Callable[[Maps], Maps]:
