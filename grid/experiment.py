@@ -186,23 +186,27 @@ def train_all(
     print_facts({**facts, **describe_packing(packing), "runs": f"{len(watcher.todo)} left to run, {packing}"})
     with watcher.until_interrupted():
         if watcher.todo:
-            tuner.run_trials(
-                watcher.todo,
-                dataset,
-                watcher,
-                asha=asha,
-                controls=plan.controls,
-                packing=packing,
-                checkpoints=checkpoints,
-                keep_weights=training.keep_weights,
-            )
-            watcher.progress.show(last=True)
+            _train_left(plan, watcher, dataset, asha, training)
         watcher.put_down()
         finished = len(watcher.standings) == watcher.total
         if finished and not training.keep_weights:
             checkpoints.clear()
         delivered = recorder.close(finished=finished)
     return watcher, delivered
+
+
+def _train_left(plan: Plan, watcher: Watcher, dataset: Dataset, asha: Asha, training: Training) -> None:
+    tuner.run_trials(
+        watcher.todo,
+        dataset,
+        watcher,
+        asha=asha,
+        controls=plan.controls,
+        packing=training.packing,
+        checkpoints=training.checkpoints,
+        keep_weights=training.keep_weights,
+    )
+    watcher.progress.show(last=True)
 
 
 def _conclude(request: Request, watcher: Watcher, undelivered: str) -> int:
