@@ -19,7 +19,8 @@ from statsmodels.stats.proportion import proportion_confint
 
 from analysis.store import read_experiment
 from grid.arguments import Parser
-from grid.config import RUNG_METRIC, InputError
+from grid.config import InputError
+from grid.metrics import RUNG_METRIC
 
 FACTOR = 3
 """One trial in this many goes on at a rung, unless the grid's manifest says otherwise."""

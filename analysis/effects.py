@@ -20,7 +20,8 @@ from analysis.anova import Levels, estimable_terms, estimate, fit_terms, in_orde
 from analysis.plot import draw_main_effects, effect_rows
 from analysis.store import read_experiment
 from grid.arguments import Parser
-from grid.config import FACTORS, RUNG_METRIC, InputError
+from grid.config import FACTORS, InputError
+from grid.metrics import RUNG_METRIC
 
 SHOWN_INTERACTIONS, SHOWN_DIVERGED = 6, 8
 

@@ -17,16 +17,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from grid.config import FACTORS, RUNG_METRIC, STATUSES
+from grid.config import FACTORS
+from grid.metrics import RUNG_METRIC, STATUSES
 
 WIDTH = 4.6
 """Inches; 442 pixels of a browser: about a phone, or half of the page."""
-INK, QUIET, RULE = "#222222", "#666666", "#d9d9d9"
+INK, MUTED, RULE = "#222222", "#666666", "#d9d9d9"
 BLUE, ORANGE, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
-    "axes.edgecolor": QUIET,
+    "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -35,8 +36,8 @@ STYLE: Any = {
     "axes.titleweight": "bold",
     "legend.frameon": False,
     "svg.fonttype": "path",
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
     "ytick.labelcolor": INK,
 }
 HEAT_MAPS = 4
@@ -164,7 +165,7 @@ def draw_main_effects(rows: pd.DataFrame, name: str = "effects of all levels") -
                 axes.errorbar(100 * row["effect"], place, xerr=ends, fmt=shape, ms=4.5, color=colour, capsize=2, lw=1.4)
                 ticks[place] = str(row["level"]), "normal"
             place += 1.4
-        axes.axvline(0, color=QUIET, lw=0.8)
+        axes.axvline(0, color=MUTED, lw=0.8)
         axes.grid(axis="x", color=RULE, lw=0.5)
         axes.set_axisbelow(True)
         axes.set_yticks(list(ticks), [name for name, _ in ticks.values()])

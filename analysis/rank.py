@@ -16,9 +16,10 @@ from scipy import stats
 
 from analysis.store import Experiment, read_experiment
 from grid.arguments import Parser
-from grid.config import FACTORS, RUNG_METRIC, STATUSES, InputError, cell_name
-from grid.ranking import RankedCell, Standing
-from grid.ranking import rank_cells as rank_standings
+from grid.config import FACTORS, InputError, cell_name
+from grid.metrics import RUNG_METRIC, STATUSES
+from grid.ranking import RankedCell, TrialSummary
+from grid.ranking import rank_cells as rank_summaries
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
@@ -47,7 +48,7 @@ def rank_cells(
         InputError: The trials are of several budgets.
     """
     confirmed = _rank_finalists(finalists) if finalists is not None and len(finalists) else _no_cells()
-    cells = rank_standings(_standings(trials))
+    cells = rank_summaries(_summaries(trials))
     known = {tuple(row) for row in confirmed[list(FACTORS)].itertuples(index=False)}
     rest = _rank_trials([cell for cell in cells if tuple(cell.cell.values()) not in known], cells, val_images)
     ranked = pd.concat([part for part in (confirmed, rest) if len(part)] or [rest], ignore_index=True)
@@ -83,11 +84,11 @@ def bootstrap_interval(values: Sequence[float], confidence: float = CONFIDENCE) 
     return float(min(interval.low, mean - half)), float(max(interval.high, mean + half))
 
 
-def _standings(trials: pd.DataFrame) -> Iterable[Standing]:
+def _summaries(trials: pd.DataFrame) -> Iterable[TrialSummary]:
     rungs = [name for name in trials.columns if name.startswith(RUNG_METRIC)]
     for row in trials.to_dict("records"):
         best = row["best_val_accuracy"]
-        yield Standing(
+        yield TrialSummary(
             cell={factor: row[factor] for factor in FACTORS},
             seed=row["seed"],
             lr_scale=row["lr_scale"],
@@ -105,7 +106,7 @@ def _rank_finalists(finalists: pd.DataFrame) -> pd.DataFrame:
     The noise is that of cells x seeds beyond the sum of both, pooled over all finalists.
     """
     tested = finalists.groupby(list(FACTORS))["test_accuracy"].mean()
-    ranked = [cell for cell in rank_standings(_standings(finalists)) if cell.epochs_run == cell.epochs]
+    ranked = [cell for cell in rank_summaries(_summaries(finalists)) if cell.epochs_run == cell.epochs]
     rows = []
     for cell in ranked:
         low, high = bootstrap_interval(list(cell.accuracies.values()))

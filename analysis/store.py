@@ -1,7 +1,7 @@
 """The only MLflow reader: one experiment becomes one table with a row per trial.
 
-Relies on the factor params, `seed`, `lr_scale`, `epochs`, the tags and metrics of `grid.record`, and on nothing else:
-a store that another program wrote by this contract reads as well. What can't be used is counted and said.
+Relies on what docs/store.md promises and on nothing else: a store that another program wrote by that contract is read
+just as well. What can't be used is counted and reported.
 """
 
 import gc
@@ -25,8 +25,10 @@ from mlflow.entities import Run, ViewType
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
-from grid.config import FACTORS, RUNG_METRIC, STATUSES, TEST_METRICS, InputError, TrialConfig, first_line
+from grid.config import FACTORS, InputError, TrialConfig
+from grid.metrics import RUNG_METRIC, STATUSES, TEST_METRICS
 from grid.store_uri import check_store_uri, mask, slug
+from grid.wording import first_line
 
 PAGE_SIZE = 5000
 HISTORY_THREADS = 4
@@ -114,8 +116,8 @@ def read_experiment(uri: str | None, name: str) -> Experiment:
     notes += more_notes + _lost_finalists(finalists)
     notes += [f"{_count(foreign, 'run')} left out: no tag kind=trial, confirm or grid"] if foreign else []
     notes += [f"{_count(deleted, 'run')} left out: deleted"] if deleted else []
-    manifest, fault = _parse_manifest(read_artifact(uri, parent_id, "grid.json") or b"{}")
-    notes += [fault] if fault else []
+    manifest, problem = _parse_manifest(read_artifact(uri, parent_id, "grid.json") or b"{}")
+    notes += [problem] if problem else []
     return Experiment(uri, name, parent_id, trials, finalists, manifest, tuple(notes))
 
 

@@ -37,17 +37,17 @@ class Verdict:
     effects_at_end: Effects | None = None
     """After the full budget, of the controls; None where the first rung is the end."""
     audit: Audit | None = None
-    faults: dict[str, str] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
     """`effects`, `effects_at_end` or `audit` -> why it could not be had."""
 
 
-def judge(experiment: Experiment) -> Verdict:
+def analyse(experiment: Experiment) -> Verdict:
     """Rank, measure and audit an experiment.
 
     Raises:
         InputError: Its trials are of several budgets.
     """
-    trials, faults = experiment.trials, {}
+    trials, problems = experiment.trials, {}
     cells = rank_cells(trials, experiment.finalists, val_images=experiment.val_images)
     effects = effects_at_end = audit = None
     try:
@@ -55,12 +55,12 @@ def judge(experiment: Experiment) -> Verdict:
         if effects.epoch < trials["epochs"].max():
             effects_at_end = measure_final_effects(trials)
     except InputError as error:
-        faults["effects" if effects is None else "effects_at_end"] = str(error)
+        problems["effects" if effects is None else "effects_at_end"] = str(error)
     try:
         audit = audit_stopping(trials, factor=experiment.rung_factor or FACTOR)
     except InputError as error:
-        faults["audit"] = str(error)
-    return Verdict(experiment, cells, effects, effects_at_end, audit, faults)
+        problems["audit"] = str(error)
+    return Verdict(experiment, cells, effects, effects_at_end, audit, problems)
 
 
 def headline(verdict: Verdict) -> Iterator[Fact]:
@@ -76,7 +76,7 @@ def headline(verdict: Verdict) -> Iterator[Fact]:
 
 
 def name_of(cell: Mapping[Any, Any]) -> str:
-    """Spell a row of the ranking."""
+    """Format a row of the ranking."""
     return cell_name({factor: str(cell[factor]) for factor in FACTORS})
 
 

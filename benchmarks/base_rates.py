@@ -1,4 +1,4 @@
-"""Where the base learning rates in `grid.optimizers` come from: a sweep over a 1-2-5 ladder.
+"""Where the base learning rates in `grid.train.optimizers` come from: a sweep over a 1-2-5 ladder.
 
     python -m benchmarks.base_rates --data emnist-bymerge --data-dir DIR
 
@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 
 from grid.config import TrialConfig
-from grid.data import Dataset, load
-from grid.hardware import numeric_settings
-from grid.optimizers import OPTIMIZERS
-from grid.trial import DeviceData, train
+from grid.data.dataset import Dataset
+from grid.data.load import load
+from grid.train.hardware import numeric_settings
+from grid.train.optimizers import OPTIMIZERS
+from grid.train.trial import DeviceData, train
 
 RATES = [mantissa * 10.0**exponent for exponent in (-4, -3, -2, -1) for mantissa in (1, 2, 5)]
 MODELS = ("mlp", "cnn")

@@ -30,10 +30,11 @@ from analysis.audit import audit_stopping
 from analysis.effects import measure_effects
 from analysis.rank import rank_cells
 from analysis.store import Experiment, read_curves, read_experiment
-from grid.asha import FACTOR, Asha, rung_epochs
-from grid.config import EPOCH_METRICS, FACTORS, LEVELS, RUNG_METRIC, TrialConfig
-from grid.space import GRIDS, ORDER_SEED, Cell, cross, draw_controls, expand
-from grid.store import Store
+from grid.config import FACTORS, LEVELS, TrialConfig
+from grid.metrics import EPOCH_METRICS, RUNG_METRIC
+from grid.plan.asha import FACTOR, Asha, rung_epochs
+from grid.plan.space import GRIDS, ORDER_SEED, Cell, cross, draw_controls, expand
+from grid.record.store import Store
 
 EXPERIMENT = "big"
 EPOCHS = 27
@@ -62,7 +63,7 @@ class Played:
 
     @property
     def tags(self) -> dict[str, str]:
-        """As `grid.record` writes them."""
+        """As `grid.record.recorder` writes them."""
         config, control = self.config, "true" if self.control else "false"
         tags = {"kind": "trial", "trial_key": config.trial_key, "cell_key": config.cell_key, "control": control}
         stopped = {"stopped_at_epoch": str(self.epochs_run)} if self.status == "stopped" else {}

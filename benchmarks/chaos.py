@@ -1,9 +1,9 @@
-"""Does a grid survive? Runs one under a seeded schedule of faults, and compares its store with an undisturbed run's.
+"""Does a grid survive? Runs one under a seeded schedule of problems, and compares its store with an undisturbed run's.
 
     python -m benchmarks.chaos --kills 20 --seed 1
 
 Everything is real: drivers, Ray, an MLflow server on sqlite, SIGKILL. Linux; a full disk needs root, to mount a small
-one. The grid is repeated, each time as another experiment, until all faults have been injected.
+one. The grid is repeated, each time as another experiment, until all problems have been injected.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from benchmarks.chaos_audit import Audit, audit
 GRID = ["--grid", "smoke", "--only", "model=mlp", "--per-class", "60", "--epochs", "9", "--seeds", "2"]
 PATIENCE_SECONDS = 300.0
 """After which a driver that neither ends nor goes on counts as hanging."""
-MOST_STARTS = 50
+MAX_STARTS = 50
 """After which a grid that does not end counts as lost."""
 SPOOL_BYTES = 4 * 2**20
 
@@ -147,7 +147,7 @@ def lock_database(arena: Arena) -> None:
         database.execute("ROLLBACK")
 
 
-FAULTS: dict[str, Callable[[Arena], None]] = {
+FAILURES: dict[str, Callable[[Arena], None]] = {
     "driver killed": kill_driver,
     "worker killed": kill_worker,
     "Ray killed": kill_ray,
@@ -158,17 +158,19 @@ FAULTS: dict[str, Callable[[Arena], None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Inject the faults, print the table, and return 0 if nothing was lost, doubled or orphaned."""
+    """Inject the problems, print the table, and return 0 if nothing was lost, doubled or orphaned."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20, help="faults to inject")
+    parser.add_argument("--kills", type=int, default=20, help="problems to inject")
     parser.add_argument("--seed", type=int, default=1, help="of the schedule")
     parser.add_argument("--seeds", type=int, default=2, help="replicates per cell of the grid: 16 trials each")
-    parser.add_argument("--fault", action="append", choices=list(FAULTS), help="inject this kind only; may be repeated")
+    parser.add_argument(
+        "--problem", action="append", choices=list(FAILURES), help="inject this kind only; may be repeated"
+    )
     options = parser.parse_args(arguments)
     rng = random.Random(options.seed)  # noqa: S311  (a schedule)
     grid = [*GRID[:-1], str(options.seeds)]
     with tempfile.TemporaryDirectory(prefix="chaos-") as name, small_disk(Path(name) / "spool") as is_small:
-        kinds = [kind for kind in options.fault or FAULTS if is_small or kind != "spool disk full"]
+        kinds = [kind for kind in options.problem or FAILURES if is_small or kind != "spool disk full"]
         schedule = draw_schedule(options.kills, rng, kinds)
         arena = Arena(Path(name), rng, free_port(), grid)
         arena.start_server()
@@ -185,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def draw_schedule(kills: int, rng: random.Random, kinds: Sequence[str]) -> list[str]:
-    """Return the names of the faults in the order in which they strike: every kind about equally often."""
+    """Return the names of the problems in the order in which they strike: every kind about equally often."""
     schedule: list[str] = []
     while len(schedule) < kills:
         schedule += rng.sample(kinds, len(kinds))
@@ -193,7 +195,7 @@ def draw_schedule(kills: int, rng: random.Random, kinds: Sequence[str]) -> list[
 
 
 def run_schedule(arena: Arena, schedule: list[str]) -> tuple[Counter[str], list[str]]:
-    """Inject the faults in order; return how often the grid went on after each kind, and the experiments run."""
+    """Inject the problems in order; return how often the grid went on after each kind, and the experiments run."""
     survived: Counter[str] = Counter()
     waiting = list(schedule)
     experiments: list[str] = []
@@ -202,7 +204,7 @@ def run_schedule(arena: Arena, schedule: list[str]) -> tuple[Counter[str], list[
         struck: list[str] = []
         starts, code = 0, 1
         while code != 0:
-            if starts == MOST_STARTS:
+            if starts == MAX_STARTS:
                 raise RuntimeError(f"{experiments[-1]} has not come to its end in {starts} runs")
             arena.start_driver(experiments[-1])
             struck += strike(arena, waiting)
@@ -213,7 +215,7 @@ def run_schedule(arena: Arena, schedule: list[str]) -> tuple[Counter[str], list[
 
 
 def strike(arena: Arena, waiting: list[str]) -> list[str]:
-    """Let one fault after another strike the running driver until it has ended; return those that struck."""
+    """Let one problem after another strike the running driver until it has ended; return those that struck."""
     struck = []
     while waiting:
         time.sleep(arena.rng.uniform(0.5, 5))
@@ -221,13 +223,13 @@ def strike(arena: Arena, waiting: list[str]) -> list[str]:
             break
         struck.append(waiting.pop(0))
         print(f"{time.strftime('%X')}  {len(waiting):>3} to come  {struck[-1]}", file=sys.stderr, flush=True)
-        FAULTS[struck[-1]](arena)
+        FAILURES[struck[-1]](arena)
     return struck
 
 
 def print_table(schedule: list[str], survived: Counter[str], result: Audit, notes: Counter[str]) -> None:
     """Print what was injected and what came of it."""
-    print(f"{'fault':<22} {'injected':>8} {'survived':>8}")
+    print(f"{'problem':<22} {'injected':>8} {'survived':>8}")
     for name, count in Counter(schedule).items():
         print(f"{name:<22} {count:>8} {survived[name]:>8}")
     print(f"{'in all':<22} {len(schedule):>8} {sum(survived.values()):>8}")

@@ -7,8 +7,9 @@ from pathlib import Path
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from grid.asha import Asha, rung_epochs
-from grid.config import STATUSES, TrialConfig
+from grid.config import TrialConfig
+from grid.metrics import STATUSES
+from grid.plan.asha import Asha, rung_epochs
 
 TIMINGS = ("epoch_seconds", "samples_per_second")
 """Metrics that no two runs share."""

@@ -18,10 +18,10 @@ import torch
 from scipy.stats import t
 
 from grid.config import TrialConfig, cell_name
-from grid.data import load
-from grid.hardware import keep_freed_memory, numeric_settings
-from grid.optimizers import OPTIMIZERS
-from grid.trial import DeviceData, train
+from grid.data.load import load
+from grid.train.hardware import keep_freed_memory, numeric_settings
+from grid.train.optimizers import OPTIMIZERS
+from grid.train.trial import DeviceData, train
 
 CELLS = (
     {"model": "mlp", "optimizer": "adam", "activation": "relu"},

@@ -29,20 +29,21 @@ from typing import Any
 import numpy as np
 from mlflow.tracking import MlflowClient
 
-from grid import connection, tuner
-from grid.asha import Asha, rung_epochs
-from grid.checkpoint import Checkpoints
-from grid.config import STATUSES, TrialConfig
-from grid.data import Dataset
-from grid.packing import Packing
-from grid.plan import Plan, make_plan
-from grid.record import Recorder
-from grid.request import Request
-from grid.space import GRIDS, cross
-from grid.spool import open_spool
-from grid.store import Store
-from grid.trial import DeviceData, EpochReport, Trial
-from grid.watcher import Watcher, restore_rungs
+from grid.config import TrialConfig
+from grid.data.dataset import Dataset
+from grid.driver.watcher import Watcher, restore_rungs
+from grid.metrics import STATUSES, EpochReport
+from grid.plan.asha import Asha, rung_epochs
+from grid.plan.packing import Packing
+from grid.plan.request import Request
+from grid.plan.space import GRIDS, cross
+from grid.plan.trials import Plan, make_plan
+from grid.record.recorder import Recorder
+from grid.record.spool import open_spool
+from grid.record.store import Store
+from grid.train.checkpoints import Checkpoints
+from grid.train.trial import DeviceData, Trial
+from grid.tune import connection, tuner
 
 SIZES = (100, 1_000, 10_000)
 QUICK = (60,)
@@ -146,12 +147,12 @@ class Stopwatch(Watcher):
         self.to_next_trial: list[float] = []
         self.to_next_epoch: list[float] = []
 
-    def reported(self, config: TrialConfig, report: EpochReport, *, stopped: bool) -> None:
+    def epoch_ended(self, config: TrialConfig, report: EpochReport, *, stopped: bool) -> None:
         """Note, and pass on."""
         if math.isnan(self.first_report_at):
             self.first_report_at = time.perf_counter()
         (self.to_next_trial if report.epoch == 1 else self.to_next_epoch).append(report.train_loss)
-        super().reported(config, report, stopped=stopped)
+        super().epoch_ended(config, report, stopped=stopped)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -260,7 +261,7 @@ def run(
     packing: Packing,
     checkpoints: Checkpoints,
 ) -> None:
-    """Run the trials as `grid.experiment` does, their epochs replaced."""
+    """Run the trials as `grid.driver.experiment` does, their epochs replaced."""
     with contextlib.redirect_stdout(sys.stderr):
         tuner.run_trials(
             watcher.todo,
@@ -272,7 +273,7 @@ def run(
             checkpoints=checkpoints,
             begin=RecordedTrial,
         )
-        watcher.put_down()
+        watcher.suspend()
         checkpoints.clear()
 
 

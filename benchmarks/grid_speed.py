@@ -30,17 +30,17 @@ from benchmarks.grid_speed_table import OURS, Row, append_row, check_alike, read
 from benchmarks.peers.common import open_dataset
 from grid.arguments import Parser
 from grid.config import InputError
-from grid.data import load, split_indices
-from grid.datasets import NAMES, check_name
-from grid.manifest import describe_code
-from grid.space import ORDER_SEED
+from grid.data.catalogue import NAMES, check_name
+from grid.data.load import load, split_indices
+from grid.plan.space import ORDER_SEED
+from grid.record.manifest import describe_code
 
 MODELS = ("mlp", "cnn")
 CONTENDERS = (OURS, "tune", "optuna", "ours_f32")
 DEFAULT_CONTENDERS = ",".join(CONTENDERS[:3])
 NEEDED = {"optuna": ("optuna", "optuna_integration")}
 """Contender -> packages that this project itself does not need."""
-MEND = 'pip install -e ".[bench]"'
+HINT = 'pip install -e ".[bench]"'
 Factors = dict[str, tuple[str, ...]]
 CELLS: dict[str, Factors] = {
     "mlp": {
@@ -121,7 +121,7 @@ def present(contenders: Sequence[str]) -> list[str]:
     for name in contenders:
         lacking = [package for package in NEEDED.get(name, ()) if find_spec(package) is None]
         if lacking:
-            print(f"{name} is skipped: no {' and no '.join(lacking)} here; {MEND}", file=sys.stderr)
+            print(f"{name} is skipped: no {' and no '.join(lacking)} here; {HINT}", file=sys.stderr)
         else:
             found.append(name)
     if not found:

@@ -200,13 +200,13 @@ def compare(name: str, pairs: Sequence[tuple[Row, Row]]) -> list[str]:
 def _line(name: str, rows: Sequence[Row]) -> str:
     walls = [row.wall_seconds for row in rows]
     digits = 1 if max(walls) < 1000 else 0
-    span = f"({min(walls):.{digits}f}-{max(walls):.{digits}f})"
+    spread = f"({min(walls):.{digits}f}-{max(walls):.{digits}f})"
 
     def middle(value: Callable[[Row], float]) -> float:
         return median(value(row) for row in rows)
 
     return (
-        f"{name:<9} {median(walls):>6.1f} {span:<13} "
+        f"{name:<9} {median(walls):>6.1f} {spread:<13} "
         f"{middle(lambda row: row.trials):>6g} {middle(lambda row: row.epochs):>6g} "
         f"{middle(lambda row: row.seconds_per_epoch):>7.2f} {middle(lambda row: row.samples_per_second):>9,.0f} "
         f"{middle(lambda row: row.overhead):>6.2f} s {middle(lambda row: row.best_val_accuracy):>7.2%}"

@@ -26,8 +26,9 @@ from statsmodels.regression.linear_model import OLS
 from analysis.audit import audit_stopping, rung_thresholds, stop_epochs
 from analysis.effects import measure_effects
 from analysis.rank import rank_cells
-from grid.asha import FACTOR, Asha, rung_epochs
-from grid.config import FACTORS, LEVELS, RUNG_METRIC
+from grid.config import FACTORS, LEVELS
+from grid.metrics import RUNG_METRIC
+from grid.plan.asha import FACTOR, Asha, rung_epochs
 
 Array = NDArray[np.float64]
 Level = tuple[str, ...]
@@ -158,7 +159,7 @@ def draw_divergence(trials: pd.DataFrame, rng: np.random.Generator) -> Array:
 
 
 def stop(unstopped: pd.DataFrame, diverged_at: Array, rng: np.random.Generator) -> NDArray[np.int_]:
-    """Let the trials arrive at the rungs of `grid.asha` in random order; return the epochs that each may run."""
+    """Let the trials arrive at the rungs of `grid.plan.asha` in random order; return the epochs that each may run."""
     asha = Asha(RUNGS)
     allowed = np.full(len(unstopped), EPOCHS)
     columns = [unstopped[f"{RUNG_METRIC}{rung}"].tolist() for rung in RUNGS]
@@ -319,9 +320,9 @@ def format_summary(summary: pd.DataFrame) -> str:
     """Return the answers as text of at most 80 columns."""
     answers, nothing = summary.to_dict("index"), {"sum": 0, "of": 0}
 
-    def figure(question: str, group: str, spelling: str = ".1%") -> str:
+    def figure(question: str, group: str, style: str = ".1%") -> str:
         answer = answers.get((question, group), nothing)
-        return f"{answer['value']:{spelling}} ±{answer['error']:{spelling}}" if answer["of"] else "none"
+        return f"{answer['value']:{style}} ±{answer['error']:{style}}" if answer["of"] else "none"
 
     lines = ["1. Do the 95% intervals at the first rung cover the planted effects?"]
     lines.append(f"{'grids with':<24} {'main effects':>14} {'interactions':>14} {'of them estimable':>18}")

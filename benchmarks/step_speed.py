@@ -26,9 +26,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from grid.config import TrialConfig, cell_name
-from grid.hardware import keep_freed_memory, numeric_settings
-from grid.optimizers import OPTIMIZERS
-from grid.trial import DeviceData, Trial
+from grid.train.hardware import keep_freed_memory, numeric_settings
+from grid.train.optimizers import OPTIMIZERS
+from grid.train.trial import DeviceData, Trial
 
 CLASSES = 47
 SIDE = 28

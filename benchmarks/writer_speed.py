@@ -19,10 +19,11 @@ from ray.air.integrations.mlflow import MLflowLoggerCallback
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.registry import register_trainable
 
-from grid.config import EPOCH_METRICS, TrialConfig
-from grid.record import Recorder
-from grid.spool import Spool
-from grid.store import Store
+from grid.config import TrialConfig
+from grid.metrics import EPOCH_METRICS
+from grid.record.recorder import Recorder
+from grid.record.spool import Spool
+from grid.record.store import Store
 
 AUTOMATIC = ("time_this_iter_s", "time_total_s", "pid", "timestamp", "iterations_since_restore", "time_since_restore")
 """Numbers that Tune adds to every result, and its callback logs."""
@@ -53,11 +54,11 @@ def main() -> None:
     print(
         f"{'writer':<22} {'reports':>7} {'reports/s':>9} {'cost: median':>12} {'p99':>9} {'lag: median':>11} {'max':>7}"
     )
-    print_speed("grid.record", ours)
+    print_speed("grid.record.recorder", ours)
     print_speed("MLflowLoggerCallback", rays)
     third = len(ours.lags) // 3
     early, late = statistics.median(ours.lags[:third]), statistics.median(ours.lags[-third:])
-    print(f"lag of grid.record, median of the first third {early:.2f} s, of the last {late:.2f} s")
+    print(f"lag of grid.record.recorder, median of the first third {early:.2f} s, of the last {late:.2f} s")
     ratio = statistics.median(rays.costs) / statistics.median(ours.costs)
     print(f"a report holds the driver {ratio:,.0f} times as long with Ray's callback (medians of one run)")
 
@@ -71,7 +72,7 @@ def feed_recorder(folder: Path, trials: int, rate: float, seconds: float) -> Spe
     recorder.begin({}, {})
     configs = [TrialConfig(learning_rate=1.0, epochs=10**6, seed=seed) for seed in range(trials)]
     for config in configs:
-        recorder.trial_started(config, control=False)
+        recorder.started(config, control=False)
     while spool.pending(limit=1)[0]:
         time.sleep(0.1)  # starting runs is no report
     done = threading.Event()

@@ -1,4 +1,4 @@
-"""What one trial is: its levels, its settings, its keys, and its spelling as MLflow parameters.
+"""What one trial is: its levels, its settings, its keys, and its format as MLflow parameters.
 
 Standard library only, so that everything may import it and nothing pays for it.
 """
@@ -27,26 +27,6 @@ FACTORS = tuple(LEVELS)
 NUMERICS_VERSION = 3
 """Raised by hand whenever a change of the code changes the numbers that a trial yields; part of every trial key."""
 
-EPOCH_METRICS = (
-    "train_loss",
-    "train_accuracy",
-    "val_loss",
-    "val_accuracy",
-    "learning_rate",
-    "epoch_seconds",
-    "samples_per_second",
-)
-"""What every trial reports after every epoch; the names of MLflow metrics, whose step is the epoch."""
-
-RUNG_METRIC = "val_accuracy_at_"
-"""With the epoch of a rung behind it: the metric that holds the accuracy there, without history."""
-
-TEST_METRICS = ("test_accuracy", "test_loss", "test_images", "parameters", "inference_ms_per_image")
-"""What a finalist has besides, once it is tested; runs of `kind=confirm` alone have them."""
-
-STATUSES = ("completed", "stopped", "diverged", "failed")
-"""How a trial ends: full budget, by early stopping, loss not finite, error."""
-
 Params = dict[str, str]
 """A configuration as MLflow stores it: every value a string."""
 
@@ -55,22 +35,12 @@ class InputError(ValueError):
     """Wrong input from the user. Its text is one line: what is wrong, what is allowed, what to do."""
 
 
-def first_line(error: BaseException) -> str:
-    """Return an error as one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def last_line(error: BaseException) -> str:
-    """Return the end of an error, which in one that has travelled says what happened."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrialConfig:
     """Everything that changes the result of one training; two equal configurations yield the same numbers.
 
     Raises:
-        InputError: Any value is out of its range; the text names all faults at once.
+        InputError: Any value is out of its range; the text names all problems at once.
     """
 
     model: str = "mlp"
@@ -129,12 +99,12 @@ class TrialConfig:
     """Version of the code's numbers."""
 
     def __post_init__(self) -> None:
-        faults = [_level_fault(name, _spell(getattr(self, name))) for name in FACTORS]
-        faults += [
+        problems = [_level_problem(name, format_value(getattr(self, name))) for name in FACTORS]
+        problems += [
             f"{name} must be {rule}, got {getattr(self, name)!r}" for name, rule, holds in self._rules() if not holds
         ]
-        if any(faults):
-            raise InputError("; ".join(fault for fault in faults if fault))
+        if any(problems):
+            raise InputError("; ".join(problem for problem in problems if problem))
 
     def _rules(self) -> list[tuple[str, str, bool]]:
         return [
@@ -157,7 +127,7 @@ class TrialConfig:
     @cached_property
     def cell(self) -> dict[str, str]:
         """The level of every factor."""
-        return {name: _spell(getattr(self, name)) for name in FACTORS}
+        return {name: format_value(getattr(self, name)) for name in FACTORS}
 
     @cached_property
     def cell_key(self) -> str:
@@ -179,7 +149,7 @@ class TrialConfig:
 
     def to_params(self) -> Params:
         """Return every field as a string; `from_params` inverts it."""
-        return {name: _spell(value) for name, value in asdict(self).items()}
+        return {name: format_value(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_params(cls, params: Mapping[str, str]) -> "TrialConfig":
@@ -200,7 +170,7 @@ class TrialConfig:
 
 
 def cell_name(cell: Mapping[str, str]) -> str:
-    """Spell a cell for people: its levels in the order of the factors; `on` by the factor's name, off and none not."""
+    """Format a cell for people: its levels in the order of the factors; `on` by the factor's name, off and none not."""
     words = [factor if cell[factor] == "on" else cell[factor] for factor in FACTORS if factor in cell]
     return " ".join(word for word in words if word not in ("off", "none"))
 
@@ -209,8 +179,8 @@ def check_level(factor: str, level: str) -> None:
     """Raise `InputError` unless `level` is a level of `factor`."""
     if factor not in LEVELS:
         raise InputError(f"unknown factor '{factor}'; choose from {', '.join(sorted(LEVELS))}")
-    if fault := _level_fault(factor, level):
-        raise InputError(fault)
+    if problem := _level_problem(factor, level):
+        raise InputError(problem)
 
 
 def parse_sizes(sizes: str) -> tuple[int, ...]:
@@ -218,7 +188,7 @@ def parse_sizes(sizes: str) -> tuple[int, ...]:
     return tuple(int(size) for size in sizes.split("-"))
 
 
-def _level_fault(factor: str, level: str) -> str:
+def _level_problem(factor: str, level: str) -> str:
     if level in LEVELS[factor]:
         return ""
     return f"unknown {factor} '{level}'; choose from {', '.join(sorted(LEVELS[factor]))}"
@@ -228,7 +198,8 @@ def _are_sizes(sizes: str) -> bool:
     return all(size.isdecimal() and int(size) > 0 for size in sizes.split("-"))
 
 
-def _spell(value: str | float | bool) -> str:
+def format_value(value: str | float | bool) -> str:
+    """Return a value of a configuration as MLflow stores it; `_parse` inverts it."""
     if isinstance(value, bool):
         return "on" if value else "off"
     return repr(value) if isinstance(value, float) else str(value)

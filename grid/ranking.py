@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 from grid.config import FACTORS, InputError
-
-RANKED = ("completed", "stopped")
-"""Statuses of trials whose accuracies are ranked."""
+from grid.metrics import RANKED_STATUSES
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
+class TrialSummary:
     """Where one trial stands at the end."""
 
     cell: Mapping[str, str]
@@ -54,7 +52,7 @@ class RankedCell:
         return fmean(self.accuracies.values())
 
 
-def rank_cells(standings: Iterable[Standing]) -> list[RankedCell]:
+def rank_cells(summaries: Iterable[TrialSummary]) -> list[RankedCell]:
     """Rank cells by the best evidence that all their replicates share, best first.
 
     Of the nuisance levels of a replicate the one that went furthest, then the most accurate one, counts.
@@ -62,21 +60,21 @@ def rank_cells(standings: Iterable[Standing]) -> list[RankedCell]:
     Raises:
         InputError: The trials are of several budgets.
     """
-    replicates: dict[tuple[str, ...], dict[int, Standing]] = defaultdict(dict)
+    replicates: dict[tuple[str, ...], dict[int, TrialSummary]] = defaultdict(dict)
     budgets = set()
-    for standing in standings:
-        budgets.add(standing.epochs)
-        if standing.status in RANKED and standing.best_val_accuracy is not None:
-            by_seed = replicates[tuple(standing.cell[factor] for factor in FACTORS)]
-            by_seed[standing.seed] = max(standing, by_seed.get(standing.seed, standing), key=_evidence)
+    for summary in summaries:
+        budgets.add(summary.epochs)
+        if summary.status in RANKED_STATUSES and summary.best_val_accuracy is not None:
+            by_seed = replicates[tuple(summary.cell[factor] for factor in FACTORS)]
+            by_seed[summary.seed] = max(summary, by_seed.get(summary.seed, summary), key=_evidence)
     if len(budgets) > 1:
         raise InputError(f"trials of {' and '.join(map(str, sorted(budgets)))} epochs can't be ranked together")
-    cells = [_judge(by_seed) for by_seed in replicates.values()]
+    cells = [_summarise_cell(by_seed) for by_seed in replicates.values()]
     return sorted(cells, key=lambda ranked: (-ranked.epochs_run, -ranked.mean, tuple(ranked.cell.values())))
 
 
-def _judge(by_seed: Mapping[int, Standing]) -> RankedCell:
-    shared = min(standing.epochs_run for standing in by_seed.values())
+def _summarise_cell(by_seed: Mapping[int, TrialSummary]) -> RankedCell:
+    shared = min(summary.epochs_run for summary in by_seed.values())
     accuracies = {seed: _accuracy_at(by_seed[seed], shared) for seed in sorted(by_seed)}
     best = by_seed[max(accuracies, key=lambda seed: accuracies[seed])]
     return RankedCell(
@@ -88,11 +86,11 @@ def _judge(by_seed: Mapping[int, Standing]) -> RankedCell:
     )
 
 
-def _evidence(standing: Standing) -> tuple[int, float]:
-    return standing.epochs_run, standing.best_val_accuracy or 0.0
+def _evidence(summary: TrialSummary) -> tuple[int, float]:
+    return summary.epochs_run, summary.best_val_accuracy or 0.0
 
 
-def _accuracy_at(standing: Standing, epoch: int) -> float:
-    if standing.epochs_run == epoch and standing.best_val_accuracy is not None:
-        return standing.best_val_accuracy
-    return standing.rung_accuracies.get(epoch, math.nan)
+def _accuracy_at(summary: TrialSummary, epoch: int) -> float:
+    if summary.epochs_run == epoch and summary.best_val_accuracy is not None:
+        return summary.best_val_accuracy
+    return summary.rung_accuracies.get(epoch, math.nan)

@@ -11,12 +11,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from grid.arguments import Parser
+from grid.arguments import Parser, add_data_dir, add_debug, add_store, add_workers, run_command
 from grid.config import InputError
-from grid.datasets import NAMES
-from grid.request import Request, check_address, check_folder_name, check_storage
-from grid.space import GRIDS, cross, find_grid, restrict
+from grid.data.catalogue import NAMES
+from grid.plan.request import Request, check_address, check_folder_name, check_storage
+from grid.plan.space import GRIDS, cross, find_grid, restrict
 from grid.store_uri import check_store_uri
+
+INTERRUPTED = "interrupted; run the same command to continue"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,24 +27,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: every trial has ended and none failed; 1: some failed, or not all has reached the store; 2: wrong input;
     130: interrupted.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that knows ASCII only is no reason to stop
-    try:
+        sys.stdout.reconfigure(errors="replace")  # an ASCII-only terminal is no reason to stop
+
+    def run() -> int:
         request = read_request(options)
-        # Torch and Ray are imported now: seconds that --help and a wrong argument need not. A million objects come and
-        # none goes: to look for garbage among them would be a quarter of the time.
+        # The rest imports torch and Ray: seconds that --help and a wrong argument need not wait. Importing allocates a
+        # million objects and frees none; looking for garbage among them would take a quarter of the time.
         gc.disable()
-        run = import_module("grid.experiment").dry_run if options.dry_run else import_module("grid.launch").run
-        return int(run(request))
-    except InputError as error:
-        if options.debug:
-            raise
-        print(f"grid.run: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("grid.run: interrupted; the same command goes on", file=sys.stderr)
-        return 130
+        module, function = ("experiment", "dry_run") if options.dry_run else ("launch", "run")
+        return int(getattr(import_module(f"grid.driver.{module}"), function)(request))
+
+    try:
+        return run_command(parser.name, run, interrupted=INTERRUPTED, debug=options.debug)
     finally:
         gc.enable()
 
@@ -78,7 +77,7 @@ def read_request(options: argparse.Namespace) -> Request:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="python -m grid.run",
         description="Train every combination of techniques with ASHA early stopping; every trial is logged to MLflow. "
@@ -91,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "--only", action="append", default=[], metavar="FACTOR=LEVEL[,LEVEL]", help="hold a factor; may be repeated"
     )
     what.add_argument("--data", metavar="NAME", help=f"{', '.join(NAMES)} (the grid's own)")
-    what.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="files of data sets (data)")
+    add_data_dir(what)
     what.add_argument("--per-class", type=int, metavar="N", help="training images per class (the grid's own, or all)")
     what.add_argument("--epochs", type=int, metavar="N", help="full budget of a trial (the grid's own)")
     what.add_argument("--seeds", type=int, default=1, metavar="N", help="replicates per cell (1)")
@@ -101,22 +100,14 @@ def _parser() -> argparse.ArgumentParser:
         "--precision", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: what the device is fast at"
     )
     where = parser.add_argument_group("where it runs and is recorded")
-    where.add_argument("--store", metavar="URI", help="MLflow tracking URI (sqlite:///mlflow.db)")
+    add_store(where)
     where.add_argument("--experiment", metavar="NAME", help="MLflow experiment (named by grid, data and budget)")
-    where.add_argument(
-        "--storage", default="storage", metavar="DIR", help="checkpoints, reached by all nodes (storage)"
-    )
-    where.add_argument(
-        "--address",
-        metavar="ADDR",
-        help="HOST:PORT; auto: a cluster must run here; local: none (the cluster of this machine if one runs)",
-    )
-    where.add_argument("--concurrency", type=int, metavar="N", help="trials at once (what the machine holds)")
+    add_workers(where)
     where.add_argument(
         "--dry-run", action="store_true", help="print cells, trials and the expected cost; start nothing"
     )
     where.add_argument("--price-per-hour", type=float, metavar="X", help="of the machine or cluster, for --dry-run")
-    where.add_argument("--debug", action="store_true", help="show tracebacks")
+    add_debug(where)
     return parser
 
 

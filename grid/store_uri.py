@@ -8,7 +8,8 @@ from hashlib import sha256
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from grid.config import InputError, first_line
+from grid.config import InputError
+from grid.wording import first_line
 
 SQLITE_MAGIC = b"SQLite format 3\0"
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -66,7 +67,7 @@ def slug(uri: str, experiment: str) -> str:
     )
 
 
-def write_fault(folder: Path) -> str:
+def write_problem(folder: Path) -> str:
     """Say why no file can be made in `folder`; empty if one can. Rights alone would not tell of a full disk."""
     try:
         tempfile.TemporaryFile(dir=folder).close()
@@ -82,23 +83,23 @@ def _sqlite_path(uri: str) -> Path:
 def _check_sqlite(uri: str, must_exist: bool) -> str:
     path = _sqlite_path(uri).absolute()
     absolute = f"sqlite:///{path}"
-    fault = ""
+    problem = ""
     if not uri.startswith("sqlite:///") or path.name == "":
-        fault = "it names no file"
+        problem = "it names no file"
     elif path.exists() and not path.is_file():
-        fault = "it is no file"
+        problem = "it is no file"
     elif not path.parent.is_dir():
-        fault = f"there is no folder {path.parent}"
+        problem = f"there is no folder {path.parent}"
     elif must_exist and not path.exists():
-        fault = "there is no such file"
+        problem = "there is no such file"
     elif not _is_sqlite_or_new(path):
-        fault = "the file is no sqlite database"
+        problem = "the file is no sqlite database"
     elif path.exists() and not os.access(path, os.W_OK):
-        fault = "the file can't be written"
+        problem = "the file can't be written"
     else:
-        fault = write_fault(path.parent)
-    if fault:
-        raise InputError(f"can't open the store {absolute}: {fault}; pass another --store")
+        problem = write_problem(path.parent)
+    if problem:
+        raise InputError(f"can't open the store {absolute}: {problem}; pass another --store")
     return absolute
 
 

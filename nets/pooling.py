@@ -90,17 +90,17 @@ def _is_suited(maps: Maps) -> bool:
 
 
 class _Pool(torch.autograd.Function):
-    """The largest of every 2x2 pixels or, given a judge, whichever of the largest and the smallest it values higher.
+    """The largest of every 2x2 pixels or, given a activate, whichever of the largest and the smallest it values higher.
 
     Of equal pixels, the left column's get the gradient, and of these, the upper one.
     """
 
     @staticmethod
-    def forward(ctx: Any, maps: Maps, judge: Callable[[Pooled], Pooled] | None) -> Pooled:
+    def forward(ctx: Any, maps: Maps, activate: Callable[[Pooled], Pooled] | None) -> Pooled:
         rows, chosen = _reduce(maps, torch.maximum)
-        if judge is not None:
+        if activate is not None:
             low_rows, smallest = _reduce(maps, torch.minimum)
-            low = _ones_where_negative(judge(chosen) - judge(smallest))
+            low = _ones_where_negative(activate(chosen) - activate(smallest))
             _exchange(chosen, smallest, low)
             for high_column, low_column in zip(_columns(rows, low), _columns(low_rows, low), strict=True):
                 _exchange(high_column, low_column, low.permute(PIXELS_FIRST))

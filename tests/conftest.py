@@ -18,16 +18,16 @@ import torch
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
-install_import_hook(["nets", "grid.trial"], "beartype.beartype")
+install_import_hook(["nets", "grid.train.trial"], "beartype.beartype")
 
-from grid.asha import Asha  # noqa: E402  (after the hook)
 from grid.config import TrialConfig  # noqa: E402
-from grid.evaluation import confused_pairs, per_class  # noqa: E402
-from grid.glyphs import ensure  # noqa: E402
-from grid.pictures import confusion_picture, mistake_sheet, sample_sheet  # noqa: E402
-from grid.record import Recorder  # noqa: E402
-from grid.spool import Spool  # noqa: E402
-from grid.store import Store  # noqa: E402
+from grid.data.glyphs import render_if_missing  # noqa: E402
+from grid.driver.pictures import confusion_picture, mistake_sheet, sample_sheet  # noqa: E402
+from grid.plan.asha import Asha  # noqa: E402  (after the hook)
+from grid.record.recorder import Recorder  # noqa: E402
+from grid.record.spool import Spool  # noqa: E402
+from grid.record.store import Store  # noqa: E402
+from grid.train.evaluation import confused_pairs, per_class  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,7 +48,7 @@ def _own_token() -> Iterator[None]:
 def glyphs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder with glyphs in it, rendered once."""
     folder = tmp_path_factory.mktemp("data")
-    ensure(folder)
+    render_if_missing(folder)
     return folder
 
 
@@ -82,7 +82,7 @@ def play(recorder: Recorder, config: TrialConfig, asha: Asha, *, control: bool =
     """Record a trial that learns by formula; `asgd` with `gelu` and an odd seed diverges in its second epoch."""
     gained = sum(POINTS_GAINED.get(level, 0) for level in config.cell.values())
     luck = random.Random(config.trial_key).gauss(0, 0.5)
-    recorder.trial_started(config, control=control)
+    recorder.started(config, control=control)
     status, accuracies, epoch = "", [math.nan], 0
     while not status:
         epoch += 1
@@ -94,7 +94,7 @@ def play(recorder: Recorder, config: TrialConfig, asha: Asha, *, control: bool =
         status = status or ("completed" if epoch == config.epochs else "")
         metrics = {"epoch_seconds": 2.0} | ({} if diverged else {"val_accuracy": accuracy})
         recorder.epoch_ended(config, epoch, metrics, is_rung=epoch in asha.rungs, stopped=status == "stopped")
-    recorder.trial_ended(config, status, epochs_run=epoch, best_val_accuracy=float(np.nanmax(accuracies)))
+    recorder.ended(config, status, epochs_run=epoch, best_val_accuracy=float(np.nanmax(accuracies)))
 
 
 def finalist_files() -> Mapping[str, bytes]:
@@ -112,9 +112,9 @@ def finalist_files() -> Mapping[str, bytes]:
 
 
 @pytest.fixture(scope="session")
-def judged_store(_migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+def finished_store(_migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A grid of 48 trials with all that can happen to one, and its finalists, tested; for reading only."""
-    folder = tmp_path_factory.mktemp("judged")
+    folder = tmp_path_factory.mktemp("finished")
     shutil.copy(_migrated_database, folder / "mlflow.db")
     crossed = product(("mlp", "cnn"), ("relu", "gelu"), ("sgd", "adam", "asgd"), (False, True), range(2))
     configs = [
@@ -127,7 +127,7 @@ def judged_store(_migrated_database: Path, tmp_path_factory: pytest.TempPathFact
     images = np.random.default_rng(0).integers(0, 256, (60, 28, 28), dtype=np.uint8)
     samples = sample_sheet(images, np.arange(60) % len(CHARACTERS), CHARACTERS)
     asha = Asha((1, 3))
-    store = Store(f"sqlite:///{folder}/mlflow.db", "judged")
+    store = Store(f"sqlite:///{folder}/mlflow.db", "finished")
     store.create()
     recorder = Recorder(store, Spool(folder / "grid.jsonl"))
     recorder.begin({"grid.json": json.dumps(manifest).encode(), "samples.png": samples}, {})

@@ -5,9 +5,9 @@ import pytest
 
 from analysis.store import read_artifact, read_curves, read_experiment
 from grid.config import FACTORS, InputError, TrialConfig
-from grid.record import Recorder
-from grid.spool import Spool
-from grid.store import Store
+from grid.record.recorder import Recorder
+from grid.record.spool import Spool
+from grid.record.store import Store
 
 CONFIG = TrialConfig(learning_rate=1e-3, epochs=9, seed=3, lr_scale=0.5)
 
@@ -20,12 +20,12 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def record(store: Store, folder: Path, status: str | None, epochs_run: int = 1) -> None:
     recorder = Recorder(store, Spool(folder / "spool.jsonl"))
     recorder.begin({"grid.json": b'{"data": {"val_images": 940}}'}, {})
-    recorder.trial_started(CONFIG, control=True)
+    recorder.started(CONFIG, control=True)
     for epoch in range(1, epochs_run + 1):
         recorder.epoch_ended(CONFIG, epoch, {"val_accuracy": 0.25 * epoch}, is_rung=epoch in (1, 3))
     if status:
         best = None if status == "failed" else 0.25 * epochs_run
-        recorder.trial_ended(CONFIG, status, epochs_run=epochs_run, best_val_accuracy=best)
+        recorder.ended(CONFIG, status, epochs_run=epochs_run, best_val_accuracy=best)
     recorder.close(finished=True)
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grid.asha import Asha, rung_epochs
+from grid.plan.asha import Asha, rung_epochs
 
 values = st.lists(st.floats(0, 1), min_size=1, max_size=60)
 

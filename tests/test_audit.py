@@ -20,11 +20,11 @@ from analysis.audit import (
     stop_epochs,
     tidy,
 )
-from grid.asha import Asha
 from grid.config import FACTORS, LEVELS, InputError, TrialConfig
-from grid.record import Recorder
-from grid.spool import Spool
-from grid.store import Store
+from grid.plan.asha import Asha
+from grid.record.recorder import Recorder
+from grid.record.spool import Spool
+from grid.record.store import Store
 
 CELL = {factor: LEVELS[factor][0] for factor in FACTORS}
 NAN = math.nan
@@ -286,13 +286,13 @@ def record(store: Store, folder: Path, manifest: bytes) -> None:
     recorder.begin({"grid.json": manifest}, {})
     for seed, row in enumerate(GRID):
         config = TrialConfig(learning_rate=1e-3, epochs=9, seed=seed)
-        recorder.trial_started(config, control=bool(row["control"]))
+        recorder.started(config, control=bool(row["control"]))
         for epoch in (1, 3)[: 1 if row["epochs_run"] == 1 else 2]:
             recorder.epoch_ended(
                 config, epoch, {"val_accuracy": float(str(row[f"val_accuracy_at_{epoch}"]))}, is_rung=True
             )
         best, ran = float(str(row["best_val_accuracy"])), int(str(row["epochs_run"]))
-        recorder.trial_ended(config, str(row["status"]), epochs_run=ran, best_val_accuracy=best)
+        recorder.ended(config, str(row["status"]), epochs_run=ran, best_val_accuracy=best)
     recorder.close(finished=True)
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grid.averaging import averaged_weights
-from grid.optimizers import OPTIMIZERS, build_optimizer
+from grid.train.averaging import averaged_weights
+from grid.train.optimizers import OPTIMIZERS, build_optimizer
 from nets.dropout import SeededDropout
 
 AVERAGE_FROM = 3

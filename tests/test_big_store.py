@@ -7,7 +7,7 @@ import pytest
 from analysis.store import read_curves, read_experiment
 from benchmarks import big_store
 from benchmarks.big_store import EPOCHS, EXPERIMENT, Played, check_store, fill_store, format_seconds, main, play_grid
-from grid.config import STATUSES
+from grid.metrics import STATUSES
 
 
 @pytest.fixture(scope="module")

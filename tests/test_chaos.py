@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos import FAULTS, draw_schedule, main
+from benchmarks.chaos import FAILURES, draw_schedule, main
 from benchmarks.chaos_audit import Audit, audit
-from grid.config import EPOCH_METRICS, TrialConfig
-from grid.record import Recorder
-from grid.spool import Spool
-from grid.store import Store
+from grid.config import TrialConfig
+from grid.metrics import EPOCH_METRICS
+from grid.record.recorder import Recorder
+from grid.record.spool import Spool
+from grid.record.store import Store
 
 CONFIG = TrialConfig(learning_rate=1e-3, epochs=3)
 
@@ -24,12 +25,12 @@ def record(uri: str, folder: Path, experiment: str, accuracies: dict[int, tuple[
     recorder.begin({}, {})
     for seed, some in accuracies.items():
         config, stopped = replace(CONFIG, seed=seed), len(some) == 1
-        recorder.trial_started(config, control=False)
+        recorder.started(config, control=False)
         for epoch, accuracy in enumerate(some, start=1):
             metrics = {**dict.fromkeys(EPOCH_METRICS, 0.5), "val_accuracy": accuracy}
             recorder.epoch_ended(config, epoch, metrics, is_rung=epoch == 1, stopped=stopped)
         status = "stopped" if stopped else "completed"
-        recorder.trial_ended(config, status, epochs_run=len(some), best_val_accuracy=max(some))
+        recorder.ended(config, status, epochs_run=len(some), best_val_accuracy=max(some))
     recorder.close(finished=True)
     return store
 
@@ -98,7 +99,7 @@ def test_leftovers_are_orphans(found: Finder) -> None:
 
 
 def test_every_kind_of_fault_strikes_about_equally_often() -> None:
-    counts = Counter(draw_schedule(20, random.Random(1), list(FAULTS)))
+    counts = Counter(draw_schedule(20, random.Random(1), list(FAILURES)))
     assert sum(counts.values()) == 20
     assert set(counts.values()) <= {3, 4}
 
@@ -107,6 +108,6 @@ def test_every_kind_of_fault_strikes_about_equally_often() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="kills by what Linux shows of processes")
 def test_a_grid_survives_what_dies_around_it(capsys: pytest.CaptureFixture[str]) -> None:
     kinds = ["driver killed", "worker killed", "server killed", "Ray killed"]
-    faults = [word for kind in kinds for word in ("--fault", kind)]
-    assert main(["--kills", "4", "--seeds", "1", *faults]) == 0
+    problems = [word for kind in kinds for word in ("--problem", kind)]
+    assert main(["--kills", "4", "--seeds", "1", *problems]) == 0
     assert "0 lost, 0 doubled, 0 orphans, 0 different, 0 wrong decisions" in capsys.readouterr().out

@@ -261,8 +261,9 @@ def test_the_project_the_token_and_the_versions_arrive_and_nothing_else(
 
 
 def test_every_package_of_the_project_is_carried() -> None:
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert {f"/home/ubuntu/grid/{name.partition('.')[0]}" for name in packages} <= set(CLUSTER["file_mounts"])
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    packages = {name.removesuffix("*") for name in found["include"]}
+    assert {f"/home/ubuntu/grid/{name}" for name in packages} <= set(CLUSTER["file_mounts"])
     assert all((ROOT / local).exists() for local in CLUSTER["file_mounts"].values() if not local.startswith("~"))
 
 

@@ -13,7 +13,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "fault"),
+    ("arguments", "problem"),
     [
         (["--top", "0"], "--top must be 1 to 1,000, got 0"),
         (["--seeds", "0"], "--seeds must be 1 to 1,000, got 0"),
@@ -23,11 +23,11 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_code_2(
-    arguments: list[str], fault: str, store_uri: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], problem: str, store_uri: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--experiment", "some grid", "--store", store_uri, *arguments]) == ENDED
     error = capsys.readouterr().err
-    assert error.startswith(f"grid.confirm: {fault}")
+    assert error.startswith(f"grid.confirm: {problem}")
     assert error.count("\n") == 1
 
 

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from torchvision.datasets import EMNIST
 
 from grid.config import InputError
-from grid.data import Dataset, load, load_test, split_indices
-from grid.datasets import DATASETS, NAMES, check_name, check_per_class
-from grid.glyphs import CLASSES
+from grid.data.catalogue import DATASETS, NAMES, check_name, check_per_class
+from grid.data.dataset import Dataset
+from grid.data.glyphs import CLASSES
+from grid.data.load import load, load_test, split_indices
 
 CLASS_COUNT, TRAIN_PER_CLASS, TEST_PER_CLASS = 47, 12, 3
 
@@ -202,7 +203,7 @@ def test_glyphs_have_the_sizes_of_the_table(tmp_path: Path) -> None:
     published = DATASETS["glyphs"]
     data = load("glyphs", tmp_path)
     assert len(data.train_labels) + len(data.val_labels) == published.train_size
-    assert (len(data.train_labels), len(data.val_labels)) == published.cut_sizes()
+    assert (len(data.train_labels), len(data.val_labels)) == published.split_sizes()
     assert len(load_test("glyphs", tmp_path)[1]) == published.test_size
     assert data.classes == CLASSES
     assert ink_above(data, "T") > ink_above(data, "L")
@@ -292,12 +293,12 @@ def test_forecast_sizes_are_those_of_the_cut(name: str, per_class: int | None) -
     published = DATASETS[name]
     labels = np.arange(published.train_size) % published.class_count
     train, val = split_indices(labels, published.class_count, per_class=per_class)
-    assert published.cut_sizes(per_class) == (len(train), len(val))
+    assert published.split_sizes(per_class) == (len(train), len(val))
 
 
 def test_forecast_of_an_unbalanced_set_is_an_upper_bound() -> None:
-    assert DATASETS["emnist-bymerge"].cut_sizes() == (697_932, 0)
-    assert DATASETS["emnist-bymerge"].cut_sizes(100) == (4_700, 0)
+    assert DATASETS["emnist-bymerge"].split_sizes() == (697_932, 0)
+    assert DATASETS["emnist-bymerge"].split_sizes(100) == (4_700, 0)
 
 
 def test_a_class_too_small_to_cut_is_refused() -> None:
@@ -311,7 +312,8 @@ def test_an_unknown_name_is_answered_with_the_choices() -> None:
 
 
 def test_names_are_checked_without_importing_torch() -> None:
-    code = "import sys, grid.datasets; sys.exit(any(name in sys.modules for name in ('torch', 'torchvision', 'numpy')))"
+    heavy = "any(name in sys.modules for name in ('torch', 'torchvision', 'numpy'))"
+    code = f"import sys, grid.data.catalogue; sys.exit({heavy})"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -351,7 +353,7 @@ COUNT = CLASS_COUNT * TRAIN_PER_CLASS
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "fault"),
+    ("file", "content", "problem"),
     [
         (TRAIN_IMAGES, LABELS, "not an IDX file, it begins with 00000801 and not 00000803; delete it"),
         (TRAIN_LABELS, b"<html>", "not an IDX file, it begins with 3c68746d and not 00000801; delete it"),
@@ -365,10 +367,10 @@ COUNT = CLASS_COUNT * TRAIN_PER_CLASS
     ],
 )
 def test_a_damaged_file_is_named_with_its_fault_and_the_mend(
-    file: str, content: bytes, fault: str, data_dir: Path, raw: Path
+    file: str, content: bytes, problem: str, data_dir: Path, raw: Path
 ) -> None:
     (raw / file).write_bytes(content)
-    with pytest.raises(InputError, match=f"^{raw / file}: {fault} and run again$"):
+    with pytest.raises(InputError, match=f"^{raw / file}: {problem} and run again$"):
         load("emnist-balanced", data_dir)
     assert {path.name for path in raw.iterdir()} == set(BALANCED)
 
@@ -472,8 +474,8 @@ def test_a_found_archive_with_a_wrong_checksum_is_named_and_kept(tmp_path: Path,
 
 def test_without_a_network_the_line_says_what_to_put_where(tmp_path: Path, offline: None) -> None:
     raw = tmp_path / "EMNIST" / "raw"
-    fault = rf"no emnist-balanced-train-\*-ubyte in {raw} and the download failed \(.*refused\)"
-    with pytest.raises(InputError, match=rf"^{fault}; put them there or run again with a network"):
+    problem = rf"no emnist-balanced-train-\*-ubyte in {raw} and the download failed \(.*refused\)"
+    with pytest.raises(InputError, match=rf"^{problem}; put them there or run again with a network"):
         load("emnist-balanced", tmp_path)
     assert list(tmp_path.iterdir()) == []
 

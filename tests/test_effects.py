@@ -14,9 +14,9 @@ from statsmodels.stats.multitest import multipletests
 
 from analysis.effects import Effects, format_effects, main, measure_effects, measure_final_effects
 from grid.config import FACTORS, LEVELS, InputError, TrialConfig
-from grid.record import Recorder
-from grid.spool import Spool
-from grid.store import Store
+from grid.record.recorder import Recorder
+from grid.record.spool import Spool
+from grid.record.store import Store
 
 SMALL = {"model": 2, "activation": 3, "optimizer": 4}
 
@@ -382,9 +382,9 @@ def test_the_command_prints_the_effects_and_writes_them(
     recorder.begin({}, {})
     for seed, (optimizer, accuracy) in product((0, 1), (("sgd", 0.5), ("adam", 0.7))):
         config = TrialConfig(optimizer=optimizer, seed=seed, learning_rate=1e-3, epochs=1)
-        recorder.trial_started(config, control=False)
+        recorder.started(config, control=False)
         recorder.epoch_ended(config, 1, {"val_accuracy": accuracy}, is_rung=False)
-        recorder.trial_ended(config, "completed", epochs_run=1, best_val_accuracy=accuracy)
+        recorder.ended(config, "completed", epochs_run=1, best_val_accuracy=accuracy)
     recorder.close(finished=True)
     assert main(["--experiment", "some grid", "--store", store.uri, "--csv", str(tmp_path / "x.csv")]) == 0
     assert "optimizer=adam 2 70.00% +10.00 +10.00 to +10.00" in " ".join(capsys.readouterr().out.split())

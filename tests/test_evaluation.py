@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from grid import evaluation
 from grid.config import TrialConfig
-from grid.data import Dataset
-from grid.evaluation import Evaluation, confused_pairs, evaluate, inference_state, per_class
-from grid.trial import DeviceData, EpochReport, Trial, build_net
+from grid.data.dataset import Dataset
+from grid.metrics import EpochReport
+from grid.train import evaluation
+from grid.train.evaluation import Evaluation, confused_pairs, evaluate, inference_state, per_class
+from grid.train.trial import DeviceData, Trial, build_net
 
 CLASSES = "abcd"
 CONFUSION = np.array([[7, 2, 1, 0], [0, 0, 0, 0], [2, 0, 8, 0], [4, 0, 0, 0]])
@@ -108,7 +109,7 @@ def test_confusion_counts_images_by_true_class_in_rows(dataset, data):
 def test_mistakes_are_all_wrong_images_the_most_confident_first(dataset, data):
     trial, _ = trained(data)
     mistakes = evaluated(trial, dataset).mistakes
-    with trial.judged():
+    with trial.evaluating():
         confidence, predicted = trial.logits(data.val_images).double().softmax(dim=1).max(dim=1)
     wrong = np.flatnonzero(predicted.numpy() != dataset.val_labels)
     assert sorted(mistakes.indices) == wrong.tolist() != []

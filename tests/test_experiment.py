@@ -15,13 +15,14 @@ import torch
 from mlflow.entities import Run
 
 from analysis.rank import main as rank
-from grid import experiment
-from grid.config import EPOCH_METRICS, FACTORS, STATUSES, TrialConfig
-from grid.plan import Plan, make_plan
-from grid.record import Recorder
-from grid.record import main as replay
+from grid.config import FACTORS, TrialConfig
+from grid.driver import experiment
+from grid.metrics import EPOCH_METRICS, STATUSES
+from grid.plan.trials import Plan, make_plan
+from grid.record.__main__ import main as replay
+from grid.record.recorder import Recorder
+from grid.record.store import Store
 from grid.run import main
-from grid.store import Store
 
 pytestmark = pytest.mark.slow
 

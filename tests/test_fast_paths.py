@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.fast_paths import CELLS, compare, configs
-from grid import trial as trial_module
 from grid.config import TrialConfig
-from grid.data import load
-from grid.optimizers import OPTIMIZERS
-from grid.penalties import penalised_weights
-from grid.schedules import SCHEDULES, Span
-from grid.trial import DeviceData, Trial
+from grid.data.load import load
+from grid.train import trial as trial_module
+from grid.train.optimizers import OPTIMIZERS
+from grid.train.penalties import penalised_weights
+from grid.train.schedules import SCHEDULES, Horizon
+from grid.train.trial import DeviceData, Trial
 from nets.dropout import SeededDropout
 from nets.pooling import PooledActivation
 
@@ -74,7 +74,7 @@ def plain_losses(config: TrialConfig, data: DeviceData) -> list[float]:
     layers, weights = list(plain_layers(net)), penalised_weights(net)
     optimizer = OPTIMIZERS[config.optimizer].build(net.parameters(), lr=config.learning_rate, foreach=False)
     steps = len(data.train_labels) // BATCH
-    scheduler = SCHEDULES[config.lr_schedule](optimizer, Span(config.epochs, steps, config.learning_rate))
+    scheduler = SCHEDULES[config.lr_schedule](optimizer, Horizon(config.epochs, steps, config.learning_rate))
     losses = []
     for _ in range(config.epochs):
         order = torch.randperm(len(data.train_labels), generator=trial._order)

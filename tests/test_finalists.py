@@ -15,12 +15,12 @@ from mlflow.entities import Run
 from analysis.rank import main as rank
 from grid.config import InputError, TrialConfig
 from grid.confirm import main as confirm
-from grid.data import load, load_test
-from grid.finalists import FIRST_SEED, choose, finalist_trials
-from grid.packing import Packing
+from grid.data.load import load, load_test
+from grid.driver.finalists import FIRST_SEED, choose, finalist_trials
+from grid.plan.packing import Packing
 from grid.ranking import RankedCell
+from grid.record.store import Store
 from grid.run import main as run
-from grid.store import Store
 
 CPU = Packing(1, 1.0, 0.0)
 CONFIG = TrialConfig(learning_rate=1e-3, epochs=9, lr_scale=0.5)
@@ -138,7 +138,7 @@ def test_other_images_than_those_of_the_grid_are_refused(
 def test_lost_weights_are_told_and_nothing_is_tested(
     arguments: list[str], store_uri: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("grid.checkpoint.Checkpoints.load", lambda *unused: None)
+    monkeypatch.setattr("grid.train.checkpoints.Checkpoints.load", lambda *unused: None)
     assert confirm([*arguments, "--top", "1", "--seeds", "1"]) == 2
     assert re.search("the weights of .* are gone from the storage; delete run", capfd.readouterr().err)
     assert not [each for each in confirmed(store_uri) if "test_accuracy" in each.data.metrics]
@@ -154,7 +154,7 @@ def test_a_second_command_is_refused_while_the_first_one_tests(
         drivers.append(store.client.get_run(store.parent_id).data.tags["driver"])
         raise OSError("the cable is cut")
 
-    monkeypatch.setattr("grid.finalists._test", give_up)
+    monkeypatch.setattr("grid.driver.finalists._test", give_up)
     assert confirm([*arguments, "--top", "1", "--seeds", "1"]) == 2
     assert drivers[0].endswith(f":{os.getpid()}")
     assert "grid.confirm: can't record what the finalists are worth: the cable is cut" in capfd.readouterr().err

@@ -1,8 +1,8 @@
 import pytest
 
 from grid.config import TrialConfig
-from grid.forecast import calibrate, expected_epochs, forecast
-from grid.space import GRIDS, cross, expand
+from grid.plan.forecast import calibrate, expected_epochs, forecast
+from grid.plan.space import GRIDS, cross, expand
 
 
 def trials(epochs: int = 9, name: str = "full") -> list[TrialConfig]:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchvision.datasets import EMNIST
 
-from grid import glyphs
 from grid.config import InputError
-from grid.glyphs import CLASSES, Glyphs, ensure, render
+from grid.data import glyphs
+from grid.data.glyphs import CLASSES, Glyphs, render, render_if_missing
 
 SMALL = {"TRAIN_PER_CLASS": 3, "TEST_PER_CLASS": 2}
 
@@ -72,7 +72,8 @@ def test_the_same_seed_renders_the_same_bytes() -> None:
 
 
 def test_another_process_renders_the_same_bytes() -> None:
-    code = "import sys; from grid.glyphs import render; sys.stdout.buffer.write(render(2, seed=1)[0].numpy().tobytes())"
+    written = "sys.stdout.buffer.write(render(2, seed=1)[0].numpy().tobytes())"
+    code = f"import sys; from grid.data.glyphs import render; {written}"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert sha256(other.stdout).hexdigest() == digest(render(2, seed=1)[0])
 
@@ -172,15 +173,15 @@ def test_the_item_is_an_image_and_its_class(tmp_path: Path, small: None) -> None
 
 
 def test_the_files_are_named_and_laid_out_as_those_of_emnist(tmp_path: Path, small: None) -> None:
-    folder = ensure(tmp_path)
+    folder = render_if_missing(tmp_path)
     assert folder == tmp_path / "Glyphs" / "raw"
     parts = [f"emnist-glyphs-{split}" for split in ("test", "train")]
     assert sorted(modified(folder)) == [f"{p}-{kind}-ubyte" for p in parts for kind in ("images-idx3", "labels-idx1")]
 
 
 def test_the_files_are_written_once(tmp_path: Path, small: None) -> None:
-    before = modified(ensure(tmp_path))
-    assert modified(ensure(tmp_path)) == before
+    before = modified(render_if_missing(tmp_path))
+    assert modified(render_if_missing(tmp_path)) == before
 
 
 @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])])
@@ -188,7 +189,7 @@ def test_a_missing_or_truncated_file_is_written_again(
     spoil: Callable[[Path], object], tmp_path: Path, small: None
 ) -> None:
     images = Glyphs(tmp_path).data
-    spoil(ensure(tmp_path) / "emnist-glyphs-train-images-idx3-ubyte")
+    spoil(render_if_missing(tmp_path) / "emnist-glyphs-train-images-idx3-ubyte")
     assert Glyphs(tmp_path).data.equal(images)
 
 
@@ -205,14 +206,14 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path, small: None, m
 
     monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(InputError, match=r"cannot write glyphs to .*: No space left on device; choose another folder"):
-        ensure(tmp_path)
+        render_if_missing(tmp_path)
     assert list((tmp_path / "Glyphs" / "raw").iterdir()) == []
 
 
 def test_two_processes_at_once_write_whole_files(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from grid import glyphs;"
-        f"vars(glyphs).update({SMALL}); glyphs.ensure(Path(sys.argv[1]))"
+        "import sys; from pathlib import Path; from grid.data import glyphs;"
+        f"vars(glyphs).update({SMALL}); glyphs.render_if_missing(Path(sys.argv[1]))"
     )
     writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(2)]
     assert [writer.wait() for writer in writers] == [0, 0]

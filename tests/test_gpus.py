@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grid.gpus import find_gpus
+from grid.tune.gpus import find_gpus
 
 GIB = 2**30
 

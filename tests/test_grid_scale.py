@@ -5,12 +5,13 @@ import pytest
 
 from benchmarks.grid_scale import HEADER, Cost, RecordedTrial, ask, blank_dataset, cut, examine, main
 from grid.config import TrialConfig
-from grid.packing import pack
-from grid.plan import Plan, make_plan
-from grid.record import Recorder
-from grid.spool import Spool
-from grid.store import Store
-from grid.trial import DeviceData, EpochReport
+from grid.metrics import EpochReport
+from grid.plan.packing import pack
+from grid.plan.trials import Plan, make_plan
+from grid.record.recorder import Recorder
+from grid.record.spool import Spool
+from grid.record.store import Store
+from grid.train.trial import DeviceData
 
 DATA = DeviceData.of(blank_dataset())
 
@@ -49,10 +50,10 @@ def test_a_curve_depends_on_the_trial_alone_and_some_diverge(tmp_path: Path) -> 
 
 def test_a_curve_that_is_taken_up_goes_on(tmp_path: Path) -> None:
     (config,) = plan_of(1, tmp_path).trials
-    put_down, taken_up = RecordedTrial(config, DATA), RecordedTrial(config, DATA)
-    put_down.run_epoch()
-    taken_up.load_state_dict(put_down.state_dict())
-    assert taken_up.run_epoch().epoch == 2
+    checkpoint_epochs, resumed = RecordedTrial(config, DATA), RecordedTrial(config, DATA)
+    checkpoint_epochs.run_epoch()
+    resumed.load_state_dict(checkpoint_epochs.state_dict())
+    assert resumed.run_epoch().epoch == 2
 
 
 def test_a_row_is_as_wide_as_the_header_and_no_wider_than_a_terminal() -> None:
@@ -76,8 +77,8 @@ def end(store: Store, config: TrialConfig, spool: Path) -> None:
     """Record a trial of one epoch in a new run, whether or not it has one."""
     recorder = Recorder(store, Spool(spool))
     recorder.begin({}, {})
-    recorder.trial_started(config, control=False)
-    recorder.trial_ended(config, "stopped", epochs_run=1, best_val_accuracy=0.5)
+    recorder.started(config, control=False)
+    recorder.ended(config, "stopped", epochs_run=1, best_val_accuracy=0.5)
     assert recorder.close(finished=True)
 
 

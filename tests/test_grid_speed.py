@@ -24,9 +24,9 @@ from benchmarks.grid_speed import (
 from benchmarks.grid_speed_table import Row, append_row, compare, paired, read_rows, read_store, report
 from benchmarks.peers import common
 from grid.config import InputError, TrialConfig
-from grid.optimizers import OPTIMIZERS
 from grid.run import _parser, read_request
-from grid.trial import _generator, assemble_net
+from grid.train.optimizers import OPTIMIZERS
+from grid.train.trial import _generator, assemble_net
 from nets.activations import gain
 from nets.pooling import PooledActivation
 
@@ -111,13 +111,13 @@ def test_rows_survive_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "fault"),
+    ("text", "problem"),
     [("a,b\n1,2\n", "its first line differs"), (None, "No such file")],
 )
-def test_file_that_is_no_table_is_refused(tmp_path: Path, text: str | None, fault: str) -> None:
+def test_file_that_is_no_table_is_refused(tmp_path: Path, text: str | None, problem: str) -> None:
     if text is not None:
         (tmp_path / "speed.csv").write_text(text)
-    with pytest.raises(InputError, match=fault):
+    with pytest.raises(InputError, match=problem):
         read_rows(tmp_path / "speed.csv")
 
 
@@ -153,7 +153,7 @@ def test_each_contender_takes_each_place() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "fault"),
+    ("arguments", "problem"),
     [
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
@@ -165,11 +165,11 @@ def test_each_contender_takes_each_place() -> None:
     ],
 )
 def test_fault_is_one_line_and_code_2(
-    arguments: Sequence[str], fault: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    arguments: Sequence[str], problem: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert main([*arguments, "--data-dir", str(tmp_path)] if "--report" not in arguments else arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"benchmarks.grid_speed: {fault}")
+    assert line.startswith(f"benchmarks.grid_speed: {problem}")
 
 
 def test_unknown_model_is_refused_by_the_parser(capsys: pytest.CaptureFixture[str]) -> None:

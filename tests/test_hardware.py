@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from grid.config import TrialConfig
-from grid.hardware import numeric_settings
+from grid.train.hardware import numeric_settings
 
-FAULTS = """
+FAILURES = """
 import resource, sys
 from benchmarks.step_speed import random_images
 from grid.config import TrialConfig
-from grid.hardware import keep_freed_memory, numeric_settings
-from grid.trial import Trial
+from grid.train.hardware import keep_freed_memory, numeric_settings
+from grid.train.trial import Trial
 
-def faults(epochs):
+def problems(epochs):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(epochs):
         trial.run_epoch()
@@ -26,8 +26,8 @@ if sys.argv[1] == "kept":
 params = {"model": "cnn", "batch_norm": "on", "dropout": "on", "learning_rate": "0.001", "epochs": "9"}
 config = TrialConfig.from_params(numeric_settings("cpu", "float32") | params)
 trial = Trial(config, random_images(640, "cpu"))
-faults(3)
-print(faults(3))
+problems(3)
+print(problems(3))
 """
 
 
@@ -73,7 +73,7 @@ def test_settings_are_fields_of_a_configuration():
 @pytest.mark.skipif(sys.platform != "linux" or "CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="for glibc")
 def test_the_steps_of_a_training_use_freed_memory_again_without_a_fault_per_page():
     handed_back, kept = (
-        int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, check=True, text=True).stdout)
+        int(subprocess.run([sys.executable, "-c", FAILURES, how], capture_output=True, check=True, text=True).stdout)
         for how in ("handed back", "kept")
     )
     assert kept < handed_back / 10  # 15 steps: some 50,000 without

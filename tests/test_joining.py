@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 
 from grid.config import InputError
-from grid.connection import find_cluster
+from grid.tune.connection import find_cluster
 
 ROOT = Path(__file__).parents[1]
 PACKING = """
-from grid import connection
-from grid.experiment import describe_packing
+from grid.tune import connection
+from grid.driver.experiment import describe_packing
 print(describe_packing(connection.connect(connection.find_cluster(None), None)))
 """
 PRIVATE = """
 import sys
-from grid import connection
+from grid.tune import connection
 connection.connect(None, 1)
 print("up", flush=True)
 sys.stdin.read()

@@ -1,4 +1,4 @@
-"""How a run starts: workers import early, nothing is started in vain, and a fault is one line."""
+"""How a run starts: workers import early, nothing is started in vain, and a problem is one line."""
 
 import signal
 import subprocess
@@ -12,10 +12,10 @@ EARLY = """
 import sys
 import psutil
 import ray
-from grid import connection
+from grid.tune import connection
 
 connection.connect(None, 1)
-ask = ray.remote(num_cpus=1)(lambda: [name in sys.modules for name in ("grid.tuner", "torch._dynamo")])
+ask = ray.remote(num_cpus=1)(lambda: [name in sys.modules for name in ("grid.tune.tuner", "torch._dynamo")])
 print(ray.get(ask.remote()))
 servers = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
 print([any(name in server for server in servers) for name in ("gcs_server", "monitor", "dashboard/dashboard.py")])
@@ -49,7 +49,7 @@ def test_files_that_are_damaged_are_told_in_one_line_while_ray_starts_and_nothin
 
 
 def test_ray_is_started_before_torch_is_imported(tmp_path: Path) -> None:
-    code = "import sys, grid.launch; print([name in sys.modules for name in ('ray', 'torch', 'mlflow')])"
+    code = "import sys, grid.driver.launch; print([name in sys.modules for name in ('ray', 'torch', 'mlflow')])"
     assert python("-c", code, cwd=tmp_path).stdout.strip() == "[True, False, False]"
 
 
@@ -57,7 +57,7 @@ def test_ray_is_started_before_torch_is_imported(tmp_path: Path) -> None:
 def test_a_ray_without_the_private_parts_that_are_changed_starts_all_the_same(tmp_path: Path) -> None:
     code = (
         "from grid import connection\n"
-        "connection.SPARED = ('no_such_part',)\n"
+        "connection.SKIPPED_SERVICES = ('no_such_part',)\n"
         "print(connection.connect(None, 1).concurrency)\n"
         "connection.disconnect()"
     )
@@ -66,7 +66,7 @@ def test_a_ray_without_the_private_parts_that_are_changed_starts_all_the_same(tm
 
 
 def test_what_is_preloaded_leaves_the_garbage_collector_on_and_the_gpu_alone(tmp_path: Path) -> None:
-    code = "import gc, grid.preload, torch; print(gc.isenabled(), torch.cuda.is_initialized())"
+    code = "import gc, grid.tune.preload, torch; print(gc.isenabled(), torch.cuda.is_initialized())"
     assert python("-c", code, cwd=tmp_path).stdout.strip() == "True False"
 
 

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from grid.manifest import PACKAGES, describe_code
+from grid.record.manifest import PACKAGES, describe_code
 
 
 def test_the_code_is_described_by_commit_versions_host_and_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,10 @@ from nbformat import NotebookNode
 from analysis.audit import audit_stopping
 from analysis.store import read_experiment
 from grid.config import TrialConfig, cell_name
-from grid.data import DATASETS
-from grid.record import Recorder
-from grid.spool import Spool
-from grid.store import Store
+from grid.data.catalogue import DATASETS
+from grid.record.recorder import Recorder
+from grid.record.spool import Spool
+from grid.record.store import Store
 
 FOLDER = Path(__file__).parents[1] / "analysis" / "notebooks"
 NAMES = ("01_data", "02_ranking", "03_effects", "04_stopping")
@@ -112,12 +112,12 @@ def record(store: Store, folder: Path, ends: dict[TrialConfig, tuple[str, int, b
     recorder = Recorder(store, Spool(folder / f"{store.kind}.jsonl"))
     recorder.begin({"grid.json": json.dumps({"data": {"val_images": 2350}, "rungs": {"factor": 3}}).encode()}, {})
     for config, (status, epochs_run, control) in ends.items():
-        recorder.trial_started(config, control=control)
+        recorder.started(config, control=control)
         finite = epochs_run - (status == "diverged")
         accuracies = [accuracy(config, epoch) for epoch in range(1, finite + 1)]
         for epoch, value in enumerate(accuracies, 1):
             recorder.epoch_ended(config, epoch, {"val_accuracy": value, "epoch_seconds": 2.0}, is_rung=epoch in RUNGS)
-        recorder.trial_ended(config, status, epochs_run=epochs_run, best_val_accuracy=max(accuracies))
+        recorder.ended(config, status, epochs_run=epochs_run, best_val_accuracy=max(accuracies))
     assert recorder.close(finished=True, patience_seconds=120)
 
 
@@ -173,7 +173,7 @@ def test_a_notebook_shows_something_everywhere_and_warns_of_nothing(executed: No
 @executing("01_data")
 def test_the_data_are_counted_and_seen(executed: NotebookNode) -> None:
     (sizes,) = shown(executed, "load", "text/html")
-    assert [f"<td>{size}</td>" in sizes for size in DATASETS["glyphs"].cut_sizes()] == [True, True]
+    assert [f"<td>{size}</td>" in sizes for size in DATASETS["glyphs"].split_sizes()] == [True, True]
     assert [len(shown(executed, name, "image/png")) for name in ("balance", "samples", "means")] == [1, 1, 1]
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from grid.config import LEVELS
-from grid.optimizers import OPTIMIZERS, build_optimizer
+from grid.train.optimizers import OPTIMIZERS, build_optimizer
 
 CURVATURES = torch.linspace(0.5, 2.0, 10)
 
@@ -37,7 +37,7 @@ def loss(weights: torch.Tensor) -> float:
 
 def test_optimizers_are_the_levels_of_their_factor():
     assert set(OPTIMIZERS) == set(LEVELS["optimizer"]), (
-        "an optimizer is one line in OPTIMIZERS (grid/optimizers.py) and one name in LEVELS (grid/config.py)"
+        "an optimizer is one line in OPTIMIZERS (grid/train/optimizers.py) and one name in LEVELS (grid/config.py)"
     )
 
 

@@ -3,7 +3,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from grid.config import InputError
-from grid.packing import GPU_BYTES_PER_TRIAL, MAX_TRIALS_PER_GPU, MOST_PER_CPU, Node, Packing, pack, pack_nodes
+from grid.plan.packing import (
+    GPU_BYTES_PER_TRIAL,
+    MAX_TRIALS_PER_CPU,
+    MAX_TRIALS_PER_GPU,
+    Node,
+    Packing,
+    pack,
+    pack_nodes,
+)
 
 GIB = 2**30
 CAPACITY = st.floats(0.5, 64)
@@ -50,7 +58,7 @@ def test_the_user_may_choose_how_many(cpus, gpus, concurrency, expected):
     concurrency=st.none() | st.integers(1, 200),
 )
 def test_all_trials_fit_the_machine_at_once(cpus, gpus, gpu_bytes, concurrency):
-    assume(concurrency is None or concurrency <= MOST_PER_CPU * max(1, cpus))
+    assume(concurrency is None or concurrency <= MAX_TRIALS_PER_CPU * max(1, cpus))
     packing = pack(cpus, gpus, gpu_bytes, concurrency)
     assert packing.concurrency == (concurrency or packing.concurrency) >= 1
     assert packing.concurrency * packing.cpus_per_trial <= cpus * (1 + 1e-9)
@@ -81,7 +89,7 @@ def test_the_reason_names_what_is_short():
 
 @given(cpus=st.lists(CAPACITY, min_size=1, max_size=5), concurrency=st.integers(1, 60))
 def test_machines_that_differ_hold_as_many_as_were_asked_for(cpus, concurrency):
-    assume(concurrency <= MOST_PER_CPU * max(1, sum(cpus)))
+    assume(concurrency <= MAX_TRIALS_PER_CPU * max(1, sum(cpus)))
     share = pack_nodes([Node(each, 0, 0) for each in cpus], concurrency).cpus_per_trial
     assert sum(int(each / share + 1e-9) for each in cpus) >= concurrency
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import SGD
 
 from grid.config import LEVELS
-from grid.penalties import PENALTIES, penalised_weights
+from grid.train.penalties import PENALTIES, penalised_weights
 
 L1, L2 = 0.25, 0.5
 TERMS = {
@@ -39,7 +39,7 @@ def penalise(name: str, weights: list[nn.Parameter], l1: float = L1, l2: float =
 
 def test_penalties_are_the_levels_of_their_factor():
     assert set(PENALTIES) == set(LEVELS["regularization"]), (
-        "a penalty is one line in PENALTIES (grid/penalties.py) and one name in LEVELS (grid/config.py)"
+        "a penalty is one line in PENALTIES (grid/train/penalties.py) and one name in LEVELS (grid/config.py)"
     )
 
 

@@ -6,8 +6,8 @@ import pytest
 from matplotlib import pyplot
 from PIL import Image
 
-from grid.glyphs import CLASSES
-from grid.pictures import (
+from grid.data.glyphs import CLASSES
+from grid.driver.pictures import (
     CAPTION_INCHES,
     CELL_INCHES,
     DPI,

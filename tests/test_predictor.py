@@ -12,11 +12,11 @@ import pytest
 import torch
 from mlflow.models import Model
 
-from grid import predictor
 from grid.config import InputError, TrialConfig
-from grid.evaluation import inference_state
-from grid.predictor import CharacterReader, forget_models, log_predictor, register, save_predictor
-from grid.trial import DeviceData, Trial
+from grid.record import predictor
+from grid.record.predictor import CharacterReader, forget_models, log_predictor, register, save_predictor
+from grid.train.evaluation import inference_state
+from grid.train.trial import DeviceData, Trial
 
 CLASSES = tuple("0123Abcd")
 CONFIG = TrialConfig(
@@ -54,7 +54,7 @@ def images(trial) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def expected(trial) -> list[str]:
-    with trial.judged():
+    with trial.evaluating():
         return [CLASSES[label] for label in trial.logits(trial.data.val_images).argmax(dim=1)]
 
 

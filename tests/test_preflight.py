@@ -6,34 +6,34 @@ from pathlib import Path
 
 import pytest
 
-from grid.checkpoint import Checkpoints
-from grid.cluster import HEAD
 from grid.config import InputError
-from grid.packing import Node, Packing
-from grid.preflight import (
+from grid.plan.packing import Node, Packing
+from grid.train.checkpoints import Checkpoints
+from grid.tune.machines import HEAD
+from grid.tune.preflight import (
     BYTES_PER_TRIAL,
-    Code,
-    Report,
-    Wanted,
-    judge,
+    CodeVersion,
+    NodeReport,
+    Requirements,
     mark_storage,
-    memory_fault,
-    storage_fault,
+    memory_problem,
+    plan_packing,
+    storage_problem,
     unmark_storage,
 )
 
-CODE = Code("0123456789ab", {"torch": "2.15", "ray": "2.60"})
-GOOD = Report(CODE, "", 0, "")
+CODE = CodeVersion("0123456789ab", {"torch": "2.15", "ray": "2.60"})
+GOOD = NodeReport(CODE, "", 0, "")
 RESOURCES = {"CPU": 4.0, "memory": 8.0 * 2**30}
 TWO = {"10.0.0.1 (head)": {**RESOURCES, HEAD: 1.0}, "10.0.0.2 (node)": RESOURCES}
 
 
-def judge_second(second: Report | str) -> Packing:
-    return judge(TWO, dict(zip(TWO, (GOOD, second), strict=True)), CODE, None)
+def plan_with_second(second: NodeReport | str) -> Packing:
+    return plan_packing(TWO, dict(zip(TWO, (GOOD, second), strict=True)), CODE, None)
 
 
 def test_a_good_cluster_is_packed_and_described() -> None:
-    packing = judge_second(GOOD)
+    packing = plan_with_second(GOOD)
     assert (packing.concurrency, packing.machines, packing.bfloat16) == (8, "2 nodes, 8 CPUs, 0 GPUs", None)
 
 
@@ -49,12 +49,12 @@ def test_a_good_cluster_is_packed_and_described() -> None:
             replace(GOOD, code=replace(CODE, digest="f" * 12)),
             "has other code (ffffffffffff, the driver 0123456789ab); ",
         ),
-        (replace(GOOD, storage_fault="can't use the storage"), "can't use the storage"),
+        (replace(GOOD, storage_problem="can't use the storage"), "can't use the storage"),
     ],
 )
-def test_a_machine_that_cannot_train_is_named_with_the_mend(second: Report | str, message: str) -> None:
+def test_a_machine_that_cannot_train_is_named_with_the_mend(second: NodeReport | str, message: str) -> None:
     with pytest.raises(InputError) as caught:
-        judge_second(second)
+        plan_with_second(second)
     assert str(caught.value).startswith(f"node 10.0.0.2 (node) {message}")
     assert "\n" not in str(caught.value)
 
@@ -63,47 +63,47 @@ def test_the_configuration_of_the_autoscaler_is_planned_with() -> None:
     kinds = {"gpu": {"resources": {"CPU": 8, "GPU": 1, "accelerator_type:T4": 1}, "max_workers": 2}}
     scaling = json.dumps({"max_workers": 2, "available_node_types": kinds})
     name = next(iter(TWO))
-    packing = judge({name: TWO[name]}, {name: replace(GOOD, scaling=scaling)}, CODE, None)
+    packing = plan_packing({name: TWO[name]}, {name: replace(GOOD, scaling=scaling)}, CODE, None)
     assert (packing.concurrency, packing.gpus_per_trial, packing.bfloat16) == (16, 1 / 8, False)
 
 
 def test_too_little_memory_is_told_with_a_concurrency_that_fits() -> None:
     node, packing = Node(4, 0, 0), Packing(8, 1.0, 0.0)  # two such machines
-    assert memory_fault(4 * BYTES_PER_TRIAL, node, packing) == ""
-    fault = memory_fault(2 * BYTES_PER_TRIAL, node, packing)
-    assert fault == "has 1.4 GiB of memory for 4 trials, which need 2.7; pass --concurrency 4"
+    assert memory_problem(4 * BYTES_PER_TRIAL, node, packing) == ""
+    problem = memory_problem(2 * BYTES_PER_TRIAL, node, packing)
+    assert problem == "has 1.4 GiB of memory for 4 trials, which need 2.7; pass --concurrency 4"
 
 
 def test_a_head_that_holds_no_trials_needs_no_memory_for_them() -> None:
-    assert memory_fault(0, Node(0, 0, 0), Packing(8, 1.0, 1 / 8)) == ""
+    assert memory_problem(0, Node(0, 0, 0), Packing(8, 1.0, 1 / 8)) == ""
 
 
 def test_storage_that_is_another_folder_or_unwritable_is_found(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path / "here"), "grid")
     mark = mark_storage(checkpoints)
-    assert storage_fault(checkpoints, mark, "node") == ""
+    assert storage_problem(checkpoints, mark, "node") == ""
     assert [file.name for file in tmp_path.rglob("*.pt")] == [f"probe-driver-{mark}.pt"]
-    assert storage_fault(checkpoints, "another run's", "node").startswith(f"does not see in {tmp_path / 'here'} what")
+    assert storage_problem(checkpoints, "another run's", "node").startswith(f"does not see in {tmp_path / 'here'} what")
     other = mark_storage(checkpoints)  # of a second driver, which comes and goes
     unmark_storage(checkpoints, other)
-    assert storage_fault(checkpoints, mark, "node") == ""
+    assert storage_problem(checkpoints, mark, "node") == ""
     (tmp_path / "file").touch()
     blocked = Checkpoints(str(tmp_path / "file"), "grid")
-    assert storage_fault(blocked, mark, "node").startswith(f"can't use the storage {tmp_path / 'file'} (")
+    assert storage_problem(blocked, mark, "node").startswith(f"can't use the storage {tmp_path / 'file'} (")
 
 
 def test_a_machine_that_joins_late_says_the_same(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path), "grid")
     mark = mark_storage(checkpoints)
-    assert Wanted(Code.here(), mark).fault(checkpoints, "10.0.0.3 (late)") == ""
-    fault = Wanted(CODE, mark).fault(checkpoints, "10.0.0.3 (late)")
-    assert fault.startswith("node 10.0.0.3 (late) has torch ")
+    assert Requirements(CodeVersion.here(), mark).problem(checkpoints, "10.0.0.3 (late)") == ""
+    problem = Requirements(CODE, mark).problem(checkpoints, "10.0.0.3 (late)")
+    assert problem.startswith("node 10.0.0.3 (late) has torch ")
     unmark_storage(checkpoints, mark)
-    assert "does not see" in Wanted(Code.here(), mark).fault(checkpoints, "10.0.0.3 (late)")
+    assert "does not see" in Requirements(CodeVersion.here(), mark).problem(checkpoints, "10.0.0.3 (late)")
 
 
 def test_the_digest_is_of_the_code_that_runs() -> None:
-    here = Code.here()
-    assert here == Code.here()
+    here = CodeVersion.here()
+    assert here == CodeVersion.here()
     assert len(here.digest) == 12
     assert here.versions["torch"]

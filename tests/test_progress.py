@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from grid.config import FACTORS, LEVELS
-from grid.progress import Progress, spell_seconds, top_table
-from grid.ranking import Standing
-from grid.space import GRIDS
+from grid.driver.progress import Progress, top_table
+from grid.plan.space import GRIDS
+from grid.ranking import TrialSummary
+from grid.wording import format_seconds
 
 MLP = {factor: LEVELS[factor][0] for factor in FACTORS}
 CNN = {**MLP, "model": "cnn", "batch_norm": "on"}
@@ -23,9 +24,9 @@ def progress(**changes: object) -> Progress:
     return Progress(**(settings | changes))  # type: ignore[arg-type]
 
 
-def standing(status: str, epochs_run: int, accuracy: float | None, **changes: object) -> Standing:
+def summary(status: str, epochs_run: int, accuracy: float | None, **changes: object) -> TrialSummary:
     settings = {"cell": MLP, "seed": 0, "lr_scale": 1.0, "epochs": 9}
-    return Standing(status=status, epochs_run=epochs_run, best_val_accuracy=accuracy, **(settings | changes))  # type: ignore[arg-type]
+    return TrialSummary(status=status, epochs_run=epochs_run, best_val_accuracy=accuracy, **(settings | changes))  # type: ignore[arg-type]
 
 
 def test_the_line_counts_what_happened() -> None:
@@ -72,13 +73,13 @@ def test_a_file_gets_whole_lines_now_and_then() -> None:
 
 
 def test_the_table_ranks_full_budgets_above_higher_accuracies_of_fewer_epochs() -> None:
-    longer = [standing("completed", 9, accuracy, cell=cell) for accuracy, cell in ((0.7, MLP), (0.8, CNN))]
-    table = top_table([standing("stopped", 1, 0.99, cell=WIDEST), *longer])
+    longer = [summary("completed", 9, accuracy, cell=cell) for accuracy, cell in ((0.7, MLP), (0.8, CNN))]
+    table = top_table([summary("stopped", 1, 0.99, cell=WIDEST), *longer])
     assert [line.split()[1] for line in table.splitlines()[1:4]] == ["80.00%", "70.00%", "99.00%"]
 
 
 def test_an_accuracy_of_zero_is_an_accuracy() -> None:
-    assert top_table([standing("completed", 9, 0.0)]).splitlines()[1].split()[1] == "0.00%"
+    assert top_table([summary("completed", 9, 0.0)]).splitlines()[1].split()[1] == "0.00%"
 
 
 def test_a_reader_that_goes_away_does_not_end_the_run() -> None:
@@ -92,7 +93,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run() -> None:
 
 
 def test_diverged_and_failed_trials_have_no_rank_but_are_counted() -> None:
-    table = top_table([standing("diverged", 2, 0.9), standing("failed", 0, None), standing("completed", 9, 0.7)])
+    table = top_table([summary("diverged", 2, 0.9), summary("failed", 0, None), summary("completed", 9, 0.7)])
     assert table.splitlines()[1].split()[1] == "70.00%"
     assert table.splitlines()[-1] == "1 of 1 cells shown; 3 trials: 1 completed, 1 diverged, 1 failed"
 
@@ -102,22 +103,22 @@ def test_an_empty_table_says_so() -> None:
 
 
 def test_the_usual_table_fits_80_columns() -> None:
-    table = top_table([standing("completed", 27, 0.8, cell=WIDEST, epochs=27, seed=seed) for seed in range(20)])
+    table = top_table([summary("completed", 27, 0.8, cell=WIDEST, epochs=27, seed=seed) for seed in range(20)])
     assert max(map(len, table.splitlines())) <= 80
 
 
 def test_the_table_has_a_row_per_cell_and_tells_its_seeds() -> None:
-    table = top_table([standing("completed", 9, accuracy, seed=seed) for seed, accuracy in enumerate((0.7, 0.8))])
+    table = top_table([summary("completed", 9, accuracy, seed=seed) for seed, accuracy in enumerate((0.7, 0.8))])
     assert table.splitlines()[1].split()[:4] == ["1", "75.00%", "9/9", "x2"]
 
 
 def test_the_table_tells_the_learning_rate_scale_that_was_best() -> None:
-    table = top_table([standing("completed", 9, 0.8 * scale, lr_scale=scale) for scale in (0.5, 1.0, 0.7)])
+    table = top_table([summary("completed", 9, 0.8 * scale, lr_scale=scale) for scale in (0.5, 1.0, 0.7)])
     assert table.splitlines()[1].endswith("mlp constant relu sgd")
-    table = top_table([standing("completed", 9, 0.8, lr_scale=0.5)])
+    table = top_table([summary("completed", 9, 0.8, lr_scale=0.5)])
     assert table.splitlines()[1].endswith("mlp constant relu sgd lr x0.5")
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(42, "42 s"), (420, "7 min"), (12000, "3 h 20 min")])
 def test_durations_are_spelled_for_people(seconds: float, text: str) -> None:
-    assert spell_seconds(seconds) == text
+    assert format_seconds(seconds) == text

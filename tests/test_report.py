@@ -10,9 +10,9 @@ import pytest
 
 from analysis.report import main
 from grid.config import TrialConfig
-from grid.record import Recorder
-from grid.spool import Spool
-from grid.store import Store
+from grid.record.recorder import Recorder
+from grid.record.spool import Spool
+from grid.record.store import Store
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome here")
@@ -37,11 +37,11 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def judged_page(judged_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_page(finished_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
-        command = ["--experiment", "judged", "--store", judged_store.uri, "--out", str(folder / "page.html")]
+        command = ["--experiment", "finished", "--store", finished_store.uri, "--out", str(folder / "page.html")]
         assert main(command) == 0
     return folder / "page.html"
 
@@ -63,11 +63,11 @@ def fill(store: Store, folder: Path, *trials: tuple[str, str, list[float]], cont
     recorder.begin({"grid.json": b'{"data": {"val_images": 900}, "commit": "0123456"}'}, {})
     for seed, (activation, status, accuracies) in enumerate(trials):
         config = TrialConfig(activation=activation, seed=seed // 2, learning_rate=0.1, epochs=3)
-        recorder.trial_started(config, control=control)
+        recorder.started(config, control=control)
         for epoch, accuracy in enumerate(accuracies, start=1):
             recorder.epoch_ended(config, epoch, {"val_accuracy": accuracy}, is_rung=epoch == 1)
         best = max(accuracies, default=None)
-        recorder.trial_ended(config, status, epochs_run=len(accuracies), best_val_accuracy=best)
+        recorder.ended(config, status, epochs_run=len(accuracies), best_val_accuracy=best)
     assert recorder.close(finished=True)
 
 
@@ -83,34 +83,34 @@ def complaints(browsed: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in browsed.stderr.splitlines() if "CONSOLE" in line]
 
 
-def test_the_headline_is_printed_too(judged_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report(judged_store, tmp_path)
+def test_the_headline_is_printed_too(finished_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report(finished_store, tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[:4]] == QUESTIONS
     assert lines[4].startswith(f"{tmp_path}/page.html  0.")
 
 
-def test_what_was_trained_stands_at_the_head(judged_page: Path) -> None:
+def test_what_was_trained_stands_at_the_head(finished_page: Path) -> None:
     told = "24 cells; 48 trials of at most 9 epochs; glyphs: 1,200 training and 600 validation images"
-    assert f"judged {told}; commit 0123456789ab" in words(judged_page.read_text(encoding="utf-8"))
+    assert f"finished {told}; commit 0123456789ab" in words(finished_page.read_text(encoding="utf-8"))
 
 
-def test_the_page_refers_to_nothing_outside(judged_page: Path) -> None:
-    page = judged_page.read_text(encoding="utf-8")
+def test_the_page_refers_to_nothing_outside(finished_page: Path) -> None:
+    page = finished_page.read_text(encoding="utf-8")
     assert not re.findall(r'(?:src|href|action)="(?!#|data:)[^"]*"', page)
     assert not re.findall(r"url\((?!#)|@import", page)
     assert set(re.findall(r'([\w:]+)="https?://', page)) == {"xmlns", "xmlns:xlink"}
 
 
-def test_ids_are_unique_and_every_link_meets_one(judged_page: Path) -> None:
-    page = judged_page.read_text(encoding="utf-8")
+def test_ids_are_unique_and_every_link_meets_one(finished_page: Path) -> None:
+    page = finished_page.read_text(encoding="utf-8")
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', page)) <= set(ids)
 
 
-def test_numbers_end_at_the_right_and_words_start_at_the_left(judged_page: Path) -> None:
-    page = judged_page.read_text(encoding="utf-8")
+def test_numbers_end_at_the_right_and_words_start_at_the_left(finished_page: Path) -> None:
+    page = finished_page.read_text(encoding="utf-8")
     assert '<td class="text">cnn constant gelu adam batch_norm</td><td>76.' in page
 
 
@@ -194,12 +194,12 @@ def test_a_page_that_cannot_be_written_is_one_line(
 
 
 @pytest.fixture
-def framed(judged_page: Path, tmp_path: Path) -> Callable[[int], dict[str, object]]:
+def framed(finished_page: Path, tmp_path: Path) -> Callable[[int], dict[str, object]]:
     """Measures the page in a browser whose window has a width that headless ones refuse."""
 
     def measure(width: int) -> dict[str, object]:
         probed = tmp_path / "probed.html"
-        probed.write_text(judged_page.read_text(encoding="utf-8") + PROBE, encoding="utf-8")
+        probed.write_text(finished_page.read_text(encoding="utf-8") + PROBE, encoding="utf-8")
         frame = tmp_path / "frame.html"
         frame.write_text(FRAME.format(page=probed.as_uri(), width=width), encoding="utf-8")
         browsed = browse(frame, "--window-size=1400,1000", "--virtual-time-budget=5000", "--dump-dom")
@@ -214,10 +214,10 @@ def framed(judged_page: Path, tmp_path: Path) -> Callable[[int], dict[str, objec
 @needs_browser
 @pytest.mark.parametrize("width", [390, 1000])
 def test_in_a_browser_all_figures_are_drawn_and_nothing_is_wider_than_the_window(
-    framed: Callable[[int], dict[str, object]], judged_page: Path, width: int
+    framed: Callable[[int], dict[str, object]], finished_page: Path, width: int
 ) -> None:
     found = framed(width)
-    assert len(found["sizes"]) == judged_page.read_text(encoding="utf-8").count("<figure>") == 14
+    assert len(found["sizes"]) == finished_page.read_text(encoding="utf-8").count("<figure>") == 14
     assert all(0 < figure[0] <= width and figure[1] > 20 and figure[2] > 0 for figure in found["sizes"])
     assert found["page"] <= found["window"] <= width
 
@@ -229,8 +229,8 @@ def test_a_complaint_of_the_browser_would_be_seen(tmp_path: Path) -> None:
 
 
 @needs_browser
-def test_the_page_prints(judged_page: Path, tmp_path: Path) -> None:
+def test_the_page_prints(finished_page: Path, tmp_path: Path) -> None:
     printed = tmp_path / "page.pdf"
-    assert complaints(browse(judged_page, f"--print-to-pdf={printed}")) == []
+    assert complaints(browse(finished_page, f"--print-to-pdf={printed}")) == []
     pages = re.findall(rb"/Type\s*/Page\b", printed.read_bytes())
     assert 4 <= len(pages) <= 12

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from grid.config import InputError
-from grid.request import check_address, check_storage
+from grid.plan.request import check_address, check_storage
+from grid.plan.space import GRIDS
 from grid.run import _parser, main, read_request
-from grid.space import GRIDS
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def test_wrong_input_is_one_line_exit_code_2_and_nothing_written(
 ) -> None:
     try:
         code = main(["--data-dir", str(glyphs_dir), *arguments])
-    except SystemExit as ended:  # argparse's own faults
+    except SystemExit as ended:  # argparse's own problems
         code = int(ended.code or 0)
     out, err = capsys.readouterr()
     assert code == 2

@@ -8,15 +8,15 @@ from torch import nn
 from torch.optim import SGD
 
 from grid.config import LEVELS
-from grid.schedules import SCHEDULES, Schedule, Span
+from grid.train.schedules import SCHEDULES, Horizon, Schedule
 
-SPAN = Span(epochs=9, steps_per_epoch=11, learning_rate=0.5)  # 99 steps: one_cycle's peak falls on step 29
+HORIZON = Horizon(epochs=9, steps_per_epoch=11, learning_rate=0.5)  # 99 steps: one_cycle's peak falls on step 29
 BY_STEP = sorted(set(SCHEDULES) - {"plateau"})
 
 
-def scheduled(name: str, span: Span = SPAN) -> tuple[Schedule, SGD]:
-    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=span.learning_rate)
-    return Schedule(name, optimizer, span), optimizer
+def scheduled(name: str, horizon: Horizon = HORIZON) -> tuple[Schedule, SGD]:
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=horizon.learning_rate)
+    return Schedule(name, optimizer, horizon), optimizer
 
 
 def run_epoch(schedule: Schedule, optimizer: SGD, steps: int, val_loss: float) -> list[float]:
@@ -30,18 +30,22 @@ def run_epoch(schedule: Schedule, optimizer: SGD, steps: int, val_loss: float) -
     return rates
 
 
-def all_rates(name: str, span: Span = SPAN, val_loss: float = 1.0) -> list[float]:
-    schedule, optimizer = scheduled(name, span)
-    return [rate for _ in range(span.epochs) for rate in run_epoch(schedule, optimizer, span.steps_per_epoch, val_loss)]
+def all_rates(name: str, horizon: Horizon = HORIZON, val_loss: float = 1.0) -> list[float]:
+    schedule, optimizer = scheduled(name, horizon)
+    return [
+        rate
+        for _ in range(horizon.epochs)
+        for rate in run_epoch(schedule, optimizer, horizon.steps_per_epoch, val_loss)
+    ]
 
 
 def one_cycle_rate(step: int) -> float:
     """Return the closed form: from 1/25 of the peak up to it and down to 1/250000 of it, along half cosines."""
     if step <= 29:
-        low, share = SPAN.learning_rate / 25, 1 - step / 29
+        low, share = HORIZON.learning_rate / 25, 1 - step / 29
     else:
-        low, share = SPAN.learning_rate / 250_000, (step - 29) / (99 - 29)
-    return low + (SPAN.learning_rate - low) * (1 + math.cos(math.pi * share)) / 2
+        low, share = HORIZON.learning_rate / 250_000, (step - 29) / (99 - 29)
+    return low + (HORIZON.learning_rate - low) * (1 + math.cos(math.pi * share)) / 2
 
 
 CLOSED_FORMS = {
@@ -56,7 +60,7 @@ CLOSED_FORMS = {
 
 def test_schedules_are_the_levels_of_their_factor():
     assert set(SCHEDULES) == set(LEVELS["lr_schedule"]), (
-        "a schedule is one line in SCHEDULES (grid/schedules.py) and one name in LEVELS (grid/config.py)"
+        "a schedule is one line in SCHEDULES (grid/train/schedules.py) and one name in LEVELS (grid/config.py)"
     )
 
 
@@ -66,7 +70,7 @@ def test_every_schedule_has_a_closed_form_to_be_compared_with():
 
 @pytest.mark.parametrize("name", CLOSED_FORMS)
 def test_rates_of_the_whole_span_follow_the_closed_form(name):
-    expected = [CLOSED_FORMS[name](step) for step in range(SPAN.steps)]
+    expected = [CLOSED_FORMS[name](step) for step in range(HORIZON.steps)]
     assert all_rates(name) == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
@@ -76,15 +80,15 @@ def test_rates_of_the_whole_span_follow_the_closed_form(name):
 def test_the_budget_ends_with_the_final_share_of_the_peak_rate(name, share):
     """`step` is the last step's rate; the others are read behind it, where the curve ends."""
     schedule, optimizer = scheduled(name)
-    rates = run_epoch(schedule, optimizer, SPAN.steps, val_loss=1.0)
+    rates = run_epoch(schedule, optimizer, HORIZON.steps, val_loss=1.0)
     final = rates[-1] if name == "step" else schedule.learning_rate
-    assert final == pytest.approx(share * SPAN.learning_rate, abs=1e-12)
+    assert final == pytest.approx(share * HORIZON.learning_rate, abs=1e-12)
 
 
 def test_one_cycle_peaks_at_the_peak_rate_after_three_tenths():
     rates = all_rates("one_cycle")
-    assert max(rates) == rates[29] == SPAN.learning_rate
-    assert sum(rates) / len(rates) == pytest.approx((0.3 * 1.04 / 2 + 0.7 / 2) * SPAN.learning_rate, rel=0.01)
+    assert max(rates) == rates[29] == HORIZON.learning_rate
+    assert sum(rates) / len(rates) == pytest.approx((0.3 * 1.04 / 2 + 0.7 / 2) * HORIZON.learning_rate, rel=0.01)
 
 
 @settings(deadline=None)
@@ -96,7 +100,7 @@ def test_one_cycle_peaks_at_the_peak_rate_after_three_tenths():
     losses=st.lists(st.floats(0, 9), min_size=12, max_size=12),
 )
 def test_no_rate_exceeds_the_peak_or_falls_below_zero(name, epochs, steps, peak, losses):
-    schedule, optimizer = scheduled(name, Span(epochs, steps, peak))
+    schedule, optimizer = scheduled(name, Horizon(epochs, steps, peak))
     for val_loss in losses[:epochs]:
         rates = run_epoch(schedule, optimizer, steps, val_loss)
         assert all(0 < rate <= peak * (1 + 1e-9) for rate in rates)
@@ -104,7 +108,7 @@ def test_no_rate_exceeds_the_peak_or_falls_below_zero(name, epochs, steps, peak,
 
 @given(epochs=st.integers(1, 30), steps=st.integers(1, 30))
 def test_step_never_takes_more_than_two_cuts_however_the_budget_divides(epochs, steps):
-    rates = {f"{rate:.3e}" for rate in all_rates("step", Span(epochs, steps, 1.0))}
+    rates = {f"{rate:.3e}" for rate in all_rates("step", Horizon(epochs, steps, 1.0))}
     assert rates <= {"1.000e+00", "1.000e-01", "1.000e-02"}
 
 
@@ -116,17 +120,17 @@ def test_validation_loss_moves_plateau_only(name):
 def test_plateau_keeps_its_rate_while_the_validation_loss_falls():
     schedule, optimizer = scheduled("plateau")
     rates = [rate for epoch in range(9) for rate in run_epoch(schedule, optimizer, 11, val_loss=1 / (1 + epoch))]
-    assert set(rates) == {SPAN.learning_rate}
+    assert set(rates) == {HORIZON.learning_rate}
 
 
 def test_plateau_stands_still_within_an_epoch():
     schedule, optimizer = scheduled("plateau")
-    assert set(run_epoch(schedule, optimizer, 1000, val_loss=1.0)) == {SPAN.learning_rate}
+    assert set(run_epoch(schedule, optimizer, 1000, val_loss=1.0)) == {HORIZON.learning_rate}
 
 
 @pytest.mark.parametrize("epochs", [10, 40])
 def test_patience_of_plateau_is_a_tenth_of_the_budget(epochs):
-    rates = all_rates("plateau", Span(epochs, 1, 1.0))
+    rates = all_rates("plateau", Horizon(epochs, 1, 1.0))
     assert rates.index(pytest.approx(0.3)) == 2 + epochs // 10
 
 
@@ -135,7 +139,7 @@ def test_one_cycle_leaves_momentum_alone(name):
     kinds = {"adam": torch.optim.Adam, "sgd": lambda weights, lr: SGD(weights, lr=lr, momentum=0.9)}
     optimizer = kinds[name]([nn.Parameter(torch.zeros(1))], lr=1.0)
     before = dict(optimizer.param_groups[0])
-    run_epoch(Schedule("one_cycle", optimizer, SPAN), optimizer, 50, val_loss=1.0)
+    run_epoch(Schedule("one_cycle", optimizer, HORIZON), optimizer, 50, val_loss=1.0)
     after = optimizer.param_groups[0]
     assert (after.get("momentum"), after.get("betas")) == (before.get("momentum"), before.get("betas"))
 

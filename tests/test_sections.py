@@ -3,12 +3,13 @@ from pathlib import Path
 
 import pytest
 
-from analysis import plot, sections
-from analysis.sections import Section
-from analysis.spelling import percent
+from analysis import plot
+from analysis.formatting import percent
+from analysis.page import sections
+from analysis.page.sections import Section
 from analysis.store import read_experiment
-from analysis.verdict import Verdict, judge
-from grid.store import Store
+from analysis.verdict import Verdict, analyse
+from grid.record.store import Store
 
 TITLES = (
     *("Leaderboard", "Main effects", "Interactions", "Learning curves", "Divergence"),
@@ -17,8 +18,8 @@ TITLES = (
 
 
 @pytest.fixture(scope="module")
-def verdict(judged_store: Store) -> Verdict:
-    return judge(read_experiment(judged_store.uri, "judged"))
+def verdict(finished_store: Store) -> Verdict:
+    return analyse(read_experiment(finished_store.uri, "finished"))
 
 
 @pytest.fixture(scope="module")

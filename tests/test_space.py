@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grid.config import FACTORS, LEVELS, InputError, TrialConfig, check_level
-from grid.space import EXCLUSIONS, GRIDS, Cell, cross, draw_controls, expand, find_grid, restrict, settings_of
+from grid.plan.space import EXCLUSIONS, GRIDS, Cell, cross, draw_controls, expand, find_grid, restrict, settings_of
 
 some_levels = st.fixed_dictionaries(
     {factor: st.lists(st.sampled_from(names), min_size=1, unique=True).map(tuple) for factor, names in LEVELS.items()}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from grid.spool import Spool
+from grid.record.spool import Spool
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_what_was_appended_survives_a_killed_process(path: Path) -> None:
     code = f"""
 import os, signal
 from pathlib import Path
-from grid.spool import Spool
+from grid.record.spool import Spool
 Spool(Path({str(path)!r})).append({{"name": "last words"}})
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -81,7 +81,7 @@ def test_a_spool_is_open_in_one_place_at_a_time(path: Path) -> None:
 
 
 def test_a_dead_process_does_not_keep_the_spool(path: Path) -> None:
-    opened = f"from pathlib import Path; from grid.spool import Spool; spool = Spool(Path({str(path)!r}))"
+    opened = f"from pathlib import Path; from grid.record.spool import Spool; spool = Spool(Path({str(path)!r}))"
     code = f"import os; {opened}; os._exit(1)"
     subprocess.run([sys.executable, "-c", code], check=False)
     Spool(path).close()

@@ -23,7 +23,7 @@ def test_checking_writes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("uri", "fault"),
+    ("uri", "problem"),
     [
         ("sqlite://", "it names no file"),
         ("sqlite:////nowhere/at/all.db", "there is no folder /nowhere/at"),
@@ -35,9 +35,9 @@ def test_checking_writes_nothing(tmp_path: Path) -> None:
         ("http://127.0.0.1:99999", "Port out of range"),
     ],
 )
-def test_a_store_that_cannot_be_opened_is_refused_with_the_reason(uri: str, fault: str, tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_opened_is_refused_with_the_reason(uri: str, problem: str, tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("not a database at all")
-    with pytest.raises(InputError, match=rf"^can't open the store .*{fault}"):
+    with pytest.raises(InputError, match=rf"^can't open the store .*{problem}"):
         check_store_uri(uri.format(folder=tmp_path))
 
 

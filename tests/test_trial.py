@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from jaxtyping import TypeCheckError
 from torch import Tensor, nn
 
-from grid import trial as trial_module
-from grid.config import EPOCH_METRICS, LEVELS, STATUSES, TrialConfig
-from grid.data import Dataset
-from grid.optimizers import OPTIMIZERS
-from grid.penalties import penalised_weights
-from grid.schedules import SCHEDULES
-from grid.trial import DeviceData, EpochReport, Trial, TrialResult, build_net, train
+from grid.config import LEVELS, TrialConfig
+from grid.data.dataset import Dataset
+from grid.metrics import EPOCH_METRICS, STATUSES, EpochReport
+from grid.train import trial as trial_module
+from grid.train.optimizers import OPTIMIZERS
+from grid.train.penalties import penalised_weights
+from grid.train.schedules import SCHEDULES
+from grid.train.trial import DeviceData, Trial, TrialResult, build_net, train
 from nets.activations import gain
 from nets.dropout import SeededDropout
 
@@ -337,7 +338,7 @@ def test_metrics_are_the_epoch_metrics(data):
 
 
 def test_best_val_accuracy_is_the_highest_of_all_epochs():
-    report = EpochReport(1, 1.0, 0.5, 1.0, 0.5, 0.1, 1.0, 1.0, diverged=False)
+    report = EpochReport(epoch=1, val_accuracy=0.5)
     better, broken = replace(report, val_accuracy=0.75), replace(report, val_accuracy=math.nan, diverged=True)
     assert TrialResult("diverged", (report, better, report, broken)).best_val_accuracy == 0.75
     assert TrialResult("diverged", (broken,)).best_val_accuracy is None

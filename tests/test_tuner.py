@@ -14,15 +14,17 @@ import pytest
 import ray
 import torch
 
-from grid.asha import Asha
-from grid.checkpoint import Checkpoints
 from grid.config import TrialConfig
-from grid.connection import connect, disconnect
-from grid.data import Dataset, load
-from grid.packing import Packing
-from grid.preflight import Code
-from grid.trial import DeviceData, EpochReport, train
-from grid.tuner import AshaScheduler, run_trials
+from grid.data.dataset import Dataset
+from grid.data.load import load
+from grid.metrics import EpochReport
+from grid.plan.asha import Asha
+from grid.plan.packing import Packing
+from grid.train.checkpoints import Checkpoints
+from grid.train.trial import DeviceData, train
+from grid.tune.connection import connect, disconnect
+from grid.tune.preflight import CodeVersion
+from grid.tune.tuner import AshaScheduler, run_trials
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +47,7 @@ class Notes:
         self.reports: dict[str, list[EpochReport]] = {}
         self.ends: dict[str, tuple[str, str]] = {}
         self.worker_pids: set[int] = set()
-        self.faults: list[str] = []
+        self.problems: list[str] = []
         self.end_after = end_after
 
     def started(self, config: TrialConfig) -> None:
@@ -57,15 +59,15 @@ class Notes:
     def ended(self, config: TrialConfig, status: str, error: str) -> None:
         self.ends[config.trial_key] = (status, error)
 
-    def give_up(self, fault: str) -> None:
-        self.faults.append(fault)
+    def give_up(self, problem: str) -> None:
+        self.problems.append(problem)
 
     def tick(self) -> None:
         self.worker_pids |= worker_pids()
 
     @property
     def interrupted(self) -> bool:
-        return bool(self.faults) or sum(map(len, self.reports.values())) >= self.end_after
+        return bool(self.problems) or sum(map(len, self.reports.values())) >= self.end_after
 
 
 @pytest.fixture(scope="module")
@@ -186,11 +188,13 @@ def test_an_interruption_leaves_trials_without_an_end(dataset: Dataset, packing:
 def test_a_worker_on_a_machine_with_other_code_ends_the_run_with_one_line_and_no_trial(
     dataset: Dataset, packing: Packing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = Code.here()
-    monkeypatch.setattr("grid.tuner.Code.here", lambda: replace(here, digest="another"))
+    here = CodeVersion.here()
+    monkeypatch.setattr("grid.tune.tuner.CodeVersion.here", lambda: replace(here, digest="another"))
     notes = run([CONFIG], dataset, packing, tmp_path)
     assert notes.ends == notes.reports == {}
-    assert re.match(r"^node 127\.0\.0\.1 \(.+\) has other code \(\w+, the driver another\); bring the", notes.faults[0])
+    assert re.match(
+        r"^node 127\.0\.0\.1 \(.+\) has other code \(\w+, the driver another\); bring the", notes.problems[0]
+    )
     assert list(tmp_path.rglob("probe-*")) == []
 
 

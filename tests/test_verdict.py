@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 
 from analysis.store import Experiment, read_experiment
-from analysis.verdict import Fact, Verdict, headline, judge, name_of
+from analysis.verdict import Fact, Verdict, analyse, headline, name_of
 from grid.config import FACTORS, LEVELS, InputError
-from grid.store import Store
+from grid.record.store import Store
 
 NOISE = [
     ("relu", 0, 0.0),
@@ -27,9 +27,9 @@ def trial(accuracy: float, status: str = "completed", epochs_run: int = 9, **cha
     return row | {"epochs_run": epochs_run, "best_val_accuracy": accuracy, **rungs} | changes
 
 
-def judged(*trials: dict[str, object], val_images: int | None = None) -> Verdict:
+def analysed(*trials: dict[str, object], val_images: int | None = None) -> Verdict:
     manifest = {"data": {"val_images": val_images}} if val_images else {}
-    return judge(Experiment("sqlite://", "some", "", pd.DataFrame(trials), pd.DataFrame(), manifest, ()))
+    return analyse(Experiment("sqlite://", "some", "", pd.DataFrame(trials), pd.DataFrame(), manifest, ()))
 
 
 def fact(verdict: Verdict, question: str) -> Fact:
@@ -37,14 +37,14 @@ def fact(verdict: Verdict, question: str) -> Fact:
 
 
 @pytest.fixture(scope="module")
-def verdict(judged_store: Store) -> Verdict:
-    return judge(read_experiment(judged_store.uri, "judged"))
+def verdict(finished_store: Store) -> Verdict:
+    return analyse(read_experiment(finished_store.uri, "finished"))
 
 
 def test_a_whole_experiment_answers_four_questions(verdict: Verdict) -> None:
     early, late = "Matters most after epoch 1", "Matters most after epoch 9"
     assert [fact.question for fact in headline(verdict)] == ["Best cell", early, late, "Early stopping"]
-    assert verdict.faults == {}
+    assert verdict.problems == {}
 
 
 def test_the_best_cell_is_the_first_with_its_test_accuracy(verdict: Verdict) -> None:
@@ -71,28 +71,28 @@ def test_the_saved_share_is_that_of_the_stopped_trials(verdict: Verdict) -> None
 
 
 def test_what_cannot_be_had_is_a_fault_and_no_fact() -> None:
-    one = judged(trial(0.8))
+    one = analysed(trial(0.8))
     assert one.effects is None
-    assert "one level only" in one.faults["effects"]
+    assert "one level only" in one.problems["effects"]
     assert [fact.question for fact in headline(one)] == ["Best cell", "Early stopping"]
 
 
 def test_trials_of_two_budgets_are_refused() -> None:
     with pytest.raises(InputError, match="^trials of 9 and 27 epochs can't be ranked together$"):
-        judged(trial(0.8), trial(0.8, model="cnn", epochs=27))
+        analysed(trial(0.8), trial(0.8, model="cnn", epochs=27))
 
 
 def test_without_an_accuracy_there_is_no_best_cell() -> None:
-    verdict = judged(trial(np.nan, "diverged", 1), trial(np.nan, "diverged", 1, model="cnn"))
+    verdict = analysed(trial(np.nan, "diverged", 1), trial(np.nan, "diverged", 1, model="cnn"))
     assert fact(verdict, "Best cell") == Fact(
         "Best cell", "none", "No trial reached an accuracy: all diverged or failed."
     )
-    assert set(verdict.faults) == {"effects", "audit"}
+    assert set(verdict.problems) == {"effects", "audit"}
 
 
 def test_a_single_cell_is_told_as_such() -> None:
     assert (
-        fact(judged(trial(0.8)), "Best cell").remark
+        fact(analysed(trial(0.8)), "Best cell").remark
         == "80.00% of the validation images (one seed). It is the only one."
     )
 
@@ -100,16 +100,16 @@ def test_a_single_cell_is_told_as_such() -> None:
 @pytest.mark.parametrize(("others", "words"), [(1, "1 other."), (2, "2 others.")])
 def test_ties_of_the_best_are_counted(others: int, words: str) -> None:
     rivals = [trial(0.79, activation=name) for name in ("gelu", "elu")[:others]]
-    assert fact(judged(trial(0.8), *rivals, val_images=100), "Best cell").remark.endswith(f"told apart from {words}")
+    assert fact(analysed(trial(0.8), *rivals, val_images=100), "Best cell").remark.endswith(f"told apart from {words}")
 
 
 def test_a_lead_is_told_in_points() -> None:
-    verdict = judged(trial(0.8), trial(0.7, activation="gelu"), val_images=10000)
+    verdict = analysed(trial(0.8), trial(0.7, activation="gelu"), val_images=10000)
     assert fact(verdict, "Best cell").remark.endswith("It is 10.00 points ahead of the next.")
 
 
 def test_without_a_count_of_images_the_lead_is_no_claim() -> None:
-    verdict = judged(trial(0.8), trial(0.7, activation="gelu"))
+    verdict = analysed(trial(0.8), trial(0.7, activation="gelu"))
     assert "How sure the order is can't be said" in fact(verdict, "Best cell").remark
 
 
@@ -121,29 +121,29 @@ def test_what_matters_at_the_end_is_told_by_the_controls(verdict: Verdict) -> No
 
 
 def test_without_controls_nothing_is_said_of_the_end() -> None:
-    verdict = judged(trial(0.8), trial(0.7, activation="gelu"))
+    verdict = analysed(trial(0.8), trial(0.7, activation="gelu"))
     assert verdict.effects_at_end is None
-    assert verdict.faults["effects_at_end"].startswith("no controls, so nothing is known")
+    assert verdict.problems["effects_at_end"].startswith("no controls, so nothing is known")
 
 
 def test_a_cell_that_alone_had_the_full_budget_has_no_rival() -> None:
-    verdict = judged(trial(0.8), trial(0.7, "stopped", 3, activation="gelu"), val_images=100)
+    verdict = analysed(trial(0.8), trial(0.7, "stopped", 3, activation="gelu"), val_images=100)
     assert fact(verdict, "Best cell").remark.endswith("No other went as far.")
 
 
 def test_effects_of_a_saturated_grid_are_told_with_their_doubt() -> None:
-    found = fact(judged(trial(0.8), trial(0.7, activation="gelu")), "Matters most after epoch 1")
+    found = fact(analysed(trial(0.8), trial(0.7, activation="gelu")), "Matters most after epoch 1")
     assert found.remark.endswith("Too few trials to say whether that is more than noise.")
 
 
 def test_an_effect_that_may_be_noise_is_told_as_such() -> None:
     some = [trial(0.8 + luck, seed=seed, activation=name) for name, seed, luck in NOISE]
-    assert "It may be noise (p = " in fact(judged(*some), "Matters most after epoch 1").remark
+    assert "It may be noise (p = " in fact(analysed(*some), "Matters most after epoch 1").remark
 
 
 def test_cells_of_one_accuracy_have_nothing_that_matters() -> None:
     found = fact(
-        judged(*[trial(0.8, seed=seed, activation=name) for name, seed, _ in NOISE]), "Matters most after epoch 1"
+        analysed(*[trial(0.8, seed=seed, activation=name) for name, seed, _ in NOISE]), "Matters most after epoch 1"
     )
     assert found == Fact("Matters most after epoch 1", "nothing", "All cells have the same accuracy.")
 
@@ -156,14 +156,14 @@ def test_a_level_without_an_effect_is_no_worst_level(verdict: Verdict) -> None:
 
 
 def test_without_controls_the_cost_of_stopping_is_unknown() -> None:
-    stopping = fact(judged(trial(0.8), trial(0.4, "stopped", 1, activation="gelu")), "Early stopping")
+    stopping = fact(analysed(trial(0.8), trial(0.4, "stopped", 1, activation="gelu")), "Early stopping")
     assert stopping.answer == "saved 44% of the epochs"
     assert stopping.remark == "What it cost is unknown: no control that would have been stopped."
 
 
 def test_without_rungs_nothing_is_said_to_be_saved() -> None:
     plain = {name: value for name, value in trial(0.8).items() if not name.startswith("val_accuracy_at_")}
-    assert fact(judged(plain), "Early stopping") == Fact("Early stopping", "none", "Every trial had the full budget.")
+    assert fact(analysed(plain), "Early stopping") == Fact("Early stopping", "none", "Every trial had the full budget.")
 
 
 def test_a_cell_is_spelled_by_its_levels() -> None:

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from grid.asha import Asha
-from grid.checkpoint import Checkpoints
 from grid.config import TrialConfig
-from grid.plan import Plan
-from grid.record import Recorder
-from grid.spool import Spool
-from grid.store import Store, StoredTrial
-from grid.trial import EpochReport
-from grid.watcher import Watcher, restore_rungs
+from grid.driver.watcher import Watcher, restore_rungs
+from grid.metrics import EpochReport
+from grid.plan.asha import Asha
+from grid.plan.trials import Plan
+from grid.record.recorder import Recorder
+from grid.record.spool import Spool
+from grid.record.store import Store, StoredTrial
+from grid.train.checkpoints import Checkpoints
 
 CONFIG = TrialConfig(learning_rate=1e-3, epochs=9)
 CONTROL = replace(CONFIG, seed=1)
@@ -24,7 +24,7 @@ PLAN = Plan([CONFIG.cell], {}, [CONFIG, CONTROL], frozenset({CONTROL.trial_key})
 
 
 def report(epoch: int, val_accuracy: float = 0.5) -> EpochReport:
-    return EpochReport(epoch, 1.0, 0.5, 1.0, val_accuracy, 1e-3, 2.0, 100.0, diverged=math.isnan(val_accuracy))
+    return EpochReport(epoch=epoch, val_accuracy=val_accuracy, epoch_seconds=2.0, diverged=math.isnan(val_accuracy))
 
 
 def stored(config: TrialConfig, status: str, epochs_run: int = 9, accuracies: tuple[float, ...] = ()) -> StoredTrial:
@@ -52,12 +52,12 @@ def test_a_trial_is_recorded_from_start_to_end(store: Store, spool: Spool) -> No
     watcher = watch(store, spool)
     watcher.started(CONFIG)
     for epoch, accuracy in enumerate((0.5, 0.7, 0.6), start=1):
-        watcher.reported(CONFIG, report(epoch, accuracy), stopped=False)
+        watcher.epoch_ended(CONFIG, report(epoch, accuracy), stopped=False)
     watcher.ended(CONFIG, "stopped", "")
     assert [event["epoch"] for event in events(spool, "epoch")] == [1, 2, 3]
     (end,) = events(spool, "end")
     assert end["metrics"] == {"best_val_accuracy": 0.7, "epochs_run": 3}
-    assert watcher.standings[CONFIG.trial_key].best_val_accuracy == 0.7
+    assert watcher.summaries[CONFIG.trial_key].best_val_accuracy == 0.7
     assert watcher.progress.done["stopped"] == 1
 
 
@@ -65,7 +65,7 @@ def test_only_rungs_get_a_value_of_their_own(store: Store, spool: Spool) -> None
     watcher = watch(store, spool)
     watcher.started(CONFIG)
     for epoch in (1, 2, 3):
-        watcher.reported(CONFIG, report(epoch), stopped=False)
+        watcher.epoch_ended(CONFIG, report(epoch), stopped=False)
     names = [name for event in events(spool, "epoch") for name in dict(event["metrics"])]  # type: ignore[call-overload]
     assert [name for name in names if "_at_" in name] == ["val_accuracy_at_1", "val_accuracy_at_3"]
 
@@ -74,7 +74,7 @@ def test_an_epoch_that_comes_twice_is_recorded_once(store: Store, spool: Spool) 
     watcher = watch(store, spool)
     for _ in range(2):
         watcher.started(CONFIG)
-        watcher.reported(CONFIG, report(1), stopped=False)
+        watcher.epoch_ended(CONFIG, report(1), stopped=False)
     assert len(events(spool, "epoch")) == 1
 
 
@@ -82,17 +82,17 @@ def test_epochs_that_the_store_has_are_not_recorded_again(store: Store, spool: S
     watcher = watch(store, spool, {CONFIG.trial_key: stored(CONFIG, "", accuracies=(0.4, 0.9))})
     watcher.started(CONFIG)
     for epoch in (1, 2, 3):
-        watcher.reported(CONFIG, report(epoch), stopped=False)
+        watcher.epoch_ended(CONFIG, report(epoch), stopped=False)
     watcher.ended(CONFIG, "stopped", "")
     assert [event["epoch"] for event in events(spool, "epoch")] == [3]
-    assert watcher.standings[CONFIG.trial_key].best_val_accuracy == 0.9
+    assert watcher.summaries[CONFIG.trial_key].best_val_accuracy == 0.9
 
 
 @pytest.mark.parametrize("status", ["completed", "stopped", "diverged"])
 def test_trials_that_ended_are_not_run_again(status: str, store: Store, spool: Spool) -> None:
     watcher = watch(store, spool, {CONFIG.trial_key: stored(CONFIG, status)})
     assert watcher.todo == [CONTROL]
-    assert watcher.standings[CONFIG.trial_key].status == status
+    assert watcher.summaries[CONFIG.trial_key].status == status
     assert watcher.progress.done[status] == 1
 
 
@@ -111,12 +111,12 @@ def test_controls_are_marked(store: Store, spool: Spool) -> None:
 def test_a_diverged_epoch_leaves_no_accuracy(store: Store, spool: Spool) -> None:
     watcher = watch(store, spool)
     watcher.started(CONFIG)
-    watcher.reported(CONFIG, report(1, math.nan), stopped=False)
+    watcher.epoch_ended(CONFIG, report(1, math.nan), stopped=False)
     watcher.ended(CONFIG, "diverged", "")
     (epoch,), (end,) = events(spool, "epoch"), events(spool, "end")
     assert "val_accuracy" not in dict(epoch["metrics"])  # type: ignore[call-overload]
     assert end["metrics"] == {"epochs_run": 1}
-    assert watcher.standings[CONFIG.trial_key].best_val_accuracy is None
+    assert watcher.summaries[CONFIG.trial_key].best_val_accuracy is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -149,7 +149,7 @@ def test_a_trial_whose_driver_died_before_its_end_is_ended_and_not_run_again(
 def test_a_decision_to_stop_is_recorded_with_the_epoch_it_follows(store: Store, spool: Spool) -> None:
     watcher = watch(store, spool)
     watcher.started(CONFIG)
-    watcher.reported(CONFIG, report(1), stopped=True)
+    watcher.epoch_ended(CONFIG, report(1), stopped=True)
     (epoch,) = events(spool, "epoch")
     assert epoch["tags"] == {"stopped_at_epoch": "1"}
 
@@ -159,7 +159,7 @@ def test_trials_that_still_run_are_put_down(store: Store, spool: Spool) -> None:
     watcher.started(CONFIG)
     watcher.started(CONTROL)
     watcher.ended(CONFIG, "completed", "")
-    watcher.put_down()
+    watcher.suspend()
     assert [event["trial_key"] for event in events(spool, "rest")] == [CONTROL.trial_key]
 
 
@@ -169,10 +169,10 @@ def test_a_spool_that_cannot_be_written_ends_the_run_and_nothing_more_is_recorde
     watcher = watch(store, spool)
     watcher.started(CONFIG)
     monkeypatch.setattr("os.fsync", fail)
-    watcher.reported(CONFIG, report(1), stopped=False)
+    watcher.epoch_ended(CONFIG, report(1), stopped=False)
     monkeypatch.undo()
     watcher.ended(CONFIG, "completed", "")
-    assert (watcher.interrupted, watcher.fault) == (True, "can't write to the spool: No space left on device")
+    assert (watcher.interrupted, watcher.problem) == (True, "can't write to the spool: No space left on device")
     assert [event["kind"] for event in spool.pending()[0]] == ["start"]
 
 

@@ -41,11 +41,11 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
     "asgd": lambda parameters: ASGD(parameters, lr=0.2, lambd=0.0),
     "adagrad": lambda parameters: Adagrad(parameters, lr=1e-2),
 }
-"""The learning rates are those of `grid.optimizers`, measured for these nets; `lambd` would be weight decay."""
+"""The learning rates are those of `grid.train.optimizers`, measured for these nets; `lambd` would be weight decay."""
 
 
 class Glyphs(EMNIST):  # type: ignore[misc]
-    """The files of `grid.glyphs`, which lie in `Glyphs/raw` as EMNIST's lie in `EMNIST/raw`."""
+    """The files of `grid.data.glyphs`, which lie in `Glyphs/raw` as EMNIST's lie in `EMNIST/raw`."""
 
     splits = ("glyphs",)
     classes_split_dict = {"glyphs": [str(label) for label in range(47)]}  # noqa: RUF012 (torchvision's name and type)

@@ -1,0 +1,49 @@
+"""Fills `report.html` with a verdict."""
+
+import json
+from pathlib import Path
+
+import jinja2
+
+from analysis.page.sections import sections
+from analysis.store import Experiment
+from analysis.verdict import Verdict, headline
+from grid.config import FACTORS
+from grid.wording import count
+
+TEXTS = frozenset({*FACTORS, "cell", "character", "level", "factor", "read as", "status", "term", "tie", "true"})
+"""Columns of words, which start at the left; numbers end at the right."""
+SPLITS = {"train": "training", "val": "validation"}
+
+
+def render(verdict: Verdict) -> str:
+    """Return the whole page.
+
+    Raises:
+        InputError: The store does not answer.
+    """
+    experiment = verdict.experiment
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    return template.render(
+        title=experiment.name,
+        subtitle=_subtitle(experiment),
+        headline=list(headline(verdict)),
+        sections=list(sections(verdict)),
+        texts=TEXTS,
+        manifest=json.dumps(experiment.manifest, indent=1) if experiment.manifest else "",
+    )
+
+
+def _subtitle(experiment: Experiment) -> str:
+    """Say what was trained; a manifest that another program wrote may lack anything."""
+    trials, manifest = experiment.trials, experiment.manifest
+    epochs = count(int(trials["epochs"].max()), "epoch")
+    parts = [count(trials["cell_key"].nunique(), "cell"), f"{count(len(trials), 'trial')} of at most {epochs}"]
+    data = experiment.described("data")
+    sizes = {name: data.get(f"{split}_images") for split, name in SPLITS.items()}
+    images = [f"{size:,} {name}" for name, size in sizes.items() if isinstance(size, int)]
+    named = f"{data['name']}: " if "name" in data else ""
+    parts += [f"{named}{' and '.join(images)} images"] if images else []
+    parts += [f"commit {manifest['commit']}"] if "commit" in manifest else []
+    return "; ".join(parts)

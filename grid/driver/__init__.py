@@ -1,0 +1,1 @@
+"""A whole grid, from the request to the table of results."""

@@ -1,0 +1,56 @@
+"""What a trial reports after each epoch, how it ends, and the names under which MLflow stores both.
+
+Standard library only. A metric is one field of `EpochReport`; its value comes from `grid.train.trial.Trial.run_epoch`.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochReport:
+    """What one epoch yielded. Every field of type `float` is a metric; NaN means that there is no value."""
+
+    epoch: int
+    """From 1."""
+    diverged: bool = False
+    """Whether a loss was not finite; no epoch follows."""
+    train_loss: float = math.nan
+    """Mean cross-entropy in nats over the epoch's training batches, without penalties."""
+    train_accuracy: float = math.nan
+    """Share of training images classified correctly during training (dropout on), in [0, 1]; NaN if diverged."""
+    val_loss: float = math.nan
+    """Mean cross-entropy in nats on the validation images; NaN if diverged."""
+    val_accuracy: float = math.nan
+    """Share of validation images classified correctly, in [0, 1]; NaN if diverged."""
+    learning_rate: float = math.nan
+    """Learning rate of the epoch's last step."""
+    epoch_seconds: float = math.nan
+    """Wall time of training and validation."""
+    samples_per_second: float = math.nan
+    """Training images per second of training time, validation excluded."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The finite values by their names in `EPOCH_METRICS`."""
+        values = {name: getattr(self, name) for name in EPOCH_METRICS}
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+EPOCH_METRICS = tuple(field.name for field in fields(EpochReport) if field.type is float)
+"""What every trial reports after every epoch: names of MLflow metrics, whose step is the epoch."""
+
+RUNG_METRIC = "val_accuracy_at_"
+"""Followed by the epoch of a rung: the metric that holds the accuracy there, without history."""
+
+TEST_METRICS = ("test_accuracy", "test_loss", "test_images", "parameters", "inference_ms_per_image")
+"""Metrics that only runs of `kind=confirm` have, once they are tested."""
+
+STATUSES = ("completed", "stopped", "diverged", "failed")
+"""How a trial ends: full budget, stopped by ASHA, loss not finite, error."""
+
+RANKED_STATUSES = ("completed", "stopped")
+"""Statuses of trials whose accuracies are ranked."""
+
+FINAL_STATUSES = ("completed", "stopped", "diverged")
+"""Statuses of trials that are not run again."""

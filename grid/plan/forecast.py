@@ -1,0 +1,132 @@
+"""What a grid will cost, before it is run: epochs under ASHA by simulation, seconds by a short calibration."""
+
+import random
+import statistics
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from grid.config import TrialConfig
+from grid.plan.asha import Asha, rung_epochs
+from grid.train.trial import DeviceData, Trial
+
+SIMULATIONS = 20
+CALIBRATED_PER_MODEL = 4
+"""Trials of each model that are timed."""
+CALIBRATION_IMAGES = 1280
+
+Calibration = tuple[dict[str, float], float]
+"""Seconds per training image for each model, and the spread about it (standard deviation / mean)."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Expected cost of a grid."""
+
+    epochs: float
+    """Expected epochs under ASHA, in all."""
+    full_epochs: int
+    """Epochs if nothing were stopped."""
+    seconds: float
+    """Expected wall time."""
+    spread: float
+    """Standard deviation of the timed trials about their model's mean, as a share of it."""
+
+
+def expected_epochs(trials: Sequence[TrialConfig], controls: Collection[str], seed: int = 0) -> dict[str, float]:
+    """Return the epochs that each model's trials are expected to take under ASHA.
+
+    The order of the trials is random and ASHA looks at ranks alone, so any distribution without ties gives the same
+    expectation; ranks are kept from rung to rung, as if the first epoch told everything.
+
+    Args:
+        trials: In the order in which they start.
+        controls: Keys of those that are never stopped.
+        seed: Of the simulation.
+    """
+    rng = random.Random(seed)  # noqa: S311  (a simulation)
+    epochs: dict[str, float] = defaultdict(float)
+    for _ in range(SIMULATIONS):
+        asha = Asha(rung_epochs(trials[0].epochs))
+        for trial in trials:
+            epochs[trial.model] += _simulate(trial, asha, rng.random(), trial.trial_key in controls) / SIMULATIONS
+    return dict(epochs)
+
+
+def calibrate(trials: Sequence[TrialConfig], classes: int, side: int = 28) -> Calibration:
+    """Time a few trials of each model on random pixels.
+
+    Args:
+        trials: Where to choose from; the first of each model, their order being random.
+        classes: Of the data set.
+        side: Height and width of its images.
+
+    Returns:
+        Seconds per training image for each model, and the spread about it (standard deviation / mean).
+    """
+    data = _random_images(classes, side, trials[0].device)
+    by_model: dict[str, list[float]] = defaultdict(list)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker
+    try:
+        for trial in trials:
+            if len(by_model[trial.model]) < CALIBRATED_PER_MODEL:
+                by_model[trial.model].append(_seconds_per_image(trial, data))
+    finally:
+        torch.set_num_threads(threads)
+    spreads = [statistics.pstdev(times) / statistics.mean(times) for times in by_model.values()]
+    return {model: statistics.mean(times) for model, times in by_model.items()}, max(spreads)
+
+
+def forecast(
+    trials: Sequence[TrialConfig],
+    controls: Collection[str],
+    *,
+    seconds_per_image: Mapping[str, float],
+    spread: float,
+    train_images: int,
+    slots: float,
+) -> Forecast:
+    """Return the expected cost of a grid.
+
+    Args:
+        trials: In the order in which they start.
+        controls: Keys of those that are never stopped.
+        seconds_per_image: By model, from `calibrate`.
+        spread: From `calibrate`.
+        train_images: Training images of an epoch.
+        slots: Trials that really run at once: more trials than CPUs are no faster.
+    """
+    epochs = expected_epochs(trials, controls)
+    busy = sum(count * train_images * seconds_per_image[model] for model, count in epochs.items())
+    return Forecast(
+        epochs=sum(epochs.values()),
+        full_epochs=sum(trial.epochs for trial in trials),
+        seconds=busy / min(slots, len(trials)),
+        spread=spread,
+    )
+
+
+def _simulate(trial: TrialConfig, asha: Asha, value: float, control: bool) -> int:
+    for epoch in asha.rungs:
+        if not asha.goes_on(trial.trial_key, group=trial.model, epoch=epoch, value=value, control=control):
+            return epoch
+    return trial.epochs
+
+
+def _random_images(classes: int, side: int, device: str) -> DeviceData:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (CALIBRATION_IMAGES, 1, side, side), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, classes, (CALIBRATION_IMAGES,), generator=generator)
+    count = CALIBRATION_IMAGES // 6
+    return DeviceData(
+        images.to(device), labels.to(device), images[:count].to(device), labels[:count].to(device), classes, 44.0, 85.0
+    )
+
+
+def _seconds_per_image(config: TrialConfig, data: DeviceData) -> float:
+    trial = Trial(config, data)
+    trial.run_epoch()  # the first one allocates, and on a GPU compiles
+    return trial.run_epoch().epoch_seconds / CALIBRATION_IMAGES

@@ -1,0 +1,126 @@
+"""How many trials run at once, on which share of a CPU or GPU. Pure: asks no machine, imports no torch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from grid.config import InputError
+
+GPU_BYTES_PER_TRIAL = 2 * 2**30
+"""CUDA context, data set, net and cuDNN's workspace of one trial, rounded up."""
+MAX_TRIALS_PER_GPU = 8
+MAX_TRIALS_PER_CPU = 64
+"""Trials that one CPU may be shared by."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How trials share a machine or a cluster."""
+
+    concurrency: int
+    """Trials at once."""
+    cpus_per_trial: float
+    gpus_per_trial: float
+    """Share of one GPU; 0 where trials run on CPUs. Bookkeeping of Ray: memory is not kept apart."""
+    reason: str = field(default="", compare=False)
+    """Why so many."""
+    machines: str = field(default="this machine", compare=False)
+    """What it was chosen for."""
+    bfloat16: bool | None = field(default=None, compare=False)
+    """Whether all GPUs are fast in it, where the driver can't ask its own."""
+
+    @property
+    def slots(self) -> float:
+        """Trials that really run at once: as many as asked for on GPUs, as many as there are CPUs on CPUs."""
+        return self.concurrency if self.gpus_per_trial else self.concurrency * self.cpus_per_trial
+
+    @property
+    def device(self) -> str:
+        """Kind of device that trains: `cpu` or `cuda`."""
+        return "cuda" if self.gpus_per_trial else "cpu"
+
+    def __str__(self) -> str:
+        share = f"{self.gpus_per_trial:.3g} GPU" if self.gpus_per_trial else f"{self.cpus_per_trial:.3g} CPU"
+        return f"{self.concurrency} at once, {share} each"
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one machine offers to trials."""
+
+    cpus: float
+    gpus: float
+    gpu_bytes: int
+    """Memory of its smallest GPU."""
+    gpu_kind: str = ""
+    """As Ray names it, such as `A10G`; empty if not known."""
+    here: bool = True
+    """Whether it is up; otherwise it is one that a cluster starts on demand."""
+
+
+def pack(cpus: float, gpus: float, gpu_bytes: int, concurrency: int | None = None) -> Packing:
+    """Choose how many trials run at once on one machine.
+
+    Args:
+        cpus: CPUs of the machine.
+        gpus: GPUs of the machine.
+        gpu_bytes: Memory of its smallest GPU.
+        concurrency: The user's own number instead.
+
+    Raises:
+        InputError: `concurrency` is out of range.
+    """
+    return pack_nodes([Node(cpus, gpus, gpu_bytes)], concurrency)
+
+
+def pack_nodes(nodes: Sequence[Node], concurrency: int | None = None) -> Packing:
+    """Choose how many trials run at once on machines that may differ; all trials take the same share of one.
+
+    On CPUs one per CPU: a trial has one thread. On GPUs as many as their memory and the CPUs that drive them allow, on
+    the machine that has least of it. Machines without a GPU are left out where others have one.
+
+    Args:
+        nodes: All machines that are up or that may come.
+        concurrency: The user's own number instead.
+
+    Raises:
+        InputError: `concurrency` is out of range, or no machine can train.
+    """
+    cpus = sum(node.cpus for node in nodes)
+    if concurrency is not None and concurrency < 1:
+        raise InputError(f"--concurrency must be 1 or more, got {concurrency}")
+    most = int(MAX_TRIALS_PER_CPU * max(1.0, cpus))
+    if concurrency is not None and concurrency > most:
+        raise InputError(f"--concurrency must be at most {most} here ({MAX_TRIALS_PER_CPU} per CPU), got {concurrency}")
+    with_gpu = [node for node in nodes if node.gpus >= 1 and node.cpus > 0]
+    if with_gpu:
+        return _pack_gpus(with_gpu, concurrency)
+    if not cpus:
+        raise InputError("no machine of the cluster has a CPU for trials; add a worker, or let the head have CPUs")
+    if concurrency is None:
+        whole = sum(int(node.cpus) for node in nodes)
+        return Packing(max(1, whole), 1.0 if whole else max(node.cpus for node in nodes), 0.0, "one per CPU")
+    return Packing(concurrency, _cpu_share([node.cpus for node in nodes], concurrency), 0.0, "as --concurrency asks")
+
+
+def _pack_gpus(nodes: Sequence[Node], concurrency: int | None) -> Packing:
+    gpus = sum(int(node.gpus) for node in nodes)
+    limits = {
+        f"{MAX_TRIALS_PER_GPU} share a GPU at most": MAX_TRIALS_PER_GPU,
+        "what its memory holds": min(node.gpu_bytes for node in nodes) // GPU_BYTES_PER_TRIAL,
+        "one for each CPU beside it": int(min(node.cpus / node.gpus for node in nodes)),
+    }
+    fitting = max(1, min(limits.values()))
+    per_gpu = fitting if concurrency is None else math.ceil(concurrency / gpus)
+    binding = min(limits, key=lambda reason: limits[reason])
+    reason = f"{per_gpu} per GPU, {binding}" if concurrency is None else "as --concurrency asks"
+    share = min(1.0, *(node.cpus / (int(node.gpus) * per_gpu) for node in nodes))
+    return Packing(concurrency or per_gpu * gpus, share, 1 / per_gpu, reason)
+
+
+def _cpu_share(cpus: Sequence[float], concurrency: int) -> float:
+    """Return the largest share of a CPU, 1 at most, of which machines with these CPUs hold `concurrency`."""
+    share = min(1.0, sum(cpus) / concurrency)
+    while sum(int(each / share + 1e-9) for each in cpus) < concurrency:
+        share = max(each / (int(each / share + 1e-9) + 1) for each in cpus)
+    return share

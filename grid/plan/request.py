@@ -1,0 +1,188 @@
+"""What a user asks of `grid.run`, checked as far as it can be without data, torch or Ray. Standard library only."""
+
+import os
+import shlex
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from grid.config import InputError
+from grid.data.catalogue import DATASETS, check_name, check_per_class
+from grid.plan.space import Levels
+from grid.store_uri import mask, write_problem
+
+LIMITS = {"epochs": 100_000, "seeds": 1_000, "concurrency": 100_000}
+"""What may be asked for at most; more is a slip of the finger."""
+
+NO_RAY = "start one with `ray up` or `ray start --head`, or leave --address out"
+"""What to do where no Ray answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A grid, what it is trained with, and where it runs and is recorded.
+
+    Raises:
+        InputError: A value is out of its range.
+    """
+
+    grid: str
+    """Name in `GRIDS`."""
+    levels: Levels
+    """What is crossed: the grid's levels, narrowed by `--only`."""
+    data: str
+    """Name in `DATASETS`."""
+    data_dir: Path
+    """Holds, or is to hold, the files of all data sets."""
+    per_class: int | None
+    """Training images per class; None for all."""
+    epochs: int
+    """Full budget of a trial."""
+    seeds: int
+    """Replicates per cell."""
+    lr_scales: tuple[float, ...]
+    """Nuisance levels."""
+    controls: float
+    """Share of trials exempt from stopping, in [0, 1]."""
+    store: str
+    """MLflow tracking URI, absolute."""
+    experiment: str
+    """Name of the MLflow experiment."""
+    storage: str
+    """Folder or URI for checkpoints that all nodes reach."""
+    spool: Path
+    """Local folder of what has not reached the store yet."""
+    address: str | None
+    """`HOST:PORT`, `auto` or `local`; None joins the cluster of this machine if there is one, else starts Ray."""
+    concurrency: int | None
+    """Trials at once; None lets the machine decide."""
+    precision: str
+    """`auto`, `float32` or `bfloat16`."""
+    price_per_hour: float | None
+    """Of the machine or cluster, in any currency; for the forecast."""
+
+    def __post_init__(self) -> None:
+        check_name(self.data)
+        check_per_class(self.per_class, largest=DATASETS[self.data].largest_per_class)
+        for name, value in (("epochs", self.epochs), ("seeds", self.seeds), ("concurrency", self.concurrency)):
+            if value is not None and not 1 <= value <= LIMITS[name]:
+                raise InputError(f"--{name} must be 1 to {LIMITS[name]:,}, got {value}")
+        if not 0 <= self.controls <= 1:
+            raise InputError(f"--controls must be a share between 0 and 1, got {self.controls:g}")
+        if not all(0 < scale < float("inf") for scale in self.lr_scales):
+            raise InputError(f"--lr-scales must be finite and above 0, got {','.join(map(str, self.lr_scales))}")
+        if len(set(self.lr_scales)) < len(self.lr_scales):
+            raise InputError(f"--lr-scales must differ, got {','.join(map(str, self.lr_scales))}")
+        if not self.experiment.strip() or len(self.experiment) > 200 or not self.experiment.isprintable():
+            raise InputError("--experiment must be 1 to 200 printable characters, not all of them spaces")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confirmation:
+    """Which cells are confirmed, and where.
+
+    Raises:
+        InputError: A value is out of its range.
+    """
+
+    experiment: str
+    """MLflow experiment that holds the grid."""
+    top: int
+    """Finalists of each model."""
+    seeds: int
+    """Replicates of each finalist, the same seeds for all."""
+    register: str | None
+    """Name under which the winner goes into MLflow's registry; None leaves it out."""
+    store: str
+    """MLflow tracking URI, absolute."""
+    data_dir: Path
+    """Holds, or is to hold, the files of all data sets."""
+    storage: str
+    """Folder or URI for checkpoints that all nodes reach."""
+    spool: Path
+    """Local folder of what has not reached the store yet."""
+    address: str | None
+    """`HOST:PORT`, `auto` or `local`; None joins the cluster of this machine if there is one, else starts Ray."""
+    concurrency: int | None
+    """Trials at once; None lets the machine decide."""
+
+    def __post_init__(self) -> None:
+        for name, value, most in (("top", self.top, LIMITS["seeds"]), ("seeds", self.seeds, LIMITS["seeds"])):
+            if not 1 <= value <= most:
+                raise InputError(f"--{name} must be 1 to {most:,}, got {value}")
+        if self.register is not None and (not self.register.strip() or set(self.register) & set("/:")):
+            raise InputError(f"--register must be a name without / and :, got '{self.register}'")
+
+
+def check_address(address: str | None) -> str | None:
+    """Return the address of a Ray cluster, after a test that something answers there.
+
+    Args:
+        address: `HOST:PORT`; `auto` for the cluster of this machine; `local` for a Ray of one's own; or None for the
+            cluster of this machine if it belongs to one.
+
+    Raises:
+        InputError: It has another form, or nothing answers.
+    """
+    if address in (None, "auto", "local"):
+        return address
+    host, _, port = address.rpartition(":")
+    hint = NO_RAY
+    if not host or not port.isdecimal():
+        raise InputError(f"--address must be HOST:PORT, auto or local, got '{address}'; {hint}")
+    try:
+        with socket.create_connection((host, int(port)), timeout=5) as connection:
+            speaks_grpc = _speaks_http2(connection)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"no Ray runs at '{address}' ({error}); {hint}") from error
+    if not speaks_grpc:
+        raise InputError(f"no Ray runs at '{address}' (something else answers there); {hint}")
+    return address
+
+
+def _speaks_http2(connection: socket.socket) -> bool:
+    """Say whether gRPC, and so perhaps Ray, answers: Ray itself would wait minutes for another server to become one.
+
+    Reference: RFC 9113 section 3.4, https://www.rfc-editor.org/rfc/rfc9113 (a server's first frame is SETTINGS)
+    """
+    if os.environ.get("RAY_USE_TLS", "0") != "0":
+        return True
+    settings_frame = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings_frame)
+    answer = connection.recv(len(settings_frame))
+    return len(answer) > 3 and answer[3] == settings_frame[3]
+
+
+def check_folder_name(option: str, folder: Path) -> Path:
+    """Return a folder made absolute, whether it is there or not.
+
+    Raises:
+        InputError: It can't be a folder.
+    """
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{option} must be a folder, and '{folder}' is a file; pass another")
+    except OSError as error:
+        raise InputError(f"{option} can't be '{str(folder)[:60]}': {error.strerror}; pass another") from error
+    return folder.absolute()
+
+
+def check_storage(storage: str) -> str:
+    """Return a storage folder made absolute, or a URI as it is, after a test that the folder can be written.
+
+    Raises:
+        InputError: It can't.
+    """
+    if "://" in storage:
+        return storage
+    folder = check_folder_name("--storage", Path(storage))
+    present = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if problem := write_problem(present):
+        raise InputError(f"can't make the storage folder {folder}: {problem}; pass another --storage")
+    return str(folder)
+
+
+def resume_command() -> str:
+    """Return the command that goes on with this run: the same again, without its secrets."""
+    return shlex.join(["python", "-m", "grid.run", *map(mask, sys.argv[1:])])

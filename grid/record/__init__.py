@@ -1,0 +1,1 @@
+"""What reaches the MLflow store, and how: the only folder of `grid` that knows MLflow."""

@@ -1,0 +1,37 @@
+"""Deliver what an earlier driver left in its spool: `python -m grid.record --replay --experiment NAME`."""
+
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from grid.arguments import Parser, add_experiment, add_store, run_command
+from grid.record.recorder import Recorder
+from grid.record.spool import open_spool
+from grid.record.store import Store
+from grid.store_uri import check_store_uri, mask
+from grid.wording import count
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Deliver what is left in the spool of an experiment; return the exit code: 0, or 2 if that is not possible."""
+    parser = Parser(prog="python -m grid.record", description="Deliver what an interrupted run left in its spool.")
+    parser.add_argument("--replay", action="store_true", required=True, help="deliver it to the store")
+    add_experiment(parser)
+    add_store(parser)
+    parser.add_argument("--spool", type=Path, default=Path("spool"), metavar="DIR", help="folder of spools (spool)")
+    options = parser.parse_args(arguments)
+
+    def replay() -> int:
+        store = Store(check_store_uri(options.store), options.experiment)
+        with closing(open_spool(options.spool.absolute(), store.uri, options.experiment)) as spool:
+            store.create()
+            delivered = Recorder(store, spool).recover()
+        print(f"{count(delivered, 'report')} delivered to {mask(store.uri)}")
+        return 0
+
+    return run_command(parser.name, replay)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One training in torch; knows neither Ray nor MLflow."""

@@ -1,0 +1,92 @@
+"""Where trials are put down and taken up again: a small file per unfinished trial, on storage that all nodes reach."""
+
+import io
+import pickle
+from typing import Any
+from uuid import uuid4
+
+from pyarrow import fs
+
+from grid.config import InputError
+from grid.wording import first_line
+
+
+class Checkpoints:
+    """The checkpoints of one experiment.
+
+    A file appears whole or not at all, and is read with `weights_only=True`: tensors and plain values, no code.
+
+    Args:
+        storage: Absolute folder, or a URI that pyarrow knows, such as s3://BUCKET/FOLDER.
+        experiment: Name of the subfolder.
+
+    Raises:
+        InputError: The storage is none that pyarrow knows.
+    """
+
+    def __init__(self, storage: str, experiment: str):
+        self._storage = storage
+        try:
+            known = fs.FileSystem.from_uri(storage) if "://" in storage else (fs.LocalFileSystem(), storage)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"unknown storage '{storage}' ({first_line(error)}); give a folder or s3://BUCKET"
+            ) from error
+        self._filesystem, root = known
+        self._folder = f"{root}/{experiment}/checkpoints"
+
+    def __str__(self) -> str:
+        return self._storage
+
+    def check(self) -> None:
+        """Put something down and take it away again.
+
+        Raises:
+            InputError: The storage can't be written.
+        """
+        try:
+            self.save("probe", {})
+            self.delete("probe")
+        except OSError as error:
+            raise InputError(f"can't write to the storage '{self._storage}': {first_line(error)}") from error
+
+    def save(self, trial_key: str, state: dict[str, Any]) -> None:
+        """Put a trial down, in the place of its earlier checkpoint."""
+        import torch  # noqa: PLC0415  (a second; the driver needs it later than this module)
+
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self._filesystem.create_dir(self._folder, recursive=True)
+        unfinished = f"{self._folder}/{trial_key}.{uuid4().hex}.part"
+        with self._filesystem.open_output_stream(unfinished) as file:
+            file.write(buffer.getvalue())
+        self._filesystem.move(unfinished, self._path(trial_key))
+
+    def load(self, trial_key: str, device: str) -> dict[str, Any] | None:
+        """Return the state of a trial on `device`; None if it was never put down, or its file is damaged."""
+        import torch  # noqa: PLC0415
+
+        try:
+            with self._filesystem.open_input_stream(self._path(trial_key)) as file:
+                content = file.read()
+        except FileNotFoundError:
+            return None
+        try:
+            state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError):
+            return None  # the trial begins anew; its numbers are the same
+        return state
+
+    def delete(self, trial_key: str) -> None:
+        """Forget a trial; no error if there is nothing to forget."""
+        try:
+            self._filesystem.delete_file(self._path(trial_key))
+        except FileNotFoundError:
+            return
+
+    def clear(self) -> None:
+        """Forget all trials, and what killed workers left half-written."""
+        self._filesystem.delete_dir_contents(self._folder, missing_dir_ok=True)
+
+    def _path(self, trial_key: str) -> str:
+        return f"{self._folder}/{trial_key}.pt"

@@ -1,0 +1,66 @@
+"""The optimizers under study and the learning rate that each starts from."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+from torch.optim import ASGD, SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """One row of `OPTIMIZERS`."""
+
+    build: Callable[..., Optimizer]
+    """Takes the parameters and `lr`."""
+    base_learning_rate: float
+    """Learning rate at `lr_scale` 1."""
+    fused: bool
+    """Whether torch has a kernel that updates all weights at once."""
+
+
+OPTIMIZERS: dict[str, OptimizerSpec] = {
+    "sgd": OptimizerSpec(partial(SGD, momentum=0.9), 0.05, fused=True),
+    "adam": OptimizerSpec(Adam, 2e-3, fused=True),
+    "rmsprop": OptimizerSpec(RMSprop, 1e-3, fused=False),
+    "asgd": OptimizerSpec(partial(ASGD, lambd=0.0), 0.2, fused=False),
+    "adagrad": OptimizerSpec(Adagrad, 1e-2, fused=True),
+    "adamw": OptimizerSpec(partial(AdamW, weight_decay=1e-2), 2e-3, fused=True),
+    "nadam": OptimizerSpec(NAdam, 5e-3, fused=False),
+}
+"""Name -> factory and base learning rate.
+
+The base rates come out of `python -m benchmarks.base_rates` on real images (the table is in LOG.md). `adamw` decays
+weights apart from the loss (decoupled). `asgd` has torch's decay term off: decay is the business of the factor
+`regularization`; it follows a schedule one step late, as torch's does.
+
+References:
+    sgd: Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13.html (momentum)
+    adam: Kingma & Ba 2015, https://arxiv.org/abs/1412.6980
+    rmsprop: Tieleman & Hinton 2012, https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf
+    asgd: Polyak & Juditsky 1992, https://doi.org/10.1137/0330046
+    adagrad: Duchi et al. 2011, https://jmlr.org/papers/v12/duchi11a.html
+    adamw: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101
+    nadam: Dozat 2016, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ
+"""
+
+
+def build_optimizer(
+    name: str, parameters: Iterable[nn.Parameter], *, learning_rate: float, fused: bool, average_from_step: int
+) -> Optimizer:
+    """Build an optimizer of `OPTIMIZERS`.
+
+    Args:
+        name: A name in `OPTIMIZERS`.
+        parameters: What it updates.
+        learning_rate: Peak learning rate.
+        fused: Use torch's fused kernel where the optimizer has one.
+        average_from_step: Step at which `asgd` begins to average; torch's default of a million would never come.
+    """
+    part = OPTIMIZERS[name]
+    optimizer = part.build(parameters, lr=learning_rate, **({"fused": True} if fused and part.fused else {}))
+    for group in optimizer.param_groups:
+        if "t0" in group:
+            group["t0"] = average_from_step
+    return optimizer

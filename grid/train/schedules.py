@@ -1,0 +1,106 @@
+"""The learning-rate schedules under study. Every one starts from the same peak rate and spans the full budget."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    ExponentialLR,
+    LRScheduler,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    StepLR,
+)
+
+FINAL_SHARE = 0.01
+"""What `step` and `exponential` end with, as a share of the peak rate."""
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """How long a training lasts and how high its rate goes."""
+
+    epochs: int
+    steps_per_epoch: int
+    learning_rate: float
+
+    @property
+    def steps(self) -> int:
+        """Steps of the full budget."""
+        return self.epochs * self.steps_per_epoch
+
+
+def step(optimizer: Optimizer, horizon: Horizon) -> LRScheduler:
+    """Divide the rate by ten after each third of the budget."""
+    return StepLR(optimizer, step_size=-(-horizon.steps // 3), gamma=FINAL_SHARE**0.5)
+
+
+def one_cycle(optimizer: Optimizer, horizon: Horizon) -> LRScheduler:
+    """Warm up over 30 % of the budget, then anneal to nearly nothing.
+
+    Momentum is left alone, so that the schedule means the same under optimizers that have none.
+    """
+    return OneCycleLR(optimizer, max_lr=horizon.learning_rate, total_steps=horizon.steps + 1, cycle_momentum=False)
+
+
+SCHEDULES: dict[str, Callable[[Optimizer, Horizon], Any]] = {
+    "constant": lambda optimizer, horizon: ConstantLR(optimizer, factor=1.0, total_iters=0),
+    "step": step,
+    "cosine": lambda optimizer, horizon: CosineAnnealingLR(optimizer, T_max=horizon.steps),
+    "one_cycle": one_cycle,
+    "exponential": lambda optimizer, horizon: ExponentialLR(optimizer, gamma=FINAL_SHARE ** (1 / horizon.steps)),
+    "plateau": lambda optimizer, horizon: ReduceLROnPlateau(
+        optimizer, factor=0.3, patience=max(1, horizon.epochs // 10)
+    ),
+}
+"""Name -> factory. All but `plateau` move once per step; `plateau` once per epoch, by the validation loss.
+
+References:
+    step: He et al. 2016, https://arxiv.org/abs/1512.03385 (section 3.4)
+    cosine: Loshchilov & Hutter 2017, https://arxiv.org/abs/1608.03983
+    one_cycle: Smith & Topin 2018, https://arxiv.org/abs/1708.07120
+    exponential: Li & Arora 2020, https://arxiv.org/abs/1910.07454
+    plateau: torch.optim.lr_scheduler.ReduceLROnPlateau; Goodfellow et al. 2016, https://www.deeplearningbook.org, ch. 8
+"""
+
+
+class Schedule:
+    """A schedule and the moments at which it moves.
+
+    Args:
+        name: A name in `SCHEDULES`.
+        optimizer: Whose learning rate it sets.
+        horizon: Budget and peak rate.
+    """
+
+    def __init__(self, name: str, optimizer: Optimizer, horizon: Horizon):
+        self._optimizer = optimizer
+        self._scheduler = SCHEDULES[name](optimizer, horizon)
+        self._by_loss = isinstance(self._scheduler, ReduceLROnPlateau)
+
+    @property
+    def learning_rate(self) -> float:
+        """Rate of the next step."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def after_step(self) -> None:
+        """Move on by one training step."""
+        if not self._by_loss:
+            self._scheduler.step()
+
+    def after_epoch(self, val_loss: float) -> None:
+        """Move on by one epoch with this validation loss."""
+        if self._by_loss:
+            self._scheduler.step(val_loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` takes."""
+        state: dict[str, Any] = self._scheduler.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another schedule of the same name and horizon stood."""
+        self._scheduler.load_state_dict(state)

@@ -1,0 +1,303 @@
+"""One training in pure torch: takes a configuration, data and a callback, returns values.
+
+Knows neither Ray nor MLflow. Every source of randomness is a generator of the trial's own, so that on a CPU two trials
+of one configuration yield the same bits (with the same number of threads).
+"""
+
+import hashlib
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from grid.config import TrialConfig, parse_sizes
+from grid.data.dataset import Dataset
+from grid.metrics import EpochReport
+from grid.train.averaging import averaged_weights
+from grid.train.optimizers import build_optimizer
+from grid.train.penalties import PENALTIES, penalised_weights
+from grid.train.schedules import Horizon, Schedule
+from nets.blocks import Techniques
+from nets.cnn import CNN
+from nets.mlp import MLP
+
+EVALUATION_BATCH_SIZE = 1000
+NORM_BATCHES = 20
+"""Training batches that batch norm statistics of averaged weights are estimated from."""
+
+
+@dataclass(frozen=True)
+class DeviceData:
+    """The images and labels of a data set on the device that trains."""
+
+    train_images: UInt8[Tensor, "train 1 side side"]
+    train_labels: Int[Tensor, " train"]
+    val_images: UInt8[Tensor, "val 1 side side"]
+    val_labels: Int[Tensor, " val"]
+    classes: int
+    mean: float
+    """Of the training pixels, in [0, 255]."""
+    std: float
+    """Of the training pixels; at least 1."""
+
+    @classmethod
+    def of(cls, dataset: Dataset, device: str = "cpu") -> "DeviceData":
+        """Put a data set on `device`, once for all trials that run there; a CPU's memory is shared with `dataset`."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray's memory can't be written, and is not
+            tensors = [
+                torch.from_numpy(array).to(device)
+                for array in (dataset.train_images, dataset.train_labels, dataset.val_images, dataset.val_labels)
+            ]
+        train_images, train_labels, val_images, val_labels = tensors
+        counts = torch.bincount(train_images.flatten(), minlength=256).cpu().numpy()
+        levels = np.arange(256)
+        mean = float(np.average(levels, weights=counts))
+        std = math.sqrt(np.average((levels - mean) ** 2, weights=counts))
+        return cls(
+            train_images=train_images.unsqueeze(1),
+            train_labels=train_labels,
+            val_images=val_images.unsqueeze(1),
+            val_labels=val_labels,
+            classes=len(dataset.classes),
+            mean=mean,
+            std=max(1.0, std),
+        )
+
+    @property
+    def side(self) -> int:
+        """Height and width of an image in pixels."""
+        return self.train_images.shape[-1]
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """How a training went."""
+
+    status: str
+    """`completed`, `stopped` (by the callback) or `diverged`."""
+    reports: tuple[EpochReport, ...]
+
+    @property
+    def best_val_accuracy(self) -> float | None:
+        """Highest validation accuracy of all epochs; None if the first one diverged."""
+        return max((report.val_accuracy for report in self.reports if not report.diverged), default=None)
+
+
+def train(
+    config: TrialConfig, data: DeviceData, on_epoch: Callable[[EpochReport], bool] = lambda report: False
+) -> TrialResult:
+    """Train one configuration to its full budget.
+
+    Args:
+        config: What to train.
+        data: Images on the device that `config` names.
+        on_epoch: Called after every epoch; a true return value stops the training.
+    """
+    trial = Trial(config, data)
+    reports: list[EpochReport] = []
+    while True:
+        reports.append(trial.run_epoch())
+        stopped = on_epoch(reports[-1])
+        if reports[-1].diverged:
+            return TrialResult("diverged", tuple(reports))
+        if trial.epoch == config.epochs:
+            return TrialResult("completed", tuple(reports))
+        if stopped:
+            return TrialResult("stopped", tuple(reports))
+
+
+class Trial:
+    """A training that is run epoch by epoch and can be put down and taken up again between two of them.
+
+    Args:
+        config: What to train.
+        data: Images on the device that `config` names.
+    """
+
+    def __init__(self, config: TrialConfig, data: DeviceData):
+        self.config = config
+        self.data = data
+        self.epoch = 0
+        self._order = _generator(config.seed, "order", "cpu")
+        self._dropout = _generator(config.seed, "dropout", config.device)
+        self._layout = getattr(
+            torch, "channels_last" if config.memory_format == "channels_last" else "contiguous_format"
+        )
+        self.net = build_net(config, data, self._dropout).to(device=config.device)
+        self.net = self.net.to(memory_format=self._layout)
+        self._weights = penalised_weights(self.net)
+        count = len(data.train_labels)
+        self._batch_size = min(config.batch_size, count)
+        self._steps = count // self._batch_size
+        self._optimizer = build_optimizer(
+            config.optimizer,
+            self.net.parameters(),
+            learning_rate=config.learning_rate,
+            fused=config.fused,
+            average_from_step=self._steps,
+        )
+        self._schedule = Schedule(
+            config.lr_schedule, self._optimizer, Horizon(config.epochs, self._steps, config.learning_rate)
+        )
+
+    def run_epoch(self) -> EpochReport:
+        """Train one epoch and validate."""
+        begun = time.perf_counter()
+        train_loss, train_accuracy, learning_rate, finite = self._train_epoch()
+        trained = time.perf_counter()
+        val_loss, val_accuracy = self._validate() if finite else (math.nan, math.nan)
+        finite = finite and math.isfinite(val_loss)
+        if finite:
+            self._schedule.after_epoch(val_loss)
+        self.epoch += 1
+        return EpochReport(
+            epoch=self.epoch,
+            train_loss=train_loss,
+            train_accuracy=train_accuracy if finite else math.nan,
+            val_loss=val_loss if finite else math.nan,
+            val_accuracy=val_accuracy if finite else math.nan,
+            learning_rate=learning_rate,
+            epoch_seconds=time.perf_counter() - begun,
+            samples_per_second=self._steps * self._batch_size / (trained - begun),
+            diverged=not finite,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the epochs to come depend on; live tensors, to be saved before the next epoch."""
+        return {
+            "epoch": self.epoch,
+            "net": self.net.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "order": self._order.get_state(),
+            "dropout": self._dropout.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another trial of the same configuration and data stood."""
+        self.epoch = state["epoch"]
+        self.net.load_state_dict(state["net"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._order.set_state(state["order"].cpu())
+        self._dropout.set_state(state["dropout"].cpu())
+
+    def _train_epoch(self) -> tuple[float, float, float, bool]:
+        self.net.train()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.config.device)
+        learning_rate = self._schedule.learning_rate
+        for images, labels in self._batches():
+            learning_rate = self._schedule.learning_rate
+            totals += self._step(images, labels)
+        loss, correct = (totals / self._steps).tolist()
+        return loss, correct / self._batch_size, learning_rate, math.isfinite(loss)
+
+    def _step(self, images: Float[Tensor, "batch 1 side side"], labels: Int[Tensor, " batch"]) -> Float[Tensor, "2"]:
+        self._optimizer.zero_grad(set_to_none=True)
+        logits = self._logits(images)
+        loss = F.cross_entropy(logits, labels)
+        loss.backward()
+        PENALTIES[self.config.regularization](self._weights, self.config.l1_strength, self.config.l2_strength)
+        self._optimizer.step()
+        self._schedule.after_step()
+        correct = (logits.detach().argmax(dim=1) == labels).sum()
+        return torch.stack((loss.detach(), correct.to(loss.dtype)))
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Switch to evaluation mode: no gradients, and the averaged weights if the optimizer has them (`asgd`)."""
+        self.net.eval()
+        with torch.no_grad(), averaged_weights(self.net, self._optimizer, self._norm_batches()):
+            yield
+
+    def logits(self, images: UInt8[Tensor, "batch 1 side side"]) -> Float[Tensor, "batch classes"]:
+        """Return what the net says of images, within `evaluating`."""
+        return self._logits(self._scaled(images))
+
+    def _validate(self) -> tuple[float, float]:
+        images, labels = self.data.val_images, self.data.val_labels
+        totals = torch.zeros(2, dtype=torch.float64, device=self.config.device)
+        with self.evaluating():
+            for some, wanted in zip(
+                images.split(EVALUATION_BATCH_SIZE), labels.split(EVALUATION_BATCH_SIZE), strict=True
+            ):
+                logits = self.logits(some)
+                correct = (logits.argmax(dim=1) == wanted).sum()
+                totals += torch.stack((F.cross_entropy(logits, wanted, reduction="sum"), correct.to(logits.dtype)))
+        loss, accuracy = (totals / len(labels)).tolist()
+        return loss, accuracy
+
+    def _logits(self, images: Float[Tensor, "batch 1 side side"]) -> Float[Tensor, "batch classes"]:
+        with torch.autocast(self.config.device, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            logits: Tensor = self.net(images)
+        return logits.float()
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield whole batches in a new order; what is left over waits for another epoch's order."""
+        order = torch.randperm(len(self.data.train_labels), generator=self._order).to(self.config.device)
+        for chosen in order.split(self._batch_size)[: self._steps]:
+            images = self.data.train_images.index_select(0, chosen)
+            yield self._scaled(images), self.data.train_labels.index_select(0, chosen)
+
+    def _norm_batches(self) -> Iterator[Tensor]:
+        """Yield whole batches: what is left over may be a single image, which has no variance."""
+        for images in self.data.train_images.split(self._batch_size)[: min(self._steps, NORM_BATCHES)]:
+            yield self._scaled(images)
+
+    def _scaled(self, images: UInt8[Tensor, "batch 1 side side"]) -> Float[Tensor, "batch 1 side side"]:
+        return images.float().sub_(self.data.mean).div_(self.data.std).contiguous(memory_format=self._layout)
+
+
+def build_net(config: TrialConfig, data: DeviceData, dropout: torch.Generator) -> nn.Module:
+    """Build the net of a configuration, with weights drawn by its seed, on the CPU.
+
+    Args:
+        config: What to build.
+        data: Gives the image side and the number of classes.
+        dropout: Generator on the training device that the dropout masks come from.
+    """
+    return assemble_net(config, side=data.side, classes=data.classes, dropout=dropout)
+
+
+def assemble_net(config: TrialConfig, *, side: int, classes: int, dropout: torch.Generator) -> nn.Module:
+    """Build the net of a configuration for images of `side` x `side` pixels, as `build_net` does."""
+    techniques = Techniques(
+        activation=config.activation,
+        batch_norm=config.batch_norm,
+        dropout_rate=config.dropout_rate if config.dropout else 0.0,
+    )
+    weights = _generator(config.seed, "weights", "cpu")
+    if config.model == "mlp":
+        return MLP(
+            pixels=side**2,
+            classes=classes,
+            hidden_sizes=parse_sizes(config.hidden_sizes),
+            techniques=techniques,
+            weights=weights,
+            masks=dropout,
+        )
+    return CNN(
+        side=side,
+        classes=classes,
+        channels=parse_sizes(config.channels),
+        dense_size=config.dense_size,
+        techniques=techniques,
+        weights=weights,
+        masks=dropout,
+    )
+
+
+def _generator(seed: int, purpose: str, device: str) -> torch.Generator:
+    """Return a generator whose stream is another one for every seed and every purpose."""
+    digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,0 +1,29 @@
+"""What is told how the trials go: the door between `grid.tune.tuner`, which knows Ray, and the rest, which does not."""
+
+from typing import Protocol
+
+from grid.config import TrialConfig
+from grid.metrics import EpochReport
+
+
+class Listener(Protocol):
+    """What is told how the trials go; called from the driver's main thread, and must return quickly."""
+
+    def started(self, config: TrialConfig) -> None:
+        """A trial has begun, for the first time or again."""
+
+    def epoch_ended(self, config: TrialConfig, report: EpochReport, *, stopped: bool) -> None:
+        """An epoch has ended; `stopped` if ASHA has decided that it was the last."""
+
+    def ended(self, config: TrialConfig, status: str, error: str) -> None:
+        """A trial has ended with one of `grid.metrics.STATUSES`; `error` is the traceback of a failed one."""
+
+    def tick(self) -> None:
+        """Called often."""
+
+    def give_up(self, problem: str) -> None:
+        """A machine that has joined can't train what the others do; nothing more is to be started."""
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether to stop now and leave the unfinished trials unfinished."""

@@ -1,0 +1,208 @@
+"""Whether every machine can train what the driver asks: same code, same packages, same storage, enough memory.
+
+Each problem is one line that names the machine and what to do. `grid.tune.connection` runs `inspect_node` on every one.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+import yaml
+
+import grid
+import nets
+from grid.config import InputError
+from grid.plan.packing import Node, Packing, pack_nodes
+from grid.train.checkpoints import Checkpoints
+from grid.tune.gpus import find_gpus
+from grid.tune.machines import HEAD, describe, has_fast_bfloat16, to_node, with_growth
+from grid.wording import first_line
+
+PACKAGES = ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow")
+BYTES_PER_TRIAL = 700 * 2**20
+"""What one process that trains has for itself: torch, the images, a net and its gradients, rounded up."""
+ANSWER_SECONDS = 120.0
+"""How long a machine may take to say what it has; it imports torch for that."""
+HINT = "bring the cluster up again with this folder (`ray up`)"
+
+
+@dataclass(frozen=True)
+class CodeVersion:
+    """What must be the same wherever trials of one experiment are trained."""
+
+    digest: str
+    """Of the sources of grid/ and nets/: a synced folder has no git, and a commit does not tell of later changes."""
+    versions: Mapping[str, str]
+
+    @classmethod
+    def here(cls) -> "CodeVersion":
+        """Return the code of this process."""
+        digest = digest_of(Path(str(package.__file__)).parent for package in (grid, nets))
+        return cls(digest, {name: version(name) for name in PACKAGES})
+
+    def problems(self, wanted: "CodeVersion") -> list[str]:
+        """Return what differs from the driver's code."""
+        others = {name: found for name, found in self.versions.items() if found != wanted.versions.get(name)}
+        found = [
+            f"has {name} {other}, the driver {wanted.versions.get(name)}; {HINT}" for name, other in others.items()
+        ]
+        if self.digest != wanted.digest:
+            found.append(f"has other code ({self.digest}, the driver {wanted.digest}); {HINT}")
+        return found
+
+
+def digest_of(folders: Iterable[Path]) -> str:
+    """Return 12 hexadecimal digits that change with any Python file in or below any of the folders."""
+    digest = sha256()
+    for folder in folders:
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(f"{file.relative_to(folder.parent)}".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """What one machine says of itself."""
+
+    code: CodeVersion
+    storage_problem: str
+    """Empty if it reads there what the driver wrote, and can write."""
+    gpu_bytes: int
+    """Memory of its smallest GPU, 0 without one."""
+    scaling: str
+    """The autoscaler's configuration, on the head of a cluster that has one; else empty."""
+
+    def problems(self, code: CodeVersion) -> list[str]:
+        """Return why the machine can't train by this code."""
+        return self.code.problems(code) + [self.storage_problem] * bool(self.storage_problem)
+
+
+def inspect_node(checkpoints: Checkpoints | None, mark: str, name: str, cluster: str) -> NodeReport:
+    """Look at this machine; runs on every one.
+
+    Args:
+        checkpoints: The storage to try; None leaves it out.
+        mark: What the driver has written there.
+        name: Under which this machine writes.
+        cluster: Address of the cluster's head.
+    """
+    problem = "" if checkpoints is None else storage_problem(checkpoints, mark, name)
+    return NodeReport(CodeVersion.here(), problem, find_gpus()[1], _scaling(cluster))
+
+
+def _scaling(cluster: str) -> str:
+    """Return the configuration of the autoscaler of a cluster if that runs on this machine, else an empty text.
+
+    The command line of its process tells, because a file alone may be left from another time.
+    """
+    for process in psutil.process_iter(["cmdline"]):
+        words = dict(word.partition("=")[::2] for word in process.info["cmdline"] or ())
+        if words.get("--gcs-address") == cluster and "--autoscaling-config" in words:
+            return Path(words["--autoscaling-config"]).expanduser().read_text()
+    return ""
+
+
+def mark_storage(checkpoints: Checkpoints) -> str:
+    """Write what the machines are to find in the storage, and return it."""
+    mark = os.urandom(8).hex()
+    checkpoints.save(_mark_file(mark), {})
+    return mark
+
+
+def unmark_storage(checkpoints: Checkpoints, mark: str) -> None:
+    """Take away what `mark_storage` wrote; the mark of another driver stays."""
+    checkpoints.delete(_mark_file(mark))
+
+
+def _mark_file(mark: str) -> str:
+    return f"probe-driver-{mark}"
+
+
+def storage_problem(checkpoints: Checkpoints, mark: str, name: str) -> str:
+    """Say why this machine can't use the storage; empty if it can."""
+    hint = "mount the same folder on all nodes, or pass --storage s3://BUCKET"
+    try:
+        if checkpoints.load(_mark_file(mark), "cpu") is None:
+            return f"does not see in {checkpoints} what the driver wrote there; {hint}"
+        checkpoints.save(f"probe-{name}", {})
+        checkpoints.delete(f"probe-{name}")
+    except OSError as error:
+        return f"can't use the storage {checkpoints} ({first_line(error)}); {hint}"
+    return ""
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What a machine that joins after the start must have, too."""
+
+    code: CodeVersion
+    """The driver's."""
+    mark: str
+    """From `mark_storage`."""
+
+    def problem(self, checkpoints: Checkpoints, name: str) -> str:
+        """Say why this machine can't train; empty if it can."""
+        problems = self.code.here().problems(self.code) or [
+            storage_problem(checkpoints, self.mark, name.partition(" ")[0])
+        ]
+        return f"node {name} {problems[0]}" if problems[0] else ""
+
+
+def memory_problem(memory: float, node: Node, packing: Packing) -> str:
+    """Say whether a machine lacks memory for the trials that it will hold; empty if not.
+
+    Args:
+        memory: Bytes that it has for trials.
+        node: The machine.
+        packing: How trials share the cluster.
+    """
+    on_gpu = packing.gpus_per_trial > 0
+    share, capacity = (packing.gpus_per_trial, node.gpus) if on_gpu else (packing.cpus_per_trial, node.cpus)
+    trials = min(packing.concurrency, int(capacity / share + 1e-9))
+    needed = trials * BYTES_PER_TRIAL
+    if needed <= memory:
+        return ""
+    most = max(1, int(memory // BYTES_PER_TRIAL))
+    hint = f"pass --concurrency {max(1, packing.concurrency * most // trials)}"
+    return f"has {memory / 2**30:.1f} GiB of memory for {trials} trials, which need {needed / 2**30:.1f}; {hint}"
+
+
+def plan_packing(
+    resources: Mapping[str, Mapping[str, float]],
+    reports: Mapping[str, NodeReport | str],
+    code: CodeVersion,
+    concurrency: int | None,
+) -> Packing:
+    """Choose how trials share a cluster, as large as it may become.
+
+    Args:
+        resources: What Ray counts on each machine, by the machine's name.
+        reports: What each says of itself; text where it could not.
+        code: The driver's.
+        concurrency: Trials at once, chosen by the user.
+
+    Raises:
+        InputError: A machine can't train; one line for each that can't.
+    """
+    heard = {name: report for name, report in reports.items() if isinstance(report, NodeReport)}
+    _raise({name: said for name, said in reports.items() if isinstance(said, str)})
+    _raise({name: problem for name, report in heard.items() for problem in report.problems(code)[:1]})
+    nodes = {name: to_node(resources[name], report.gpu_bytes) for name, report in heard.items()}
+    scaling = next((yaml.safe_load(report.scaling) for report in heard.values() if report.scaling), None)
+    heads = [node for name, node in nodes.items() if HEAD in resources[name]]
+    workers = [node for name, node in nodes.items() if HEAD not in resources[name]]
+    machines = with_growth(heads, workers, scaling)
+    packing = pack_nodes(machines, concurrency)
+    _raise({name: memory_problem(resources[name].get("memory", 0), node, packing) for name, node in nodes.items()})
+    fast = has_fast_bfloat16(machines) if packing.gpus_per_trial else None
+    return replace(packing, machines=describe(machines), bfloat16=fast)
+
+
+def _raise(problems: Mapping[str, str]) -> None:
+    lines = [f"node {name} {problem}" for name, problem in problems.items() if problem]
+    if lines:
+        raise InputError("\n".join(lines))

@@ -1,0 +1,24 @@
+"""How counts, durations and errors are worded for people, in one line each. Standard library only."""
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is one: `1 seed`, `1,920 cells`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration such as `42 s`, `7 min` or `3 h 20 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of an error's text: what went wrong, if the error came from another process."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()

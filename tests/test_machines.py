@@ -1,0 +1,57 @@
+"""`grid.tune.machines`: what a cluster may become."""
+
+import pytest
+
+from grid.plan.packing import Node, pack_nodes
+from grid.tune.machines import USUAL_GPU_BYTES, describe, has_fast_bfloat16, to_node, with_growth
+
+HEAD = Node(0, 0, 0)
+GPU_KIND = {"resources": {"CPU": 8, "GPU": 1, "accelerator_type:A10G": 1}, "min_workers": 0, "max_workers": 3}
+CLOUD = {
+    "max_workers": 4,
+    "available_node_types": {"head": {"resources": {"CPU": 0}, "max_workers": 0}, "gpu": GPU_KIND},
+}
+OWN = {"max_workers": 2, "available_node_types": {"local.cluster.node": {"resources": {}, "max_workers": 2}}}
+UP = to_node({"CPU": 8.0, "GPU": 1.0, "accelerator_type:A10G": 1.0}, 24 * 2**30)
+
+
+def test_gpus_that_come_on_demand_are_planned_for_before_one_is_up() -> None:
+    nodes = with_growth([HEAD], [], CLOUD)
+    assert describe(nodes) == "1 node, 0 CPUs, 0 GPUs up; grows on demand to 4 nodes, 24 CPUs, 3 GPUs"
+    packing = pack_nodes(nodes)
+    assert (packing.concurrency, packing.gpus_per_trial, packing.device) == (24, 1 / 8, "cuda")
+    assert [node.gpu_bytes for node in nodes[1:]] == [USUAL_GPU_BYTES] * 3
+
+
+@pytest.mark.parametrize("up", [1, 2, 3])
+def test_what_is_up_is_not_counted_twice(up: int) -> None:
+    assert pack_nodes(with_growth([HEAD], [UP] * up, CLOUD)).concurrency == 24
+
+
+def test_the_limit_of_all_workers_holds() -> None:
+    two = {**CLOUD, "max_workers": 2}
+    assert pack_nodes(with_growth([HEAD], [UP], two)).concurrency == 16
+
+
+def test_gpus_take_the_room_first() -> None:
+    cpus = {"resources": {"CPU": 16}, "max_workers": 10}
+    both = {"max_workers": 3, "available_node_types": {"cpu": cpus, "gpu": GPU_KIND}}
+    assert sum(node.gpus for node in with_growth([HEAD], [], both)) == 3
+
+
+def test_own_machines_that_have_not_joined_yet_count_like_those_that_have() -> None:
+    nodes = with_growth([Node(3, 0, 0)], [Node(4, 0, 0)], OWN)
+    assert [(node.cpus, node.here) for node in nodes] == [(3, True), (4, True), (4, False)]
+    assert [node.cpus for node in with_growth([Node(3, 0, 0)], [], OWN)] == [3, 3, 3]
+
+
+def test_a_cluster_without_an_autoscaler_does_not_grow() -> None:
+    nodes = with_growth([Node(3, 0, 0)], [Node(4, 0, 0)], None)
+    assert describe(nodes) == "2 nodes, 7 CPUs, 0 GPUs"
+
+
+@pytest.mark.parametrize(
+    ("kind", "fast"), [("A10G", True), ("H100", True), ("T4", False), ("V100", False), ("", False)]
+)
+def test_bfloat16_is_chosen_by_the_kind_of_gpu_so_that_a_resumed_grid_chooses_the_same(kind: str, fast: bool) -> None:
+    assert has_fast_bfloat16([HEAD, Node(8, 1, 1, gpu_kind=kind)]) is fast

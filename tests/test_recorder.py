@@ -1,0 +1,419 @@
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from mlflow.entities import Metric, Param, Run, RunTag
+
+from grid.config import InputError, TrialConfig
+from grid.metrics import EPOCH_METRICS
+from grid.record import recorder as record
+from grid.record.__main__ import main
+from grid.record.recorder import Recorder, summarise
+from grid.record.spool import Spool, open_spool
+from grid.record.store import Store
+
+CONFIG = TrialConfig(learning_rate=1e-3, epochs=3, batch_norm=True)
+METRICS = dict.fromkeys(EPOCH_METRICS, 0.25)
+
+
+@pytest.fixture
+def recorder(store: Store, tmp_path: Path) -> Recorder:
+    recorder = Recorder(store, Spool(tmp_path / "spool.jsonl"))
+    recorder.begin({"grid.json": b"{}"}, {})
+    return recorder
+
+
+def runs(store: Store, kind: str = "trial") -> list[Run]:
+    return list(store.client.search_runs([store.experiment_id], f"tags.kind = '{kind}'"))
+
+
+def record_trial(recorder: Recorder, status: str = "completed", epochs: int = 3, config: TrialConfig = CONFIG) -> None:
+    recorder.started(config, control=False)
+    for epoch in range(1, epochs + 1):
+        recorder.epoch_ended(config, epoch, {**METRICS, "val_accuracy": epoch / 10}, is_rung=epoch == 1)
+    recorder.ended(config, status, epochs_run=epochs, best_val_accuracy=epochs / 10, error="")
+
+
+def test_a_trial_becomes_one_run_of_the_contract(store: Store, recorder: Recorder) -> None:
+    record_trial(recorder)
+    assert recorder.close(finished=True)
+    (run,) = runs(store)
+    (parent,) = runs(store, "grid")
+    tags = {name: value for name, value in run.data.tags.items() if not name.startswith("mlflow.")}
+    assert tags == {
+        "kind": "trial",
+        "trial_key": CONFIG.trial_key,
+        "cell_key": CONFIG.cell_key,
+        "control": "false",
+        "status": "completed",
+    }
+    assert run.data.params == CONFIG.to_params()
+    assert run.data.metrics == {
+        **METRICS,
+        "val_accuracy": 0.3,
+        "val_accuracy_at_1": 0.1,
+        "best_val_accuracy": 0.3,
+        "epochs_run": 3,
+    }
+    assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert run.info.run_name == CONFIG.name
+    assert (run.info.status, parent.info.status) == ("FINISHED", "FINISHED")
+
+
+def test_every_epoch_is_one_value_per_metric_at_its_step(store: Store, recorder: Recorder) -> None:
+    record_trial(recorder)
+    recorder.close(finished=True)
+    (run,) = runs(store)
+    history = store.client.get_metric_history(run.info.run_id, "val_accuracy")
+    assert [(point.step, point.value) for point in history] == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    (rung,) = store.client.get_metric_history(run.info.run_id, "val_accuracy_at_1")
+    assert (rung.step, rung.value) == (1, 0.1)
+
+
+def test_no_metric_of_the_test_set_is_written(store: Store, recorder: Recorder) -> None:
+    record_trial(recorder)
+    recorder.close(finished=True)
+    assert not [
+        name for run in store.client.search_runs([store.experiment_id]) for name in run.data.metrics if "test" in name
+    ]
+
+
+def test_the_parent_run_holds_the_manifest(store: Store, recorder: Recorder) -> None:
+    recorder.close(finished=False)
+    (parent,) = runs(store, "grid")
+    assert store.client.download_artifacts(parent.info.run_id, "grid.json")
+    assert parent.info.status == "KILLED"
+
+
+def test_a_second_recorder_takes_up_the_parent_run(store: Store, recorder: Recorder, tmp_path: Path) -> None:
+    recorder.close(finished=False)
+    again = Recorder(store, Spool(tmp_path / "again.jsonl"))
+    again.begin({}, store.trials())
+    again.close(finished=True)
+    assert len(runs(store, "grid")) == 1
+
+
+def test_a_stopped_trial_tells_its_last_epoch(store: Store, recorder: Recorder) -> None:
+    record_trial(recorder, "stopped", epochs=1)
+    recorder.close(finished=True)
+    (run,) = runs(store)
+    assert (run.data.tags["status"], run.data.tags["stopped_at_epoch"]) == ("stopped", "1")
+
+
+def test_a_failed_trial_keeps_its_traceback(store: Store, recorder: Recorder) -> None:
+    recorder.started(CONFIG, control=True)
+    error = "Traceback (most recent call last):\n  ...\nRuntimeError: no luck"
+    recorder.ended(CONFIG, "failed", epochs_run=0, best_val_accuracy=None, error=error)
+    recorder.close(finished=True)
+    (run,) = runs(store)
+    assert (run.info.status, run.data.tags["status"], run.data.tags["control"]) == ("FAILED", "failed", "true")
+    assert run.data.tags["error"] == "RuntimeError: no luck"
+    assert Path(store.client.download_artifacts(run.info.run_id, "traceback.txt")).read_text() == error
+    assert "best_val_accuracy" not in run.data.metrics
+
+
+@pytest.mark.parametrize(
+    ("error", "summary"),
+    [
+        ("", ""),
+        ("RuntimeError: no luck", "RuntimeError: no luck"),
+        ("Traceback (most recent call last):\n  File\n    code()\nValueError: a\n  b\nc", "ValueError: a"),
+        (
+            "Traceback (most recent call last):\n  File\nKeyError: 'x'\n\nDuring handling, another:\n\n"
+            "Traceback (most recent call last):\n  File\nOSError: gone\n",
+            "OSError: gone",
+        ),
+    ],
+)
+def test_a_traceback_is_summarised_by_the_exception_that_ended_it(error: str, summary: str) -> None:
+    assert summarise(error) == summary
+
+
+def test_what_was_recorded_reads_back(store: Store, recorder: Recorder) -> None:
+    record_trial(recorder)
+    recorder.started(other := TrialConfig(learning_rate=1.0, epochs=3), control=True)
+    recorder.epoch_ended(other, 1, METRICS, is_rung=False)
+    recorder.close(finished=False)
+    stored = store.trials()
+    assert stored[CONFIG.trial_key].config == CONFIG
+    assert (stored[CONFIG.trial_key].status, stored[CONFIG.trial_key].control) == ("completed", False)
+    assert (stored[other.trial_key].status, stored[other.trial_key].control) == ("", True)
+    assert stored[other.trial_key].val_accuracies == (0.25,)
+
+
+def test_more_trials_than_a_page_read_back(store: Store, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grid.record.store.PAGE_SIZE", 2)
+    for seed in range(5):
+        recorder.started(TrialConfig(learning_rate=1.0, epochs=3, seed=seed), control=False)
+    recorder.close(finished=False)
+    assert {trial.config.seed for trial in store.trials().values()} == set(range(5))
+
+
+def test_the_driver_does_not_wait_for_a_slow_store(
+    store: Store, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    create_run = store.client.create_run
+    monkeypatch.setattr(store.client, "create_run", lambda *arguments: (released.wait(60), create_run(*arguments))[1])
+    begun = time.monotonic()
+    record_trial(recorder)
+    assert time.monotonic() - begun < 10  # takes milliseconds; the store would hold it for a minute
+    assert runs(store) == []
+    released.set()
+    assert recorder.close(finished=True)
+    assert len(runs(store)) == 1
+
+
+def test_a_store_that_stays_away_is_told_and_the_spool_kept(
+    store: Store, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **named: object) -> None:
+        raise OSError("the cable is cut")
+
+    monkeypatch.setattr(store.client, "create_run", refuse)
+    record_trial(recorder)
+    assert not recorder.close(finished=True, patience_seconds=0.5)
+    assert recorder.error == "the cable is cut"
+    monkeypatch.undo()
+    again = Recorder(store, Spool(tmp_path / "spool.jsonl"))
+    again.begin({}, store.trials())
+    assert again.close(finished=True)
+    assert [run.data.tags["status"] for run in runs(store)] == ["completed"]
+
+
+def test_an_experiment_that_was_deleted_is_refused(store: Store) -> None:
+    store.client.delete_experiment(store.experiment_id)
+    with pytest.raises(InputError, match="^experiment 'some grid' is deleted in sqlite.*; restore it or pass another"):
+        Store(store.uri, "some grid").create()
+
+
+def test_a_database_that_cannot_be_reached_is_refused() -> None:
+    uri = "postgresql://nobody@127.0.0.1:1/none"
+    with pytest.raises(InputError, match="^can't open the store postgresql.*No module named 'psycopg"):
+        Store(uri, "some grid")
+
+
+def test_a_spool_folder_that_cannot_be_written_is_refused() -> None:
+    with pytest.raises(InputError, match="^can't write to the spool /proc/spool/"):
+        open_spool(Path("/proc/spool"), "sqlite:////x.db", "some grid")
+
+
+def test_a_spool_in_use_is_refused(tmp_path: Path) -> None:
+    spool = open_spool(tmp_path, "sqlite:////x.db", "some grid")
+    with pytest.raises(InputError, match="^experiment 'some grid' is being run by another process from here"):
+        open_spool(tmp_path, "sqlite:////x.db", "some grid")
+    spool.close()
+
+
+def leave_in_spool(store: Store, folder: Path) -> None:
+    """Report a trial as a driver that dies before anything is delivered."""
+    spool = open_spool(folder, store.uri, store.experiment)
+    record_trial(Recorder(store, spool))
+    spool.close()
+
+
+def test_what_a_dead_driver_left_is_delivered_first_and_once(store: Store, tmp_path: Path) -> None:
+    leave_in_spool(store, tmp_path)
+    for expected in (5, 0):
+        spool = open_spool(tmp_path, store.uri, store.experiment)
+        assert Recorder(store, spool).recover() == expected
+        spool.close()
+    (run,) = runs(store)
+    assert (run.data.tags["status"], run.data.metrics["epochs_run"]) == ("completed", 3)
+
+
+def test_a_trial_whose_reports_come_together_takes_three_requests(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_in_spool(store, tmp_path)
+    asked: list[str] = []
+    for name in ("create_run", "update_run", "log_batch", "log_text", "set_tag", "set_terminated"):
+        real = getattr(store.client, name)
+
+        def ask(*given: object, name: str = name, real: Callable[..., object] = real, **named: object) -> object:
+            asked.append(name)
+            return real(*given, **named)
+
+        monkeypatch.setattr(store.client, name, ask)
+    with closing(open_spool(tmp_path, store.uri, store.experiment)) as spool:
+        Recorder(store, spool).recover()
+    assert asked == ["create_run", "log_batch", "set_terminated"]
+
+
+def test_a_status_comes_with_the_last_of_the_metrics(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_in_spool(store, tmp_path)
+    monkeypatch.setattr(record, "BATCH_SIZE", 10)
+    sent: list[tuple[int, int, list[str]]] = []
+    real = store.client.log_batch
+
+    def log_batch(run_id: str, metrics: list[Metric], params: list[Param], tags: list[RunTag]) -> None:
+        sent.append((len(metrics), len(params), [tag.key for tag in tags]))
+        real(run_id, metrics=metrics, params=params, tags=tags)
+
+    monkeypatch.setattr(store.client, "log_batch", log_batch)
+    with closing(open_spool(tmp_path, store.uri, store.experiment)) as spool:
+        Recorder(store, spool).recover()
+    assert sent == [(10, len(CONFIG.to_params()), []), (10, 0, []), (4, 0, ["status"])]
+    (run,) = runs(store)
+    assert run.data.params == CONFIG.to_params()
+
+
+def test_delivering_twice_doubles_nothing(store: Store, tmp_path: Path) -> None:
+    leave_in_spool(store, tmp_path)
+    (path,) = tmp_path.glob("*.jsonl")
+    reports = path.read_bytes()
+    for _ in range(2):  # the second time as if the note of the delivery had been lost
+        path.write_bytes(reports)
+        spool = open_spool(tmp_path, store.uri, store.experiment)
+        assert Recorder(store, spool).recover() == 5
+        spool.close()
+    (run,) = runs(store)
+    history = store.client.get_metric_history(run.info.run_id, "val_accuracy")
+    assert [point.step for point in history] == [1, 2, 3]
+
+
+def test_a_run_that_was_made_although_the_answer_was_lost_is_not_made_again(
+    store: Store, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_run = store.client.create_run
+    attempts = []
+
+    def lose_the_answer(*given: object) -> object:
+        attempts.append(create_run(*given))
+        if len(attempts) == 1:
+            raise OSError("connection reset")
+        return attempts[-1]
+
+    monkeypatch.setattr(store.client, "create_run", lose_the_answer)
+    record_trial(recorder)
+    assert recorder.close(finished=True)
+    assert len(runs(store)) == len(attempts) == 1
+
+
+def test_a_store_that_does_not_take_old_reports_is_told(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_in_spool(store, tmp_path)
+    monkeypatch.setattr(store.client, "search_runs", lambda *given, **named: (_ for _ in ()).throw(OSError("gone")))
+    spool = open_spool(tmp_path, store.uri, store.experiment)
+    with pytest.raises(InputError, match=r"^can't write to the store .*: gone; the reports of an earlier run stay in"):
+        Recorder(store, spool).recover()
+    spool.close()
+
+
+def test_the_command_delivers_what_is_left(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    leave_in_spool(store, tmp_path)
+    where = ["--experiment", store.experiment, "--store", store.uri, "--spool", str(tmp_path)]
+    assert main(["--replay", *where]) == 0
+    assert capsys.readouterr().out == f"5 reports delivered to {store.uri}\n"
+    assert len(runs(store)) == 1
+
+
+def test_the_command_says_what_is_wrong_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--replay", "--experiment", "x", "--store", "foo://x"]) == 2
+    assert capsys.readouterr().err.startswith("grid.record: can't open the store 'foo://x'")
+
+
+def test_a_trial_that_was_put_down_is_not_left_running_and_goes_on_in_the_same_run(
+    store: Store, recorder: Recorder, tmp_path: Path
+) -> None:
+    recorder.started(CONFIG, control=False)
+    recorder.suspended(CONFIG)
+    recorder.close(finished=False)
+    assert [run.info.status for run in runs(store)] == ["KILLED"]
+    again = Recorder(store, Spool(tmp_path / "again.jsonl"))
+    again.begin({}, store.trials())
+    record_trial(again)
+    again.close(finished=True)
+    assert [run.info.status for run in runs(store)] == ["FINISHED"]
+
+
+def test_runs_that_a_dead_driver_left_running_are_closed(store: Store, recorder: Recorder, tmp_path: Path) -> None:
+    recorder.started(CONFIG, control=False)
+    recorder.close(finished=False)  # no word of the trial: the driver died
+    assert [run.info.status for run in runs(store)] == ["RUNNING"]
+    again = Recorder(store, Spool(tmp_path / "again.jsonl"))
+    again.begin({}, store.trials())
+    again.close(finished=False)
+    assert [run.info.status for run in runs(store)] == ["KILLED"]
+
+
+def test_a_stop_is_known_as_soon_as_its_epoch(store: Store, recorder: Recorder) -> None:
+    recorder.started(CONFIG, control=False)
+    recorder.epoch_ended(CONFIG, 1, METRICS, is_rung=True, stopped=True)
+    recorder.close(finished=False)
+    trial = store.trials()[CONFIG.trial_key]
+    assert (trial.status, trial.stopped_at) == ("", 1)
+
+
+def test_reports_of_a_deleted_run_are_dropped_and_counted_and_the_others_arrive(
+    store: Store, recorder: Recorder
+) -> None:
+    recorder.started(CONFIG, control=False)
+    while not runs(store):
+        time.sleep(0.05)
+    store.client.delete_run(runs(store)[0].info.run_id)
+    recorder.epoch_ended(CONFIG, 1, METRICS, is_rung=False)
+    record_trial(recorder, config=(other := TrialConfig(learning_rate=1.0, epochs=3)))
+    assert recorder.close(finished=False)
+    assert recorder.dropped == {CONFIG.trial_key: 1}
+    assert [run.data.tags["trial_key"] for run in runs(store)] == [other.trial_key]
+
+
+def test_reports_without_a_run_do_not_block_an_experiment(store: Store, tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "orphan.jsonl")
+    Recorder(store, spool).epoch_ended(CONFIG, 2, METRICS, is_rung=False)
+    again = Recorder(store, spool)
+    assert again.recover() == 1
+    assert (again.dropped, spool.pending()[0]) == ({CONFIG.trial_key: 1}, [])
+    spool.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_recorder_that_breaks_does_not_look_as_if_all_had_arrived(
+    store: Store, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store.client, "create_run", lambda *given: 1 / 0)
+    record_trial(recorder)
+    assert not recorder.close(finished=True, patience_seconds=0.2)
+    assert recorder.error == "the recorder broke: ZeroDivisionError: division by zero"
+
+
+def test_an_error_of_an_earlier_try_is_taken_off(store: Store, recorder: Recorder, tmp_path: Path) -> None:
+    recorder.started(CONFIG, control=False)
+    recorder.ended(CONFIG, "failed", epochs_run=0, best_val_accuracy=None, error="RuntimeError: no luck")
+    recorder.close(finished=False)
+    again = Recorder(store, Spool(tmp_path / "again.jsonl"))
+    again.begin({}, store.trials())
+    record_trial(again)
+    again.close(finished=True)
+    (run,) = runs(store)
+    assert (run.data.tags["status"], run.data.tags["error"]) == ("completed", "")
+
+
+def test_failing_twice_at_the_same_epoch_is_one_value(store: Store, recorder: Recorder, tmp_path: Path) -> None:
+    error = "RuntimeError: no luck"
+    again = Recorder(store, Spool(tmp_path / "again.jsonl"))
+    for each in (recorder, again):
+        if each is again:
+            again.begin({}, store.trials())
+        each.started(CONFIG, control=False)
+        each.ended(CONFIG, "failed", epochs_run=0, best_val_accuracy=None, error=error)
+        each.close(finished=True)
+    (run,) = runs(store)
+    assert len(store.client.get_metric_history(run.info.run_id, "epochs_run")) == 1
+    assert run.data.tags["error"] == error
+
+
+def test_artifacts_that_cannot_be_written_are_told(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "mlartifacts").write_text("in the way")
+    with (
+        closing(Spool(tmp_path / "spool.jsonl")) as spool,
+        pytest.raises(InputError, match="^can't write to the store sqlite.*; fix its permissions, or pass another"),
+    ):
+        Recorder(store, spool).begin({"grid.json": b"{}"}, {})

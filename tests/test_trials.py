@@ -1,0 +1,86 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from grid.config import InputError
+from grid.plan.packing import Packing
+from grid.plan.trials import Plan, check_comparable, make_plan
+from grid.run import _parser, read_request
+from grid.train.optimizers import OPTIMIZERS
+
+
+def plan(*arguments: str) -> Plan:
+    return make_plan(read_request(_parser().parse_args(arguments)), packing=Packing(1, 1.0, 0.0), fingerprint="abc")
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_full_grid_is_1920_trials_and_58_controls() -> None:
+    full = plan()
+    assert (len(full.cells), len(full.trials), len(full.controls)) == (1920, 1920, 58)
+
+
+def test_eighty_cells_of_the_mlp() -> None:
+    assert len(plan("--only", "model=mlp", "--only", "lr_schedule=cosine", "--only", "regularization=none").cells) == 80
+
+
+def test_every_trial_starts_from_its_optimizers_base_rate_times_the_scale() -> None:
+    for trial in plan("--grid", "smoke", "--lr-scales", "0.5,1").trials:
+        assert trial.learning_rate == OPTIMIZERS[trial.optimizer].base_learning_rate * trial.lr_scale
+
+
+def test_trials_carry_budget_data_and_device() -> None:
+    trial = plan("--grid", "smoke", "--epochs", "5").trials[0]
+    assert (trial.epochs, trial.data, trial.data_fingerprint, trial.device) == (5, "glyphs", "abc", "cpu")
+
+
+def test_the_precision_can_be_chosen() -> None:
+    assert {trial.precision for trial in plan("--grid", "smoke", "--precision", "float32").trials} == {"float32"}
+
+
+def test_the_same_request_is_the_same_plan() -> None:
+    assert plan("--grid", "smoke") == plan("--grid", "smoke")
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"epochs": 27}, r"epochs \(27, now 9\)"),
+        ({"data": "emnist-digits"}, r"data \(emnist-digits, now glyphs\)"),
+        ({"data_fingerprint": "def"}, r"other images or another split \(def, now abc\)"),
+        ({"numerics_version": 0}, r"code that yields other numbers \(0, now \d+\)"),
+        (
+            {"precision": "float32", "batch_size": 64},
+            r"batch_size \(64, now 128\); .*precision \(float32, now bfloat16\)",
+        ),
+        ({"learning_rate": 0.5}, r"base rate of \w+ \(0.5, now [\d.]+\)"),
+    ],
+)
+def test_trials_that_cannot_be_compared_are_refused_with_the_difference(
+    changes: dict[str, object], difference: str
+) -> None:
+    trials = plan("--grid", "smoke", "--precision", "bfloat16").trials
+    recorded = [replace(trials[0], **changes)]  # type: ignore[arg-type]
+    message = rf"^experiment 'x' was trained with other settings: {difference}; ask for the same, or pick another --exp"
+    with pytest.raises(InputError, match=message):
+        check_comparable(trials, recorded, "x")
+
+
+def test_more_seeds_levels_and_learning_rate_scales_can_be_compared() -> None:
+    recorded = plan("--grid", "smoke").trials
+    check_comparable(plan("--grid", "full", "--data", "glyphs", "--epochs", "9", "--seeds", "3").trials, recorded, "x")
+    check_comparable(plan("--grid", "smoke", "--lr-scales", "0.5,2").trials, recorded, "x")
+    check_comparable(recorded, [], "x")
+
+
+def test_controls_of_a_grown_grid_keep_those_that_have_begun() -> None:
+    small = plan("--grid", "smoke", "--controls", "0.1")
+    begun = {trial.trial_key: trial.trial_key in small.controls for trial in small.trials}
+    request = read_request(_parser().parse_args(["--grid", "smoke", "--controls", "0.1", "--seeds", "3"]))
+    grown = make_plan(request, packing=Packing(1, 1.0, 0.0), fingerprint="abc", begun=begun)
+    assert len(grown.controls) == 10  # a tenth of 96
+    assert {key for key in grown.controls if key in begun} == small.controls
