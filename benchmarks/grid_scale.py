@@ -273,7 +273,6 @@ def run(
             checkpoints=checkpoints,
             begin=RecordedTrial,
         )
-        watcher.suspend()
         checkpoints.clear()
 
 

@@ -154,12 +154,11 @@ def test_a_decision_to_stop_is_recorded_with_the_epoch_it_follows(store: Store, 
     assert epoch["tags"] == {"stopped_at_epoch": "1"}
 
 
-def test_trials_that_still_run_are_put_down(store: Store, spool: Spool) -> None:
+def test_an_interrupted_trial_is_recorded_as_suspended(store: Store, spool: Spool) -> None:
     watcher = watch(store, spool)
     watcher.started(CONFIG)
     watcher.started(CONTROL)
-    watcher.ended(CONFIG, "completed", "")
-    watcher.suspend()
+    watcher.suspended(CONTROL)
     assert [event["trial_key"] for event in events(spool, "rest")] == [CONTROL.trial_key]
 
 

@@ -65,8 +65,8 @@ def _calibrate(plan: Plan, classes: int, packing: Packing) -> tuple[forecast.Cal
     """Time a few trials where they would run, and say where that was; no machine is started for it."""
     if packing.device == "cpu" or find_gpus()[0]:
         return forecast.calibrate(plan.trials, classes), "this machine"
-    if connection.has_gpu():
-        return connection.call(forecast.calibrate, plan.trials, classes, packing=packing), "a GPU of the cluster"
+    if connection.cluster_has_gpu():
+        return connection.call_remote(forecast.calibrate, plan.trials, classes, packing=packing), "a GPU of the cluster"
     on_cpu = [replace(trial, device="cpu", fused=False) for trial in plan.trials]
     return forecast.calibrate(on_cpu, classes), "the CPU of this machine, as no GPU is up: expect less"
 
@@ -190,7 +190,6 @@ def train_all(
     with watcher.until_interrupted():
         if watcher.todo:
             _train_left(plan, watcher, dataset, asha, training)
-        watcher.suspend()
         finished = len(watcher.summaries) == watcher.total
         if finished and not training.keep_weights:
             checkpoints.clear()

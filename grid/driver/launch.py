@@ -32,7 +32,7 @@ def run(request: Request) -> int:
         preparing = stack.enter_context(_background()).submit(_prepare, request, checkpoints, stack)
         if cluster is None:
             packing = connection.connect(None, request.concurrency)
-            connection.guard(_give_up)
+            connection.watch_servers(_give_up)
         experiment, prepared = preparing.result()
         gc.freeze()  # what has been imported stays: nothing to look through again and again
         stack.callback(gc.unfreeze)

@@ -120,11 +120,10 @@ class Watcher:
         self.unusable_node = self.unusable_node or problem
         self.interrupted = True
 
-    def suspend(self) -> None:
-        """Record that the trials which still run rest until another run takes them up."""
-        for config in self._running.values():
-            self._keep(self._recorder.suspended, config)
-        self._running.clear()
+    def suspended(self, config: TrialConfig) -> None:
+        """Record that a trial was interrupted; another run resumes it."""
+        self._running.pop(config.trial_key, None)
+        self._keep(self._recorder.suspended, config)
 
     @contextmanager
     def until_interrupted(self) -> Iterator[None]:
