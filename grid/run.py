@@ -37,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The rest imports torch and Ray: seconds that --help and a wrong argument need not wait. Importing allocates a
         # million objects and frees none; looking for garbage among them would take a quarter of the time.
         gc.disable()
-        module, function = ("experiment", "dry_run") if options.dry_run else ("launch", "run")
-        return int(getattr(import_module(f"grid.driver.{module}"), function)(request))
+        driver = import_module("grid.driver.dry_run" if options.dry_run else "grid.driver.launch")
+        return int(driver.run(request))
 
     try:
         return run_command(parser.name, run, interrupted=INTERRUPTED, debug=options.debug)

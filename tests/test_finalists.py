@@ -16,10 +16,11 @@ from analysis.rank import main as rank
 from grid.config import InputError, TrialConfig
 from grid.confirm import main as confirm
 from grid.data.load import load, load_test
+from grid.driver.final_test import FinalTest
 from grid.driver.finalists import FIRST_SEED, choose, finalist_trials
 from grid.plan.packing import Packing
 from grid.ranking import RankedCell
-from grid.record.store import Store
+from grid.record.store import Store, StoredTrial
 from grid.run import main as run
 
 CPU = Packing(1, 1.0, 0.0)
@@ -69,7 +70,7 @@ def arguments(store_uri: str, glyphs_dir: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def confirmed(store_uri: str) -> list[Run]:
-    store = Store(store_uri, "tiny", kind="confirm")
+    store = Store(store_uri, "tiny")
     store.create(missing=False)
     return list(store.client.search_runs([store.experiment_id], "tags.kind = 'confirm'"))
 
@@ -150,14 +151,14 @@ def test_a_second_command_is_refused_while_the_first_one_tests(
 ) -> None:
     drivers = []
 
-    def give_up(store: Store, *unused: object) -> None:
-        drivers.append(store.client.get_run(store.parent_id).data.tags["driver"])
+    def give_up(test: FinalTest, trial: StoredTrial) -> None:
+        drivers.append(test.store.client.get_run(test.store.parent_id).data.tags["driver"])
         raise OSError("the cable is cut")
 
-    monkeypatch.setattr("grid.driver.finalists._test", give_up)
+    monkeypatch.setattr("grid.driver.final_test.FinalTest.run", give_up)
     assert confirm([*arguments, "--top", "1", "--seeds", "1"]) == 2
     assert drivers[0].endswith(f":{os.getpid()}")
-    assert "grid.confirm: can't record what the finalists are worth: the cable is cut" in capfd.readouterr().err
+    assert "grid.confirm: can't record the test results of the finalists: the cable is cut" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("manifest", [b"{}", b'{"data": {"na', b'{"data": {"name": "glyphs"}}', b'{"data": null}'])

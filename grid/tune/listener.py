@@ -18,6 +18,9 @@ class Listener(Protocol):
     def ended(self, config: TrialConfig, status: str, error: str) -> None:
         """A trial has ended with one of `grid.metrics.STATUSES`; `error` is the traceback of a failed one."""
 
+    def suspended(self, config: TrialConfig) -> None:
+        """The run has ended before the trial has; another run resumes it."""
+
     def tick(self) -> None:
         """Called often."""
 

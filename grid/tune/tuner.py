@@ -79,10 +79,12 @@ def run_trials(
     )
     with tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as folder:
         tune_config = _tune_config(trials, AshaScheduler(asha, controls), packing.concurrency)
+        bridge = _Bridge(listener)
         try:
-            tune.Tuner(trainable, tune_config=tune_config, run_config=_run_config(listener, folder)).fit()
+            tune.Tuner(trainable, tune_config=tune_config, run_config=_run_config(listener, bridge, folder)).fit()
         finally:
             unmark_storage(checkpoints, mark)
+    bridge.suspend_running()
 
 
 def _tune_config(trials: Sequence[TrialConfig], scheduler: TrialScheduler, concurrency: int) -> tune.TuneConfig:
@@ -96,12 +98,12 @@ def _tune_config(trials: Sequence[TrialConfig], scheduler: TrialScheduler, concu
     )
 
 
-def _run_config(listener: Listener, folder: str) -> tune.RunConfig:
+def _run_config(listener: Listener, bridge: "_Bridge", folder: str) -> tune.RunConfig:
     return tune.RunConfig(
         storage_path=folder,  # of Tune's own files, which nobody reads; it puts no trial down
         verbose=0,
         stop=_Interruption(listener),
-        callbacks=[_Bridge(listener)],
+        callbacks=[bridge],
         checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         failure_config=tune.FailureConfig(max_failures=WORKER_RESTARTS),
     )
@@ -204,10 +206,20 @@ class _DriverOnly:
 class _Bridge(_DriverOnly, tune.Callback):
     """Translates Tune's calls for a `Listener`."""
 
+    def __init__(self, listener: Listener):
+        super().__init__(listener)
+        self._running: dict[str, TrialConfig] = {}
+
+    def suspend_running(self) -> None:
+        """Report the trials that had started and have not ended."""
+        for config in self._running.values():
+            self._listener.suspended(config)
+
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         self._listener.tick()
 
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        self._running[trial.trial_id] = _config(trial)
         self._listener.started(_config(trial))
 
     def on_trial_result(
@@ -225,9 +237,11 @@ class _Bridge(_DriverOnly, tune.Callback):
             trial.last_result.get("done") and "node_problem" not in trial.last_result
         ):  # else the run is interrupted, and the trial goes on another time
             status = _status(_config(trial), trial.last_result)
+            self._running.pop(trial.trial_id, None)
             self._listener.ended(_config(trial), status, trial.last_result.get("error", ""))
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        self._running.pop(trial.trial_id, None)
         self._listener.ended(_config(trial), "failed", str(trial.get_error()))
 
 
