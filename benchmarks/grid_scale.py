@@ -38,6 +38,7 @@ from grid.plan.packing import Packing
 from grid.plan.request import Request
 from grid.plan.space import GRIDS, cross
 from grid.plan.trials import Plan, make_plan
+from grid.record.lease import Lease
 from grid.record.recorder import Recorder
 from grid.record.spool import open_spool
 from grid.record.store import Store
@@ -192,15 +193,16 @@ def measure(trials: int, folder: Path) -> Cost:
         begun = time.perf_counter()
         store = Store(request.store, request.experiment)
         store.create()
-        store.claim()
-        with contextlib.closing(open_spool(request.spool, request.store, request.experiment)) as spool:
+        spool_of_grid = open_spool(request.spool, request.store, request.experiment)
+        with contextlib.closing(spool_of_grid) as spool, Lease(store):
             recorder = Recorder(store, spool)
             recorder.recover()
             plan = cut(make_plan(request, packing=packing, fingerprint=dataset.fingerprint), trials)
             asha = Asha(rung_epochs(request.epochs))
             restore_rungs(asha, store.trials())
             recorder.begin({"grid.json": b"{}"}, {})
-            watcher = Stopwatch(plan, {}, recorder, checkpoints, rungs=asha.rungs, concurrency=packing.concurrency)
+            watcher = Stopwatch(plan, recorder, checkpoints, rungs=asha.rungs, concurrency=packing.concurrency)
+            watcher.resume({})
             planned = time.perf_counter()
             run(plan, watcher, dataset, asha, packing, checkpoints)
             ended = time.perf_counter()

@@ -3,8 +3,8 @@
     python -m benchmarks.start_speed                                   # every touch, 5 repeats: half an hour
     python -m benchmarks.start_speed --without poll,agent --repeats 9
 
-`grid.tune.private_ray` has the touches. Every repeat runs all contenders, each next to its rival with all touches on, so
-that what else the machine does meets both; a saving is the median of the differences within these pairs.
+In every repeat, each contender runs next to a grid with all touches of `grid.tune.private_ray` on,
+so that other load on the machine slows down both; a saving is the median of the differences within these pairs.
 """
 
 import os
@@ -21,14 +21,8 @@ from grid.config import InputError
 from grid.data.glyphs import render_if_missing
 from grid.tune.private_ray import SWITCH, TOUCHES
 
-GRID = (
-    "--grid=smoke",
-    "--only=model=mlp",
-    "--only=lr_schedule=constant",
-    "--only=dropout=off",
-    "--only=optimizer=adam",
-)
-TINY = ("--per-class=10", "--epochs=1", "--address=local")
+GRID = ("--grid=smoke", "--only=model=mlp", "--only=lr_schedule=constant", "--only=dropout=off", "--per-class=10")
+ONCE = ("--epochs=1", "--address=local")
 PLAIN = "1"
 """The value of the switch that turns all touches off."""
 
@@ -79,7 +73,7 @@ def measure(contenders: Mapping[str, str], repeats: int) -> dict[str, list[tuple
 def run_grid(data_dir: Path, switched_off: str) -> float:
     """Return the seconds of a tiny grid from start to exit."""
     with tempfile.TemporaryDirectory(prefix="start-speed-") as folder:
-        command = [sys.executable, "-m", "grid.run", *GRID, *TINY, f"--data-dir={data_dir}"]
+        command = [sys.executable, "-m", "grid.run", *GRID, *ONCE, f"--data-dir={data_dir}"]
         start = time.monotonic()
         subprocess.run(command, cwd=folder, env=os.environ | {SWITCH: switched_off}, check=True, capture_output=True)
         return time.monotonic() - start

@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ray.air.integrations.mlflow import MLflowLoggerCallback
@@ -20,13 +20,26 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.registry import register_trainable
 
 from grid.config import TrialConfig
-from grid.metrics import EPOCH_METRICS
+from grid.metrics import EPOCH_METRICS, EpochReport
 from grid.record.recorder import Recorder
 from grid.record.spool import Spool
 from grid.record.store import Store
 
 AUTOMATIC = ("time_this_iter_s", "time_total_s", "pid", "timestamp", "iterations_since_restore", "time_since_restore")
 """Numbers that Tune adds to every result, and its callback logs."""
+
+
+REPORT = EpochReport(
+    epoch=1,
+    train_loss=0.5,
+    train_accuracy=0.5,
+    val_loss=0.5,
+    val_accuracy=0.5,
+    learning_rate=0.5,
+    epoch_seconds=0.5,
+    samples_per_second=0.5,
+)
+"""Of every epoch; the values do not matter here."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,7 @@ def feed_recorder(folder: Path, trials: int, rate: float, seconds: float) -> Spe
         time.sleep(max(0.0, begun + count / rate - time.perf_counter()))
         config, epoch = configs[count % trials], count // trials + 1
         before = time.perf_counter()
-        recorder.epoch_ended(config, epoch, dict.fromkeys(EPOCH_METRICS, 0.5), is_rung=False)
+        recorder.epoch_ended(config, replace(REPORT, epoch=epoch), is_rung=False)
         costs.append(time.perf_counter() - before)
     wall = time.perf_counter() - begun
     done.set()

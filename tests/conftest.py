@@ -23,6 +23,7 @@ install_import_hook(["nets", "grid.train.trial"], "beartype.beartype")
 from grid.config import TrialConfig  # noqa: E402
 from grid.data.glyphs import render_if_missing  # noqa: E402
 from grid.driver.pictures import confusion_picture, mistake_sheet, sample_sheet  # noqa: E402
+from grid.metrics import EpochReport  # noqa: E402
 from grid.plan.asha import Asha  # noqa: E402  (after the hook)
 from grid.record.recorder import Recorder  # noqa: E402
 from grid.record.spool import Spool  # noqa: E402
@@ -92,8 +93,8 @@ def play(recorder: Recorder, config: TrialConfig, asha: Asha, *, control: bool =
         goes_on = asha.goes_on(config.trial_key, group=config.model, epoch=epoch, value=accuracy, control=control)
         status = "diverged" if diverged else "" if goes_on else "stopped"
         status = status or ("completed" if epoch == config.epochs else "")
-        metrics = {"epoch_seconds": 2.0} | ({} if diverged else {"val_accuracy": accuracy})
-        recorder.epoch_ended(config, epoch, metrics, is_rung=epoch in asha.rungs, stopped=status == "stopped")
+        report = EpochReport(epoch=epoch, val_accuracy=accuracy, epoch_seconds=2.0, diverged=diverged)
+        recorder.epoch_ended(config, report, is_rung=epoch in asha.rungs, stopped=status == "stopped")
     recorder.ended(config, status, epochs_run=epoch, best_val_accuracy=float(np.nanmax(accuracies)))
 
 
@@ -138,16 +139,14 @@ def finished_store(_migrated_database: Path, tmp_path_factory: pytest.TempPathFa
     return store
 
 
-def _confirm(grid: Store, folder: Path, finalists: list[TrialConfig]) -> None:
-    store = Store(grid.uri, grid.experiment, kind="confirm")
-    store.create(missing=False)
-    recorder = Recorder(store, Spool(folder / "confirm.jsonl"))
+def _confirm(store: Store, folder: Path, finalists: list[TrialConfig]) -> None:
+    recorder = Recorder(store, Spool(folder / "confirm.jsonl"), "confirm")
     recorder.begin({}, {})
     for config, seed in product(finalists, range(3)):
         play(recorder, replace(config, seed=1000 + seed), Asha(()))
     assert recorder.close(finished=True)
     files = finalist_files()
-    for trial in store.trials().values():
+    for trial in store.trials("confirm").values():
         store.attach(trial.run_id, files)
         accuracy = trial.metrics["best_val_accuracy"] - 0.01
         store.log_test(trial.run_id, {"test_accuracy": accuracy, "test_loss": 0.5, "test_images": 1200.0})

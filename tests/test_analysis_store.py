@@ -5,6 +5,7 @@ import pytest
 
 from analysis.store import read_artifact, read_curves, read_experiment
 from grid.config import FACTORS, InputError, TrialConfig
+from grid.metrics import EpochReport
 from grid.record.recorder import Recorder
 from grid.record.spool import Spool
 from grid.record.store import Store
@@ -17,12 +18,12 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def record(store: Store, folder: Path, status: str | None, epochs_run: int = 1) -> None:
-    recorder = Recorder(store, Spool(folder / "spool.jsonl"))
+def record(store: Store, folder: Path, status: str | None, epochs_run: int = 1, kind: str = "trial") -> None:
+    recorder = Recorder(store, Spool(folder / "spool.jsonl"), kind)
     recorder.begin({"grid.json": b'{"data": {"val_images": 940}}'}, {})
     recorder.started(CONFIG, control=True)
     for epoch in range(1, epochs_run + 1):
-        recorder.epoch_ended(CONFIG, epoch, {"val_accuracy": 0.25 * epoch}, is_rung=epoch in (1, 3))
+        recorder.epoch_ended(CONFIG, EpochReport(epoch=epoch, val_accuracy=0.25 * epoch), is_rung=epoch in (1, 3))
     if status:
         best = None if status == "failed" else 0.25 * epochs_run
         recorder.ended(CONFIG, status, epochs_run=epochs_run, best_val_accuracy=best)
@@ -88,9 +89,7 @@ def test_tags_and_metrics_that_are_no_epochs_are_passed_over(store: Store, tmp_p
 
 def test_finalists_that_diverged_are_told(store: Store, tmp_path: Path) -> None:
     record(store, tmp_path, "stopped")
-    confirming = Store(store.uri, "some grid", kind="confirm")
-    confirming.create()
-    record(confirming, tmp_path, "diverged")
+    record(store, tmp_path, "diverged", kind="confirm")
     (note,) = read_experiment(store.uri, "some grid").notes
     assert note == "1 training of finalists diverged, of 1 cell: their means are of the other seeds alone"
 

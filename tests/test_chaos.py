@@ -9,7 +9,7 @@ import pytest
 from benchmarks.chaos import FAILURES, draw_schedule, main
 from benchmarks.chaos_audit import Audit, audit
 from grid.config import TrialConfig
-from grid.metrics import EPOCH_METRICS
+from grid.metrics import EPOCH_METRICS, EpochReport
 from grid.record.recorder import Recorder
 from grid.record.spool import Spool
 from grid.record.store import Store
@@ -28,7 +28,7 @@ def record(uri: str, folder: Path, experiment: str, accuracies: dict[int, tuple[
         recorder.started(config, control=False)
         for epoch, accuracy in enumerate(some, start=1):
             metrics = {**dict.fromkeys(EPOCH_METRICS, 0.5), "val_accuracy": accuracy}
-            recorder.epoch_ended(config, epoch, metrics, is_rung=epoch == 1, stopped=stopped)
+            recorder.epoch_ended(config, EpochReport(epoch=epoch, **metrics), is_rung=epoch == 1, stopped=stopped)
         status = "stopped" if stopped else "completed"
         recorder.ended(config, status, epochs_run=len(some), best_val_accuracy=max(some))
     recorder.close(finished=True)

@@ -21,6 +21,7 @@ from analysis.audit import audit_stopping
 from analysis.store import read_experiment
 from grid.config import TrialConfig, cell_name
 from grid.data.catalogue import DATASETS
+from grid.metrics import EpochReport
 from grid.record.recorder import Recorder
 from grid.record.spool import Spool
 from grid.record.store import Store
@@ -66,14 +67,12 @@ def store_uri(_migrated_database: Path, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("planted")
     shutil.copy(_migrated_database, folder / "mlflow.db")
     uri = f"sqlite:///{folder}/mlflow.db"
-    trials = Store(uri, EXPERIMENT)
-    trials.create()
-    record(trials, folder, dict(planted_trials()))
-    finalists = Store(uri, EXPERIMENT, kind="confirm")
-    finalists.create()
-    record(finalists, folder, dict.fromkeys(FINALISTS, ("completed", EPOCHS, False)))
-    for run_id in finalists.run_ids().values():
-        finalists.client.log_metric(run_id, "test_accuracy", 0.4321)
+    store = Store(uri, EXPERIMENT)
+    store.create()
+    record(store, "trial", folder, dict(planted_trials()))
+    record(store, "confirm", folder, dict.fromkeys(FINALISTS, ("completed", EPOCHS, False)))
+    for run_id in store.run_ids("confirm").values():
+        store.client.log_metric(run_id, "test_accuracy", 0.4321)
     return uri
 
 
@@ -108,15 +107,17 @@ def accuracy(config: TrialConfig, epoch: int) -> float:
     return (0.3 + gains + Random(config.trial_key).uniform(0, 0.01)) * epoch / (epoch + 1)
 
 
-def record(store: Store, folder: Path, ends: dict[TrialConfig, tuple[str, int, bool]]) -> None:
-    recorder = Recorder(store, Spool(folder / f"{store.kind}.jsonl"))
+def record(store: Store, kind: str, folder: Path, ends: dict[TrialConfig, tuple[str, int, bool]]) -> None:
+    recorder = Recorder(store, Spool(folder / f"{kind}.jsonl"), kind)
     recorder.begin({"grid.json": json.dumps({"data": {"val_images": 2350}, "rungs": {"factor": 3}}).encode()}, {})
     for config, (status, epochs_run, control) in ends.items():
         recorder.started(config, control=control)
         finite = epochs_run - (status == "diverged")
         accuracies = [accuracy(config, epoch) for epoch in range(1, finite + 1)]
         for epoch, value in enumerate(accuracies, 1):
-            recorder.epoch_ended(config, epoch, {"val_accuracy": value, "epoch_seconds": 2.0}, is_rung=epoch in RUNGS)
+            recorder.epoch_ended(
+                config, EpochReport(epoch=epoch, val_accuracy=value, epoch_seconds=2.0), is_rung=epoch in RUNGS
+            )
         recorder.ended(config, status, epochs_run=epochs_run, best_val_accuracy=max(accuracies))
     assert recorder.close(finished=True, patience_seconds=120)
 

@@ -8,10 +8,10 @@ import pytest
 from mlflow.entities import Metric, Param, Run, RunTag
 
 from grid.config import InputError, TrialConfig
-from grid.metrics import EPOCH_METRICS
+from grid.metrics import EPOCH_METRICS, EpochReport
 from grid.record import recorder as record
 from grid.record.__main__ import main
-from grid.record.recorder import Recorder, summarise
+from grid.record.recorder import Recorder, summarise_error
 from grid.record.spool import Spool, open_spool
 from grid.record.store import Store
 
@@ -33,7 +33,9 @@ def runs(store: Store, kind: str = "trial") -> list[Run]:
 def record_trial(recorder: Recorder, status: str = "completed", epochs: int = 3, config: TrialConfig = CONFIG) -> None:
     recorder.started(config, control=False)
     for epoch in range(1, epochs + 1):
-        recorder.epoch_ended(config, epoch, {**METRICS, "val_accuracy": epoch / 10}, is_rung=epoch == 1)
+        recorder.epoch_ended(
+            config, EpochReport(epoch=epoch, **{**METRICS, "val_accuracy": epoch / 10}), is_rung=epoch == 1
+        )
     recorder.ended(config, status, epochs_run=epochs, best_val_accuracy=epochs / 10, error="")
 
 
@@ -129,13 +131,13 @@ def test_a_failed_trial_keeps_its_traceback(store: Store, recorder: Recorder) ->
     ],
 )
 def test_a_traceback_is_summarised_by_the_exception_that_ended_it(error: str, summary: str) -> None:
-    assert summarise(error) == summary
+    assert summarise_error(error) == summary
 
 
 def test_what_was_recorded_reads_back(store: Store, recorder: Recorder) -> None:
     record_trial(recorder)
     recorder.started(other := TrialConfig(learning_rate=1.0, epochs=3), control=True)
-    recorder.epoch_ended(other, 1, METRICS, is_rung=False)
+    recorder.epoch_ended(other, EpochReport(epoch=1, **METRICS), is_rung=False)
     recorder.close(finished=False)
     stored = store.trials()
     assert stored[CONFIG.trial_key].config == CONFIG
@@ -301,7 +303,7 @@ def test_a_store_that_does_not_take_old_reports_is_told(
     leave_in_spool(store, tmp_path)
     monkeypatch.setattr(store.client, "search_runs", lambda *given, **named: (_ for _ in ()).throw(OSError("gone")))
     spool = open_spool(tmp_path, store.uri, store.experiment)
-    with pytest.raises(InputError, match=r"^can't write to the store .*: gone; the reports of an earlier run stay in"):
+    with pytest.raises(InputError, match=r"^can't write to the store .*: gone; the events of an earlier run stay in"):
         Recorder(store, spool).recover()
     spool.close()
 
@@ -345,7 +347,7 @@ def test_runs_that_a_dead_driver_left_running_are_closed(store: Store, recorder:
 
 def test_a_stop_is_known_as_soon_as_its_epoch(store: Store, recorder: Recorder) -> None:
     recorder.started(CONFIG, control=False)
-    recorder.epoch_ended(CONFIG, 1, METRICS, is_rung=True, stopped=True)
+    recorder.epoch_ended(CONFIG, EpochReport(epoch=1, **METRICS), is_rung=True, stopped=True)
     recorder.close(finished=False)
     trial = store.trials()[CONFIG.trial_key]
     assert (trial.status, trial.stopped_at) == ("", 1)
@@ -358,7 +360,7 @@ def test_reports_of_a_deleted_run_are_dropped_and_counted_and_the_others_arrive(
     while not runs(store):
         time.sleep(0.05)
     store.client.delete_run(runs(store)[0].info.run_id)
-    recorder.epoch_ended(CONFIG, 1, METRICS, is_rung=False)
+    recorder.epoch_ended(CONFIG, EpochReport(epoch=1, **METRICS), is_rung=False)
     record_trial(recorder, config=(other := TrialConfig(learning_rate=1.0, epochs=3)))
     assert recorder.close(finished=False)
     assert recorder.dropped == {CONFIG.trial_key: 1}
@@ -367,7 +369,7 @@ def test_reports_of_a_deleted_run_are_dropped_and_counted_and_the_others_arrive(
 
 def test_reports_without_a_run_do_not_block_an_experiment(store: Store, tmp_path: Path) -> None:
     spool = Spool(tmp_path / "orphan.jsonl")
-    Recorder(store, spool).epoch_ended(CONFIG, 2, METRICS, is_rung=False)
+    Recorder(store, spool).epoch_ended(CONFIG, EpochReport(epoch=2, **METRICS), is_rung=False)
     again = Recorder(store, spool)
     assert again.recover() == 1
     assert (again.dropped, spool.pending()[0]) == ({CONFIG.trial_key: 1}, [])

@@ -10,6 +10,7 @@ import pytest
 
 from analysis.report import main
 from grid.config import TrialConfig
+from grid.metrics import EpochReport
 from grid.record.recorder import Recorder
 from grid.record.spool import Spool
 from grid.record.store import Store
@@ -65,7 +66,7 @@ def fill(store: Store, folder: Path, *trials: tuple[str, str, list[float]], cont
         config = TrialConfig(activation=activation, seed=seed // 2, learning_rate=0.1, epochs=3)
         recorder.started(config, control=control)
         for epoch, accuracy in enumerate(accuracies, start=1):
-            recorder.epoch_ended(config, epoch, {"val_accuracy": accuracy}, is_rung=epoch == 1)
+            recorder.epoch_ended(config, EpochReport(epoch=epoch, val_accuracy=accuracy), is_rung=epoch == 1)
         best = max(accuracies, default=None)
         recorder.ended(config, status, epochs_run=len(accuracies), best_val_accuracy=best)
     assert recorder.close(finished=True)

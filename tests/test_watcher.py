@@ -41,7 +41,9 @@ def spool(tmp_path: Path) -> Iterator[Spool]:
 
 def watch(store: Store, spool: Spool, known: dict[str, StoredTrial] | None = None) -> Watcher:
     checkpoints = Checkpoints(str(spool.path.parent), "some grid")
-    return Watcher(PLAN, known or {}, Recorder(store, spool), checkpoints, rungs=(1, 3), concurrency=2)
+    watcher = Watcher(PLAN, Recorder(store, spool), checkpoints, rungs=(1, 3), concurrency=2)
+    watcher.resume(known or {})
+    return watcher
 
 
 def events(spool: Spool, kind: str) -> list[dict[str, object]]:
@@ -154,12 +156,30 @@ def test_a_decision_to_stop_is_recorded_with_the_epoch_it_follows(store: Store, 
     assert epoch["tags"] == {"stopped_at_epoch": "1"}
 
 
-def test_an_interrupted_trial_is_recorded_as_suspended(store: Store, spool: Spool) -> None:
+def test_a_suspended_trial_is_recorded_and_does_not_count_as_ended(store: Store, spool: Spool) -> None:
     watcher = watch(store, spool)
     watcher.started(CONFIG)
-    watcher.started(CONTROL)
-    watcher.suspended(CONTROL)
-    assert [event["trial_key"] for event in events(spool, "rest")] == [CONTROL.trial_key]
+    watcher.suspended(CONFIG)
+    watcher.tick()
+    assert [event["trial_key"] for event in events(spool, "rest")] == [CONFIG.trial_key]
+    assert (watcher.progress.running, watcher.summaries) == (0, {})
+
+
+def test_a_trial_that_starts_again_after_its_worker_died_counts_once(store: Store, spool: Spool) -> None:
+    watcher = watch(store, spool)
+    for _ in range(2):
+        watcher.started(CONFIG)
+    watcher.tick()
+    assert watcher.progress.running == 1
+
+
+def test_a_new_watcher_writes_nothing(store: Store, spool: Spool) -> None:
+    over = replace(stored(CONFIG, "", accuracies=(0.4,)), stopped_at=1)
+    checkpoints = Checkpoints(str(spool.path.parent), "some grid")
+    watcher = Watcher(PLAN, Recorder(store, spool), checkpoints, rungs=(1, 3), concurrency=2)
+    assert spool.pending()[0] == []
+    watcher.resume({CONFIG.trial_key: over})
+    assert [event["kind"] for event in spool.pending()[0]] == ["end"]
 
 
 def test_a_spool_that_cannot_be_written_ends_the_run_and_nothing_more_is_recorded(

@@ -1,27 +1,22 @@
 """From the best cells of a grid to tested nets. Heavy to import; `grid.confirm` is the light door.
 
-Validation chooses, the test set only tells: a net that has been tested is never tested again.
+Validation data choose; test data only report: a net that has been tested is never tested again.
 """
 
-import csv
-import io
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from grid.config import NUMERICS_VERSION, InputError, TrialConfig, cell_name
 from grid.data.dataset import Dataset
 from grid.data.load import load, load_test
-from grid.driver.experiment import Training, print_facts, train_all
-from grid.driver.pictures import confusion_picture, mistake_sheet
+from grid.driver.experiment import Prepared, Training, train_all
+from grid.driver.final_test import FinalTest
+from grid.driver.messages import print_facts
 from grid.driver.watcher import summarise_trial
 from grid.metrics import FINAL_STATUSES
 from grid.plan.asha import Asha, rung_epochs
@@ -29,32 +24,32 @@ from grid.plan.packing import Packing
 from grid.plan.request import Confirmation
 from grid.plan.trials import Plan
 from grid.ranking import RankedCell, rank_cells
-from grid.record.predictor import forget_models, log_predictor, register
+from grid.record.lease import Lease
+from grid.record.predictor import register
 from grid.record.recorder import Recorder
-from grid.record.spool import Spool, open_spool
+from grid.record.spool import open_spool
 from grid.record.store import UNREACHABLE, Store, StoredTrial
 from grid.store_uri import mask, slug
 from grid.train.checkpoints import Checkpoints
-from grid.train.evaluation import (
-    ClassScore,
-    ConfusedPair,
-    Evaluation,
-    confused_pairs,
-    evaluate,
-    inference_state,
-    per_class,
-)
 from grid.train.hardware import numeric_settings
-from grid.train.trial import DeviceData
 from grid.tune import connection
-from grid.wording import first_line
+from grid.wording import count, first_line
 
+KIND = "confirm"
+"""Of the runs of finalists in the store."""
 FIRST_SEED = 1000
 """Of the finalists: the grid's own seeds are below, so that no finalist profits from the luck that made it one."""
-PAIRS = 20
-"""Confused pairs that are recorded."""
-MISTAKES = 24
-"""Mistakes that are drawn."""
+
+
+@dataclass(frozen=True)
+class Finalists:
+    """The cells that are confirmed, and what they are trained with."""
+
+    chosen: Sequence[RankedCell]
+    trained: Sequence[TrialConfig]
+    """Configurations of the grid's trials."""
+    prepared: Prepared
+    checkpoints: Checkpoints
 
 
 def confirm(request: Confirmation) -> int:
@@ -63,39 +58,31 @@ def confirm(request: Confirmation) -> int:
     Raises:
         InputError: The request can't be met.
     """
-    grid = Store(request.store, request.experiment)
-    grid.create(missing=False)
-    manifest, stored = grid.manifest(), grid.trials()
-    chosen = choose(
-        rank_cells(summarise_trial(trial) for trial in stored.values() if trial.status in FINAL_STATUSES), request.top
-    )
+    store = Store(request.store, request.experiment)
+    store.create(missing=False)
+    manifest, stored = store.manifest(), store.trials()
+    ended = [trial for trial in stored.values() if trial.status in FINAL_STATUSES]
+    chosen = choose(rank_cells(map(summarise_trial, ended)), request.top)
     if not chosen:
         raise InputError(f"no trial of '{request.experiment}' has ended with an accuracy; run python -m grid.run first")
-    dataset = _load_as_before(manifest, [trial.config for trial in stored.values()], request)
+    trained = [trial.config for trial in stored.values()]
+    dataset = _load_as_before(manifest, trained, request)
     test_images, test_labels = load_test(dataset.name, request.data_dir)
-    name = slug(request.store, f"{request.experiment} confirm")
-    checkpoints = Checkpoints(request.storage, name)
-    with closing(open_spool(request.spool, request.store, f"{request.experiment} confirm")) as spool:
-        packing = connection.connect(connection.find_cluster(request.address), request.concurrency, checkpoints)
+    name = f"{request.experiment} confirm"
+    checkpoints = Checkpoints(request.storage, slug(request.store, name))
+    with closing(open_spool(request.spool, request.store, name)) as spool, Lease(store):
+        finalists = Finalists(chosen, trained, Prepared(dataset, b"", spool, store), checkpoints)
+        trials, exit_code = _train(request, finalists)
+        if exit_code:
+            return exit_code
         try:
-            trials = finalist_trials(chosen, [trial.config for trial in stored.values()], request.seeds, packing)
-            training = Training(packing, checkpoints, keep_weights=True)
-            ended = _train(request, trials, dataset, spool, training)
-        finally:
-            connection.disconnect()
-    if ended:
-        return ended
-    store = Store(request.store, request.experiment, kind="confirm")
-    store.create(missing=False)
-    try:
-        with store.lease():  # two commands at once would test each net twice
-            data = DeviceData.of(dataset, _device_here(trials[0]))
+            test = FinalTest.of(trials, store, dataset, checkpoints, test_images, test_labels)
             for trial in _untested(store, trials):
-                _test(store, trial, dataset, data, checkpoints, test_images, test_labels)
+                test.run(trial)
             return _conclude(request, store, trials)
-    except UNREACHABLE as error:
-        problem = f"can't record what the finalists are worth: {first_line(error)}"
-        raise InputError(f"{problem}; fix it and run the same command again") from error
+        except UNREACHABLE as error:
+            problem = f"can't record the test results of the finalists: {first_line(error)}"
+            raise InputError(f"{problem}; fix it and run the same command again") from error
 
 
 def choose(ranked: Sequence[RankedCell], top: int) -> list[RankedCell]:
@@ -154,118 +141,61 @@ def _load_as_before(manifest: Mapping[str, Any], trained: Sequence[TrialConfig],
     return dataset
 
 
-def _train(
-    request: Confirmation, trials: Sequence[TrialConfig], dataset: Dataset, spool: Spool, training: Training
-) -> int:
-    """Train what is not trained yet; return 0, or the exit code if something is left."""
-    training.checkpoints.check()
-    store = Store(request.store, request.experiment, kind="confirm")
-    store.create(missing=False)
-    store.claim()
-    recorder = Recorder(store, spool)
+def _train(request: Confirmation, finalists: Finalists) -> tuple[list[TrialConfig], int]:
+    """Train the finalists that are not trained yet.
+
+    Returns:
+        The trainings of all finalists; 0, or the exit code if some are left.
+    """
+    checkpoints = finalists.checkpoints
+    packing = connection.connect(connection.find_cluster(request.address), request.concurrency, checkpoints)
     try:
-        recorder.recover()
-        stored = store.trials()
-        recorder.begin({}, stored)
-    except InputError:
-        store.release()
-        raise
+        trials = finalist_trials(finalists.chosen, finalists.trained, request.seeds, packing)
+        training = Training(packing, checkpoints, keep_weights=True)
+        return trials, _train_left(trials, finalists.prepared, training)
+    finally:
+        connection.disconnect()
+
+
+def _train_left(trials: Sequence[TrialConfig], prepared: Prepared, training: Training) -> int:
+    training.checkpoints.check()
+    store = prepared.store
+    recorder = Recorder(store, prepared.spool, KIND)
+    recorder.recover()
+    stored = store.trials(KIND)
+    recorder.begin({}, stored)
     plan = Plan([], {}, list(trials), frozenset(trial.trial_key for trial in trials))
     asha = Asha(rung_epochs(trials[0].epochs))
-    watcher, delivered = train_all(plan, stored, dataset, recorder, asha, training, _describe(trials))
+    watcher, delivered = train_all(plan, stored, prepared.dataset, recorder, asha, training, _describe(trials))
     if watcher.interrupted:
         reason = watcher.problem or watcher.unusable_node
-        print(f"{reason or 'interrupted'}; the same command goes on", file=sys.stderr)
+        print(f"{reason or 'interrupted'}; run the same command to continue", file=sys.stderr)
         return 1 if reason else 130
     if not delivered:
-        print(f"not everything has reached {mask(request.store)}: {recorder.error}; run it again", file=sys.stderr)
+        print(f"not everything has reached {mask(store.uri)}: {recorder.error}; run it again", file=sys.stderr)
         return 1
     return 0
 
 
+def _untested(store: Store, trials: Sequence[TrialConfig]) -> list[StoredTrial]:
+    stored = store.trials(KIND)
+    known = [stored[trial.trial_key] for trial in trials if trial.trial_key in stored]
+    return [trial for trial in known if trial.status == "completed" and "test_accuracy" not in trial.metrics]
+
+
 def _describe(trials: Sequence[TrialConfig]) -> dict[str, str]:
     cells = {trial.cell_key for trial in trials}
-    return {
-        "finalists": f"{len(cells)} cells x {len(trials) // len(cells)} new seeds, {trials[0].epochs} epochs each",
-    }
-
-
-def _untested(store: Store, trials: Sequence[TrialConfig]) -> list[StoredTrial]:
-    stored = store.trials()
-    wanted = [stored[trial.trial_key] for trial in trials if trial.trial_key in stored]
-    return [trial for trial in wanted if trial.status == "completed" and "test_accuracy" not in trial.metrics]
-
-
-def _device_here(config: TrialConfig) -> str:
-    """Return the kind of device that a net is tested on: that of its training, unless this machine has none."""
-    return config.device if config.device == "cpu" or torch.cuda.is_available() else "cpu"
-
-
-def _test(
-    store: Store,
-    trial: StoredTrial,
-    dataset: Dataset,
-    data: DeviceData,
-    checkpoints: Checkpoints,
-    images: NDArray[np.uint8],
-    labels: NDArray[np.int64],
-) -> None:
-    """Test one net and record what it is worth; the numbers come last, and with them it counts as tested."""
-    config = trial.config
-    if config.device != _device_here(config):
-        config = replace(config, device="cpu", fused=False)
-    state = checkpoints.load(trial.config.trial_key, config.device)
-    if state is None:
-        hint = f"delete run {trial.run_id} in MLflow and run again"
-        raise InputError(f"the weights of {trial.config.name} are gone from the storage; {hint}")
-    result = evaluate(config, state, data, images, labels)
-    store.attach(trial.run_id, _files(result, trial.config, dataset, images))
-    weights = inference_state(config, state, data)
-    forget_models(store.client, trial.run_id)
-    model_id = log_predictor(
-        store.client, trial.run_id, trial.config, weights, data, dataset.classes, dataset.val_images[:4]
-    )
-    store.log_test(trial.run_id, result.metrics, model_id)
-    checkpoints.delete(trial.config.trial_key)
-    print(f"tested  {result.accuracy:.2%}  {trial.config.name}", flush=True)
-
-
-def _files(result: Evaluation, config: TrialConfig, dataset: Dataset, images: NDArray[np.uint8]) -> dict[str, bytes]:
-    """Return what a person looks at beside the numbers."""
-    classes, wrong = dataset.classes, result.mistakes
-    most = wrong.indices[:MISTAKES]
-    pictured = images[most], wrong.true[:MISTAKES], wrong.predicted[:MISTAKES], wrong.confidence[:MISTAKES]
-    matrix = ([name, *row] for name, row in zip(classes, result.confusion, strict=True))
-    return {
-        "test/confusion.csv": _csv(["true", *classes], matrix),
-        "test/confusion.png": confusion_picture(result.confusion, classes, config.name),
-        "test/per_class.csv": _csv(ClassScore._fields, per_class(result.confusion, classes)),
-        "test/confused_pairs.csv": _csv(ConfusedPair._fields, confused_pairs(result.confusion, classes, PAIRS)),
-        "test/mistakes.png": mistake_sheet(*pictured, classes),
-    }
-
-
-def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    return text.getvalue().encode()
+    seeds, epochs = count(len(trials) // len(cells), "new seed"), count(trials[0].epochs, "epoch")
+    return {"finalists": f"{count(len(cells), 'cell')} x {seeds}, {epochs} each"}
 
 
 def _conclude(request: Confirmation, store: Store, trials: Sequence[TrialConfig]) -> int:
-    stored = {key: trial for key, trial in store.trials().items() if "test_accuracy" in trial.metrics}
+    stored = {key: trial for key, trial in store.trials(KIND).items() if "test_accuracy" in trial.metrics}
     tested = [stored[trial.trial_key] for trial in trials if trial.trial_key in stored]
-    ranked = rank_cells(summarise_trial(trial) for trial in tested)
-    print(f"\n{'rank':>4}  {'val acc':>7}  {'test acc':>8}  {'seeds':>5}  cell")
-    for rank, cell in enumerate(ranked, start=1):
-        tests = [trial.metrics["test_accuracy"] for trial in tested if trial.config.cell == cell.cell]
-        figures = f"{rank:>4}  {cell.mean:>7.2%}  {fmean(tests):>8.2%}  {len(tests):>5}"
-        print(f"{figures}  {cell_name(cell.cell)}")
-    print()
+    ranked = rank_cells(map(summarise_trial, tested))
+    print(f"\n{_table(ranked, tested)}\n")
     if request.register and ranked:
-        best = max(
-            (trial for trial in tested if trial.config.cell == ranked[0].cell),
-            key=lambda trial: trial.metrics["best_val_accuracy"],
-        )
+        best = _best_replicate(ranked[0], tested)
         version = register(store.client, best.tags["model_id"], request.register)
         print_facts({"registered": f"models:/{request.register}/{version}, {best.config.name}"})
     where = shlex.join(["--experiment", request.experiment, "--store", mask(request.store)])
@@ -274,3 +204,17 @@ def _conclude(request: Confirmation, store: Store, trials: Sequence[TrialConfig]
         print(f"{len(trials) - len(tested)} of {len(trials)} trainings diverged or failed; see MLflow", file=sys.stderr)
         return 1
     return 0
+
+
+def _table(ranked: Sequence[RankedCell], tested: Sequence[StoredTrial]) -> str:
+    lines = [f"{'rank':>4}  {'val acc':>7}  {'test acc':>8}  {'seeds':>5}  cell"]
+    for rank, cell in enumerate(ranked, start=1):
+        tests = [trial.metrics["test_accuracy"] for trial in tested if trial.config.cell == cell.cell]
+        figures = f"{rank:>4}  {cell.mean:>7.2%}  {fmean(tests):>8.2%}  {len(tests):>5}"
+        lines.append(f"{figures}  {cell_name(cell.cell)}")
+    return "\n".join(lines)
+
+
+def _best_replicate(cell: RankedCell, tested: Sequence[StoredTrial]) -> StoredTrial:
+    replicates = (trial for trial in tested if trial.config.cell == cell.cell)
+    return max(replicates, key=lambda trial: trial.metrics["best_val_accuracy"])

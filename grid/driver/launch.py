@@ -1,4 +1,4 @@
-"""Starts a grid fast: while Ray comes up, another thread imports the rest, reads the images and claims the store."""
+"""Starts a grid fast: while a private Ray starts, another thread imports the rest, reads images and takes the lease."""
 
 import gc
 import os
@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import Any
 
+from grid.plan.packing import Packing
 from grid.plan.request import Request, resume_command
 from grid.store_uri import slug
 from grid.train.checkpoints import Checkpoints
@@ -16,40 +17,37 @@ from grid.tune import connection
 
 
 def run(request: Request) -> int:
-    """Run what is left of a grid, print its best, and return the exit code.
+    """Run what is left of a grid, print the best cells, and return the exit code.
 
     Raises:
         InputError: The request can't be met.
     """
     checkpoints = Checkpoints(request.storage, slug(request.store, request.experiment))
     cluster = connection.find_cluster(request.address)
-    if cluster is None:
-        connection.local_packing(request.concurrency)  # raises if it can't be met
     with ExitStack() as stack:
         stack.callback(connection.disconnect)
-        if cluster is not None:  # whose machines are looked at before anything is in the store
-            packing = connection.connect(cluster, request.concurrency, checkpoints)
-        preparing = stack.enter_context(_background()).submit(_prepare, request, checkpoints, stack)
         if cluster is None:
-            packing = connection.connect(None, request.concurrency)
-            connection.watch_servers(_give_up)
-        experiment, prepared = preparing.result()
-        gc.freeze()  # what has been imported stays: nothing to look through again and again
-        stack.callback(gc.unfreeze)
-        gc.enable()
-        training = experiment.Training(packing, checkpoints)
-        exit_code: int = experiment.run(request, prepared, training)
+            packing, (experiment, prepared) = _start_here(request, checkpoints, stack)
+        else:
+            packing, (experiment, prepared) = _join(cluster, request, checkpoints, stack)
+        _keep_what_is_imported(stack)
+        exit_code: int = experiment.run(request, prepared, experiment.Training(packing, checkpoints))
     return exit_code
 
 
-@contextmanager
-def _background() -> Iterator[ThreadPoolExecutor]:
-    """Have a thread that is waited for, but not after Ctrl-C: it may be in the middle of a download."""
-    executor = ThreadPoolExecutor(1, "preparing")
-    try:
-        yield executor
-    finally:
-        executor.shutdown(wait=not isinstance(sys.exception(), KeyboardInterrupt), cancel_futures=True)
+def _start_here(request: Request, checkpoints: Checkpoints, stack: ExitStack) -> tuple[Packing, Any]:
+    """Start a private Ray on this machine, and prepare meanwhile."""
+    connection.local_packing(request.concurrency)  # raises before anything is started
+    preparing = stack.enter_context(_background()).submit(_prepare, request, checkpoints, stack)
+    packing = connection.connect(None, request.concurrency)
+    connection.watch_servers(_give_up)
+    return packing, preparing.result()
+
+
+def _join(cluster: str, request: Request, checkpoints: Checkpoints, stack: ExitStack) -> tuple[Packing, Any]:
+    """Join a cluster, whose nodes are checked before anything is written to the store, then prepare."""
+    packing = connection.connect(cluster, request.concurrency, checkpoints)
+    return packing, _prepare(request, checkpoints, stack)
 
 
 def _prepare(request: Request, checkpoints: Checkpoints, stack: ExitStack) -> tuple[Any, Any]:
@@ -58,7 +56,24 @@ def _prepare(request: Request, checkpoints: Checkpoints, stack: ExitStack) -> tu
     return experiment, experiment.prepare(request, checkpoints, stack)
 
 
+def _keep_what_is_imported(stack: ExitStack) -> None:
+    """Let the garbage collector, off since `grid.run`, work again, but not on what has been imported."""
+    gc.freeze()
+    stack.callback(gc.unfreeze)
+    gc.enable()
+
+
+@contextmanager
+def _background() -> Iterator[ThreadPoolExecutor]:
+    """Provide a thread and wait for it at the end, except after Ctrl-C: it may be in the middle of a download."""
+    executor = ThreadPoolExecutor(1, "preparing")
+    try:
+        yield executor
+    finally:
+        executor.shutdown(wait=not isinstance(sys.exception(), KeyboardInterrupt), cancel_futures=True)
+
+
 def _give_up() -> None:
-    """End at once: Ray is gone and would let us wait; all that was reported is in the spool."""
-    print(f"\nRay has died under the run; go on with:  {resume_command()}", file=sys.stderr, flush=True)
+    """End the process: without Ray it would wait forever. Everything that was reported is in the spool."""
+    print(f"\nRay died during the run; continue with:  {resume_command()}", file=sys.stderr, flush=True)
     os._exit(1)

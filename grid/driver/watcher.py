@@ -1,8 +1,7 @@
-"""Stands between Tune and the outside: passes what trials report to the recorder and the progress line."""
+"""Stands between Tune and the outside: passes the events of trials to the recorder and to the progress line."""
 
 import math
 import signal
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
@@ -20,13 +19,12 @@ from grid.train.checkpoints import Checkpoints
 
 
 class Watcher:
-    """The `grid.tune.tuner.Listener` of a grid: remembers how every trial stands.
+    """The `grid.tune.listener.Listener` of a grid: knows how every trial is doing.
 
     Args:
         plan: All trials of the grid.
-        stored: Trials that the store has from earlier runs.
-        recorder: Where reports go.
-        checkpoints: Forgotten when a trial ends.
+        recorder: Where events go.
+        checkpoints: Deleted when a trial ends.
         rungs: Epochs at which ASHA decides.
         concurrency: Trials at once.
         keep_weights: Whether the checkpoint of a completed trial is kept.
@@ -35,7 +33,6 @@ class Watcher:
     def __init__(
         self,
         plan: Plan,
-        stored: Mapping[str, StoredTrial],
         recorder: Recorder,
         checkpoints: Checkpoints,
         *,
@@ -43,91 +40,77 @@ class Watcher:
         concurrency: int,
         keep_weights: bool = False,
     ):
-        known = {trial.trial_key: stored[trial.trial_key] for trial in plan.trials if trial.trial_key in stored}
-        self.summaries = {key: summarise_trial(trial) for key, trial in known.items() if trial.status in FINAL_STATUSES}
-        """How each trial that has ended stands, by its key."""
+        self.total = len(plan.trials)
+        self.todo = list(plan.trials)
+        """Trials that have not ended, in the order in which they start."""
+        self.summaries: dict[str, TrialSummary] = {}
+        """Each trial that has ended, by its key."""
+        self.progress = Progress(total=self.total, expected_epochs={}, concurrency=concurrency)
         self.interrupted = False
         self.problem = ""
         """Why nothing can be recorded any more; empty while it can."""
         self.unusable_node = ""
-        """Which machine can't train, and why; empty if all can."""
-        self.total = len(plan.trials)
-        self._accuracies = {key: list(trial.val_accuracies) for key, trial in known.items()}
+        """Which node can't train, and why; empty if all can."""
+        self._accuracies: dict[str, list[float]] = {}
+        self._running: set[str] = set()
         self._controls = plan.controls
         self._recorder = recorder
         self._checkpoints = checkpoints
         self._rungs = rungs
         self._keep_weights = keep_weights
-        self._running: dict[str, TrialConfig] = {}
-        self.progress = Progress(
-            total=self.total,
-            expected_epochs={},
-            concurrency=concurrency,
-            done=Counter(summary.status for summary in self.summaries.values()),
-        )
-        for summary in self.summaries.values():
-            self.progress.see(summary.cell, summary.best_val_accuracy)
-        for trial in known.values():
-            self._end_if_over(trial)
-        self.todo = [trial for trial in plan.trials if trial.trial_key not in self.summaries]
-        """Trials that have not ended, in the order in which they start."""
-        self.progress.expected_epochs = expected_epochs(self.todo, plan.controls) if self.todo else {}
+
+    def resume(self, stored: Mapping[str, StoredTrial]) -> None:
+        """Continue where earlier runs left the grid.
+
+        Args:
+            stored: What the store has, by trial key.
+        """
+        known = [stored[trial.trial_key] for trial in self.todo if trial.trial_key in stored]
+        self._accuracies = {trial.config.trial_key: list(trial.val_accuracies) for trial in known}
+        self._take_over_ended(known)
+        self._end_what_was_over(known)
+        self.todo = [trial for trial in self.todo if trial.trial_key not in self.summaries]
+        self.progress.expected_epochs = expected_epochs(self.todo, self._controls) if self.todo else {}
 
     def started(self, config: TrialConfig) -> None:
         """Record the start of a trial."""
-        self._running[config.trial_key] = config
+        self._running.add(config.trial_key)
         self._accuracies.setdefault(config.trial_key, [])
-        self._keep(self._recorder.started, config, control=config.trial_key in self._controls)
+        self._record(lambda: self._recorder.started(config, control=config.trial_key in self._controls))
 
     def epoch_ended(self, config: TrialConfig, report: EpochReport, *, stopped: bool) -> None:
-        """Record an epoch, once: a trial that was taken up again reports some epochs again."""
+        """Record an epoch, once: a trial that was resumed reports some epochs again."""
         accuracies = self._accuracies[config.trial_key]
         if report.epoch <= len(accuracies):
             return
         accuracies.append(report.val_accuracy)
         is_rung = report.epoch in self._rungs
-        self._keep(self._recorder.epoch_ended, config, report.epoch, report.metrics, is_rung=is_rung, stopped=stopped)
+        self._record(lambda: self._recorder.epoch_ended(config, report, is_rung=is_rung, stopped=stopped))
         self.progress.epoch_ended(config.cell, report.epoch_seconds, report.metrics.get("val_accuracy"))
 
     def ended(self, config: TrialConfig, status: str, error: str) -> None:
         """Record the end of a trial."""
-        self._running.pop(config.trial_key, None)
-        accuracies = self._accuracies.setdefault(config.trial_key, [])
-        best = max((accuracy for accuracy in accuracies if not math.isnan(accuracy)), default=None)
-        figures = {"epochs_run": len(accuracies), "best_val_accuracy": best}
-        self._keep(self._recorder.ended, config, status, **figures, error=error)
-        if not self.problem and not (self._keep_weights and status == "completed"):
-            self._checkpoints.delete(config.trial_key)
-        self.summaries[config.trial_key] = TrialSummary(
-            cell=config.cell,
-            seed=config.seed,
-            lr_scale=config.lr_scale,
-            epochs=config.epochs,
-            status=status,
-            epochs_run=len(accuracies),
-            best_val_accuracy=best,
-            rung_accuracies={rung: accuracies[rung - 1] for rung in self._rungs if rung <= len(accuracies)},
-        )
-        self.progress.done[status] += 1
+        self._running.discard(config.trial_key)
+        self._end(config, status, error)
+
+    def suspended(self, config: TrialConfig) -> None:
+        """Record that a trial waits for the next run."""
+        self._running.discard(config.trial_key)
+        self._record(lambda: self._recorder.suspended(config))
 
     def tick(self) -> None:
-        """Keep the progress line alive."""
+        """Update the progress line."""
         self.progress.running = len(self._running)
         self.progress.show()
 
     def give_up(self, problem: str) -> None:
-        """End the run: what is left waits until the machine is mended."""
+        """End the run; unfinished trials wait until the node is repaired."""
         self.unusable_node = self.unusable_node or problem
         self.interrupted = True
 
-    def suspended(self, config: TrialConfig) -> None:
-        """Record that a trial was interrupted; another run resumes it."""
-        self._running.pop(config.trial_key, None)
-        self._keep(self._recorder.suspended, config)
-
     @contextmanager
     def until_interrupted(self) -> Iterator[None]:
-        """Let Ctrl-C and a polite kill end the run in good order; a second one ends it at once."""
+        """Stop gracefully on SIGINT or SIGTERM; a second signal ends the process at once."""
         kept = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -139,31 +122,59 @@ class Watcher:
         self.interrupted = True
         signal.signal(number, signal.SIG_DFL)
 
-    def _keep(self, record: Callable[..., None], config: TrialConfig, *values: object, **named: object) -> None:
+    def _take_over_ended(self, known: list[StoredTrial]) -> None:
+        for trial in known:
+            if trial.status in FINAL_STATUSES:
+                summary = summarise_trial(trial)
+                self.summaries[trial.config.trial_key] = summary
+                self.progress.done[trial.status] += 1
+                self.progress.see(summary.cell, summary.best_val_accuracy)
+
+    def _end_what_was_over(self, known: list[StoredTrial]) -> None:
+        """Record the ends of trials whose driver crashed between their last epoch and their end."""
+        for trial in known:
+            if status := _status_of_unrecorded_end(trial):
+                self._end(trial.config, status, "")
+
+    def _end(self, config: TrialConfig, status: str, error: str) -> None:
+        accuracies = self._accuracies.setdefault(config.trial_key, [])
+        summary = TrialSummary(
+            cell=config.cell,
+            seed=config.seed,
+            lr_scale=config.lr_scale,
+            epochs=config.epochs,
+            status=status,
+            epochs_run=len(accuracies),
+            best_val_accuracy=max((value for value in accuracies if not math.isnan(value)), default=None),
+            rung_accuracies={rung: accuracies[rung - 1] for rung in self._rungs if rung <= len(accuracies)},
+        )
+        self._record(
+            lambda: self._recorder.ended(
+                config,
+                status,
+                epochs_run=summary.epochs_run,
+                best_val_accuracy=summary.best_val_accuracy,
+                error=error,
+            )
+        )
+        if not self.problem and not (self._keep_weights and status == "completed"):
+            self._checkpoints.delete(config.trial_key)
+        self.summaries[config.trial_key] = summary
+        self.progress.done[status] += 1
+
+    def _record(self, write: Callable[[], None]) -> None:
         """Record, or end the run: what is not on the disk must not look as if it had happened."""
         if self.problem:
             return
         try:
-            record(config, *values, **named)
+            write()
         except OSError as error:
             self.problem = f"can't write to the spool: {error.strerror}"
             self.interrupted = True
 
-    def _end_if_over(self, trial: StoredTrial) -> None:
-        """Record the end of a trial whose driver died between its last epoch and its end."""
-        accuracies = trial.val_accuracies
-        if trial.status or not accuracies:
-            return
-        if trial.stopped_at is not None:
-            self.ended(trial.config, "stopped", "")
-        elif math.isnan(accuracies[-1]):
-            self.ended(trial.config, "diverged", "")
-        elif len(accuracies) == trial.config.epochs:
-            self.ended(trial.config, "completed", "")
-
 
 def restore_rungs(asha: Asha, stored: Mapping[str, StoredTrial]) -> None:
-    """Bring the rungs to where earlier runs left them: every recorded arrival, with the decision that was made."""
+    """Restore the rungs that earlier runs recorded: every arrival, with the decision that was made."""
     for key, trial in stored.items():
         group = trial.config.model
         for epoch in asha.rungs:
@@ -177,7 +188,7 @@ def restore_rungs(asha: Asha, stored: Mapping[str, StoredTrial]) -> None:
 
 
 def summarise_trial(trial: StoredTrial) -> TrialSummary:
-    """Return where a trial that has ended stands."""
+    """Return the summary of a recorded trial that has ended."""
     rungs = {name: value for name, value in trial.metrics.items() if name.startswith(RUNG_METRIC)}
     return TrialSummary(
         cell=trial.config.cell,
@@ -189,3 +200,15 @@ def summarise_trial(trial: StoredTrial) -> TrialSummary:
         best_val_accuracy=trial.metrics.get("best_val_accuracy"),
         rung_accuracies={int(name.removeprefix(RUNG_METRIC)): value for name, value in rungs.items()},
     )
+
+
+def _status_of_unrecorded_end(trial: StoredTrial) -> str:
+    """Return how a trial ended whose last epoch is recorded, but not its end; empty for all others."""
+    accuracies = trial.val_accuracies
+    if trial.status or not accuracies:
+        return ""
+    if trial.stopped_at is not None:
+        return "stopped"
+    if math.isnan(accuracies[-1]):
+        return "diverged"
+    return "completed" if len(accuracies) == trial.config.epochs else ""

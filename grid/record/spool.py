@@ -1,6 +1,6 @@
-"""A durable queue on the local disk: what was appended survives the death of the process and is delivered later.
+"""A durable queue on the local disk: what was appended survives a crash of the process and is delivered later.
 
-One line of JSON per event. A second file holds how many bytes were delivered.
+One line of JSON per event. A second file holds how many bytes have been delivered.
 """
 
 import errno
@@ -13,8 +13,8 @@ from typing import Any
 from grid.config import InputError
 from grid.store_uri import slug
 
-Event = dict[str, Any]
-"""What happened, in JSON's types."""
+Line = dict[str, Any]
+"""An event in JSON's types; see `grid.record.events`."""
 
 
 class Spool:
@@ -42,40 +42,44 @@ class Spool:
         self._file = path.open("ab", buffering=0)  # a buffer would write later what was refused now
         self._cut_torn_line()
 
-    def append(self, event: Event) -> None:
-        """Return only once the event is on the disk."""
-        line = json.dumps(event, separators=(",", ":")).encode() + b"\n"
+    def append(self, line: Line) -> None:
+        """Return only once the line is on the disk.
+
+        Raises:
+            OSError: It can't be written; nothing of it stays.
+        """
+        content = json.dumps(line, separators=(",", ":")).encode() + b"\n"
         end = os.fstat(self._file.fileno()).st_size
         try:
-            if self._file.write(line) < len(line):
+            if self._file.write(content) < len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file.fileno())
         except OSError:
             self._forget_after(end)
             raise
 
-    def pending(self, limit: int = 10_000) -> tuple[list[Event], int]:
-        """Return up to `limit` events not yet delivered, oldest first, and what `delivered` takes once they are."""
-        events: list[Event] = []
+    def pending(self, limit: int = 10_000) -> tuple[list[Line], int]:
+        """Return up to `limit` undelivered lines, oldest first, and where they end, for `delivered`."""
+        lines: list[Line] = []
         end = self._delivered
         with self.path.open("rb") as file:
             file.seek(end)
             for line in file:
-                if len(events) == limit or not line.endswith(b"\n"):
+                if len(lines) == limit or not line.endswith(b"\n"):
                     break
-                events.append(json.loads(line))
+                lines.append(json.loads(line))
                 end += len(line)
-        return events, end
+        return lines, end
 
     def delivered(self, end: int) -> None:
-        """Note that everything before `end` has arrived."""
+        """Record that everything before byte `end` has arrived."""
         fresh = self._mark.with_suffix(".new")
         fresh.write_text(str(end))
         fresh.replace(self._mark)
         self._delivered = end
 
     def close(self) -> None:
-        """Close the file, remove it if nothing waits in it, and let others have it; may be called twice."""
+        """Close the file, remove it if everything was delivered, and unlock it; may be called twice."""
         if self._file.closed:
             return
         self._file.close()
@@ -97,8 +101,8 @@ def open_spool(folder: Path, store_uri: str, experiment: str) -> Spool:
     """Open the spool of an experiment.
 
     Args:
-        folder: Where the spools of all experiments lie.
-        store_uri: Two stores may hold experiments of one name.
+        folder: Holds the spools of all experiments.
+        store_uri: Two stores may hold experiments of the same name.
         experiment: Its name.
 
     Raises:

@@ -1,17 +1,12 @@
-"""One experiment in an MLflow store, as the driver sees it: what is recorded, and whose turn it is to record.
-
-With `grid.record.recorder` the only file of `grid` that knows MLflow.
-"""
+"""One experiment in an MLflow store, as the driver sees it."""
 
 import json
 import logging
 import os
-import socket
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
@@ -22,28 +17,23 @@ from grid.store_uri import artifact_location, mask
 from grid.wording import first_line
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the recorder tries again, and looks what arrived
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the recorder retries, after checking what has arrived
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 import mlflow.exceptions
-import psutil
 from mlflow.entities import Metric, RunTag
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 MANIFEST = "grid.json"
 PAGE_SIZE = 1000
-LEASE_CONFIRM_SECONDS = 0.5
-"""Of two drivers that claim an experiment within this time the later one has it."""
-DEAD_AFTER_SECONDS = 90.0
-"""Without a sign of life a driver on another host counts as dead."""
 UNREACHABLE = (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError)
-"""What a store raises that is down, locked or slow."""
+"""What a store raises when it is down, locked or slow."""
 
 
 @dataclass(frozen=True)
 class StoredTrial:
-    """A trial as the store has it."""
+    """A trial as the store holds it."""
 
     run_id: str
     status: str
@@ -55,7 +45,7 @@ class StoredTrial:
     stopped_at: int | None = None
     """Epoch after which ASHA stopped it."""
     val_accuracies: tuple[float, ...] = ()
-    """After each recorded epoch of a trial that has to go on, NaN for a diverged one; empty for the others."""
+    """After each recorded epoch of a trial that has to continue, NaN for a diverged epoch; empty for other trials."""
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -64,19 +54,17 @@ class Store:
 
     Args:
         uri: Checked by `grid.store_uri.check_store_uri`.
-        experiment: Made by `create` if missing.
-        kind: Of the runs that count as trials here: `trial`, or `confirm` for finalists.
+        experiment: Its name; `create` creates it if it is missing.
 
     Raises:
         InputError: The store can't be opened.
     """
 
-    def __init__(self, uri: str, experiment: str, kind: str = "trial"):
+    def __init__(self, uri: str, experiment: str):
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.ERROR)
         self.uri = uri
         self.experiment = experiment
-        self.kind = kind
         try:
             self.client = MlflowClient(tracking_uri=uri)
         except (*UNREACHABLE, ImportError) as error:
@@ -86,15 +74,15 @@ class Store:
         """The run with tag `kind=grid`."""
 
     def create(self, *, missing: bool = True) -> None:
-        """Make database, experiment and parent run where they are missing.
+        """Create database, experiment and parent run if they are missing.
 
         Args:
-            missing: Whether an experiment may be made.
+            missing: Whether a missing experiment may be created.
 
         Raises:
-            InputError: The store can't be written, or the experiment was deleted in it, or there is none.
+            InputError: The store can't be written, or the experiment is deleted or missing.
         """
-        with self._answering():
+        with self.answering():
             found = self.client.get_experiment_by_name(self.experiment)
             if found is None and not missing:
                 names = ", ".join(sorted(other.name for other in self.client.search_experiments()))
@@ -114,87 +102,8 @@ class Store:
     def _create_parent(self) -> Any:
         return self.client.create_run(self.experiment_id, tags={"kind": "grid"}, run_name=self.experiment)
 
-    def claim(self) -> None:
-        """Become the one driver of the experiment.
-
-        Raises:
-            InputError: Another one is alive.
-        """
-        self.request_lease()
-        self.confirm_lease()
-
-    def request_lease(self) -> None:
-        """Ask to be the one driver; `confirm_lease` says whether that was granted. Other work may be done in between.
-
-        Raises:
-            InputError: Another one is alive.
-        """
-        with self._answering():
-            self._request_lease()
-        self._requested_at = time.monotonic()
-
-    def confirm_lease(self) -> None:
-        """Wait until any driver that looked before this request must have made its own; the last request wins.
-
-        Raises:
-            InputError: It was another one.
-        """
-        time.sleep(max(0.0, self._requested_at + LEASE_CONFIRM_SECONDS - time.monotonic()))
-        with self._answering():
-            driver = self.client.get_run(self.parent_id).data.tags["driver"]
-        if driver != _this_driver():
-            raise InputError(f"experiment '{self.experiment}' was lease by another driver just now; wait for it")
-
-    def _request_lease(self) -> None:
-        tags = self.client.get_run(self.parent_id).data.tags
-        driver, seen = tags.get("driver", ""), float(tags.get("driver_seen", 0))
-        if driver and driver != _this_driver() and _is_alive(driver, seen):
-            raise InputError(
-                f"experiment '{self.experiment}' is being run by {driver} (alive {time.time() - seen:.0f} s ago); "
-                f"wait for it or stop it; if it is dead, its claim ends after {DEAD_AFTER_SECONDS:.0f} s"
-            )
-        self.client.set_tag(self.parent_id, "driver", _this_driver())
-        self.heartbeat()
-
-    def heartbeat(self) -> None:
-        """Renew the claim."""
-        self.client.set_tag(self.parent_id, "driver_seen", f"{time.time():.0f}")
-
-    def release(self) -> None:
-        """Give the claim up, if it is this driver's."""
-        if self.client.get_run(self.parent_id).data.tags.get("driver") == _this_driver():
-            self.client.set_tag(self.parent_id, "driver", "")
-
-    @contextmanager
-    def lease(self, every_seconds: float = 15.0) -> Iterator[None]:
-        """Be the one driver of the experiment while the block lasts.
-
-        Args:
-            every_seconds: Between two signs of life.
-
-        Raises:
-            InputError: Another one is alive.
-        """
-        self.claim()
-        ended = threading.Event()
-
-        def heartbeat() -> None:
-            while not ended.wait(every_seconds):
-                with suppress(*UNREACHABLE):  # the block itself will notice
-                    self.heartbeat()
-
-        thread = threading.Thread(target=heartbeat, name="claim", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-            with suppress(*UNREACHABLE):  # then the claim ends by itself
-                self.release()
-
     def is_gone(self, run_id: str | None, error: BaseException) -> bool:
-        """Say whether a write failed because the run was deleted: no later attempt will succeed."""
+        """Return whether a write failed because its run was deleted, so that no later attempt can succeed."""
         if run_id is None or not isinstance(error, mlflow.exceptions.MlflowException):
             return False
         try:
@@ -208,7 +117,7 @@ class Store:
         Raises:
             InputError: The store does not answer.
         """
-        with self._answering(), tempfile.TemporaryDirectory() as folder:
+        with self.answering(), tempfile.TemporaryDirectory() as folder:
             if MANIFEST not in (file.path for file in self.client.list_artifacts(self.parent_id)):
                 return {}
             content = Path(self.client.download_artifacts(self.parent_id, MANIFEST, folder)).read_bytes()
@@ -219,7 +128,7 @@ class Store:
         return manifest if isinstance(manifest, dict) else {}
 
     def attach(self, run_id: str, files: Mapping[str, bytes]) -> None:
-        """Put files among the artifacts of a run, in the place of earlier ones.
+        """Add files to the artifacts of a run, replacing earlier ones.
 
         Args:
             run_id: Which run.
@@ -234,33 +143,37 @@ class Store:
                 self.client.log_artifacts(run_id, folder)
 
     def log_test(self, run_id: str, metrics: Mapping[str, float], model_id: str | None = None) -> None:
-        """Record, in one request, what a finalist is worth on the test set.
+        """Record the test results of a finalist in one request.
 
         Args:
             run_id: Of the finalist.
             metrics: `grid.metrics.TEST_METRICS`.
-            model_id: Of its logged model, which MLflow then shows them with.
+            model_id: Of its logged model; MLflow shows the metrics with it.
         """
         now = time.time_ns() // 1_000_000
         values = [Metric(name, value, now, 0, model_id=model_id) for name, value in metrics.items()]
         tags = [] if model_id is None else [RunTag("model_id", model_id)]
         self.client.log_batch(run_id, metrics=values, tags=tags)
 
-    def run_ids(self, trial_key: str = "") -> dict[str, str]:
-        """Return trial key -> run id of all recorded trials, or of one."""
-        return {run.data.tags["trial_key"]: run.info.run_id for run in self._search(trial_key)}
+    def run_ids(self, kind: str = "trial", trial_key: str = "") -> dict[str, str]:
+        """Return trial key -> run id of all recorded trials of a kind, or of one trial."""
+        return {run.data.tags["trial_key"]: run.info.run_id for run in self._search(kind, trial_key)}
 
-    def trials(self) -> dict[str, StoredTrial]:
+    def trials(self, kind: str = "trial") -> dict[str, StoredTrial]:
         """Return the recorded trials by their keys.
 
+        Args:
+            kind: `trial` for those of the grid, `confirm` for finalists.
+
         Raises:
-            InputError: The store does not answer, or holds what is no trial.
+            InputError: The store does not answer, or a run can't be read as a trial.
         """
-        with self._answering():
-            return {run.data.tags["trial_key"]: self._stored(run) for run in self._search()}
+        with self.answering():
+            return {run.data.tags["trial_key"]: self._stored(run) for run in self._search(kind)}
 
     @contextmanager
-    def _answering(self) -> Iterator[None]:
+    def answering(self) -> Iterator[None]:
+        """Turn the errors of a store that is down, locked or slow into an `InputError`."""
         try:
             yield
         except UNREACHABLE as error:
@@ -268,11 +181,11 @@ class Store:
                 f"can't use the store {mask(self.uri)}: {first_line(error)}; pass another --store"
             ) from error
 
-    def _search(self, trial_key: str = "") -> Iterable[Any]:
-        wanted = f"tags.kind = '{self.kind}'" + (f" and tags.trial_key = '{trial_key}'" if trial_key else "")
+    def _search(self, kind: str, trial_key: str = "") -> Iterable[Any]:
+        query = f"tags.kind = '{kind}'" + (f" and tags.trial_key = '{trial_key}'" if trial_key else "")
         token = None
         while token != "":
-            page = self.client.search_runs([self.experiment_id], wanted, max_results=PAGE_SIZE, page_token=token)
+            page = self.client.search_runs([self.experiment_id], query, max_results=PAGE_SIZE, page_token=token)
             yield from page
             token = page.token or ""
 
@@ -294,14 +207,3 @@ class Store:
         epochs = [point.step for point in self.client.get_metric_history(run_id, "epoch_seconds")]
         accuracies = {point.step: point.value for point in self.client.get_metric_history(run_id, "val_accuracy")}
         return tuple(accuracies.get(epoch, nan) for epoch in sorted(epochs))
-
-
-def _this_driver() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"
-
-
-def _is_alive(driver: str, seen: float) -> bool:
-    host, _, pid = driver.rpartition(":")
-    if host == socket.gethostname() and not psutil.pid_exists(int(pid)):
-        return False
-    return time.time() - seen < DEAD_AFTER_SECONDS

@@ -1,0 +1,63 @@
+"""`python -m grid.run --dry-run`: prints what would run and what it would cost; starts no trial, writes nothing."""
+
+from dataclasses import replace
+
+from grid.data.catalogue import DATASETS
+from grid.data.load import is_on_disk, load
+from grid.driver.messages import describe_cost, describe_packing, describe_plan, print_facts
+from grid.plan import forecast
+from grid.plan.packing import Packing
+from grid.plan.request import Request
+from grid.plan.space import ORDER_SEED
+from grid.plan.trials import Plan, make_plan
+from grid.tune import connection
+from grid.tune.gpus import find_gpus
+
+
+def run(request: Request) -> int:
+    """Print what a request would run and cost, and return the exit code.
+
+    Raises:
+        InputError: The request can't be met.
+    """
+    cluster = connection.find_cluster(request.address)
+    if cluster is None:
+        packing = connection.local_packing(request.concurrency)
+    else:
+        packing = connection.connect(cluster, request.concurrency)
+    try:
+        plan = make_plan(request, packing=packing, fingerprint="")
+        train_images, source = _count_train_images(request)
+        (seconds_per_image, spread), timed_on = _calibrate(plan, DATASETS[request.data].class_count, packing)
+    finally:
+        connection.disconnect()
+    cost = forecast.forecast(
+        plan.trials,
+        plan.controls,
+        seconds_per_image=seconds_per_image,
+        spread=spread,
+        train_images=train_images,
+        slots=packing.slots,
+    )
+    data = {"data": f"{request.data}, {train_images:,} training images {source}"}
+    expected = describe_cost(cost, timed_on, packing, request.price_per_hour)
+    print_facts(describe_plan(request, plan) | describe_packing(packing) | data | expected)
+    return 0
+
+
+def _calibrate(plan: Plan, classes: int, packing: Packing) -> tuple[forecast.Calibration, str]:
+    """Time a few trials where they would run, and say where that was; no machine is started for it."""
+    if packing.device == "cpu" or find_gpus()[0]:
+        return forecast.calibrate(plan.trials, classes), "this machine"
+    if connection.cluster_has_gpu():
+        return connection.call_remote(forecast.calibrate, plan.trials, classes, packing=packing), "a GPU of the cluster"
+    on_cpu = [replace(trial, device="cpu", fused=False) for trial in plan.trials]
+    return forecast.calibrate(on_cpu, classes), "this machine's CPU, as no GPU is up: expect less"
+
+
+def _count_train_images(request: Request) -> tuple[int, str]:
+    """Return how many training images there are, and the source of that number."""
+    if is_on_disk(request.data, request.data_dir):
+        dataset = load(request.data, request.data_dir, per_class=request.per_class, split_seed=ORDER_SEED)
+        return len(dataset.train_images), "on this disk"
+    return DATASETS[request.data].split_sizes(request.per_class)[0], "as published (not on this disk yet)"

@@ -1,0 +1,128 @@
+"""What a person reads before a grid starts and after it has ended, as plain values; `print_facts` prints them."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from grid.config import FACTORS
+from grid.driver.progress import top_table
+from grid.driver.watcher import Watcher
+from grid.plan.asha import FACTOR, rung_epochs
+from grid.plan.forecast import Forecast
+from grid.plan.packing import Packing
+from grid.plan.request import Request, resume_command
+from grid.plan.trials import Plan
+from grid.store_uri import mask
+from grid.wording import count, format_seconds
+
+
+def describe_plan(request: Request, plan: Plan) -> dict[str, str]:
+    """Return what is trained: the grid, its trials, their budget."""
+    levels = " x ".join(str(len(request.levels[factor])) for factor in FACTORS)
+    facts = {"grid": f"{request.grid}: {levels} levels, {len(plan.cells):,} cells"}
+    if plan.excluded:
+        facts["excluded"] = "; ".join(f"{count(cells, 'cell')}: {reason}" for reason, cells in plan.excluded.items())
+    facts["trials"] = (
+        f"{len(plan.trials):,} = cells x {count(request.seeds, 'seed')} x "
+        f"{count(len(request.lr_scales), 'lr scale')}; {count(len(plan.controls), 'unstopped control')}"
+    )
+    rungs = ", ".join(map(str, rung_epochs(request.epochs))) or "none"
+    facts["budget"] = f"{count(request.epochs, 'epoch')}; one in {FACTOR} continues after epoch {rungs}"
+    return facts
+
+
+def describe_packing(packing: Packing) -> dict[str, str]:
+    """Return where trials run, how many at once, and why."""
+    return {"where": packing.machines, "at once": f"{packing} ({packing.reason})"}
+
+
+def describe_cost(cost: Forecast, timed_on: str, packing: Packing, price_per_hour: float | None) -> dict[str, str]:
+    """Return what a grid is expected to take.
+
+    Args:
+        cost: The forecast.
+        timed_on: Where the trials were timed that it is based on.
+        packing: How trials share the machines.
+        price_per_hour: Of all machines together; None leaves the price out.
+    """
+    saved = 1 - cost.epochs / cost.full_epochs
+    hours = cost.seconds / 3600
+    facts = {
+        "epochs": f"{cost.epochs:,.0f} expected of {cost.full_epochs:,} ({saved:.0%} saved by early stopping)",
+        "time": f"{format_seconds(cost.seconds)}, timed on {timed_on} (cells vary by {cost.spread:.0%})",
+    }
+    if packing.gpus_per_trial:
+        facts["GPU-hours"] = f"{hours * packing.concurrency * packing.gpus_per_trial:,.1f}"
+    if price_per_hour is not None:
+        facts["price"] = f"{hours * price_per_hour:,.2f} at {price_per_hour:g} per hour"
+    return facts
+
+
+def print_facts(facts: Mapping[str, str]) -> None:
+    """Print names and their facts, one per line."""
+    for name, text in facts.items():
+        print(f"{name:<9}  {text}", flush=True)
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """How a run of `grid.run` ended."""
+
+    exit_code: int
+    table: str
+    """The best cells."""
+    complaints: Sequence[str] = ()
+    """For stderr: what went wrong, and the command that continues."""
+    next_commands: Mapping[str, str] | None = None
+    """What to look at next; None if the run ended early."""
+
+
+def conclude(request: Request, watcher: Watcher, undelivered: str) -> Conclusion:
+    """Return how a run ended and what its user should know.
+
+    Args:
+        request: What the user asked for.
+        watcher: How the trials ended.
+        undelivered: Why not everything has reached the store; empty if it has.
+    """
+    summaries = list(watcher.summaries.values())
+    table, complaints = top_table(summaries), _undelivered(request, undelivered)
+    if watcher.problem:
+        hint = f"{watcher.problem}; free disk space, then continue with:  {resume_command()}"
+        return Conclusion(1, table, [*complaints, hint])
+    if watcher.unusable_node:
+        return Conclusion(1, table, [*complaints, f"{watcher.unusable_node}; then continue with:  {resume_command()}"])
+    if watcher.interrupted:
+        return Conclusion(130, table, [*complaints, f"interrupted; continue with:  {resume_command()}"])
+    failed = any(summary.status == "failed" for summary in summaries)
+    exit_code = 1 if failed or undelivered or len(summaries) < watcher.total else 0
+    return Conclusion(exit_code, table, complaints, _next_commands(request))
+
+
+def experiment_options(request: Request) -> str:
+    """Return the options that name an experiment on the command line, without secrets."""
+    return shlex.join(["--experiment", request.experiment, "--store", mask(request.store)])
+
+
+def _undelivered(request: Request, reason: str) -> list[str]:
+    if not reason:
+        return []
+    replay = f"python -m grid.record --replay {experiment_options(request)}"
+    return [
+        f"not everything has reached {mask(request.store)}: {reason}",
+        f"the rest is kept in {request.spool}; deliver it with:  {replay}",
+    ]
+
+
+def _next_commands(request: Request) -> dict[str, str]:
+    experiment, address = experiment_options(request), shlex.quote(mask(request.store))
+    is_default = request.data_dir == Path("data").absolute()
+    data_dir = "" if is_default else f" --data-dir {shlex.quote(str(request.data_dir))}"
+    server = f"mlflow server --host 127.0.0.1 --backend-store-uri {address}"
+    return {
+        "ranking": f"python -m analysis.rank {experiment}",
+        "report": f"python -m analysis.report {experiment}",
+        "all runs": address if request.store.startswith("http") else server,
+        "finalists": f"python -m grid.confirm {experiment}{data_dir}",
+    }
