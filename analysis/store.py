@@ -173,7 +173,7 @@ def read_curves(experiment: Experiment, run_ids: Iterable[str], metric: str = "v
     Args:
         experiment: From `read_experiment`.
         run_ids: Of rows of `experiment.trials` or `.finalists`.
-        metric: One of `grid.config.EPOCH_METRICS`.
+        metric: One of `grid.metrics.EPOCH_METRICS`.
 
     Returns:
         `run_id`, `epoch` (from 1), and a column named by the metric, rising by run and epoch.
