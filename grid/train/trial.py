@@ -19,16 +19,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from grid.config import TrialConfig, parse_sizes
+from grid.config import TrialConfig
 from grid.data.dataset import Dataset
 from grid.metrics import EpochReport
 from grid.train.averaging import averaged_weights
+from grid.train.models import MODELS, NetSpec
 from grid.train.optimizers import build_optimizer
 from grid.train.penalties import PENALTIES, penalised_weights
 from grid.train.schedules import Horizon, Schedule
 from nets.blocks import Techniques
-from nets.cnn import CNN
-from nets.mlp import MLP
 
 EVALUATION_BATCH_SIZE = 1000
 NORM_BATCHES = 20
@@ -271,30 +270,20 @@ def build_net(config: TrialConfig, data: DeviceData, dropout: torch.Generator) -
 
 def assemble_net(config: TrialConfig, *, side: int, classes: int, dropout: torch.Generator) -> nn.Module:
     """Build the net of a configuration for images of `side` x `side` pixels, as `build_net` does."""
-    techniques = Techniques(
-        activation=config.activation,
-        batch_norm=config.batch_norm,
-        dropout_rate=config.dropout_rate if config.dropout else 0.0,
-    )
-    weights = _generator(config.seed, "weights", "cpu")
-    if config.model == "mlp":
-        return MLP(
-            pixels=side**2,
-            classes=classes,
-            hidden_sizes=parse_sizes(config.hidden_sizes),
-            techniques=techniques,
-            weights=weights,
-            masks=dropout,
-        )
-    return CNN(
+    spec = NetSpec(
         side=side,
         classes=classes,
-        channels=parse_sizes(config.channels),
-        dense_size=config.dense_size,
-        techniques=techniques,
-        weights=weights,
+        techniques=Techniques(
+            activation=config.activation,
+            batch_norm=config.batch_norm,
+            dropout_rate=config.dropout_rate if config.dropout else 0.0,
+        ),
+        weights=_generator(config.seed, "weights", "cpu"),
         masks=dropout,
     )
+    with torch.random.fork_rng(devices=[]):  # torch's own layers draw from the global generator
+        torch.default_generator.manual_seed(spec.weights.initial_seed())
+        return MODELS[config.model](config, spec)
 
 
 def _generator(seed: int, purpose: str, device: str) -> torch.Generator:
