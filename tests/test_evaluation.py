@@ -34,7 +34,7 @@ def dataset() -> Dataset:
 
 @pytest.fixture(scope="module")
 def data(dataset) -> DeviceData:
-    return DeviceData.of(dataset)
+    return DeviceData.from_dataset(dataset)
 
 
 def trained(data: DeviceData, **changes: object) -> tuple[Trial, EpochReport]:

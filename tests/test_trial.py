@@ -48,7 +48,7 @@ def dataset(**changes: object) -> Dataset:
 
 @pytest.fixture(scope="module")
 def data() -> DeviceData:
-    return DeviceData.of(dataset())
+    return DeviceData.from_dataset(dataset())
 
 
 def config(**changes: object) -> TrialConfig:
@@ -435,7 +435,7 @@ def test_data_on_the_device_are_those_of_the_data_set(data):
 
 
 def test_blank_images_are_not_divided_by_zero():
-    blank = DeviceData.of(dataset(train_images=np.zeros((CLASSES * PER_CLASS, SIDE, SIDE), np.uint8)))
+    blank = DeviceData.from_dataset(dataset(train_images=np.zeros((CLASSES * PER_CLASS, SIDE, SIDE), np.uint8)))
     assert blank.std == 1
     assert math.isfinite(Trial(config(), blank).run_epoch().train_loss)
 

@@ -89,7 +89,7 @@ def confirm(request: Confirmation) -> int:
     store.create(missing=False)
     try:
         with store.lease():  # two commands at once would test each net twice
-            data = DeviceData.of(dataset, _device_here(trials[0]))
+            data = DeviceData.from_dataset(dataset, _device_here(trials[0]))
             for trial in _untested(store, trials):
                 _test(store, trial, dataset, data, checkpoints, test_images, test_labels)
             return _conclude(request, store, trials)

@@ -68,7 +68,7 @@ class Worker:
 
     def _resume(self, config: TrialConfig) -> Trial:
         if self._data is None:
-            self._data = DeviceData.of(self._dataset, config.device)
+            self._data = DeviceData.from_dataset(self._dataset, config.device)
         if self._trial is None:
             self._trial = self._begin(config, self._data)
             state = self.checkpoints.load(config.trial_key, config.device)
