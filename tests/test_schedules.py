@@ -10,12 +10,12 @@ from torch.optim import SGD
 from grid.config import LEVELS
 from grid.train.schedules import SCHEDULES, Horizon, Schedule
 
-HORIZON = Horizon(epochs=9, steps_per_epoch=11, learning_rate=0.5)  # 99 steps: one_cycle's peak falls on step 29
+HORIZON = Horizon(epochs=9, steps_per_epoch=11, peak_learning_rate=0.5)  # 99 steps: one_cycle's peak falls on step 29
 BY_STEP = sorted(set(SCHEDULES) - {"plateau"})
 
 
 def scheduled(name: str, horizon: Horizon = HORIZON) -> tuple[Schedule, SGD]:
-    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=horizon.learning_rate)
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=horizon.peak_learning_rate)
     return Schedule(name, optimizer, horizon), optimizer
 
 
@@ -42,10 +42,10 @@ def all_rates(name: str, horizon: Horizon = HORIZON, val_loss: float = 1.0) -> l
 def one_cycle_rate(step: int) -> float:
     """Return the closed form: from 1/25 of the peak up to it and down to 1/250000 of it, along half cosines."""
     if step <= 29:
-        low, share = HORIZON.learning_rate / 25, 1 - step / 29
+        low, share = HORIZON.peak_learning_rate / 25, 1 - step / 29
     else:
-        low, share = HORIZON.learning_rate / 250_000, (step - 29) / (99 - 29)
-    return low + (HORIZON.learning_rate - low) * (1 + math.cos(math.pi * share)) / 2
+        low, share = HORIZON.peak_learning_rate / 250_000, (step - 29) / (99 - 29)
+    return low + (HORIZON.peak_learning_rate - low) * (1 + math.cos(math.pi * share)) / 2
 
 
 CLOSED_FORMS = {
@@ -82,13 +82,13 @@ def test_the_budget_ends_with_the_final_share_of_the_peak_rate(name, share):
     schedule, optimizer = scheduled(name)
     rates = run_epoch(schedule, optimizer, HORIZON.steps, val_loss=1.0)
     final = rates[-1] if name == "step" else schedule.learning_rate
-    assert final == pytest.approx(share * HORIZON.learning_rate, abs=1e-12)
+    assert final == pytest.approx(share * HORIZON.peak_learning_rate, abs=1e-12)
 
 
 def test_one_cycle_peaks_at_the_peak_rate_after_three_tenths():
     rates = all_rates("one_cycle")
-    assert max(rates) == rates[29] == HORIZON.learning_rate
-    assert sum(rates) / len(rates) == pytest.approx((0.3 * 1.04 / 2 + 0.7 / 2) * HORIZON.learning_rate, rel=0.01)
+    assert max(rates) == rates[29] == HORIZON.peak_learning_rate
+    assert sum(rates) / len(rates) == pytest.approx((0.3 * 1.04 / 2 + 0.7 / 2) * HORIZON.peak_learning_rate, rel=0.01)
 
 
 @settings(deadline=None)
@@ -120,12 +120,12 @@ def test_validation_loss_moves_plateau_only(name):
 def test_plateau_keeps_its_rate_while_the_validation_loss_falls():
     schedule, optimizer = scheduled("plateau")
     rates = [rate for epoch in range(9) for rate in run_epoch(schedule, optimizer, 11, val_loss=1 / (1 + epoch))]
-    assert set(rates) == {HORIZON.learning_rate}
+    assert set(rates) == {HORIZON.peak_learning_rate}
 
 
 def test_plateau_stands_still_within_an_epoch():
     schedule, optimizer = scheduled("plateau")
-    assert set(run_epoch(schedule, optimizer, 1000, val_loss=1.0)) == {HORIZON.learning_rate}
+    assert set(run_epoch(schedule, optimizer, 1000, val_loss=1.0)) == {HORIZON.peak_learning_rate}
 
 
 @pytest.mark.parametrize("epochs", [10, 40])
