@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 def averaged_weights(net: nn.Module, optimizer: Optimizer, batches: Iterable[Tensor]) -> Iterator[None]:
     """Replace the weights of `net` by the optimizer's averages within the context; only `asgd` has any.
 
-    Batch norm statistics depend on the weights, so they are estimated anew. Everything is restored afterwards.
+    Batch norm statistics depend on the weights, so they are estimated again. Everything is restored afterwards.
 
     Args:
         net: Net in evaluation mode.

@@ -31,7 +31,7 @@ from nets.blocks import Techniques
 
 EVALUATION_BATCH_SIZE = 1000
 NORM_BATCHES = 20
-"""Most training batches from which the batch norm statistics of averaged weights are estimated."""
+"""Training batches from which the batch norm statistics of averaged weights are estimated, at most."""
 
 
 @dataclass(frozen=True)
