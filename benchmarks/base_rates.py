@@ -51,7 +51,7 @@ def main() -> None:
 def _set_up(dataset: Dataset) -> None:
     global _data
     torch.set_num_threads(1)
-    _data = DeviceData.of(dataset)
+    _data = DeviceData.from_dataset(dataset)
 
 
 def _accuracy(job: tuple[str, float, str, int]) -> float:

@@ -57,7 +57,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    data = DeviceData.of(load(options.data, options.data_dir, per_class=options.per_class))
+    data = DeviceData.from_dataset(load(options.data, options.data_dir, per_class=options.per_class))
     print(f"{'plain':>7} {'fast':>7} {'difference':>11} {'95 % interval':>18}  cell")
     for cell in CELLS:
         plain: list[float] = []
