@@ -1,14 +1,14 @@
-# What a person runs and what CI runs are the same commands. `make` alone prints this list.
+# People and CI run the same commands. `make` alone prints this list.
 PYTHON ?= python3
 BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lint types imports format clean
+.PHONY: help setup run test test-all check lint types imports format clean
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/ready  ## make .venv and install everything into it (minutes, once; 7 GB)
 
@@ -21,8 +21,11 @@ setup: .venv/ready  ## make .venv and install everything into it (minutes, once;
 run: setup  ## run the quick grid offline: 32 trials, a ranked table in minutes
 	$(BIN)/python -m grid.run --grid smoke
 
-test: setup  ## run all tests
-	$(BIN)/python -m pytest
+test: setup  ## run the fast tests, one real Ray run and one real kill among them (minutes)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not slow"
+
+test-all: test  ## run all tests: clusters, failures, browser, notebooks, wheel (half an hour)
+	$(BIN)/python -m pytest -m slow
 
 check: lint types imports  ## lint, types, imports
 
@@ -36,7 +39,7 @@ types: setup  ## mypy --strict
 imports: setup  ## which module may import which
 	$(BIN)/lint-imports
 
-format: setup  ## let ruff format and mend what it can
+format: setup  ## format, and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

@@ -1,6 +1,6 @@
-"""What one trial is: its levels, its settings, its keys, and its format as MLflow parameters.
+"""What a trial is: its levels, its settings, its keys, and how MLflow stores them.
 
-Standard library only, so that everything may import it and nothing pays for it.
+Standard library only, so that everything can import it at no cost.
 """
 
 import hashlib
@@ -20,19 +20,19 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "regularization": ("none", "l1", "l2", "elastic"),
     "dropout": ("off", "on"),
 }
-"""Every factor with every level it can take. What a level does stands in a table (`ACTIVATIONS`, ...)."""
+"""Every factor with all its levels. A table with the same keys (`ACTIVATIONS`, ...) says what each level does."""
 
 FACTORS = tuple(LEVELS)
 
 NUMERICS_VERSION = 3
-"""Raised by hand whenever a change of the code changes the numbers that a trial yields; part of every trial key."""
+"""Raised by hand whenever a code change alters the numbers that a trial yields; part of every trial key."""
 
 Params = dict[str, str]
 """A configuration as MLflow stores it: every value a string."""
 
 
 class InputError(ValueError):
-    """Wrong input from the user. Its text is one line: what is wrong, what is allowed, what to do."""
+    """Input that can't be used. Its text is one line: what is wrong, what is allowed, what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class TrialConfig:
     """Everything that changes the result of one training; two equal configurations yield the same numbers.
 
     Raises:
-        InputError: Any value is out of its range; the text names all problems at once.
+        InputError: A value is out of range; the text names all problems at once.
     """
 
     model: str = "mlp"
@@ -59,22 +59,22 @@ class TrialConfig:
     """Factor; stored as `on` or `off`."""
 
     seed: int = 0
-    """Replicate: draws the initial weights, the order of the images and the dropout masks. 0 or more."""
+    """Replicate: seeds the initial weights, the order of the images and the dropout masks. 0 or more."""
     lr_scale: float = 1.0
-    """Nuisance: what the optimizer's base learning rate is multiplied with. More than 0."""
+    """Nuisance: factor on the optimizer's base learning rate. More than 0."""
 
     learning_rate: float
     """Peak learning rate: base rate of the optimizer x `lr_scale`. More than 0."""
     epochs: int
-    """Full budget in passes over the training images; a schedule spans it. 1 or more."""
+    """Full budget in passes over the training images; the length of the schedule. 1 or more."""
     batch_size: int = 128
-    """Images per step. 2 or more (batch norm has no variance of one)."""
+    """Images per step. 2 or more (the variance of a single image is undefined)."""
     dropout_rate: float = 0.25
-    """Share of units dropped where `dropout` is on, in (0, 1)."""
+    """Share of units dropped if `dropout` is on, in (0, 1)."""
     l1_strength: float = 1e-5
-    """Weight of the sum of |w| in the loss where `regularization` is l1 or elastic. 0 or more."""
+    """Weight of the sum of |w| in the loss if `regularization` is l1 or elastic. 0 or more."""
     l2_strength: float = 1e-4
-    """Weight of the sum of w^2 / 2 in the loss where `regularization` is l2 or elastic. 0 or more."""
+    """Weight of the sum of w^2 / 2 in the loss if `regularization` is l2 or elastic. 0 or more."""
     hidden_sizes: str = "512-256-128"
     """Widths of the MLP's hidden layers, joined by '-'."""
     channels: str = "32-64"
@@ -83,16 +83,16 @@ class TrialConfig:
     """Width of the CNN's dense layer. 1 or more."""
 
     device: str = "cpu"
-    """Kind of device that trains: `cpu` or `cuda`."""
+    """Kind of device to train on: `cpu` or `cuda`."""
     precision: str = "float32"
     """Of the forward and backward pass: `float32`, or `bfloat16` by autocast (weights stay float32)."""
     memory_format: str = "contiguous"
     """Layout of images and convolution weights: `contiguous` or `channels_last`."""
     fused: bool = False
-    """Whether the optimizer updates all weights in one kernel, where torch has one for it."""
+    """Whether the optimizer updates all weights in one kernel, if torch has one for it."""
 
     data: str = ""
-    """Name of the data set, as a reader knows it."""
+    """Name of the data set."""
     data_fingerprint: str = ""
     """Hash of the training and validation images and labels that the trial sees."""
     numerics_version: int = NUMERICS_VERSION
@@ -131,7 +131,7 @@ class TrialConfig:
 
     @cached_property
     def cell_key(self) -> str:
-        """Short hash of the cell: equal for all replicates and nuisance levels."""
+        """Short hash of the cell; the same for all replicates and nuisance levels."""
         return _hash(self.cell)
 
     @cached_property
@@ -141,7 +141,7 @@ class TrialConfig:
 
     @property
     def name(self) -> str:
-        """The trial as a person reads it, such as `mlp cosine gelu adam batch_norm l2 seed=0`."""
+        """A name for people, such as `mlp cosine gelu adam batch_norm l2 seed=0`."""
         parts = [cell_name(self.cell), f"seed={self.seed}"]
         if self.lr_scale != 1:
             parts.append(f"lr x{self.lr_scale:g}")
@@ -153,10 +153,10 @@ class TrialConfig:
 
     @classmethod
     def from_params(cls, params: Mapping[str, str]) -> "TrialConfig":
-        """Build a configuration from strings; names that are no field are passed over.
+        """Build a configuration from strings; unknown names are ignored.
 
         Raises:
-            InputError: A value can't be read as the type of its field, or is out of range.
+            InputError: A value does not have the type of its field, or is out of range.
         """
         known = {
             field.name: _parse(field.name, field.type, params[field.name])
@@ -170,7 +170,7 @@ class TrialConfig:
 
 
 def cell_name(cell: Mapping[str, str]) -> str:
-    """Format a cell for people: its levels in the order of the factors; `on` by the factor's name, off and none not."""
+    """Return a cell's name for people, such as `cnn cosine gelu adam batch_norm`: neither `off` nor `none` is shown."""
     words = [factor if cell[factor] == "on" else cell[factor] for factor in FACTORS if factor in cell]
     return " ".join(word for word in words if word not in ("off", "none"))
 

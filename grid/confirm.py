@@ -1,7 +1,7 @@
 """The command that confirms: `python -m grid.confirm --experiment NAME`.
 
-Retrains the best cells of a grid at full budget on seeds that the grid has not seen, then tests each net once. The only
-command that reads the test set. Checks what can be checked at once, then loads the rest (`grid.driver.finalists`).
+Retrains the best cells of a grid at full budget on new seeds, then tests each net once. The only command that reads the
+test set. Checks its arguments at once, then imports the rest (`grid.driver.finalists`).
 """
 
 import argparse
@@ -65,7 +65,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="python -m grid.confirm",
         description="Retrain the best cells of a grid on new seeds, then test each net once. "
-        "The same command again goes on where it stopped, and tests nothing twice.",
+        "Run the same command again to continue; nothing is tested twice.",
     )
     add_experiment(parser)
     parser.add_argument("--top", type=int, default=3, metavar="N", help="finalists per model (3)")

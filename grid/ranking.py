@@ -1,8 +1,8 @@
-"""The rule by which cells are ranked: one for the table that ends a run, for `grid.confirm` and for `analysis.rank`.
+"""The rule by which cells are ranked; shared by the table at the end of a run, `grid.confirm` and `analysis.rank`.
 
-An accuracy after one epoch is never compared, or averaged, with one after nine: a cell is judged at the epoch that all
-its replicates have reached, and cells with more epochs come first. Diverged and failed trials have no accuracy here.
-Standard library only.
+An accuracy after one epoch is never compared or averaged with one after nine: a cell is ranked by the last epoch that
+all its replicates have reached, and cells with more epochs come first. Diverged and failed trials have no accuracy
+here. Standard library only.
 """
 
 import math
@@ -17,7 +17,7 @@ from grid.metrics import RANKED_STATUSES
 
 @dataclass(frozen=True, kw_only=True)
 class TrialSummary:
-    """Where one trial stands at the end."""
+    """How one trial ended."""
 
     cell: Mapping[str, str]
     seed: int
@@ -40,9 +40,9 @@ class RankedCell:
     epochs: int
     """Full budget."""
     epochs_run: int
-    """That all its replicates had."""
+    """Epochs that all its replicates have reached."""
     accuracies: Mapping[int, float]
-    """Seed -> validation accuracy: the best one if all replicates had the full budget, else that at `epochs_run`."""
+    """Seed -> validation accuracy: the best if every replicate had the full budget, else that at `epochs_run`."""
     lr_scale: float
     """Of the most accurate replicate."""
 
@@ -55,7 +55,7 @@ class RankedCell:
 def rank_cells(summaries: Iterable[TrialSummary]) -> list[RankedCell]:
     """Rank cells by the best evidence that all their replicates share, best first.
 
-    Of the nuisance levels of a replicate the one that went furthest, then the most accurate one, counts.
+    Of a replicate's nuisance levels, the one with the most epochs counts; of several, the most accurate one.
 
     Raises:
         InputError: The trials are of several budgets.

@@ -1,4 +1,4 @@
-"""The command line: `python -m grid.run --grid smoke`. Checks what can be checked at once, then loads the rest."""
+"""The command `python -m grid.run --grid smoke`. Checks its arguments at once, then imports the rest."""
 
 import argparse
 import gc
@@ -24,7 +24,7 @@ INTERRUPTED = "interrupted; run the same command to continue"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    0: every trial has ended and none failed; 1: some failed, or not all has reached the store; 2: wrong input;
+    0: every trial has ended and none failed; 1: some failed, or not everything has reached the store; 2: wrong input;
     130: interrupted.
     """
     parser = _parser()
@@ -80,14 +80,18 @@ def read_request(options: argparse.Namespace) -> Request:
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m grid.run",
-        description="Train every combination of techniques with ASHA early stopping; every trial is logged to MLflow. "
-        "The same command again goes on where it stopped.",
+        description="Train every combination of techniques with ASHA early stopping and log every trial to MLflow. "
+        "Run the same command again to continue.",
         epilog="grids: " + "; ".join(f"{name}: {grid.question}" for name, grid in GRIDS.items()),
     )
     what = parser.add_argument_group("what is trained")
     what.add_argument("--grid", default="full", metavar="NAME", help=f"{', '.join(GRIDS)} (full)")
     what.add_argument(
-        "--only", action="append", default=[], metavar="FACTOR=LEVEL[,LEVEL]", help="hold a factor; may be repeated"
+        "--only",
+        action="append",
+        default=[],
+        metavar="FACTOR=LEVEL[,LEVEL]",
+        help="restrict a factor to some of its levels; may be repeated",
     )
     what.add_argument("--data", metavar="NAME", help=f"{', '.join(NAMES)} (the grid's own)")
     add_data_dir(what)
@@ -95,24 +99,33 @@ def _parser() -> Parser:
     what.add_argument("--epochs", type=int, metavar="N", help="full budget of a trial (the grid's own)")
     what.add_argument("--seeds", type=int, default=1, metavar="N", help="replicates per cell (1)")
     what.add_argument("--lr-scales", default="1", metavar="X[,X]", help="factors on the base learning rates (1)")
-    what.add_argument("--controls", type=float, default=0.03, metavar="SHARE", help="trials never stopped (0.03)")
     what.add_argument(
-        "--precision", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: what the device is fast at"
+        "--controls",
+        type=float,
+        default=0.03,
+        metavar="SHARE",
+        help="unstopped controls: trials drawn at random and exempt from early stopping (0.03)",
+    )
+    what.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="auto picks what the device is fast at",
     )
     where = parser.add_argument_group("where it runs and is recorded")
     add_store(where)
-    where.add_argument("--experiment", metavar="NAME", help="MLflow experiment (named by grid, data and budget)")
+    where.add_argument("--experiment", metavar="NAME", help="MLflow experiment (named after grid, data and budget)")
     add_workers(where)
+    where.add_argument("--dry-run", action="store_true", help="print cells, trials and expected cost; start nothing")
     where.add_argument(
-        "--dry-run", action="store_true", help="print cells, trials and the expected cost; start nothing"
+        "--price-per-hour", type=float, metavar="X", help="price of the machine or cluster, for --dry-run"
     )
-    where.add_argument("--price-per-hour", type=float, metavar="X", help="of the machine or cluster, for --dry-run")
     add_debug(where)
     return parser
 
 
 def _default_name(options: argparse.Namespace, data: str) -> str:
-    """Name an experiment by what its trials must have in common: a first look is not put into the full run."""
+    """Name an experiment after what its trials share, so that a first look does not end up in the full run."""
     parts = [options.grid, data]
     parts += [] if options.per_class is None else [f"{options.per_class}-per-class"]
     parts += [] if options.epochs is None else [f"{options.epochs}-epochs"]
@@ -134,9 +147,9 @@ def _split_numbers(text: str) -> tuple[float, ...]:
 
 
 def _leave(exit_code: int) -> NoReturn:
-    """End the process at once: Python would first take torch and Ray apart, which is another two seconds."""
+    """End the process at once: tearing down torch and Ray takes Python another two seconds."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, AttributeError):  # closed, or none at all
+        with suppress(OSError, AttributeError):  # closed or missing
             stream.flush()
     os._exit(exit_code)
 

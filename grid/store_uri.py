@@ -1,4 +1,4 @@
-"""Where the store is: its address made absolute and checked, before anything heavy is imported or anything written."""
+"""Where the store is: makes its address absolute and checks it, before anything heavy is imported or written."""
 
 import os
 import re
@@ -16,14 +16,14 @@ DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
 def check_store_uri(uri: str | None, *, must_exist: bool = False) -> str:
-    """Return an absolute store URI that can be opened and written, as far as can be told without writing.
+    """Return an absolute store URI that can be opened and written, as far as can be checked without writing to it.
 
     Args:
-        uri: Any MLflow tracking URI; None for `mlflow.db` in the working folder.
-        must_exist: Refuse a sqlite file that is not there, which MLflow would make.
+        uri: Any MLflow tracking URI; None for `mlflow.db` in the working directory.
+        must_exist: Refuse a missing sqlite file, which MLflow would otherwise create.
 
     Raises:
-        InputError: It can't.
+        InputError: It can't be opened or written.
     """
     uri = uri or "sqlite:///mlflow.db"
     try:
@@ -35,7 +35,7 @@ def check_store_uri(uri: str | None, *, must_exist: bool = False) -> str:
 
 
 def mask(text: str) -> str:
-    """Return a text with the password of a URI in it hidden, also one with @ or / in it."""
+    """Return a text with the passwords of URIs replaced by `***`, even if they contain @ or /."""
     return re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)
 
 
@@ -49,12 +49,12 @@ def _check(uri: str, must_exist: bool) -> str:
         raise InputError(f"can't open the store '{mask(uri)}'; give sqlite:///FILE, http://HOST:PORT or a database URI")
     if uri.count("@") > 1 or "@" in urlsplit(uri).path:
         raise InputError(f"can't open the store '{mask(uri)}': write @ in a password as %40, / as %2F")
-    _ = urlsplit(uri).port  # raises for what is no number
+    _ = urlsplit(uri).port  # raises if it is not a number
     return uri
 
 
 def artifact_location(uri: str, experiment: str) -> str | None:
-    """Return where the artifacts of a new experiment go: beside a sqlite file; None leaves it to the server."""
+    """Return where the artifacts of a new experiment go: next to a sqlite file; None lets the server choose."""
     if not uri.startswith("sqlite:///"):
         return None
     return (_sqlite_path(uri).parent / "mlartifacts" / slug(uri, experiment)).as_uri()
@@ -68,7 +68,7 @@ def slug(uri: str, experiment: str) -> str:
 
 
 def write_problem(folder: Path) -> str:
-    """Say why no file can be made in `folder`; empty if one can. Rights alone would not tell of a full disk."""
+    """Return why no file can be created in `folder`, or an empty text. Permissions alone do not reveal a full disk."""
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -87,13 +87,13 @@ def _check_sqlite(uri: str, must_exist: bool) -> str:
     if not uri.startswith("sqlite:///") or path.name == "":
         problem = "it names no file"
     elif path.exists() and not path.is_file():
-        problem = "it is no file"
+        problem = "it is not a file"
     elif not path.parent.is_dir():
         problem = f"there is no folder {path.parent}"
     elif must_exist and not path.exists():
         problem = "there is no such file"
     elif not _is_sqlite_or_new(path):
-        problem = "the file is no sqlite database"
+        problem = "the file is not a sqlite database"
     elif path.exists() and not os.access(path, os.W_OK):
         problem = "the file can't be written"
     else:

@@ -101,7 +101,7 @@ def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_ctrl_c_ends_in_good_order_and_a_second_driver_is_refused(
+def test_ctrl_c_ends_a_run_gracefully_and_a_second_driver_is_refused(
     arguments: list[str], store_uri: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*arguments, "--epochs", "200"]
@@ -116,7 +116,7 @@ def test_ctrl_c_ends_in_good_order_and_a_second_driver_is_refused(
     finally:
         process.kill()
     log = (tmp_path / "log-0").read_text()
-    assert f"interrupted; go on with:  python -m grid.run {' '.join(arguments)}" in log
+    assert f"interrupted; continue with:  python -m grid.run {' '.join(arguments)}" in log
     assert "Traceback" not in log
     assert "KILLED" in {run.info.status for run in runs(store_uri, "trial")} <= {"KILLED", "FINISHED"}
     assert list(tmp_path.glob("spool/*.jsonl")) == []
@@ -136,7 +136,7 @@ def test_a_grid_of_another_budget_is_refused_and_nothing_changes(
     assert (parent.info.status, parent.data.tags["driver"]) == ("FINISHED", "")
 
 
-def test_a_server_that_is_down_at_the_end_is_told_with_what_to_do(
+def test_a_server_that_is_down_at_the_end_is_reported_with_the_command_that_delivers(
     arguments: list[str], store_uri: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*given: object, **named: object) -> None:
@@ -147,35 +147,36 @@ def test_a_server_that_is_down_at_the_end_is_told_with_what_to_do(
         patch.setattr(Recorder.close, "__kwdefaults__", {"patience_seconds": 1.0})
         assert main([*arguments, "--only", "batch_norm=on"]) == 1
     err = capfd.readouterr().err
-    assert re.match(r"^not everything has reached sqlite.*: the cable is cut\nkept in .*/spool; deliver it with: ", err)
+    kept = "the rest is kept in .*/spool; deliver it with: "
+    assert re.match(rf"^not everything has reached sqlite.*: the cable is cut\n{kept}", err)
     assert replay(["--replay", "--experiment", "smoke-glyphs", "--store", store_uri]) == 0
     assert [run.data.tags["status"] in STATUSES for run in runs(store_uri, "trial")] == [True] * 4
 
 
-def test_the_death_of_ray_ends_the_driver_with_the_command_that_goes_on(
+def test_the_death_of_ray_ends_the_driver_with_the_command_that_continues(
     arguments: list[str], store_uri: str, tmp_path: Path
 ) -> None:
     process = start([*arguments, "--epochs", "200"], tmp_path)
     while not [run for run in runs(store_uri, "trial") if "val_accuracy" in run.data.metrics]:
         time.sleep(0.2)
-    (raylet,) = [one for one in psutil.Process(process.pid).children(recursive=True) if one.name() == "raylet"]
+    children = psutil.Process(process.pid).children(recursive=True)
+    (raylet,) = [child for child in children if child.name() == "raylet"]
     raylet.kill()
     assert process.wait(100) == 1
-    assert (
-        "Ray has died under the run; go on with:  python -m grid.run --grid smoke" in (tmp_path / "log-0").read_text()
-    )
+    log = (tmp_path / "log-0").read_text()
+    assert "Ray died during the run; continue with:  python -m grid.run --grid smoke" in log
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the trial fails for want of a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the trial fails for lack of a GPU")
 def test_a_failed_trial_is_exit_code_1_and_the_others_are_done(
     arguments: list[str], store_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def break_one(*given: object, **named: object) -> Plan:
+    def break_first_trial(*given: object, **named: object) -> Plan:
         plan = make_plan(*given, **named)  # type: ignore[arg-type]
         broken = TrialConfig.from_params({**plan.trials[0].to_params(), "device": "cuda"})
         return Plan(plan.cells, plan.excluded, [broken, *plan.trials[1:]], plan.controls)
 
-    monkeypatch.setattr(experiment, "make_plan", break_one)
+    monkeypatch.setattr(experiment, "make_plan", break_first_trial)
     assert main(arguments) == 1
     statuses = [run.data.tags["status"] for run in runs(store_uri, "trial")]
     assert (len(statuses), statuses.count("failed")) == (8, 1)
@@ -204,12 +205,11 @@ def test_a_dry_run_forecasts_the_full_grid_and_starts_and_writes_nothing(tmp_pat
 
 
 @pytest.mark.skipif(not os.environ.get("EMNIST_DIR"), reason="needs EMNIST files: set EMNIST_DIR to their folder")
-def test_real_images_are_learnt(store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_images_are_learned(store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data_dir = Path(os.environ["EMNIST_DIR"]).absolute()
     monkeypatch.chdir(tmp_path)
     only = ["model=mlp", "lr_schedule=cosine", "activation=gelu", "regularization=none", "batch_norm=on", "dropout=off"]
     arguments = ["--data", "emnist-bymerge", "--data-dir", str(data_dir), "--store", store_uri, "--per-class", "200"]
-    for one in only:
-        arguments += ["--only", one]
+    arguments += [f"--only={levels}" for levels in only]
     assert main([*arguments, "--epochs", "9", "--experiment", "smoke-glyphs"]) == 0
     assert max(run.data.metrics["best_val_accuracy"] for run in runs(store_uri, "trial")) > 0.75

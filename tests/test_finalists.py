@@ -3,7 +3,10 @@
 import json
 import os
 import re
+import shutil
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +40,7 @@ def test_the_best_of_each_model_are_chosen() -> None:
     assert choose(ranked, 5) == ranked
 
 
-def test_finalists_are_paired_on_seeds_that_the_grid_had_not() -> None:
+def test_finalists_are_paired_on_seeds_that_the_grid_has_not_used() -> None:
     trained = [CONFIG, replace(CONFIG, dropout=True), replace(CONFIG, lr_scale=1.0, seed=7)]
     trials = finalist_trials([cell(0.7), cell(0.6, dropout="on")], trained, 3, CPU)
     assert {(trial.dropout, trial.seed) for trial in trials} == {
@@ -46,26 +49,43 @@ def test_finalists_are_paired_on_seeds_that_the_grid_had_not() -> None:
     assert {trial.lr_scale for trial in trials} == {0.5}
 
 
-def test_finalists_of_another_device_are_trained_as_that_device_likes_it() -> None:
+def test_finalists_trained_on_another_device_take_its_numeric_settings() -> None:
     (trial,) = finalist_trials([cell(0.7)], [replace(CONFIG, device="cuda")], 1, CPU)
     assert (trial.device, trial.memory_format, trial.learning_rate) == ("cpu", "channels_last", 1e-3)
 
 
-def test_a_grid_of_other_numbers_is_not_confirmed() -> None:
+def test_a_grid_of_another_numerics_version_is_not_confirmed() -> None:
     with pytest.raises(
         InputError, match=r"^the grid has numbers of version 1, this code's are of version \d+; confirm"
     ):
         finalist_trials([cell(0.7)], [replace(CONFIG, numerics_version=1)], 1, CPU)
 
 
-@pytest.fixture
-def arguments(store_uri: str, glyphs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """A grid of 4 trials has run; the options that all commands share."""
-    monkeypatch.chdir(tmp_path)
-    shared = ["--store", store_uri, "--experiment", "tiny", "--data-dir", str(glyphs_dir)]
+@pytest.fixture(scope="module")
+def finished_grid(_migrated_database: Path, glyphs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a grid of 4 trials has run, for copying."""
+    folder = tmp_path_factory.mktemp("grid")
+    shutil.copy(_migrated_database, folder / "mlflow.db")
     only = [f"--only={factor}" for factor in ("activation=relu", "optimizer=adam", "dropout=off")]
-    assert run(["--grid", "smoke", *only, "--per-class", "20", "--epochs", "3", *shared]) == 0
-    yield shared
+    shared = ["--store", f"sqlite:///{folder}/mlflow.db", "--experiment", "tiny", "--data-dir", str(glyphs_dir)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run(["--grid", "smoke", *only, "--per-class", "20", "--epochs", "3", *shared]) == 0
+    return folder
+
+
+@pytest.fixture
+def arguments(
+    finished_grid: Path, store_uri: str, glyphs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[str]]:
+    """The options that all commands share, in a folder of its own with a copy of the finished grid."""
+    shutil.copytree(finished_grid, tmp_path, dirs_exist_ok=True)
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:  # which holds absolute paths
+        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+            moved = f"UPDATE {table} SET {column} = replace({column}, ?, ?)"
+            database.execute(moved, (str(finished_grid), str(tmp_path)))
+    monkeypatch.chdir(tmp_path)
+    yield ["--store", store_uri, "--experiment", "tiny", "--data-dir", str(glyphs_dir)]
     mlflow.set_tracking_uri(None)
 
 
@@ -110,7 +130,7 @@ def check_finalist(finalist: Run, folder: Path) -> None:
 
 
 def check_registered(store_uri: str, glyphs_dir: Path) -> None:
-    """Load the winner as anybody would, and let it read the test images."""
+    """Load the winner as any user would and classify test images with it."""
     mlflow.set_tracking_uri(store_uri)
     assert len(mlflow.MlflowClient().search_model_versions("name = 'reader'")) == 1
     reader = mlflow.pyfunc.load_model("models:/reader/1")
@@ -123,7 +143,7 @@ def check_registered(store_uri: str, glyphs_dir: Path) -> None:
 
 
 @pytest.mark.slow
-def test_other_images_than_those_of_the_grid_are_refused(
+def test_images_that_differ_from_the_grids_are_refused(
     arguments: list[str], store_uri: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     store = Store(store_uri, "tiny")
@@ -136,7 +156,7 @@ def test_other_images_than_those_of_the_grid_are_refused(
 
 
 @pytest.mark.slow
-def test_lost_weights_are_told_and_nothing_is_tested(
+def test_lost_weights_are_reported_and_nothing_is_tested(
     arguments: list[str], store_uri: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("grid.train.checkpoints.Checkpoints.load", lambda *unused: None)
@@ -162,7 +182,7 @@ def test_a_second_command_is_refused_while_the_first_one_tests(
 
 
 @pytest.mark.parametrize("manifest", [b"{}", b'{"data": {"na', b'{"data": {"name": "glyphs"}}', b'{"data": null}'])
-def test_a_grid_that_does_not_say_its_images_can_not_be_confirmed(
+def test_a_grid_whose_manifest_does_not_name_its_images_can_not_be_confirmed(
     manifest: bytes, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

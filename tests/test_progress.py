@@ -29,7 +29,7 @@ def summary(status: str, epochs_run: int, accuracy: float | None, **changes: obj
     return TrialSummary(status=status, epochs_run=epochs_run, best_val_accuracy=accuracy, **(settings | changes))  # type: ignore[arg-type]
 
 
-def test_the_line_counts_what_happened() -> None:
+def test_the_line_counts_trials_by_status() -> None:
     state = progress(done=Counter(completed=3, stopped=5, diverged=1), running=2)
     state.epoch_ended(CNN, 1.0, 0.845)
     counts, rest = "9/32 done | 2 running | 5 stopped | 1 diverged", "time left unknown"
@@ -63,7 +63,7 @@ def test_the_time_left_weighs_each_model_by_its_own_pace() -> None:
     assert state.seconds_left() == pytest.approx((9 * 1.0 + 19 * 10.0) / 2)
 
 
-def test_a_file_gets_whole_lines_now_and_then() -> None:
+def test_a_file_gets_whole_lines_from_time_to_time() -> None:
     state = progress()
     state.show()
     state.show()
@@ -107,12 +107,12 @@ def test_the_usual_table_fits_80_columns() -> None:
     assert max(map(len, table.splitlines())) <= 80
 
 
-def test_the_table_has_a_row_per_cell_and_tells_its_seeds() -> None:
+def test_the_table_has_a_row_per_cell_with_its_number_of_seeds() -> None:
     table = top_table([summary("completed", 9, accuracy, seed=seed) for seed, accuracy in enumerate((0.7, 0.8))])
     assert table.splitlines()[1].split()[:4] == ["1", "75.00%", "9/9", "x2"]
 
 
-def test_the_table_tells_the_learning_rate_scale_that_was_best() -> None:
+def test_the_table_shows_the_best_learning_rate_scale_unless_it_is_1() -> None:
     table = top_table([summary("completed", 9, 0.8 * scale, lr_scale=scale) for scale in (0.5, 1.0, 0.7)])
     assert table.splitlines()[1].endswith("mlp constant relu sgd")
     table = top_table([summary("completed", 9, 0.8, lr_scale=0.5)])
@@ -120,5 +120,5 @@ def test_the_table_tells_the_learning_rate_scale_that_was_best() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(42, "42 s"), (420, "7 min"), (12000, "3 h 20 min")])
-def test_durations_are_spelled_for_people(seconds: float, text: str) -> None:
+def test_durations_are_worded_for_people(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text

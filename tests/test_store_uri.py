@@ -27,8 +27,8 @@ def test_checking_writes_nothing(tmp_path: Path) -> None:
     [
         ("sqlite://", "it names no file"),
         ("sqlite:////nowhere/at/all.db", "there is no folder /nowhere/at"),
-        ("sqlite:///{folder}", "it is no file"),
-        ("sqlite:///{folder}/text.db", "the file is no sqlite database"),
+        ("sqlite:///{folder}", "it is not a file"),
+        ("sqlite:///{folder}/text.db", "the file is not a sqlite database"),
         ("sqlite:////proc/new.db", "can't write to the folder /proc "),
         ("./mlruns", "give sqlite:///FILE, http://HOST:PORT or a database URI"),
         ("foo://bar", "give sqlite:///FILE"),

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 DPI = 150
 INK, MUTED, LINES, ACCENT = "#222222", "#777777", "#eeeeee", "#08519c"
 CHARACTERS = "DejaVu Sans Mono"
-"""Ships with matplotlib, and tells 0 from O, and 1 from I and l."""
+"""Ships with matplotlib; distinguishes 0 from O, and 1 from I and l."""
 
 CELL_INCHES = 0.21
 WRITTEN_SHARE = 0.05

@@ -1,4 +1,4 @@
-"""What a person sees of a running grid: one line while it runs, a table of the best at the end."""
+"""What a person sees of a grid: one line while it runs, a table of the best cells at the end."""
 
 import os
 import shutil
@@ -22,14 +22,14 @@ LOG_SECONDS = 30.0
 
 @dataclass
 class Progress:
-    """Counts what has happened and shows it.
+    """Counts trials and epochs, and shows the state in one line.
 
     Args:
         total: Trials of the grid.
         expected_epochs: By model, in this run.
         concurrency: Trials at once.
-        done: Trials that had ended before, by status.
-        stream: Where the line goes.
+        done: Ended trials by status, those of earlier runs included.
+        stream: Where the line is written.
     """
 
     total: int
@@ -51,12 +51,12 @@ class Progress:
         self.see(cell, val_accuracy)
 
     def see(self, cell: Mapping[str, str], val_accuracy: float | None) -> None:
-        """Note an accuracy: it may be the best."""
+        """Remember an accuracy if it is the best so far."""
         if val_accuracy is not None and (self.best is None or val_accuracy > self.best[0]):
             self.best = (val_accuracy, cell_name(cell))
 
     def seconds_left(self) -> float | None:
-        """Return the expected seconds to the end; None before the first epoch of every model."""
+        """Return the expected seconds left; None until every model has finished an epoch."""
         if not all(self._epochs[model] for model in self.expected_epochs):
             return None
         left = sum(
@@ -79,7 +79,7 @@ class Progress:
         return line if len(line) <= width else f"{line[: width - 3]}..."
 
     def show(self, *, last: bool = False) -> None:
-        """Write the line if it is due: over itself on a terminal, now and then elsewhere."""
+        """Write the line if it is due: in place on a terminal, from time to time elsewhere."""
         terminal = self.stream.isatty()
         now = time.monotonic()
         if not last and now - self._shown_at < (TERMINAL_SECONDS if terminal else LOG_SECONDS):
@@ -91,17 +91,17 @@ class Progress:
             if last and terminal:
                 self.stream.write("\n")
             self.stream.flush()
-        except BrokenPipeError:  # nobody looks any more; the run goes on
+        except BrokenPipeError:  # nobody reads any more; the run continues
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def top_table(summaries: Sequence[TrialSummary], count: int = 10) -> str:
-    """Return the best cells as a table of at most 80 columns, as long as all learning-rate scales are 1.
+    """Return the best cells as a table, at most 80 columns wide if all learning-rate scales are 1.
 
     Diverged and failed trials have no rank; they are counted below.
 
     Args:
-        summaries: Trials that have ended; of one budget.
+        summaries: Trials that have ended, all with the same budget.
         count: Rows.
     """
     ranked = rank_cells(summaries)

@@ -13,7 +13,7 @@ from grid.plan.space import Levels
 from grid.store_uri import mask, write_problem
 
 LIMITS = {"epochs": 100_000, "seeds": 1_000, "concurrency": 100_000}
-"""What may be asked for at most; more is a slip of the finger."""
+"""Largest values accepted; more is a typing mistake."""
 
 NO_RAY = "start one with `ray up` or `ray start --head`, or leave --address out"
 """What to do where no Ray answers."""
@@ -155,7 +155,7 @@ def _speaks_http2(connection: socket.socket) -> bool:
 
 
 def check_folder_name(option: str, folder: Path) -> Path:
-    """Return a folder made absolute, whether it is there or not.
+    """Return an absolute path to a folder, which need not exist.
 
     Raises:
         InputError: It can't be a folder.
@@ -184,5 +184,5 @@ def check_storage(storage: str) -> str:
 
 
 def resume_command() -> str:
-    """Return the command that goes on with this run: the same again, without its secrets."""
+    """Return the command that continues this run: the same one, without secrets."""
     return shlex.join(["python", "-m", "grid.run", *map(mask, sys.argv[1:])])

@@ -1,7 +1,7 @@
 """A trained net as MLflow serves it: 28 x 28 images in, characters out.
 
-The file is itself the model ("models from code"): MLflow runs it to get the reader, which builds the net from the code
-that lies beside it and reads tensors and JSON. Nothing is pickled.
+This file is the model itself ("models from code"): MLflow runs it to get the reader, which builds the net from the code
+shipped with it, and loads tensors and JSON. Nothing is pickled.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")  # a lock file in the working folder is none of ours
+os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")  # a lock file in the working directory is not ours
 
 import mlflow.pyfunc
 import numpy as np
@@ -35,13 +35,13 @@ from grid.train.trial import DeviceData, assemble_net
 
 MODEL_NAME = "character_reader"
 BATCH_SIZE = 1000
-"""Images that are read at once; bounds the memory that a large request takes."""
+"""Images classified at once; bounds the memory of a large request."""
 PACKAGES = ("jaxtyping", "mlflow", "numpy", "torch")
-"""All that `nets` and the part of `grid` that a reader needs import."""
+"""Everything that a reader imports, through `nets` and the part of `grid` that it needs."""
 
 
 class CharacterReader(PythonModel):
-    """Reads characters with a trained net, on the CPU and in float32 whatever it was trained on and in."""
+    """Reads characters with a trained net, on the CPU and in float32, whatever it was trained with."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Build the net.
@@ -62,16 +62,16 @@ class CharacterReader(PythonModel):
     def predict(
         self,
         context: PythonModelContext,
-        model_input: np.ndarray,  # spelt as MLflow knows it
+        model_input: np.ndarray,  # MLflow's annotation
         params: dict[str, Any] | None = None,
     ) -> list[str]:
         """Read characters.
 
         Args:
-            context: Not needed.
+            context: Unused.
             model_input: Upright images, white (255) on black (0), uint8 `[image, row, column]`; one image may come as
                 `[row, column]`.
-            params: Not needed.
+            params: Unused.
 
         Returns:
             A character per image.
@@ -81,7 +81,7 @@ class CharacterReader(PythonModel):
         """
         images = torch.tensor(self._checked(model_input)).unsqueeze(1)
         with torch.inference_mode():
-            batches = [self._read(some) for some in images.split(BATCH_SIZE)]
+            batches = [self._read(batch) for batch in images.split(BATCH_SIZE)]
         return [str(character) for character in self._classes[torch.cat(batches).numpy()]]
 
     def _read(self, images: Tensor) -> Tensor:

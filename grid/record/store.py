@@ -17,7 +17,7 @@ from grid.store_uri import artifact_location, mask
 from grid.wording import first_line
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the recorder tries again, and looks what arrived
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the recorder retries, after checking what has arrived
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 import mlflow.exceptions
@@ -28,12 +28,12 @@ from sqlalchemy.exc import SQLAlchemyError
 MANIFEST = "grid.json"
 PAGE_SIZE = 1000
 UNREACHABLE = (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError)
-"""What a store raises that is down, locked or slow."""
+"""What a store raises when it is down, locked or slow."""
 
 
 @dataclass(frozen=True)
 class StoredTrial:
-    """A trial as the store has it."""
+    """A trial as the store holds it."""
 
     run_id: str
     status: str
@@ -45,7 +45,7 @@ class StoredTrial:
     stopped_at: int | None = None
     """Epoch after which ASHA stopped it."""
     val_accuracies: tuple[float, ...] = ()
-    """After each recorded epoch of a trial that has to go on, NaN for a diverged one; empty for the others."""
+    """After each recorded epoch of a trial that has to continue, NaN for a diverged epoch; empty for other trials."""
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -54,7 +54,7 @@ class Store:
 
     Args:
         uri: Checked by `grid.store_uri.check_store_uri`.
-        experiment: Made by `create` if missing.
+        experiment: Its name; `create` creates it if it is missing.
 
     Raises:
         InputError: The store can't be opened.
@@ -74,13 +74,13 @@ class Store:
         """The run with tag `kind=grid`."""
 
     def create(self, *, missing: bool = True) -> None:
-        """Make database, experiment and parent run where they are missing.
+        """Create database, experiment and parent run if they are missing.
 
         Args:
-            missing: Whether an experiment may be made.
+            missing: Whether a missing experiment may be created.
 
         Raises:
-            InputError: The store can't be written, or the experiment was deleted in it, or there is none.
+            InputError: The store can't be written, or the experiment is deleted or missing.
         """
         with self.answering():
             found = self.client.get_experiment_by_name(self.experiment)
@@ -103,7 +103,7 @@ class Store:
         return self.client.create_run(self.experiment_id, tags={"kind": "grid"}, run_name=self.experiment)
 
     def is_gone(self, run_id: str | None, error: BaseException) -> bool:
-        """Say whether a write failed because the run was deleted: no later attempt will succeed."""
+        """Return whether a write failed because its run was deleted, so that no later attempt can succeed."""
         if run_id is None or not isinstance(error, mlflow.exceptions.MlflowException):
             return False
         try:
@@ -128,7 +128,7 @@ class Store:
         return manifest if isinstance(manifest, dict) else {}
 
     def attach(self, run_id: str, files: Mapping[str, bytes]) -> None:
-        """Put files among the artifacts of a run, in the place of earlier ones.
+        """Add files to the artifacts of a run, replacing earlier ones.
 
         Args:
             run_id: Which run.
@@ -143,12 +143,12 @@ class Store:
                 self.client.log_artifacts(run_id, folder)
 
     def log_test(self, run_id: str, metrics: Mapping[str, float], model_id: str | None = None) -> None:
-        """Record, in one request, what a finalist is worth on the test set.
+        """Record the test results of a finalist in one request.
 
         Args:
             run_id: Of the finalist.
             metrics: `grid.metrics.TEST_METRICS`.
-            model_id: Of its logged model, which MLflow then shows them with.
+            model_id: Of its logged model; MLflow shows the metrics with it.
         """
         now = time.time_ns() // 1_000_000
         values = [Metric(name, value, now, 0, model_id=model_id) for name, value in metrics.items()]
@@ -173,7 +173,7 @@ class Store:
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """Turn what a store raises that is down, locked or slow into an `InputError`."""
+        """Turn the errors of a store that is down, locked or slow into an `InputError`."""
         try:
             yield
         except UNREACHABLE as error:
