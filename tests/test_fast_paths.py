@@ -1,4 +1,4 @@
-"""Every fast path against the plain way: float32, contiguous, pooling last, penalties as terms of the loss."""
+"""Every fast path beside the plain one: float32, contiguous, pooling last, penalties as terms of the loss."""
 
 import statistics
 from collections.abc import Iterator
@@ -22,18 +22,18 @@ from nets.pooling import PooledActivation
 
 STEPS, BATCH = 200, 32
 TOLERANCES = {"float32": 0.005, "bfloat16": 0.05}
-"""How far the mean losses of 20 steps may lie apart, in nats; they begin near log 47 = 3.85."""
+"""Allowed difference of the mean losses of 20 steps, in nats; they begin near log 47 = 3.85."""
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> DeviceData:
     """Glyphs: 40 steps of 32 images are an epoch."""
     dataset = load("glyphs", tmp_path_factory.mktemp("glyphs"), per_class=28)
-    return DeviceData.of(dataset)
+    return DeviceData.from_dataset(dataset)
 
 
 def config(precision: str, **levels: object) -> TrialConfig:
-    """Return a small net in the settings that `grid.run` chooses, at a fifth of the base rate: chaos grows slowly."""
+    """Return a small net in the settings of `grid.run`, at a fifth of the base rate: rounding errors grow slowly."""
     rate = OPTIMIZERS[str(levels.get("optimizer", "adam"))].base_learning_rate / 5
     small = {"hidden_sizes": "64-32", "channels": "6-8", "dense_size": 32, "batch_size": BATCH, "epochs": 5}
     strengths = {"l1_strength": 1e-3, "l2_strength": 1e-2}
@@ -59,7 +59,7 @@ def losses_recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 
 
 def plain_layers(net: nn.Module) -> Iterator[nn.Module]:
-    """Yield the layers with torch's own norm, activation and pooling, in the order of the textbook."""
+    """Yield the layers with torch's own norm, activation and pooling, in the textbook order."""
     for layer in net.layers:
         if isinstance(layer, PooledActivation):
             yield from filter(None, (layer.norm, layer.activation, nn.MaxPool2d(2)))
@@ -68,7 +68,7 @@ def plain_layers(net: nn.Module) -> Iterator[nn.Module]:
 
 
 def plain_losses(config: TrialConfig, data: DeviceData) -> list[float]:
-    """Train as a textbook would write it, from the same weights, with the same batches and masks."""
+    """Train with a textbook loop, from the same weights, with the same batches and masks."""
     trial = Trial(config, data)
     net = trial.net.to(memory_format=torch.contiguous_format)
     layers, weights = list(plain_layers(net)), penalised_weights(net)
@@ -78,13 +78,13 @@ def plain_losses(config: TrialConfig, data: DeviceData) -> list[float]:
     losses = []
     for _ in range(config.epochs):
         order = torch.randperm(len(data.train_labels), generator=trial._order)
-        for chosen in order.split(BATCH)[:steps]:
-            features = (data.train_images[chosen].float() - data.mean) / data.std
+        for rows in order.split(BATCH)[:steps]:
+            features = (data.train_images[rows].float() - data.mean) / data.std
             for layer in layers:
                 if isinstance(layer, SeededDropout) and features.ndim == 4:  # masks are drawn in the order of memory
                     features = features.contiguous(memory_format=torch.channels_last)
                 features = layer(features).contiguous()
-            loss = F.cross_entropy(features, data.train_labels[chosen])
+            loss = F.cross_entropy(features, data.train_labels[rows])
             penalty = 0.0
             if config.regularization in ("l1", "elastic"):
                 penalty = penalty + config.l1_strength * sum(weight.abs().sum() for weight in weights)
@@ -113,7 +113,7 @@ def plain_losses(config: TrialConfig, data: DeviceData) -> list[float]:
     ],
     ids=lambda levels: " ".join(map(str, levels.values())),
 )
-def test_the_loss_curve_of_200_steps_is_that_of_the_plain_way(levels, precision, data, monkeypatch):
+def test_the_loss_curve_of_200_steps_equals_the_plain_one(levels, precision, data, monkeypatch):
     chosen = config(precision, **levels)
     with losses_recorded(monkeypatch) as losses:
         trial = Trial(chosen, data)
@@ -121,7 +121,7 @@ def test_the_loss_curve_of_200_steps_is_that_of_the_plain_way(levels, precision,
             trial.run_epoch()
     plain = plain_losses(chosen, data)
     assert len(losses) == len(plain) >= STEPS
-    ours, theirs = ([statistics.mean(some) for some in chunks(curve)] for curve in (losses, plain))
+    ours, theirs = ([statistics.mean(chunk) for chunk in chunks(curve)] for curve in (losses, plain))
     assert theirs[-1] < theirs[0] - 0.2  # it learns, so that there is something to compare
     assert ours == pytest.approx(theirs, abs=TOLERANCES[precision])
 
@@ -130,7 +130,7 @@ def chunks(losses: list[float], size: int = 20) -> list[list[float]]:
     return [losses[begin : begin + size] for begin in range(0, len(losses), size)]
 
 
-def test_the_benchmark_compares_the_same_trials_but_for_their_numerics():
+def test_the_benchmark_compares_trials_that_differ_in_their_numerics_only():
     plain, fast = configs(CELLS[0], seed=3, epochs=2, precision="bfloat16", name="glyphs")
     assert (plain.precision, plain.memory_format, plain.fused) == ("float32", "contiguous", False)
     assert (fast.precision, fast.memory_format, fast.fused) == ("bfloat16", "channels_last", True)

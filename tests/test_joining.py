@@ -69,7 +69,7 @@ def run_script(script: str) -> subprocess.CompletedProcess[str]:
 def test_a_run_joins_the_cluster_of_its_machine_and_packs_its_gpu(pretended_cluster: str) -> None:
     done = run_script(PACKING)
     assert "'where': '1 node, 8 CPUs, 1 GPU'" in done.stdout, done.stderr
-    assert "'at once': '8 at once, 0.125 GPU each (8 per GPU, 8 share a GPU at most)'" in done.stdout
+    assert "'at once': '8 at once, 0.125 GPU each (8 per GPU, the most that may share one)'" in done.stdout
     found = find_cluster("auto")
     assert found is not None
     assert found.endswith(pretended_cluster)

@@ -97,7 +97,7 @@ def test_a_trial_in_a_worker_yields_the_numbers_of_a_plain_training(
     dataset: Dataset, packing: Packing, tmp_path: Path
 ) -> None:
     notes = run([CONFIG], dataset, packing, tmp_path)
-    plain = train(CONFIG, DeviceData.of(dataset)).reports
+    plain = train(CONFIG, DeviceData.from_dataset(dataset)).reports
     assert notes.ends == {CONFIG.trial_key: ("completed", "")}
     assert [(report.val_loss, report.val_accuracy) for report in notes.reports[CONFIG.trial_key]] == [
         (report.val_loss, report.val_accuracy) for report in plain
@@ -242,5 +242,5 @@ def test_the_death_of_a_worker_costs_at_most_a_rung_and_no_bit(
     assert epochs[: epochs.index(4) + 1] == [1, 2, 3, 4]
     assert set(epochs[epochs.index(4) + 1 :]) <= {4, 5, 6}  # resumed after epoch 3, not begun again
     last = {report.epoch: report.val_loss for report in notes.reports[config.trial_key]}
-    plain = {report.epoch: report.val_loss for report in train(config, DeviceData.of(dataset)).reports}
+    plain = {report.epoch: report.val_loss for report in train(config, DeviceData.from_dataset(dataset)).reports}
     assert last == plain
