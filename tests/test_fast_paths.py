@@ -98,10 +98,9 @@ def plain_losses(config: TrialConfig, data: DeviceData) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("precision", TOLERANCES)
-@pytest.mark.parametrize(
-    "levels",
-    [
+@pytest.fixture(
+    scope="module",
+    params=[
         {"model": "mlp"},
         {"model": "mlp", "batch_norm": True, "dropout": True, "activation": "gelu", "regularization": "elastic"},
         {"model": "mlp", "optimizer": "rmsprop", "regularization": "l1", "lr_schedule": "one_cycle"},
@@ -113,15 +112,21 @@ def plain_losses(config: TrialConfig, data: DeviceData) -> list[float]:
     ],
     ids=lambda levels: " ".join(map(str, levels.values())),
 )
-def test_the_losses_of_200_steps_equal_those_of_the_plain_way(levels, precision, data, monkeypatch):
-    chosen = config(precision, **levels)
+def plain(request: pytest.FixtureRequest, data: DeviceData) -> tuple[dict[str, object], list[float]]:
+    """Levels, and the losses of the plain way, which are those of both precisions."""
+    return request.param, plain_losses(config("float32", **request.param), data)
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_the_losses_of_200_steps_equal_those_of_the_plain_way(plain, precision, data, monkeypatch):
+    levels, plain_curve = plain
+    fast = config(precision, **levels)
     with losses_recorded(monkeypatch) as losses:
-        trial = Trial(chosen, data)
-        for _ in range(chosen.epochs):
+        trial = Trial(fast, data)
+        for _ in range(fast.epochs):
             trial.run_epoch()
-    plain = plain_losses(chosen, data)
-    assert len(losses) == len(plain) >= STEPS
-    ours, theirs = ([statistics.mean(chunk) for chunk in chunks(curve)] for curve in (losses, plain))
+    assert len(losses) == len(plain_curve) >= STEPS
+    ours, theirs = ([statistics.mean(chunk) for chunk in chunks(curve)] for curve in (losses, plain_curve))
     assert theirs[-1] < theirs[0] - 0.2  # the loss falls, so there is something to compare
     assert ours == pytest.approx(theirs, abs=TOLERANCES[precision])
 
