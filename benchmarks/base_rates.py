@@ -64,7 +64,7 @@ def _sweep(options: argparse.Namespace) -> int:
 def _set_up(dataset: Dataset) -> None:
     global _data
     torch.set_num_threads(1)
-    _data = DeviceData.of(dataset)
+    _data = DeviceData.from_dataset(dataset)
 
 
 def _accuracy(job: Job) -> float:

@@ -68,7 +68,7 @@ def _compare_cells(options: argparse.Namespace) -> int:
         raise InputError(f"--seeds must be at least 2, got {options.seeds}")
     torch.set_num_threads(1)
     keep_freed_memory()
-    data = DeviceData.of(load(options.data, options.data_dir, per_class=options.per_class))
+    data = DeviceData.from_dataset(load(options.data, options.data_dir, per_class=options.per_class))
     print(f"{'plain':>7} {'fast':>7} {'difference':>11} {'95 % interval':>18}  cell")
     for cell in CELLS:
         plain, fast = train_both_ways(cell, data, options)

@@ -118,7 +118,7 @@ def plain(request: pytest.FixtureRequest, data: DeviceData) -> tuple[dict[str, o
 
 
 @pytest.mark.parametrize("precision", TOLERANCES)
-def test_the_losses_of_200_steps_equal_those_of_the_plain_way(plain, precision, data, monkeypatch):
+def test_the_loss_curve_of_200_steps_equals_the_plain_one(plain, precision, data, monkeypatch):
     levels, plain_curve = plain
     fast = config(precision, **levels)
     with losses_recorded(monkeypatch) as losses:

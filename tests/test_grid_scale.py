@@ -13,7 +13,7 @@ from grid.record.spool import Spool
 from grid.record.store import Store
 from grid.train.trial import DeviceData
 
-DATA = DeviceData.of(blank_dataset())
+DATA = DeviceData.from_dataset(blank_dataset())
 
 
 def plan_of(trials: int, folder: Path) -> Plan:
