@@ -1,1 +1,1 @@
-"""How fast and how safe the grid is, and where its constants come from."""
+"""Measurements: how fast and how robust the grid is, and where its constants come from."""

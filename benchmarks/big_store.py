@@ -1,12 +1,12 @@
-"""Does the analysis stay quick on a big grid? Reads and judges a store of 10,000 trials, beside a plain MLflow loop.
+"""Is the analysis of a big grid fast? Times it on a store of 10,000 trials, next to a plain MLflow loop.
 
-    python -m benchmarks.big_store [--runs 10000] [--folder DIR]
+    python -m benchmarks.big_store     # 4 minutes on two cores
 
-The store is filled through MLflow's own tables, in a database that MLflow made, and read back through MLflow's client
-before anything is timed. The trials are those of the grid `full`, of as many seeds as it takes, on made-up accuracies.
+The store is an sqlite database that MLflow created. It is filled through MLflow's own tables, and read back through
+MLflow's client before anything is timed. The trials are those of the grid `full`, with as many seeds as necessary and
+simulated accuracies.
 """
 
-import argparse
 import json
 import math
 import os
@@ -30,6 +30,7 @@ from analysis.audit import audit_stopping
 from analysis.effects import measure_effects
 from analysis.rank import rank_cells
 from analysis.store import Experiment, read_curves, read_experiment
+from grid.arguments import Parser
 from grid.config import FACTORS, LEVELS, TrialConfig
 from grid.metrics import EPOCH_METRICS, RUNG_METRIC
 from grid.plan.asha import FACTOR, Asha, rung_epochs
@@ -39,31 +40,32 @@ from grid.record.store import Store
 EXPERIMENT = "big"
 EPOCHS = 27
 CONTROLS = 0.05
+"""Share of unstopped controls among the trials."""
 VAL_IMAGES = 18_800
-BEGUN = 1_750_000_000_000
-"""Milliseconds since 1970 at which the first trial is said to have begun."""
+FIRST_START = 1_750_000_000_000
+"""Start of the first trial, in milliseconds since 1970."""
 CHECKED = 25
-"""Runs that are compared, value by value, with what was written."""
+"""Number of runs that are compared, value by value, with what was written."""
 TABLES = (SqlRun, SqlParam, SqlTag, SqlMetric, SqlLatestMetric)
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Played:
-    """A trial as it went."""
+class SimulatedTrial:
+    """A trial that was trained by formula."""
 
     run_id: str
     config: TrialConfig
     control: bool
     status: str
     accuracies: tuple[float, ...]
-    """After each epoch that ended; one fewer than the epochs run if the trial diverged."""
+    """Validation accuracy after each epoch; the epoch in which a trial diverges has none."""
     epochs_run: int
     rungs: tuple[int, ...]
 
     @property
     def tags(self) -> dict[str, str]:
-        """As `grid.record.recorder` writes them."""
+        """The tags that `grid.record` writes."""
         config, control = self.config, "true" if self.control else "false"
         tags = {"kind": "trial", "trial_key": config.trial_key, "cell_key": config.cell_key, "control": control}
         stopped = {"stopped_at_epoch": str(self.epochs_run)} if self.status == "stopped" else {}
@@ -81,9 +83,9 @@ class Played:
         yield "epochs_run", self.epochs_run, float(self.epochs_run)
 
 
-def play_grid(runs: int, seed: int = 0) -> list[Played]:
-    """Return the trials of a big grid under early stopping; the first `runs` of them."""
-    rng = random.Random(seed)  # noqa: S311  (no secrets here)
+def simulate_grid(runs: int, seed: int = 0) -> list[SimulatedTrial]:
+    """Return the first `runs` trials of a big grid with early stopping."""
+    rng = random.Random(seed)  # noqa: S311  (a simulation)
     cells, _ = cross(GRIDS["full"].levels)
     trials = expand(
         cells, seeds=math.ceil(runs / len(cells)), lr_scales=(1.0,), order_seed=ORDER_SEED, configure=configure
@@ -91,19 +93,19 @@ def play_grid(runs: int, seed: int = 0) -> list[Played]:
     gains = {(factor, level): rng.gauss(0, 0.015) for factor in FACTORS for level in LEVELS[factor]}
     controls = draw_controls(trials, CONTROLS, ORDER_SEED)
     asha = Asha(rung_epochs(EPOCHS))
-    return [play(trial, asha, trial.trial_key in controls, gains, rng) for trial in trials]
+    return [simulate(trial, asha, trial.trial_key in controls, gains, rng) for trial in trials]
 
 
 def configure(cell: Cell, seed: int, scale: float) -> TrialConfig:
-    """Return a trial of the grid."""
+    """Return the configuration of a trial; what `grid.plan.space.expand` calls for each."""
     settings = {"learning_rate": repr(1e-3 * scale), "epochs": str(EPOCHS), "data": "emnist-balanced"}
     return replace(TrialConfig.from_params({**cell, **settings}), seed=seed, lr_scale=scale)
 
 
-def play(
+def simulate(
     config: TrialConfig, asha: Asha, control: bool, gains: dict[tuple[str, str], float], rng: random.Random
-) -> Played:
-    """Train by formula; one `asgd` trial in ten without batch norm diverges."""
+) -> SimulatedTrial:
+    """Train by formula; one in ten of the `asgd` trials without batch norm diverges."""
     best = 0.78 + sum(gains[level] for level in config.cell.items()) + rng.gauss(0, 0.01)
     pace = rng.uniform(0.5, 2.0)
     fragile = config.optimizer == "asgd" and not config.batch_norm and rng.random() < 0.1
@@ -123,10 +125,10 @@ def play(
             break
     epochs_run = len(accuracies) + (status == "diverged")
     run_id = uuid.UUID(int=rng.getrandbits(128)).hex
-    return Played(run_id, config, control, status or "completed", tuple(accuracies), epochs_run, asha.rungs)
+    return SimulatedTrial(run_id, config, control, status or "completed", tuple(accuracies), epochs_run, asha.rungs)
 
 
-def fill_store(folder: Path, trials: Sequence[Played]) -> str:
+def fill_store(folder: Path, trials: Sequence[SimulatedTrial]) -> str:
     """Write the trials into a new sqlite store and return its URI."""
     store = Store(f"sqlite:///{folder}/mlflow.db", EXPERIMENT)
     store.create()
@@ -137,27 +139,27 @@ def fill_store(folder: Path, trials: Sequence[Played]) -> str:
         for start in range(0, len(trials), 500):
             rows: dict[Any, list[Row]] = {table: [] for table in TABLES}
             for number, trial in enumerate(trials[start : start + 500], start=start):
-                for table, some in rows_of(trial, number, store).items():
-                    rows[table] += some
-            for table, some in rows.items():
-                connection.execute(insert(table.__table__), some)
+                for table, trial_rows in rows_of(trial, number, store).items():
+                    rows[table] += trial_rows
+            for table, batch in rows.items():
+                connection.execute(insert(table.__table__), batch)
     engine.dispose()
     return store.uri
 
 
-def rows_of(trial: Played, number: int, store: Store) -> dict[Any, list[Row]]:
-    """Return a trial as rows of MLflow's tables."""
-    begun, run = BEGUN + 1000 * number, {"run_uuid": trial.run_id}
+def rows_of(trial: SimulatedTrial, number: int, store: Store) -> dict[Any, list[Row]]:
+    """Return a trial as rows of each of `TABLES`."""
+    started, run = FIRST_START + 1000 * number, {"run_uuid": trial.run_id}
     points = [
-        {**run, "key": name, "value": value, "timestamp": begun + place, "step": step, "is_nan": False}
+        {**run, "key": name, "value": value, "timestamp": started + place, "step": step, "is_nan": False}
         for place, (name, step, value) in enumerate(trial.history)
     ]
-    made = {
+    run_row = {
         **run,
         "name": trial.config.name,
         "status": "FINISHED",
-        "start_time": begun,
-        "end_time": begun + len(points),
+        "start_time": started,
+        "end_time": started + len(points),
         "experiment_id": int(store.experiment_id),
         "user_id": "unknown",
         "source_type": "UNKNOWN",
@@ -167,7 +169,7 @@ def rows_of(trial: Played, number: int, store: Store) -> dict[Any, list[Row]]:
     }
     tags = {**trial.tags, "mlflow.parentRunId": store.parent_id}
     return {
-        SqlRun: [made],
+        SqlRun: [run_row],
         SqlParam: [{**run, "key": name, "value": value} for name, value in trial.config.to_params().items()],
         SqlTag: [{**run, "key": name, "value": value} for name, value in tags.items()],
         SqlMetric: points,
@@ -175,8 +177,8 @@ def rows_of(trial: Played, number: int, store: Store) -> dict[Any, list[Row]]:
     }
 
 
-def check_store(uri: str, trials: Sequence[Played], seed: int = 0) -> None:
-    """Compare a few runs, and the number of all, with what MLflow's client reads."""
+def check_store(uri: str, trials: Sequence[SimulatedTrial], seed: int = 0) -> None:
+    """Assert that MLflow's client reads some runs as they were written, and that `analysis.store` reads all trials."""
     client = mlflow.MlflowClient(uri)
     for trial in random.Random(seed).sample(list(trials), min(CHECKED, len(trials))):  # noqa: S311
         run = client.get_run(trial.run_id)
@@ -191,13 +193,13 @@ def check_store(uri: str, trials: Sequence[Played], seed: int = 0) -> None:
 
 
 def measure(uri: str, folder: Path) -> dict[str, float]:
-    """Return the seconds that each thing takes, by its name; the plain loop last."""
+    """Return the seconds that each step takes; the plain MLflow loop comes last."""
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     seconds: dict[str, float] = {}
 
-    def timed(name: str, do: Callable[[], Any]) -> Any:
+    def timed(name: str, step: Callable[[], Any]) -> Any:
         begun = time.perf_counter()
-        result = do()
+        result = step()
         seconds[name] = time.perf_counter() - begun
         return result
 
@@ -217,7 +219,7 @@ def measure(uri: str, folder: Path) -> dict[str, float]:
 
 
 def write_report(uri: str, folder: Path) -> None:
-    """Write the page as a user does, with nothing in the cache."""
+    """Write the report as a user does, with an empty cache."""
     command = [sys.executable, "-m", "analysis.report", "--experiment", EXPERIMENT, "--store", uri]
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / "empty cache")}
     out = ["--out", str(folder / "report.html")]
@@ -225,13 +227,13 @@ def write_report(uri: str, folder: Path) -> None:
 
 
 def search_runs(uri: str) -> pd.DataFrame:
-    """Read all trials as a user would."""
+    """Read all trials as a user of MLflow would."""
     mlflow.set_tracking_uri(uri)
     return mlflow.search_runs(experiment_names=[EXPERIMENT], filter_string="tags.kind = 'trial'")
 
 
 def loop_over_histories(uri: str, run_ids: Sequence[str]) -> pd.DataFrame:
-    """Read all learning curves as a user would."""
+    """Read all learning curves as a user of MLflow would."""
     client = mlflow.MlflowClient(uri)
     points = [(run_id, point) for run_id in run_ids for point in client.get_metric_history(run_id, "val_accuracy")]
     rows = [(run_id, point.step, point.value) for run_id, point in points]
@@ -241,31 +243,31 @@ def loop_over_histories(uri: str, run_ids: Sequence[str]) -> pd.DataFrame:
 
 def format_seconds(seconds: dict[str, float]) -> str:
     """Return the measurements as text of at most 80 columns."""
-    lines = [f"{'what':<50} {'seconds':>9}"]
+    lines = [f"{'step':<50} {'seconds':>9}"]
     lines += [f"{name:<50} {taken:>9.2f}" for name, taken in seconds.items()]
     plain = seconds["mlflow.search_runs"] + seconds["get_metric_history, run by run"]
     first = seconds["read_experiment"] + seconds["read_curves of all runs"]
     again = seconds["read_experiment"] + seconds["read_curves again, from the cache"]
     lines.append("a table of all trials and all their curves:")
     lines.append(f"{'  plain MLflow (the last two lines)':<50} {plain:>9.2f}")
-    lines.append(f"{'  analysis.store, the first time':<50} {first:>9.2f} {plain / first:>7.1f} x as fast")
-    lines.append(f"{'  analysis.store, ever after':<50} {again:>9.2f} {plain / again:>7.1f} x as fast")
+    lines.append(f"{'  analysis.store, first time':<50} {first:>9.2f} {plain / first:>7.1f} x as fast")
+    lines.append(f"{'  analysis.store, from then on':<50} {again:>9.2f} {plain / again:>7.1f} x as fast")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Fill a store, check it, measure, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=10_000, help="trials (10000)")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="keep the store here (a temporary folder)")
+    parser = Parser(prog="python -m benchmarks.big_store", description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=10_000, metavar="N", help="trials in the store (10000)")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="keep the store in this folder (a temporary one)")
     options = parser.parse_args(arguments)
     if options.folder and (options.folder / "mlflow.db").exists():
-        parser.error(f"there is a store in {options.folder} already; name another --folder")
+        parser.error(f"--folder {options.folder} already contains a store; pass another folder")
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         begun = time.perf_counter()
-        trials = play_grid(options.runs)
+        trials = simulate_grid(options.runs)
         uri = fill_store(folder, trials)
         check_store(uri, trials)
         size = (folder / "mlflow.db").stat().st_size / 1e6

@@ -1,12 +1,13 @@
-"""Does a grid survive? Runs one under a seeded schedule of problems, and compares its store with an undisturbed run's.
+"""Does a grid survive failures? Injects a seeded schedule of them and compares the results with an undisturbed run.
 
-    python -m benchmarks.chaos --kills 20 --seed 1
+    python -m benchmarks.chaos --kills 20 --seed 1     # 8 minutes on two cores
 
-Everything is real: drivers, Ray, an MLflow server on sqlite, SIGKILL. Linux; a full disk needs root, to mount a small
-one. The grid is repeated, each time as another experiment, until all problems have been injected.
+Everything is real: drivers, Ray, an MLflow server on sqlite, SIGKILL. The grid is repeated, each time as a new
+experiment, until every failure has been injected; then each value in the store is compared with the one that the
+undisturbed run recorded. Needs Linux; the failure `spool disk full` needs root, to mount a small disk, and is left out
+without it.
 """
 
-import argparse
 import contextlib
 import os
 import random
@@ -25,18 +26,21 @@ from pathlib import Path
 import psutil
 
 from benchmarks.chaos_audit import Audit, audit
+from grid.arguments import Parser
+from grid.wording import count
 
 GRID = ["--grid", "smoke", "--only", "model=mlp", "--per-class", "60", "--epochs", "9", "--seeds", "2"]
 PATIENCE_SECONDS = 300.0
-"""After which a driver that neither ends nor goes on counts as hanging."""
+"""A driver that takes longer counts as hanging and is killed."""
 MAX_STARTS = 50
-"""After which a grid that does not end counts as lost."""
+"""A grid that needs more drivers than this counts as lost."""
 SPOOL_BYTES = 4 * 2**20
+"""Size of the disk that the spool is on."""
 
 
 @dataclass
 class Arena:
-    """A folder with a server and a driver in it, and the means to hurt them."""
+    """An MLflow server and a driver in a folder of their own, and the means to kill them."""
 
     folder: Path
     rng: random.Random
@@ -45,12 +49,13 @@ class Arena:
     server: subprocess.Popen[bytes] | None = None
     driver: subprocess.Popen[bytes] | None = None
     starts: int = 0
-    """Drivers started so far."""
+    """Number of drivers started so far."""
     notes: Counter[str] = field(default_factory=Counter)
+    """What is printed below the table, with how often it happened."""
 
     @property
     def uri(self) -> str:
-        """Of the MLflow server."""
+        """URI of the MLflow server."""
         return f"http://127.0.0.1:{self.port}"
 
     def start_server(self) -> None:
@@ -62,11 +67,11 @@ class Arena:
         wait_until(lambda: answers(self.port), 120)
 
     def stop_server(self) -> None:
-        """Kill the server and all its children."""
+        """SIGKILL the server and all its children."""
         kill_tree(self.server)
 
     def start_driver(self, experiment: str) -> None:
-        """Start the grid, or go on with it, and wait until trials run."""
+        """Start or continue the grid, and wait until trials run."""
         command = [sys.executable, "-m", "grid.run", *self.grid, "--data-dir", str(self.folder / "data")]
         self.starts += 1
         log = f"driver-{self.starts}.log"
@@ -74,11 +79,11 @@ class Arena:
         wait_until(lambda: self.ended() or "left to run" in (self.folder / log).read_text(), PATIENCE_SECONDS)
 
     def ended(self) -> bool:
-        """Say whether the driver has ended."""
+        """Return whether the driver has ended."""
         return self.driver is not None and self.driver.poll() is not None
 
     def wait_for_driver(self, seconds: float = PATIENCE_SECONDS) -> int:
-        """Return the exit code of the driver; kill it if it does not end."""
+        """Return the exit code of the driver, which is killed if it does not end in time."""
         assert self.driver is not None
         try:
             return self.driver.wait(seconds)
@@ -88,11 +93,11 @@ class Arena:
             return self.driver.wait()
 
     def children(self, *names: str) -> list[psutil.Process]:
-        """Return the driver's descendants whose name holds one of `names`."""
+        """Return the driver's descendants whose name contains one of `names`."""
         assert self.driver is not None
         with contextlib.suppress(psutil.NoSuchProcess):
-            found = psutil.Process(self.driver.pid).children(recursive=True)
-            return [process for process in found if any(name in _name(process) for name in names)]
+            descendants = psutil.Process(self.driver.pid).children(recursive=True)
+            return [process for process in descendants if any(name in _name(process) for name in names)]
         return []
 
     def _spawn(self, command: list[str], log: str) -> subprocess.Popen[bytes]:
@@ -101,7 +106,7 @@ class Arena:
 
 
 def kill_driver(arena: Arena) -> None:
-    """SIGKILL the driver; what it leaves of Ray dies with it."""
+    """SIGKILL the driver; its Ray processes notice and exit."""
     assert arena.driver is not None
     arena.driver.kill()
     arena.driver.wait()
@@ -114,7 +119,7 @@ def kill_worker(arena: Arena) -> None:
 
 
 def kill_ray(arena: Arena) -> None:
-    """SIGKILL every process of Ray under the driver, which has to notice."""
+    """SIGKILL every Ray process under the driver, then wait until the driver has noticed and ended."""
     for process in arena.children("gcs_server", "raylet", "ray::"):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
@@ -122,14 +127,14 @@ def kill_ray(arena: Arena) -> None:
 
 
 def restart_server(arena: Arena) -> None:
-    """SIGKILL the MLflow server and start it again after some seconds."""
+    """SIGKILL the MLflow server and start it again after 2 to 10 s."""
     arena.stop_server()
     time.sleep(arena.rng.uniform(2, 10))
     arena.start_server()
 
 
 def fill_disk(arena: Arena) -> None:
-    """Fill the disk that the spool lies on until the driver gives up, then free it."""
+    """Fill the disk that the spool is on until the driver gives up, then free it."""
     filler = arena.folder / "spool" / "filler"
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while file.write(b"\0" * 4096):
@@ -139,7 +144,7 @@ def fill_disk(arena: Arena) -> None:
 
 
 def lock_database(arena: Arena) -> None:
-    """Lock the server's sqlite file for 30 s, longer than sqlite and MLflow wait."""
+    """Lock the server's sqlite file for 30 s, which is longer than sqlite and MLflow wait."""
     database = sqlite3.connect(arena.folder / "mlflow.db", timeout=60, isolation_level=None)
     with contextlib.closing(database):
         database.execute("BEGIN EXCLUSIVE")
@@ -158,19 +163,19 @@ FAILURES: dict[str, Callable[[Arena], None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Inject the problems, print the table, and return 0 if nothing was lost, doubled or orphaned."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20, help="problems to inject")
-    parser.add_argument("--seed", type=int, default=1, help="of the schedule")
-    parser.add_argument("--seeds", type=int, default=2, help="replicates per cell of the grid: 16 trials each")
+    """Inject the failures, print the table, and return 0 if every grid survived with nothing wrong."""
+    parser = Parser(prog="python -m benchmarks.chaos", description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20, metavar="N", help="failures to inject (20)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the schedule (1)")
+    parser.add_argument("--seeds", type=int, default=2, metavar="N", help="replicates per cell, 16 trials each (2)")
     parser.add_argument(
-        "--problem", action="append", choices=list(FAILURES), help="inject this kind only; may be repeated"
+        "--failure", action="append", choices=list(FAILURES), help="inject only this kind; may be repeated"
     )
     options = parser.parse_args(arguments)
     rng = random.Random(options.seed)  # noqa: S311  (a schedule)
     grid = [*GRID[:-1], str(options.seeds)]
     with tempfile.TemporaryDirectory(prefix="chaos-") as name, small_disk(Path(name) / "spool") as is_small:
-        kinds = [kind for kind in options.problem or FAILURES if is_small or kind != "spool disk full"]
+        kinds = [kind for kind in options.failure or FAILURES if is_small or kind != "spool disk full"]
         schedule = draw_schedule(options.kills, rng, kinds)
         arena = Arena(Path(name), rng, free_port(), grid)
         arena.start_server()
@@ -183,11 +188,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             kill_tree(arena.driver)
             arena.stop_server()
     print_table(schedule, survived, result, arena.notes)
-    return 0 if result.clean and len(schedule) == sum(survived.values()) else 1
+    return 0 if result.clean and len(schedule) == survived.total() else 1
 
 
 def draw_schedule(kills: int, rng: random.Random, kinds: Sequence[str]) -> list[str]:
-    """Return the names of the problems in the order in which they strike: every kind about equally often."""
+    """Return the names of the failures in the order in which they are injected, every kind about equally often."""
     schedule: list[str] = []
     while len(schedule) < kills:
         schedule += rng.sample(kinds, len(kinds))
@@ -195,56 +200,61 @@ def draw_schedule(kills: int, rng: random.Random, kinds: Sequence[str]) -> list[
 
 
 def run_schedule(arena: Arena, schedule: list[str]) -> tuple[Counter[str], list[str]]:
-    """Inject the problems in order; return how often the grid went on after each kind, and the experiments run."""
+    """Inject the failures in order.
+
+    Returns:
+        How many failures of each kind were survived, and the names of the disturbed experiments.
+
+    Raises:
+        RuntimeError: A grid did not end within `MAX_STARTS` drivers.
+    """
     survived: Counter[str] = Counter()
     waiting = list(schedule)
     experiments: list[str] = []
     while waiting:
         experiments.append(f"disturbed-{len(experiments) + 1}")
-        struck: list[str] = []
+        injected: list[str] = []
         starts, code = 0, 1
         while code != 0:
             if starts == MAX_STARTS:
-                raise RuntimeError(f"{experiments[-1]} has not come to its end in {starts} runs")
+                raise RuntimeError(f"{experiments[-1]} did not end within {starts} drivers")
             arena.start_driver(experiments[-1])
-            struck += strike(arena, waiting)
+            injected += inject(arena, waiting)
             code = arena.wait_for_driver()
             starts += 1
-        survived.update(struck)
+        survived.update(injected)
     return survived, experiments
 
 
-def strike(arena: Arena, waiting: list[str]) -> list[str]:
-    """Let one problem after another strike the running driver until it has ended; return those that struck."""
-    struck = []
+def inject(arena: Arena, waiting: list[str]) -> list[str]:
+    """Inject one failure after another until the driver has ended; remove them from `waiting` and return them."""
+    injected = []
     while waiting:
         time.sleep(arena.rng.uniform(0.5, 5))
         if arena.ended():
             break
-        struck.append(waiting.pop(0))
-        print(f"{time.strftime('%X')}  {len(waiting):>3} to come  {struck[-1]}", file=sys.stderr, flush=True)
-        FAILURES[struck[-1]](arena)
-    return struck
+        name = waiting.pop(0)
+        print(f"{time.strftime('%X')}  {name}, {len(waiting)} to come", file=sys.stderr, flush=True)
+        FAILURES[name](arena)
+        injected.append(name)
+    return injected
 
 
 def print_table(schedule: list[str], survived: Counter[str], result: Audit, notes: Counter[str]) -> None:
-    """Print what was injected and what came of it."""
-    print(f"{'problem':<22} {'injected':>8} {'survived':>8}")
-    for name, count in Counter(schedule).items():
-        print(f"{name:<22} {count:>8} {survived[name]:>8}")
-    print(f"{'in all':<22} {len(schedule):>8} {sum(survived.values()):>8}")
-    print(
-        f"{result.experiments} grids of {result.trials} trials, {result.values:,} values compared: {result.lost} lost, "
-        f"{result.doubled} doubled, {result.orphans} orphans, {result.different} different, "
-        f"{result.wrong_decisions} wrong decisions"
-    )
-    for note, count in notes.items():
-        print(f"{note}: {count}")
+    """Print how many failures were injected and survived, and what the audit found."""
+    print(f"{'failure':<22} {'injected':>8} {'survived':>8}")
+    for name, injected in Counter(schedule).items():
+        print(f"{name:<22} {injected:>8} {survived[name]:>8}")
+    print(f"{count(len(schedule), 'failure')} injected, {survived.total()} survived")
+    print(f"{count(result.experiments, 'grid')} of {result.trials} trials, {result.values:,} values compared")
+    print(result.summary)
+    for note, times in notes.items():
+        print(f"{note}: {times}")
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[bool]:
-    """Mount a disk of a few megabytes at `folder`, and say whether that could be done; else it is a plain folder."""
+    """Mount a disk of `SPOOL_BYTES` at `folder`; yield whether that worked (if not, it is a plain folder)."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={SPOOL_BYTES}", "tmpfs", str(folder)]
     mounted = os.geteuid() == 0 and subprocess.run(mount, check=False).returncode == 0
@@ -256,7 +266,7 @@ def small_disk(folder: Path) -> Iterator[bool]:
 
 
 def kill_tree(process: subprocess.Popen[bytes] | None) -> None:
-    """SIGKILL a process and its session, if it still runs."""
+    """SIGKILL a process and its session if it is still running."""
     if process is not None and process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -267,17 +277,17 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
     """Wait for a condition.
 
     Raises:
-        TimeoutError: It did not come true.
+        TimeoutError: It did not come true in time.
     """
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {seconds:.0f} s in vain")
+            raise TimeoutError(f"waited {seconds:.0f} s without success")
         time.sleep(0.1)
 
 
 def answers(port: int) -> bool:
-    """Say whether something listens."""
+    """Return whether something listens on a port of this machine."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 

@@ -1,4 +1,4 @@
-"""Compares the store of a disturbed grid with that of an undisturbed one: the arithmetic of `benchmarks.chaos`."""
+"""Compare the store of a disturbed grid with that of an undisturbed one; `benchmarks.chaos` prints the result."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from grid.metrics import STATUSES
 from grid.plan.asha import Asha, rung_epochs
 
 TIMINGS = ("epoch_seconds", "samples_per_second")
-"""Metrics that no two runs share."""
+"""Metrics that differ from run to run."""
 
 Histories = dict[str, list[tuple[int, float, int]]]
-"""Metric -> (step, value, time) as recorded."""
+"""Metric -> list of (step, value, time)."""
 
 
 @dataclass
 class Audit:
-    """What the comparison has found."""
+    """Result of the comparison."""
 
     experiments: int = 0
     trials: int = 0
@@ -34,19 +34,27 @@ class Audit:
     orphans: int = 0
     """Runs left running, reports left in a spool, checkpoints left of ended trials."""
     different: int = 0
-    """Values that differ from the undisturbed ones, and controls that ended otherwise."""
+    """Values that differ from the undisturbed ones, and unstopped controls that ended with another status."""
     wrong_decisions: int = 0
-    """Stops and goes that ASHA does not make when the recorded arrivals are replayed in their order."""
+    """Decisions at rungs that ASHA does not make when the recorded arrivals are replayed in their order."""
 
     @property
     def clean(self) -> bool:
         """Whether nothing is wrong."""
         return not (self.lost or self.doubled or self.orphans or self.different or self.wrong_decisions)
 
+    @property
+    def summary(self) -> str:
+        """All counts in one line."""
+        return (
+            f"{self.lost} lost, {self.doubled} doubled, {self.orphans} orphans, {self.different} different, "
+            f"{self.wrong_decisions} wrong decisions"
+        )
+
 
 @dataclass
 class Recorded:
-    """One trial as an experiment has it."""
+    """One trial as an experiment recorded it."""
 
     config: TrialConfig
     tags: dict[str, str]
@@ -58,20 +66,20 @@ def audit(uri: str, folder: Path, reference: str, experiments: list[str]) -> Aud
     """Compare experiments of a store with a reference experiment.
 
     Args:
-        uri: Of the store.
-        folder: Where the drivers ran: holds `spool` and `storage`.
-        reference: The undisturbed experiment.
-        experiments: The disturbed ones.
+        uri: URI of the store.
+        folder: Folder in which the drivers ran; contains `spool` and `storage`.
+        reference: Name of the undisturbed experiment.
+        experiments: Names of the disturbed experiments.
     """
     client = MlflowClient(tracking_uri=uri)
     found = Audit(experiments=len(experiments))
-    wanted = _read(client, reference, Audit())
-    found.trials = len(wanted)
+    undisturbed = _read(client, reference, Audit())
+    found.trials = len(undisturbed)
     for experiment in experiments:
         trials = _read(client, experiment, found)
-        found.lost += len(set(wanted) - set(trials))
+        found.lost += len(set(undisturbed) - set(trials))
         for key, trial in trials.items():
-            _compare(trial, wanted[key], found)
+            _compare(trial, undisturbed[key], found)
         found.wrong_decisions += wrong_decisions(list(trials.values()))
     found.orphans += len(list((folder / "spool").glob("*.jsonl")))
     found.orphans += len(list((folder / "storage").glob("*/checkpoints/*")))
@@ -79,7 +87,7 @@ def audit(uri: str, folder: Path, reference: str, experiments: list[str]) -> Aud
 
 
 def wrong_decisions(trials: list[Recorded]) -> int:
-    """Count the recorded decisions that ASHA would not make, given the recorded arrivals in their order."""
+    """Count the recorded decisions that ASHA does not make when the recorded arrivals are replayed in their order."""
     asha = Asha(rung_epochs(trials[0].config.epochs))
     arrivals = []
     for trial in trials:
@@ -95,8 +103,8 @@ def wrong_decisions(trials: list[Recorded]) -> int:
 
 
 def _read(client: MlflowClient, experiment: str, found: Audit) -> dict[str, Recorded]:
-    (found_experiment,) = client.search_experiments(filter_string=f"name = '{experiment}'")
-    runs = client.search_runs([found_experiment.experiment_id], max_results=5000)
+    (entry,) = client.search_experiments(filter_string=f"name = '{experiment}'")
+    runs = client.search_runs([entry.experiment_id], max_results=5000)
     kinds = Counter(run.data.tags["kind"] for run in runs)
     found.doubled += kinds["grid"] - 1
     trials: dict[str, Recorded] = {}
@@ -118,7 +126,7 @@ def _recorded(client: MlflowClient, run: Run) -> Recorded:
     return Recorded(config, run.data.tags, int(run.data.metrics.get("epochs_run", 0)), histories)
 
 
-def _compare(trial: Recorded, wanted: Recorded, found: Audit) -> None:
+def _compare(trial: Recorded, undisturbed: Recorded, found: Audit) -> None:
     for name, points in trial.histories.items():
         steps = [step for step, _, _ in points]
         found.doubled += len(steps) - len(set(steps))
@@ -126,9 +134,9 @@ def _compare(trial: Recorded, wanted: Recorded, found: Audit) -> None:
             found.lost += len(set(range(1, trial.epochs_run + 1)) - set(steps))
         if name in TIMINGS or ("_at_" not in name and name in ("best_val_accuracy", "epochs_run")):
             continue
-        expected = {step: value for step, value, _ in wanted.histories.get(name, [])}
+        expected = {step: value for step, value, _ in undisturbed.histories.get(name, [])}
         shared = [(value, expected[step]) for step, value, _ in points if step in expected]
         found.values += len(shared)
         found.different += sum(value != other for value, other in shared)
     if trial.tags["control"] == "true":
-        found.different += trial.tags.get("status") != wanted.tags["status"]
+        found.different += trial.tags.get("status") != undisturbed.tags["status"]

@@ -1,11 +1,11 @@
-"""Does the cost per trial grow with the grid? Runs pretended grids of 100, 1,000 and 10,000 trials through everything.
+"""Does the cost per trial grow with the grid? Runs grids of 100, 1,000 and 10,000 trials whose training takes no time.
 
-    python -m benchmarks.grid_scale [--trials 100 1000 10000] [--quick]
+    python -m benchmarks.grid_scale     # 5 minutes on two cores; --quick: 15 s
 
-Plan, Ray, Tune, ASHA, worker processes, checkpoints, spool, recorder and an sqlite store are real; only the training of
-an epoch is replaced, by a curve that takes microseconds. A grid is `full` with as many seeds as it takes, cut to size,
-on the first trials of its random order; each runs in a process of its own, two trials at once. At the end its store is
-examined: one run per trial, ended, with one status.
+Plan, Ray, Tune, ASHA, worker processes, checkpoints, spool, recorder and the sqlite store are real. Only the training
+of an epoch is replaced, by the next value of a curve, which takes microseconds. Each grid consists of the first trials
+of `full`, with as many seeds as necessary, and runs in a process of its own, two trials at once. Afterwards its store
+is checked: each trial must have exactly one run, which has ended with a status.
 """
 
 import argparse
@@ -29,10 +29,11 @@ from typing import Any
 import numpy as np
 from mlflow.tracking import MlflowClient
 
+from grid.arguments import Parser
 from grid.config import TrialConfig
 from grid.data.dataset import Dataset
 from grid.driver.watcher import Watcher, restore_rungs
-from grid.metrics import STATUSES, EpochReport
+from grid.metrics import FINAL_STATUSES, EpochReport
 from grid.plan.asha import Asha, rung_epochs
 from grid.plan.packing import Packing
 from grid.plan.request import Request
@@ -51,38 +52,38 @@ QUICK = (60,)
 AT_ONCE = 2
 EPOCHS = 9
 DIVERGING = 0.02
-"""Share of the trials that diverge in their second epoch, if they come to it."""
+"""Share of the trials that diverge in their second epoch if they reach it."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a grid took; times in seconds."""
+    """What a grid cost; times in seconds."""
 
     trials: int
     reports: int
     planning: float
     """From the request to the first call of Tune: store, plan, recorder, watcher."""
     starting: float
-    """From there to the first report: the worker processes import torch."""
+    """From then to the first report: the worker processes import torch."""
     running: float
-    """From the first report to the end of Tune's loop, and of what Tune does after it."""
+    """From the first report to the return of Tune."""
     delivering: float
-    """Until all that was reported has arrived in the store."""
+    """From then until all reports have arrived in the store."""
     next_trial: float
-    """Median time between the last step of a trial and the first of the next in a worker."""
+    """Median time in a worker between the last step of a trial and the first step of the next trial."""
     next_epoch: float
-    """Median time between two steps of a trial in a worker."""
+    """Median time in a worker between two steps of a trial."""
     megabytes: float
-    """Most memory that the driver has held."""
+    """Peak memory of the driver."""
 
     @property
     def per_trial(self) -> float:
-        """Seconds for each trial, the start of the workers left out."""
+        """Seconds per trial, without the start of the workers."""
         return (self.planning + self.running + self.delivering) / self.trials
 
     @property
     def line(self) -> str:
-        """One row of the table."""
+        """Row of the table."""
         per_report = self.running / self.reports
         return (
             f"{self.trials:>6,} {self.reports:>7,} {self.planning:>6.1f} {self.starting:>6.1f} {self.running:>6.1f} "
@@ -97,10 +98,10 @@ trials reports   plan  start    run  deliver  trial  report  trial  epoch     MB
 
 
 class RecordedTrial(Trial):
-    """Replays a curve that its key alone decides; `train_loss` is the seconds since the process's last step."""
+    """Yields a curve that depends on the trial key alone; reports as `train_loss` the seconds since the last step."""
 
     last_step_at = math.nan
-    """When this process ended its latest step, of whichever trial."""
+    """When the latest step of any trial ended in this process."""
 
     def __init__(self, config: TrialConfig, data: DeviceData):
         self.config = config
@@ -131,16 +132,16 @@ class RecordedTrial(Trial):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the curve stands."""
+        """Return the position on the curve."""
         return {"epoch": self.epoch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on there."""
+        """Continue from the position of another trial's `state_dict`."""
         self.epoch = state["epoch"]
 
 
 class Stopwatch(Watcher):
-    """A watcher that notes the first report and the waits between steps."""
+    """A watcher that also notes the time of the first report and the waiting times between steps."""
 
     def __init__(self, *parts: Any, **settings: Any):
         super().__init__(*parts, **settings)
@@ -149,7 +150,7 @@ class Stopwatch(Watcher):
         self.to_next_epoch: list[float] = []
 
     def epoch_ended(self, config: TrialConfig, report: EpochReport, *, stopped: bool) -> None:
-        """Note, and pass on."""
+        """Note the times, then do what a watcher does."""
         if math.isnan(self.first_report_at):
             self.first_report_at = time.perf_counter()
         (self.to_next_trial if report.epoch == 1 else self.to_next_epoch).append(report.train_loss)
@@ -157,25 +158,28 @@ class Stopwatch(Watcher):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run every size in a process of its own and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, nargs="+", default=list(SIZES), help="sizes of the grids")
-    parser.add_argument("--quick", action="store_true", help=f"one grid of {QUICK[0]} trials")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    """Run a grid of each size in a process of its own and print the table."""
+    parser = Parser(prog="python -m benchmarks.grid_scale", description=__doc__.splitlines()[0])
+    sizes = " ".join(map(str, SIZES))
+    parser.add_argument(
+        "--trials", type=int, nargs="+", default=list(SIZES), metavar="N", help=f"sizes of the grids ({sizes})"
+    )
+    parser.add_argument("--quick", action="store_true", help=f"run one grid of {QUICK[0]} trials")
+    parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.here:
+    if options.in_this_process:
         with tempfile.TemporaryDirectory(prefix="scale-") as folder:
             print(json.dumps(asdict(measure(options.trials[0], Path(folder)))))
         return 0
     print(HEADER, flush=True)
     for trials in QUICK if options.quick else options.trials:
-        print(measure_apart(trials).line, flush=True)
+        print(measure_in_subprocess(trials).line, flush=True)
     return 0
 
 
-def measure_apart(trials: int) -> Cost:
+def measure_in_subprocess(trials: int) -> Cost:
     """Run a grid in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.grid_scale", "--here", "--trials", str(trials)]
+    command = [sys.executable, "-m", "benchmarks.grid_scale", "--in-this-process", "--trials", str(trials)]
     with tempfile.TemporaryDirectory(prefix="scale-cwd-") as folder:
         path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
         environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
@@ -184,9 +188,9 @@ def measure_apart(trials: int) -> Cost:
 
 
 def measure(trials: int, folder: Path) -> Cost:
-    """Run a grid of pretended trials in this process, examine its store, and return what it took."""
+    """Run a grid of recorded trials in this process, check its store, and return what it cost."""
     dataset = blank_dataset()
-    request = ask(trials, folder)
+    request = request_of(trials, folder)
     checkpoints = Checkpoints(request.storage, request.experiment)
     packing = connection.connect(None, AT_ONCE, checkpoints)
     try:
@@ -204,14 +208,14 @@ def measure(trials: int, folder: Path) -> Cost:
             watcher = Stopwatch(plan, recorder, checkpoints, rungs=asha.rungs, concurrency=packing.concurrency)
             watcher.resume({})
             planned = time.perf_counter()
-            run(plan, watcher, dataset, asha, packing, checkpoints)
+            run_trials(plan, watcher, dataset, asha, packing, checkpoints)
             ended = time.perf_counter()
             assert recorder.close(finished=True), recorder.error
             delivered = time.perf_counter()
             megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     finally:
         connection.disconnect()
-    examine(store, plan)
+    check_store(store, plan)
     return Cost(
         trials=trials,
         reports=len(watcher.to_next_trial) + len(watcher.to_next_epoch),
@@ -225,8 +229,8 @@ def measure(trials: int, folder: Path) -> Cost:
     )
 
 
-def ask(trials: int, folder: Path) -> Request:
-    """Return the request of the grid `full` with the seeds that yield at least so many trials."""
+def request_of(trials: int, folder: Path) -> Request:
+    """Return a request for the grid `full` with enough seeds for a number of trials."""
     levels = GRIDS["full"].levels
     return Request(
         grid="full",
@@ -250,12 +254,12 @@ def ask(trials: int, folder: Path) -> Request:
 
 
 def cut(plan: Plan, trials: int) -> Plan:
-    """Return a plan of the first trials alone."""
+    """Return a plan of only the first trials."""
     kept = plan.trials[:trials]
     return replace(plan, trials=kept, controls=plan.controls & {trial.trial_key for trial in kept})
 
 
-def run(
+def run_trials(
     plan: Plan,
     watcher: Watcher,
     dataset: Dataset,
@@ -263,7 +267,7 @@ def run(
     packing: Packing,
     checkpoints: Checkpoints,
 ) -> None:
-    """Run the trials as `grid.driver.experiment` does, their epochs replaced."""
+    """Run the trials as `grid.driver.experiment` does, but with `RecordedTrial`."""
     with contextlib.redirect_stdout(sys.stderr):
         tuner.run_trials(
             watcher.todo,
@@ -278,23 +282,23 @@ def run(
         checkpoints.clear()
 
 
-def examine(store: Store, plan: Plan) -> None:
-    """Assert that the store has one ended run with one status for each trial, and no other."""
+def check_store(store: Store, plan: Plan) -> None:
+    """Assert that the store has exactly one run for each trial, ended and with a status."""
     client = MlflowClient(tracking_uri=store.uri)
     found: Counter[str] = Counter()
     token: str | None = None
     while token != "":
         page = client.search_runs([store.experiment_id], "tags.kind = 'trial'", max_results=1000, page_token=token)
         token = page.token or ""
-        for one in page:
-            assert one.data.tags["status"] in STATUSES[:3], one.data.tags
-            assert one.info.status == "FINISHED", one.info
-            found[one.data.tags["trial_key"]] += 1
+        for run in page:
+            assert run.data.tags["status"] in FINAL_STATUSES, run.data.tags
+            assert run.info.status == "FINISHED", run.info
+            found[run.data.tags["trial_key"]] += 1
     assert found == Counter(trial.trial_key for trial in plan.trials), "lost or doubled trials"
 
 
 def blank_dataset() -> Dataset:
-    """Return a few images that nobody looks at."""
+    """Return a data set of black images; no trial looks at them."""
     images, labels = np.zeros((64, 28, 28), dtype=np.uint8), np.zeros(64, dtype=np.int64)
     return Dataset("glyphs", ("a", "b"), images, labels, images, labels, fingerprint="0" * 16)
 

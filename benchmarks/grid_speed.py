@@ -1,15 +1,20 @@
-"""Is our grid fast? Runs it beside what a user would write with Ray Tune, and with Optuna, from their documentation.
+"""Is the grid fast? Compares it with what a user would write with Ray Tune, and with Optuna, from their documentation.
 
-    python -m benchmarks.grid_speed --data emnist-bymerge --data-dir DIR --csv speed.csv
-    python -m benchmarks.grid_speed --report speed.csv
+    python -m benchmarks.grid_speed --data emnist-bymerge --data-dir DIR --csv speed.csv     # 25 minutes on two cores
+    python -m benchmarks.grid_speed --report speed.csv                                       # prints its tables again
 
-Each contender is a process of its own, timed from start to exit, in a new folder with a new MLflow store, which tells
-what was trained. All train the same cells on the same images with the same learning rates, batch size and stopping by
-thirds. The peers' code is in `benchmarks/peers`; they take from us the cut into train and validation and, unless
-`--peer-init torch` is given, the standard deviations of the initial weights: with torch's own, which are smaller, they
-are better by points after a few epochs. They train in float32 (the contender `ours_f32` is ours in float32), and judge
-`asgd` by its weights as they are, not by their averages. Each repeat changes the order of the contenders and the peers'
-seed; ours has the same seed throughout. Another invocation with the same `--csv` adds repeats to it.
+Measures the wall time of whole processes from start to exit, and divides it by the epochs trained. Each contender runs
+in a new folder with a new MLflow store, which says what was trained. All train the same cells on the same images, with
+the same learning rates, batch size and rule of early stopping (the best third continues). What differs:
+
+- The scripts of the peers (`benchmarks/peers`) get from us the split into train and validation and, unless
+  `--peer-init torch` is given, the standard deviations of the initial weights. Torch's own standard deviations are
+  smaller, and the peers are worse by points with them after a few epochs.
+- The peers train in float32; the contender `ours_f32` is our grid in float32.
+- The peers evaluate the current weights of `asgd`, we evaluate the averaged ones.
+- Each repeat changes the order of the contenders and the seed of the peers; our seed stays the same.
+
+Running the command again with the same `--csv` adds repeats to the file.
 """
 
 import argparse
@@ -28,7 +33,7 @@ import numpy as np
 
 from benchmarks.grid_speed_table import OURS, Row, append_row, check_alike, read_rows, read_store, report
 from benchmarks.peers.common import open_dataset
-from grid.arguments import Parser
+from grid.arguments import Parser, add_data_dir, run_command
 from grid.config import InputError
 from grid.data.catalogue import NAMES, check_name
 from grid.data.load import load, split_indices
@@ -39,7 +44,7 @@ MODELS = ("mlp", "cnn")
 CONTENDERS = (OURS, "tune", "optuna", "ours_f32")
 DEFAULT_CONTENDERS = ",".join(CONTENDERS[:3])
 NEEDED = {"optuna": ("optuna", "optuna_integration")}
-"""Contender -> packages that this project itself does not need."""
+"""Contender -> packages that it needs and this project does not."""
 HINT = 'pip install -e ".[bench]"'
 Factors = dict[str, tuple[str, ...]]
 CELLS: dict[str, Factors] = {
@@ -55,26 +60,26 @@ FIXED = ("lr_schedule=constant", "batch_norm=on", "regularization=none", "dropou
 STORE = "mlflow.db"
 HEARTBEAT_SECONDS = 30.0
 ROOT = Path(__file__).resolve().parents[1]
-FOREIGN = ("MLFLOW_", "TUNE_", "OMP_NUM_THREADS", "RAY_ADDRESS")
-"""How settings begin that a contender is not to inherit."""
+NOT_INHERITED = ("MLFLOW_", "TUNE_", "OMP_NUM_THREADS", "RAY_ADDRESS")
+"""Prefixes of environment variables that no contender may inherit."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """What all contenders train on."""
+    """The images that all contenders train on."""
 
     name: str
     folder: Path
     per_class: int | None
     split: Path
-    """File with the positions of `train` and `val`."""
+    """NumPy file with the positions of the `train` and the `val` images."""
     train_count: int
     val_count: int
 
 
 @dataclass(frozen=True)
 class Job:
-    """One model's runs, but for the contender and the repeat."""
+    """What all contenders do with one model."""
 
     model: str
     factors: Factors
@@ -88,49 +93,52 @@ class Job:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 1 if a contender fails, 2 if an argument is wrong."""
     options = _parser().parse_args(arguments)
+    return run_command("benchmarks.grid_speed", lambda: _report(options) if options.report else _run(options))
+
+
+def _report(options: argparse.Namespace) -> int:
+    print(report(read_rows(options.report)))
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    _check(options)
+    rows = read_rows(options.csv) if options.csv and options.csv.exists() else []
+    contenders = installed(options.contenders)
     try:
-        if options.report is not None:
-            print(report(read_rows(options.report)))
-            return 0
-        _check(options)
-        rows = [] if options.csv is None or not options.csv.exists() else read_rows(options.csv)
-        contenders = present(options.contenders)
         with tempfile.TemporaryDirectory(prefix="grid-speed-") as name:
             images = prepare(options, Path(name))
             for model in options.models:
                 factors = QUICK_CELLS if options.quick else CELLS[model]
                 job = Job(model, factors, images, options.epochs, options.seeds, options.peer_init)
                 rows += run_job(job, contenders, options.repeats, rows, options.csv)
-        print(report(rows))
-        return 0
-    except InputError as error:
-        print(f"benchmarks.grid_speed: {error}", file=sys.stderr)
-        return 2
     except subprocess.CalledProcessError as error:
         print(f"{error.output}\nbenchmarks.grid_speed: {error}", file=sys.stderr)
         return 1
+    print(report(rows))
+    return 0
 
 
-def present(contenders: Sequence[str]) -> list[str]:
-    """Return the contenders whose packages are installed, and say what the others lack.
+def installed(contenders: Sequence[str]) -> list[str]:
+    """Return the contenders whose packages are installed; print which are skipped, and why.
 
     Raises:
-        InputError: None is left.
+        InputError: No contender is left.
     """
     found = []
     for name in contenders:
         lacking = [package for package in NEEDED.get(name, ()) if find_spec(package) is None]
         if lacking:
-            print(f"{name} is skipped: no {' and no '.join(lacking)} here; {HINT}", file=sys.stderr)
+            print(f"{name} is skipped: {' and '.join(lacking)} not installed; run: {HINT}", file=sys.stderr)
         else:
             found.append(name)
     if not found:
-        raise InputError("no contender is left")
+        raise InputError("no contender is left: the packages of all of them are missing")
     return found
 
 
 def prepare(options: argparse.Namespace, folder: Path) -> Images:
-    """Look for the images, or make or fetch them, and write the split for the peers."""
+    """Load the images (rendered or downloaded if they are missing), and write the split for the peers to a file."""
     data_dir, per_class = options.data_dir.absolute(), options.per_class
     dataset = load(options.data, data_dir, per_class=per_class, split_seed=ORDER_SEED)
     labels = open_dataset(options.data, data_dir).targets.numpy()
@@ -141,15 +149,22 @@ def prepare(options: argparse.Namespace, folder: Path) -> Images:
 
 
 def run_job(job: Job, contenders: Sequence[str], repeats: int, earlier: Sequence[Row], csv: Path | None) -> list[Row]:
-    """Run the repeats of one model and return their rows, which are in the CSV file by then.
+    """Run the repeats of one model, add each to the CSV file, and return their rows.
+
+    Args:
+        job: What is trained.
+        contenders: Names of the contenders.
+        repeats: Runs of each contender.
+        earlier: Rows of earlier invocations; their repeats are not numbered again.
+        csv: File to which rows are added; None for no file.
 
     Raises:
-        InputError: Earlier rows are of another setting.
+        InputError: Earlier rows were made with other settings.
     """
     first = 1 + max((row.repeat for row in earlier if row.model == job.model), default=-1)
     rows: list[Row] = []
     for repeat in range(first, first + repeats):
-        for name in turned(contenders, repeat):
+        for name in rotate(contenders, repeat):
             row = run(name, job, repeat)
             check_alike([*earlier, row])
             if csv is not None:
@@ -158,17 +173,17 @@ def run_job(job: Job, contenders: Sequence[str], repeats: int, earlier: Sequence
     return rows
 
 
-def turned(contenders: Sequence[str], repeat: int) -> list[str]:
-    """Return the order of a repeat: each contender takes each place once in as many repeats as there are contenders."""
+def rotate(contenders: Sequence[str], repeat: int) -> list[str]:
+    """Return the contenders rotated by `repeat` places, so that each of them is first, second, ... equally often."""
     shift = repeat % len(contenders)
     return [*contenders[shift:], *contenders[:shift]]
 
 
 def run(name: str, job: Job, repeat: int) -> Row:
-    """Run one contender in a new folder and return what it made.
+    """Run one contender in a new folder and return what it achieved.
 
     Raises:
-        subprocess.CalledProcessError: It failed; `output` is the end of what it wrote.
+        subprocess.CalledProcessError: The contender failed; `output` holds the last lines that it printed.
     """
     slots = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(prefix=f"grid-speed-{name}-") as folder:
@@ -177,7 +192,7 @@ def run(name: str, job: Job, repeat: int) -> Row:
         else:
             arguments = [f"benchmarks.peers.{name}_script", *peer_arguments(job, slots, repeat)]
         arguments += ["--store", f"sqlite:///{folder}/{STORE}"]
-        seconds = timed([sys.executable, "-m", *arguments], Path(folder), f"{job.model} {name}, repeat {repeat}")
+        seconds = time_command([sys.executable, "-m", *arguments], Path(folder), f"{job.model} {name}, repeat {repeat}")
         stored = read_store(Path(folder) / STORE)
     return Row(
         model=job.model,
@@ -201,19 +216,19 @@ def run(name: str, job: Job, repeat: int) -> Row:
 
 
 def our_arguments(job: Job, precision: str) -> list[str]:
-    """Return the arguments of `grid.run`, but for the store."""
+    """Return the arguments of `grid.run`, except the store."""
     levels = (f"model={job.model}", *(f"{factor}={','.join(names)}" for factor, names in job.factors.items()), *FIXED)
-    some = [] if job.images.per_class is None else ["--per-class", str(job.images.per_class)]
+    subset = [] if job.images.per_class is None else ["--per-class", str(job.images.per_class)]
     return [
         *("--grid", "full", *(word for level in levels for word in ("--only", level))),
-        *("--data", job.images.name, "--data-dir", str(job.images.folder), *some),
+        *("--data", job.images.name, "--data-dir", str(job.images.folder), *subset),
         *("--epochs", str(job.epochs), "--seeds", str(job.seeds), "--controls", "0"),
         *("--address", "local", "--precision", precision),
     ]
 
 
 def peer_arguments(job: Job, slots: int, repeat: int) -> list[str]:
-    """Return the arguments of a script in `benchmarks/peers`, but for the store; each repeat has its own seeds."""
+    """Return the arguments of a script in `benchmarks/peers`, except the store; each repeat has its own seeds."""
     seeds = range(repeat * job.seeds, (repeat + 1) * job.seeds)
     levels = (word for factor, names in job.factors.items() for word in (f"--{factor}s", ",".join(names)))
     return [
@@ -223,17 +238,24 @@ def peer_arguments(job: Job, slots: int, repeat: int) -> list[str]:
     ]
 
 
-def timed(command: Sequence[str], folder: Path, title: str) -> float:
-    """Run a command to its end, show that it lives, and return the seconds from start to exit.
+def time_command(command: Sequence[str], folder: Path, title: str) -> float:
+    """Run a command and return the seconds from its start to its exit; print a sign of life every 30 s.
+
+    Args:
+        command: Program and arguments.
+        folder: Where it runs; its output goes into `output.log` there.
+        title: Starts each line that is printed on stderr.
 
     Raises:
-        subprocess.CalledProcessError: It failed.
+        subprocess.CalledProcessError: The command failed; `output` holds the last lines that it printed.
     """
     _say(f"{title} ...")
     log = folder / "output.log"
     with log.open("wb") as output:
         begun = time.perf_counter()
-        process = subprocess.Popen(command, cwd=folder, env=clean(os.environ), stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=folder, env=isolate(os.environ), stdout=output, stderr=subprocess.STDOUT
+        )
         try:
             while process.poll() is None:
                 try:
@@ -250,12 +272,12 @@ def timed(command: Sequence[str], folder: Path, title: str) -> float:
     return seconds
 
 
-def clean(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment in which a contender is alone, knows this project, trains on CPUs and reports to nobody."""
-    kept = {name: value for name, value in environment.items() if not name.startswith(FOREIGN)}
+def isolate(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment with this project on its path, but without a cluster, a store, GPUs or usage reports."""
+    kept = {name: value for name, value in environment.items() if not name.startswith(NOT_INHERITED)}
     path = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
-    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "MLFLOW_DISABLE_TELEMETRY": "true", "CUDA_VISIBLE_DEVICES": ""}
-    return {**kept, **quiet, "PYTHONPATH": path}
+    settings = {"RAY_USAGE_STATS_ENABLED": "0", "MLFLOW_DISABLE_TELEMETRY": "true", "CUDA_VISIBLE_DEVICES": ""}
+    return {**kept, **settings, "PYTHONPATH": path}
 
 
 def _say(text: str) -> None:
@@ -264,38 +286,43 @@ def _say(text: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m benchmarks.grid_speed", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=(*MODELS, "both"), default="both", help="which nets are trained (both)")
-    parser.add_argument("--contenders", default=DEFAULT_CONTENDERS, metavar="NAME[,NAME]", help=", ".join(CONTENDERS))
+    parser.add_argument("--model", choices=(*MODELS, "both"), default="both", help="nets to train (both)")
+    parser.add_argument(
+        "--contenders",
+        default=DEFAULT_CONTENDERS,
+        metavar="NAME[,NAME]",
+        help=f"{', '.join(CONTENDERS)} ({DEFAULT_CONTENDERS})",
+    )
     parser.add_argument("--repeats", type=int, metavar="N", help="runs of each contender (3)")
     parser.add_argument("--data", default="glyphs", metavar="NAME", help=f"{', '.join(NAMES)} (glyphs)")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="files of data sets (data)")
+    add_data_dir(parser)
     parser.add_argument("--per-class", type=int, metavar="N", help="training images per class (all)")
-    parser.add_argument("--epochs", type=int, default=3, metavar="N", help="of a trial that is not stopped (3)")
+    parser.add_argument("--epochs", type=int, default=3, metavar="N", help="budget of a trial that is not stopped (3)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="trials of each cell (1)")
     parser.add_argument(
         "--peer-init",
         choices=("ours", "torch"),
         default="ours",
-        help="standard deviation of their first weights (ours)",
+        help="standard deviations of the peers' initial weights (ours)",
     )
-    parser.add_argument("--quick", action="store_true", help="2 cells, 20 images per class, once: does it work?")
+    parser.add_argument("--quick", action="store_true", help="try it out: 2 cells, 20 images per class, 1 repeat")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="add a line per run to this file")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="print the tables of such a file; run nothing")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="print the tables of such a file, run nothing")
     return parser
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Check the options and fill what is missing.
+    """Check the options and fill in the defaults that depend on others.
 
     Raises:
-        InputError: A value is wrong.
+        InputError: An option has a wrong value.
     """
     options.contenders = options.contenders.split(",")
     for name in options.contenders:
         if name not in CONTENDERS:
             raise InputError(f"unknown contender '{name}'; choose from {', '.join(CONTENDERS)}")
     if len(set(options.contenders)) < len(options.contenders):
-        raise InputError("--contenders names one twice")
+        raise InputError(f"--contenders must differ, got {','.join(options.contenders)}")
     check_name(options.data)
     options.models = MODELS if options.model == "both" else (options.model,)
     options.repeats = (1 if options.quick else 3) if options.repeats is None else options.repeats

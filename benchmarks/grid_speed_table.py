@@ -1,4 +1,4 @@
-"""What `grid_speed` makes of its runs: a contender's store read, rows kept in a CSV file, tables and ratios."""
+"""Rows and tables of `grid_speed`: read a contender's store, keep rows in a CSV file, print tables and ratios."""
 
 import csv
 import sqlite3
@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 
 from grid.config import InputError
+from grid.wording import count
 
 OURS = "ours"
 POINTS = """
@@ -20,35 +21,35 @@ WHERE runs.lifecycle_stage = 'active' AND metrics.key IN ('val_accuracy', 'epoch
 
 @dataclass(frozen=True)
 class Stored:
-    """What a contender's MLflow store tells of its run."""
+    """What a contender trained, according to its MLflow store."""
 
     trials: int
-    """Runs that have trained an epoch."""
+    """Runs that trained at least one epoch."""
     epochs: int
-    """Of all trials; a diverged epoch has a time and no accuracy, and counts."""
+    """Epochs of all trials, diverged ones included (they have a time and no accuracy)."""
     epoch_seconds: float
-    """Sum over all epochs."""
+    """Sum over all epochs of all trials."""
     best_val_accuracy: float
     """In [0, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One run of one contender from start to exit; a line of the CSV file."""
+    """One run of one contender from start to exit: a line of the CSV file."""
 
     model: str
     contender: str
     repeat: int
-    """From 0; runs of one repeat are a pair."""
+    """From 0; the runs of one repeat are compared with each other."""
     wall_seconds: float
     trials: int
     epochs: int
-    """Trained in all."""
+    """Epochs trained by all trials."""
     epoch_seconds: float
-    """Sum over all epochs, of all slots."""
+    """Sum over all epochs, and so over all slots."""
     best_val_accuracy: float
     cells: int
-    """That were to be trained."""
+    """Cells that should have been trained."""
     seeds: int
     """Trials of each cell."""
     budget: int
@@ -63,13 +64,13 @@ class Row:
 
     @property
     def setting(self) -> tuple[object, ...]:
-        """What rows of one table have in common."""
+        """The settings that all rows of one table share."""
         data = self.data, self.train_images, self.val_images
         return self.cells, self.seeds, self.budget, *data, self.peer_init, self.slots
 
     @property
     def seconds_per_epoch(self) -> float:
-        """Wall time over the epochs that all trials have trained."""
+        """Wall time per epoch trained."""
         return self.wall_seconds / self.epochs
 
     @property
@@ -79,7 +80,7 @@ class Row:
 
     @property
     def overhead(self) -> float:
-        """Seconds of wall time per trial in which a slot trained nothing."""
+        """Seconds per trial in which a slot trained nothing."""
         return (self.wall_seconds - self.epoch_seconds / self.slots) / self.trials
 
 
@@ -87,7 +88,7 @@ def read_store(path: Path) -> Stored:
     """Read an MLflow database.
 
     Raises:
-        InputError: No trial has trained an epoch.
+        InputError: No trial in it has trained an epoch.
     """
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
         points = database.execute(POINTS).fetchall()
@@ -99,7 +100,7 @@ def read_store(path: Path) -> Stored:
 
 
 def append_row(path: Path, row: Row) -> None:
-    """Add a line to a CSV file, with the names first if it is new."""
+    """Add a line to a CSV file, after a header line if the file is new."""
     is_new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
@@ -112,33 +113,38 @@ def read_rows(path: Path) -> list[Row]:
     """Read a CSV file that `append_row` wrote.
 
     Raises:
-        InputError: It can't be read, or it is another file.
+        InputError: The file can't be read, or `append_row` did not write it.
     """
     names = [field.name for field in fields(Row)]
     try:
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
             if reader.fieldnames != names:
-                raise InputError(f"{path} is not a file that --csv wrote: its first line differs")
+                raise InputError(f"{path} was not written by --csv: its header line differs")
             return [_read_row(line) for line in reader]
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} holds a line that --csv did not write: {error}") from error
+        raise InputError(f"{path} has a damaged line: {error}") from error
 
 
 def check_alike(rows: Sequence[Row]) -> None:
-    """Raise `InputError` if runs of one model can't be put into one table."""
-    for model, some in by_model(rows):
-        for row in some:
-            if row.setting != some[0].setting:
-                raise InputError(f"{model} runs of two settings, {some[0].setting} and {row.setting}; use another file")
+    """Check that all rows of each model have the same settings.
+
+    Raises:
+        InputError: Two rows of a model can't be in one table.
+    """
+    for model, group in by_model(rows):
+        for row in group:
+            if row.setting != group[0].setting:
+                settings = f"{group[0].setting} and {row.setting}"
+                raise InputError(f"{model} has runs with different settings, {settings}; use one file per setting")
 
 
 def by_model(rows: Iterable[Row]) -> Iterator[tuple[str, list[Row]]]:
-    """Yield each model with its rows, in the order in which they come."""
+    """Yield each model with its rows, in order of appearance."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.model, []).append(row)
@@ -149,21 +155,22 @@ def report(rows: Sequence[Row]) -> str:
     """Return all tables, at most 80 columns wide.
 
     Raises:
-        InputError: There is nothing to report, or what can't be put into one table.
+        InputError: There are no rows, or rows of one model have different settings.
     """
     if not rows:
-        raise InputError("no run to report")
+        raise InputError("there are no runs to report")
     check_alike(rows)
-    tables = "\n\n".join(table(some) for _, some in by_model(rows))
+    tables = "\n\n".join(table(group) for _, group in by_model(rows))
     return f"{tables}\n\ncommit {', '.join(dict.fromkeys(row.commit for row in rows))}"
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return what contenders made of one model, and how ours compares."""
+    """Return the table of one model, and how ours compares with each other contender."""
     first, contenders = rows[0], list(dict.fromkeys(row.contender for row in rows))
     counts = f"{first.train_images:,} training and {first.val_images:,} validation images"
+    size = f"{first.cells} cells{_seeds(first.seeds)}, {count(first.budget, 'epoch')}"
     lines = [
-        f"{first.model}: {first.cells} cells{_seeds(first.seeds)}, {_epochs(first.budget)}, {first.slots} at once",
+        f"{first.model}: {size}, {first.slots} at once",
         f"{first.data}: {counts}; peers' init: {first.peer_init}",
         f"{'contender':<9} {'wall s':>6} {'(min-max)':<13} {'trials':>6} {'epochs':>6} {'s/epoch':>7} "
         f"{'samples/s':>9} {'overhead':>8} {'best':>7}",
@@ -176,22 +183,21 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines + _notes(rows))
 
 
-def paired(rows: Iterable[Row], one: str, other: str) -> list[tuple[Row, Row]]:
-    """Return the runs of two contenders of one model, repeat by repeat, where both are."""
+def paired(rows: Iterable[Row], first: str, second: str) -> list[tuple[Row, Row]]:
+    """Return the runs of two contenders that belong to the same repeat."""
     found = {(row.contender, row.repeat): row for row in rows}
     repeats = sorted({repeat for _, repeat in found})
-    return [(found[one, n], found[other, n]) for n in repeats if (one, n) in found and (other, n) in found]
+    return [(found[first, n], found[second, n]) for n in repeats if (first, n) in found and (second, n) in found]
 
 
 def compare(name: str, pairs: Sequence[tuple[Row, Row]]) -> list[str]:
-    """Return how many times as fast ours is, and how much better, with the spread over the repeats."""
+    """Return how many times as fast and how much more accurate ours is, with the spread over the repeats."""
     fast = [other.seconds_per_epoch / ours.seconds_per_epoch for ours, other in pairs]
     whole = [other.wall_seconds / ours.wall_seconds for ours, other in pairs]
     better = [100 * (ours.best_val_accuracy - other.best_val_accuracy) for ours, other in pairs]
-    repeats = "1 repeat" if len(pairs) == 1 else f"{len(pairs)} paired repeats"
     return [
-        f"ours against {name}, {repeats}: median (min to max)",
-        f"  as fast, per epoch trained  {_spread(fast, '{:.2f}')} times",
+        f"ours against {name}, {count(len(pairs), 'paired repeat')}: median (min to max)",
+        f"  as fast, per trained epoch  {_spread(fast, '{:.2f}')} times",
         f"  as fast, start to exit      {_spread(whole, '{:.2f}')} times",
         f"  best validation accuracy    {_spread(better, '{:+.2f}')} points",
     ]
@@ -213,12 +219,8 @@ def _line(name: str, rows: Sequence[Row]) -> str:
     )
 
 
-def _seeds(count: int) -> str:
-    return "" if count == 1 else f" x {count} seeds"
-
-
-def _epochs(count: int) -> str:
-    return "1 epoch" if count == 1 else f"{count} epochs"
+def _seeds(number: int) -> str:
+    return "" if number == 1 else f" x {count(number, 'seed')}"
 
 
 def _spread(values: Sequence[float], form: str) -> str:

@@ -1,14 +1,14 @@
-"""How far is a training step from what the processor can do? Needs torch alone: neither Ray nor MLflow.
+"""Is a training step fast? Compares training with the peak speed of the processor. Needs neither Ray nor MLflow.
 
-    python -m benchmarks.step_speed [--device cuda] [--threads 1] [--profile]
+    python -m benchmarks.step_speed [--device cuda] [--threads 1] [--profile]     # 1 minute on one core
 
-Trains each model on random images, in each precision, bare and with every technique that costs time. Printed is the
-speed of training (validation left out) as a share of the fastest matrix product that torch reaches on this device in
-this precision. Only matrix products and convolutions count as work, 2 FLOPs for each multiply-add:
+Trains each model on random images, in each precision: bare, and with every technique that costs time. The speed of
+training (validation excluded) is compared with the fastest matrix product that torch reaches on this device in the same
+precision. Only matrix products and convolutions count as work, with 2 FLOPs for each multiply-add:
 
-    forward + gradient of the weights + gradient of the inputs (not of the first layer: nobody asks for it)
+    forward + gradient of the weights + gradient of the inputs (the first layer has none: images need no gradient)
 
-so whatever else a step does, from batch norm to the optimizer, lowers the share.
+Everything else that a step does, from batch norm to the optimizer, therefore lowers the share of the peak.
 """
 
 import argparse
@@ -19,26 +19,28 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell on stdout when it starts and stops
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler prints when it starts and stops
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from grid.arguments import Parser
 from grid.config import TrialConfig, cell_name
 from grid.train.hardware import keep_freed_memory, numeric_settings
 from grid.train.optimizers import OPTIMIZERS
 from grid.train.trial import DeviceData, Trial
+from grid.wording import count
 
 CLASSES = 47
 SIDE = 28
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SECONDS = 1.5
-"""Least time that a peak is looked for."""
+"""Time spent on each matrix size when the peak is measured."""
 
 
 def main() -> None:
-    """Measure and print the table."""
+    """Measure each trial and print the table."""
     options = _arguments()
     torch.set_num_threads(options.threads)
     keep_freed_memory()  # as a worker does
@@ -62,21 +64,32 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_speed", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.step_speed", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="kind of device (cpu)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads, as many as a trial has (1)")
-    parser.add_argument("--models", nargs="+", choices=["mlp", "cnn"], default=["mlp", "cnn"], help="which (both)")
-    parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS), help="(both)")
-    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adam", help="(adam)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (1, as for a trial)")
+    parser.add_argument(
+        "--models", nargs="+", choices=["mlp", "cnn"], default=["mlp", "cnn"], help="nets to train (both)"
+    )
+    parser.add_argument(
+        "--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS), help="precisions (both)"
+    )
+    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adam", help="optimizer (adam)")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images per step (128)")
-    parser.add_argument("--images", type=int, default=6400, metavar="N", help="training images of an epoch (6400)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="epochs timed; the median counts (5)")
-    parser.add_argument("--profile", type=int, nargs="?", const=15, metavar="ROWS", help="show the top operators")
+    parser.add_argument("--images", type=int, default=6400, metavar="N", help="training images per epoch (6400)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed epochs; the median is printed (5)")
+    parser.add_argument(
+        "--profile",
+        type=int,
+        nargs="?",
+        const=15,
+        metavar="ROWS",
+        help="print the slowest operators of each trial (15)",
+    )
     return parser.parse_args()
 
 
 def trials(options: argparse.Namespace) -> Iterator[TrialConfig]:
-    """Yield what is timed: each model and precision, bare and with all that costs time."""
+    """Yield the trials to time: each model and precision, bare and with the techniques that cost time."""
     for model in options.models:
         for precision in options.precisions:
             settings = numeric_settings(options.device, precision)
@@ -95,11 +108,11 @@ def trials(options: argparse.Namespace) -> Iterator[TrialConfig]:
             yield replace(bare, batch_norm=True, dropout=True, activation="gelu", regularization="elastic")
 
 
-def random_images(count: int, device: str) -> DeviceData:
-    """Return random pixels and labels: the speed does not depend on them."""
+def random_images(number: int, device: str) -> DeviceData:
+    """Return random images and labels; the speed of training does not depend on them."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, 1, SIDE, SIDE), dtype=torch.uint8, generator=generator).to(device)
-    labels = torch.randint(0, CLASSES, (count,), generator=generator).to(device)
+    images = torch.randint(0, 256, (number, 1, SIDE, SIDE), dtype=torch.uint8, generator=generator).to(device)
+    labels = torch.randint(0, CLASSES, (number,), generator=generator).to(device)
     return DeviceData(images, labels, images[:1], labels[:1], CLASSES, 128.0, 74.0)
 
 
@@ -111,7 +124,7 @@ def matmul_peak(dtype: torch.dtype, device: str) -> float:
         out = torch.empty(size, size, device=device, dtype=dtype)
         until = time.perf_counter() + SECONDS
         while time.perf_counter() < until:
-            seconds = _timed(partial(torch.mm, left, right, out=out), device)
+            seconds = _time(partial(torch.mm, left, right, out=out), device)
             best = max(best, 2 * size**3 / seconds)
     return best
 
@@ -127,14 +140,14 @@ def flops_per_image(config: TrialConfig, data: DeviceData) -> float:
 
 
 def images_per_second(config: TrialConfig, data: DeviceData, repeats: int) -> float:
-    """Return the median speed of training over epochs, after one that warms up."""
+    """Return the median speed of training over `repeats` epochs, after a warm-up epoch."""
     trial = Trial(config, data)
     trial.run_epoch()
     return statistics.median(trial.run_epoch().samples_per_second for _ in range(repeats))
 
 
 def top_operators(config: TrialConfig, data: DeviceData, rows: int) -> str:
-    """Return where the time of one epoch goes, by torch's profiler."""
+    """Return the slowest operators of one epoch and their shares of its time, according to torch's profiler."""
     trial = Trial(config, data)
     trial.run_epoch()
     cuda = config.device == "cuda"
@@ -147,7 +160,7 @@ def top_operators(config: TrialConfig, data: DeviceData, rows: int) -> str:
     return "\n".join(lines)
 
 
-def _timed(work: Callable[[], object], device: str) -> float:
+def _time(work: Callable[[], object], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     begun = time.perf_counter()
@@ -160,8 +173,7 @@ def _timed(work: Callable[[], object], device: str) -> float:
 def _device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    threads = torch.get_num_threads()
-    return f"CPU ({torch.backends.cpu.get_cpu_capability()}), {threads} thread{'s' * (threads > 1)}"
+    return f"CPU ({torch.backends.cpu.get_cpu_capability()}), {count(torch.get_num_threads(), 'thread')}"
 
 
 if __name__ == "__main__":

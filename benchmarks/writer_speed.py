@@ -1,13 +1,12 @@
-"""Does the driver wait for MLflow? Feeds the recorder as 100 trials would, beside Ray's own MLflow callback.
+"""Does the driver wait for MLflow? Compares the recorder with Ray's own MLflow callback, fed with the same reports.
 
-    python -m benchmarks.writer_speed
+    python -m benchmarks.writer_speed     # 1 minute
 
-Ours: reports come evenly at the rate asked for; printed are the rate kept, what a report costs the driver (its loop is
-held for so long), and the lag between a report and its arrival in sqlite. Ray's: the same reports, one after another,
-through `MLflowLoggerCallback`, which holds the loop until they have arrived.
+The recorder receives the reports of 100 trials at a steady rate. Prints the rate that it sustained, how long each
+report blocked the driver's loop, and the lag between a report and its arrival in sqlite. Ray's `MLflowLoggerCallback`
+receives the same reports one after another, because it blocks the loop until each has arrived.
 """
 
-import argparse
 import statistics
 import tempfile
 import threading
@@ -19,6 +18,7 @@ from ray.air.integrations.mlflow import MLflowLoggerCallback
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.registry import register_trainable
 
+from grid.arguments import Parser
 from grid.config import TrialConfig
 from grid.metrics import EPOCH_METRICS, EpochReport
 from grid.record.recorder import Recorder
@@ -26,9 +26,7 @@ from grid.record.spool import Spool
 from grid.record.store import Store
 
 AUTOMATIC = ("time_this_iter_s", "time_total_s", "pid", "timestamp", "iterations_since_restore", "time_since_restore")
-"""Numbers that Tune adds to every result, and its callback logs."""
-
-
+"""Numbers that Tune adds to every result and its callback logs."""
 REPORT = EpochReport(
     epoch=1,
     train_loss=0.5,
@@ -39,27 +37,27 @@ REPORT = EpochReport(
     epoch_seconds=0.5,
     samples_per_second=0.5,
 )
-"""Of every epoch; the values do not matter here."""
+"""What every epoch reports; the values do not matter here."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What a writer made of the reports; times in seconds."""
+    """How a writer coped with the reports; times in seconds."""
 
     reports: int
     wall: float
     costs: list[float]
-    """How long each report held the driver."""
+    """How long each report blocked the driver."""
     lags: list[float]
-    """Between a report and its arrival, sampled."""
+    """Samples of the time between a report and its arrival in the store."""
 
 
 def main() -> None:
     """Measure both writers and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=100, help="trials at once")
-    parser.add_argument("--rate", type=float, default=2.0, help="reports per second and trial")
-    parser.add_argument("--seconds", type=float, default=30.0, help="how long ours is fed")
+    parser = Parser(prog="python -m benchmarks.writer_speed", description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=100, metavar="N", help="trials at once (100)")
+    parser.add_argument("--rate", type=float, default=2.0, metavar="X", help="reports per second and trial (2)")
+    parser.add_argument("--seconds", type=float, default=30.0, metavar="S", help="how long the recorder is fed (30)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         ours = feed_recorder(Path(name), options.trials, options.trials * options.rate, options.seconds)
@@ -71,13 +69,13 @@ def main() -> None:
     print_speed("MLflowLoggerCallback", rays)
     third = len(ours.lags) // 3
     early, late = statistics.median(ours.lags[:third]), statistics.median(ours.lags[-third:])
-    print(f"lag of grid.record.recorder, median of the first third {early:.2f} s, of the last {late:.2f} s")
+    print(f"median lag of grid.record.recorder: {early:.2f} s in the first third, {late:.2f} s in the last")
     ratio = statistics.median(rays.costs) / statistics.median(ours.costs)
-    print(f"a report holds the driver {ratio:,.0f} times as long with Ray's callback (medians of one run)")
+    print(f"with Ray's callback, a report blocks the driver {ratio:,.0f} times as long (medians of one run)")
 
 
 def feed_recorder(folder: Path, trials: int, rate: float, seconds: float) -> Speed:
-    """Report at a steady rate through the recorder."""
+    """Report through the recorder at a steady rate of `rate` reports per second."""
     store = Store(f"sqlite:///{folder}/ours.db", "speed")
     store.create()
     spool = Spool(folder / "spool.jsonl")
@@ -87,7 +85,7 @@ def feed_recorder(folder: Path, trials: int, rate: float, seconds: float) -> Spe
     for config in configs:
         recorder.started(config, control=False)
     while spool.pending(limit=1)[0]:
-        time.sleep(0.1)  # starting runs is no report
+        time.sleep(0.1)  # the starts of the runs are not measured
     done = threading.Event()
     lags: list[float] = []
     sampler = threading.Thread(target=sample_lags, args=(spool, done, lags))
@@ -110,14 +108,14 @@ def feed_recorder(folder: Path, trials: int, rate: float, seconds: float) -> Spe
 
 
 def sample_lags(spool: Spool, done: threading.Event, lags: list[float]) -> None:
-    """Note the age of the oldest report that has not arrived, ten times a second."""
+    """Sample the age of the oldest report that has not arrived, ten times a second."""
     while not done.wait(0.1):
         waiting = spool.pending(limit=1)[0]
         lags.append(time.time() - waiting[0]["time"] / 1000 if waiting else 0.0)
 
 
 def feed_callback(folder: Path, trials: int, reports: int) -> Speed:
-    """Report through Ray's callback as fast as it takes them."""
+    """Report through Ray's callback as fast as it accepts reports."""
     register_trainable("speed", lambda config: None)
     callback = MLflowLoggerCallback(tracking_uri=f"sqlite:///{folder}/rays.db", experiment_name="speed")
     callback.setup()
@@ -137,7 +135,7 @@ def feed_callback(folder: Path, trials: int, reports: int) -> Speed:
 
 
 def print_speed(name: str, speed: Speed) -> None:
-    """Print one row."""
+    """Print a row of the table."""
     cost, p99 = statistics.median(speed.costs) * 1000, statistics.quantiles(speed.costs, n=100)[-1] * 1000
     print(
         f"{name:<22} {speed.reports:>7,} {speed.reports / speed.wall:>9.0f} {cost:>9.2f} ms {p99:>6.2f} ms "

@@ -7,12 +7,16 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, Protocol
 
 from grid.config import InputError
 
-Options = argparse._ActionsContainer
-"""A parser, or a group of options in it."""
+
+class Options(Protocol):
+    """A parser, or a group of options in it."""
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        """Add an option."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from grid.arguments import Parser, add_data_dir, add_debug, add_store, add_workers, run_command
+from grid.arguments import Options, Parser, add_data_dir, add_debug, add_store, add_workers, run_command
 from grid.config import InputError
 from grid.data.catalogue import NAMES
 from grid.plan.request import Request, check_address, check_folder_name, check_storage
@@ -84,7 +84,13 @@ def _parser() -> Parser:
         "Run the same command again to continue.",
         epilog="grids: " + "; ".join(f"{name}: {grid.question}" for name, grid in GRIDS.items()),
     )
-    what = parser.add_argument_group("what is trained")
+    _add_training(parser.add_argument_group("what is trained"))
+    _add_place(parser.add_argument_group("where it runs and is recorded"))
+    add_debug(parser)
+    return parser
+
+
+def _add_training(what: Options) -> None:
     what.add_argument("--grid", default="full", metavar="NAME", help=f"{', '.join(GRIDS)} (full)")
     what.add_argument(
         "--only",
@@ -112,7 +118,9 @@ def _parser() -> Parser:
         choices=("auto", "float32", "bfloat16"),
         help="auto picks what the device is fast at",
     )
-    where = parser.add_argument_group("where it runs and is recorded")
+
+
+def _add_place(where: Options) -> None:
     add_store(where)
     where.add_argument("--experiment", metavar="NAME", help="MLflow experiment (named after grid, data and budget)")
     add_workers(where)
@@ -120,8 +128,6 @@ def _parser() -> Parser:
     where.add_argument(
         "--price-per-hour", type=float, metavar="X", help="price of the machine or cluster, for --dry-run"
     )
-    add_debug(where)
-    return parser
 
 
 def _default_name(options: argparse.Namespace, data: str) -> str:

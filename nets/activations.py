@@ -1,4 +1,4 @@
-"""The activations under study: a name, how to build one, and the gain its weights start with."""
+"""The activations under study: names, factories, and the gain of the initial weights in front of each."""
 
 import math
 from collections.abc import Callable
@@ -29,22 +29,23 @@ References:
 """
 
 RISING = frozenset({"relu", "leaky_relu", "elu", "tanh"})
-"""Activations that never fall: of several values, the largest yields the largest."""
+"""Activations that never fall: of several inputs, the largest gives the largest output."""
 
 FALLING_THEN_RISING = frozenset({"gelu", "silu", "prelu"})
-"""Activations with one valley, or, as prelu, perhaps none: of several values, the largest or the smallest yields the
-largest. What stands in neither set is taken to do anything, and costs more time in front of a pooling."""
+"""Activations that fall, if at all, before they rise: of several inputs, the largest or the smallest gives the largest
+output. `prelu` is one of them, as it may learn a negative slope. An activation in neither set always works, and costs
+more time in front of a pooling."""
 
 POINTS = 20_001
-"""Of the trapezoidal rule over [-10, 10]; the gains are right to eight digits."""
+"""Points of the trapezoidal rule over [-10, 10]; gives the gains to eight digits."""
 
 
 @cache
 def gain(activation: str) -> float:
-    """Return what the standard deviation 1/sqrt(fan_in) of a layer in front of `activation` is multiplied with.
+    """Return the factor by which the standard deviation 1/sqrt(fan_in) of a layer before `activation` is multiplied.
 
-    It is 1/sqrt(E[f(z)^2]) for a standard normal z, so that the second moment of the features stays 1 from layer to
-    layer whatever the activation: sqrt(2) for relu, as in He et al.
+    It is 1/sqrt(E[f(z)^2]) for a standard normal z, which keeps the second moment of the features at 1 from layer to
+    layer for any activation: sqrt(2) for relu, as in He et al.
 
     Reference: He et al. 2015, https://arxiv.org/abs/1502.01852; Klambauer et al. 2017,
     https://arxiv.org/abs/1706.02515 (for any activation)

@@ -1,4 +1,4 @@
-"""Building blocks; the order layer -> norm -> activation -> pool -> dropout is said here and nowhere else."""
+"""Building blocks; the order layer -> norm -> activation -> pool -> dropout is defined here and nowhere else."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from nets.pooling import PooledActivation
 
 @dataclass(frozen=True, kw_only=True)
 class Techniques:
-    """What a net is built with, apart from its sizes."""
+    """The techniques that a net is built with."""
 
     activation: str
     """A name in `ACTIVATIONS`."""
@@ -26,7 +26,7 @@ class Techniques:
 
 
 class FlattenPixels(nn.Module):
-    """Flatten feature maps pixel by pixel, channels innermost: no copy where they lie like that in memory."""
+    """Flatten feature maps pixel by pixel, channels innermost; without a copy if they are channels last in memory."""
 
     def forward(self, maps: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch features"]:
         """Return `[batch, height x width x channels]`."""
@@ -34,14 +34,14 @@ class FlattenPixels(nn.Module):
 
 
 def linear(in_features: int, out_features: int, *, gain: float, bias: bool, generator: torch.Generator) -> nn.Linear:
-    """Build a linear layer whose weights are drawn from `generator` with standard deviation gain / sqrt(fan_in)."""
+    """Build a linear layer, its weights drawn from `generator` with standard deviation gain / sqrt(fan_in)."""
     layer: nn.Linear = skip_init(nn.Linear, in_features, out_features, bias=bias)
     _draw(layer, gain, generator)
     return layer
 
 
 def conv3x3(in_channels: int, out_channels: int, *, gain: float, bias: bool, generator: torch.Generator) -> nn.Conv2d:
-    """Build a size-keeping 3x3 convolution, drawn like `linear`."""
+    """Build a 3x3 convolution that keeps the size of the maps, its weights drawn like those of `linear`."""
     layer: nn.Conv2d = skip_init(nn.Conv2d, in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
     _draw(layer, gain, generator)
     return layer
@@ -59,16 +59,16 @@ def block(
 ) -> Iterator[nn.Module]:
     """Yield the modules of one hidden block.
 
-    A layer in front of a norm has no bias: the norm would subtract it again.
+    A layer in front of a norm has no bias, as the norm would subtract it again.
 
     Args:
         layer: `linear` or `conv3x3`.
-        in_size: Features (channels) that come in.
-        out_size: Features (channels) that go out.
+        in_size: Input features (channels).
+        out_size: Output features (channels).
         techniques: Activation, batch norm and dropout.
         weights: Draws the initial weights; on the CPU.
         masks: Draws the dropout masks; on the device that trains.
-        pooled: Whether the largest of every 2x2 pixels are kept, after the activation.
+        pooled: Whether 2x2 max pooling follows the activation.
 
     Reference: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167 (norm before activation, no bias)
     """

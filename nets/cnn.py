@@ -1,4 +1,4 @@
-"""Convolutional net: conv 32, conv 64, each pooled to half the side, then dense 128 unless told otherwise."""
+"""Convolutional net: 3x3 convolutions, each pooled to half the side, then a dense layer."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,10 +11,10 @@ from nets.blocks import FlattenPixels, Techniques, block, conv3x3, linear
 
 
 class CNN(nn.Module):
-    """3x3 convolution blocks with 2x2 max pooling, then one dense block.
+    """3x3 convolution blocks with 2x2 max pooling, one dense block, then a linear layer.
 
     Args:
-        side: Height and width of an image; halved (rounded down) by every convolution block.
+        side: Height and width of an image; every convolution block halves it, rounding down.
         classes: Number of outputs.
         channels: Output channels of each convolution block.
         dense_size: Width of the dense block.

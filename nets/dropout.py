@@ -7,17 +7,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 BITS = 16
-"""Random bits that decide about a unit: a rate is met to one step in 65,536."""
+"""Random bits that decide whether a unit is dropped: rates are rounded to steps of 1/65,536."""
 COARSE_BITS = 8
-"""Bits that are enough for rates that are whole numbers of 256ths, such as 0.25 and 0.5."""
+"""Bits that suffice for rates that are multiples of 1/256, such as 0.25 and 0.5."""
 
 
 class SeededDropout(nn.Module):
-    """Dropout that draws from a generator of its own, so that no other code can change what a trial drops.
+    """Dropout with its own generator, so that no other code can change what a trial drops.
 
     Args:
-        rate: Share of units set to zero while training, in (0, 1); rounded to the nearest of 65,536 steps.
-        generator: Source of the masks; on the device that the net is trained on.
+        rate: Share of units set to zero while training, in (0, 1); rounded to the nearest multiple of 1/65,536.
+        generator: Source of the masks; on the device that trains the net.
 
     Reference: Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html
     """
@@ -29,7 +29,7 @@ class SeededDropout(nn.Module):
         self._dropped = min(max(1, round(rate * 2**BITS)), 2**BITS - 1)
 
     def forward(self, features: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
-        """Zero a share `rate` of the features and scale up the others; the identity in evaluation mode."""
+        """Zero a share `rate` of the features and scale up the rest; in evaluation mode, return them unchanged."""
         if not self.training:
             return features
         mask = _draw_mask(features, self._dropped, self.generator)
@@ -42,7 +42,7 @@ class SeededDropout(nn.Module):
 
 
 class _Masked(torch.autograd.Function):
-    """features x mask x scale in one pass over the memory, forward and backward."""
+    """features x mask x scale in one pass over memory, forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -61,20 +61,30 @@ def _product(features: Tensor, mask: Tensor, scale: float) -> Tensor:
 
 
 def _draw_mask(features: Tensor, dropped: int, generator: torch.Generator) -> Tensor:
-    """Return 0 with probability dropped / 65,536, otherwise 1, in the type and layout of `features`.
+    """Return 0 with probability dropped / 65,536 and 1 otherwise, in the type and memory layout of `features`.
 
-    Every 64 bits that the generator yields serve four units, or eight: on a CPU `bernoulli_` takes ten times as long.
+    A unit is kept if its random word, a signed 16-bit integer, is at least `threshold`. With words of four bits (-8 to
+    7) and 4 of 16 values dropped (a rate of 0.25), the threshold is 4 - 8 = -4, and -8 to -5 are dropped.
+
+    The low half of that threshold is zero, as 4 is a multiple of 2**2. So the high half of the word decides alone, and
+    its low half, shifted up, can decide about another unit:
+
+        word          compared with -4 (1100)      kept
+        1011 = -5     1011 = -5 (high half 10)     0
+                      1100 = -4 (low half 11)      1
+
+    One 64-bit draw thus serves four units, or eight; on a CPU, `bernoulli_` takes ten times as long.
     """
-    mask = torch.empty_like(features)  # dense, whatever its layout
-    units = mask.as_strided((mask.numel(),), (1,))
-    least = dropped - 2 ** (BITS - 1)
+    mask = torch.empty_like(features)  # dense, in whatever order `features` lies in memory
+    units = mask.as_strided((mask.numel(),), (1,))  # [unit], in the order of memory
+    threshold = dropped - 2 ** (BITS - 1)
     if dropped % 2 ** (BITS - COARSE_BITS):
-        torch.ge(_draw_words(mask.numel(), mask.device, generator), least, out=units)
-    else:  # the high byte of a word decides about one unit, the low byte about another
-        half = -(-mask.numel() // 2)
+        torch.ge(_draw_words(mask.numel(), mask.device, generator), threshold, out=units)
+    else:
+        half = -(-mask.numel() // 2)  # rounded up
         words = _draw_words(half, mask.device, generator)
-        torch.ge(words, least, out=units[:half])
-        torch.ge(words[: mask.numel() - half] << COARSE_BITS, least, out=units[half:])
+        torch.ge(words, threshold, out=units[:half])
+        torch.ge(words[: mask.numel() - half] << COARSE_BITS, threshold, out=units[half:])
     return mask
 
 

@@ -1,4 +1,4 @@
-"""Multi-layer perceptron: 784-512-256-128-classes unless told otherwise."""
+"""Multi-layer perceptron: dense layers on the flattened image."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,7 +11,7 @@ from nets.blocks import Techniques, block, linear
 
 
 class MLP(nn.Module):
-    """Hidden blocks of falling width on the flattened image.
+    """Hidden blocks on the flattened image, then a linear layer.
 
     Args:
         pixels: Height x width of an image.

@@ -1,8 +1,8 @@
 """Batch norm, activation and 2x2 max pooling, in this order, computed on a quarter of the pixels.
 
-The largest of four activations is the activation of the largest of four inputs, if it never falls; of the largest or
-of the smallest, if it falls first and rises then. So the pooling may come first, and only the statistics of the batch
-norm have to see every pixel: the same function, less traffic with the memory, which is what these layers cost.
+An activation that never falls gives the largest of four inputs the largest of the four outputs; one that first falls
+and then rises gives it to the largest or to the smallest input. So pooling may come first, and only the batch norm's
+statistics need every pixel: the same function with less memory traffic, which dominates the cost of these layers.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,11 @@ Maps = Float[Tensor, "batch channel height width"]
 Pooled = Float[Tensor, "batch channel half_height half_width"]
 Channels = Float[Tensor, " channel"]
 PIXELS_FIRST, PIXELS_LAST = (0, 2, 3, 1), (0, 3, 1, 2)
-"""How channels become the last axis, as they lie in memory, and the second one again."""
+"""Permutations that move the channels to the last axis, which is their order in memory, and back to the second."""
 Bits = Int[Tensor, "..."]
+"""Floating-point numbers reinterpreted as integers of the same size, bit by bit."""
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes of a number -> the integers of this size."""
+"""Bytes of a number -> the integer type of that size."""
 
 
 class PooledActivation(nn.Module):
@@ -31,7 +32,7 @@ class PooledActivation(nn.Module):
 
     Args:
         activation: A name in `ACTIVATIONS`.
-        norm: What comes before the activation, if anything.
+        norm: The batch norm in front of the activation; None for a block without one.
 
     Reference: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167 (norm before activation)
     """
@@ -45,29 +46,29 @@ class PooledActivation(nn.Module):
 
     def forward(self, maps: Maps) -> Pooled:
         """Return maps of half the height and width."""
-        if not (self._pools_first and _is_suited(maps)):
-            return self._plain(maps)
-        activated = partial(self._activated, self._normaliser(maps))
+        if not (self._pools_first and _suits_fast_path(maps)):
+            return self._pool_last(maps)
+        activate = partial(self._activate, self._normaliser(maps))
         if self._rising and (self.norm is None or bool((self.norm.weight >= 0).all())):
-            return activated(_Pool.apply(maps, None))
+            return activate(_LargestPixel.apply(maps, None))
         if torch.is_grad_enabled():
-            return activated(_Pool.apply(maps, activated))
-        return torch.maximum(*(activated(_reduce(maps, extreme)[1]) for extreme in (torch.maximum, torch.minimum)))
+            return activate(_LargestPixel.apply(maps, activate))
+        return torch.maximum(*(activate(_pool(maps, extreme)[1]) for extreme in (torch.maximum, torch.minimum)))
 
-    def _plain(self, maps: Maps) -> Pooled:
+    def _pool_last(self, maps: Maps) -> Pooled:
         normalised = maps if self.norm is None else self.norm(maps)
         pool = partial(F.max_pool2d, kernel_size=2)
         first, second = (pool, self.activation) if self._rising else (self.activation, pool)
         pooled: Tensor = second(first(normalised))
         return pooled
 
-    def _activated(self, normalise: Callable[[Maps], Maps], values: Maps) -> Maps:
-        pixels = normalise(values).permute(PIXELS_FIRST)  # torch takes twice as long for gelu of channels last
+    def _activate(self, normalise: Callable[[Maps], Maps], values: Maps) -> Maps:
+        pixels = normalise(values).permute(PIXELS_FIRST)  # contiguous: torch's gelu takes twice as long otherwise
         activated: Tensor = self.activation(pixels).permute(PIXELS_LAST)
         return activated
 
     def _normaliser(self, maps: Maps) -> Callable[[Maps], Maps]:
-        """Return what normalises some of the values of `maps`, with the statistics of all if they are to be used."""
+        """Return a function that normalises a subset of the values of `maps`; in training, by the statistics of all."""
         norm = self.norm
         if norm is None:
             return lambda values: values
@@ -82,40 +83,50 @@ class PooledActivation(nn.Module):
         return lambda values: _Normalise.apply(values, norm.weight, norm.bias, mean, variance, norm.eps)
 
 
-def _is_suited(maps: Maps) -> bool:
-    """Say whether the fast way is one here: on a CPU, pixel after pixel in memory, sides even."""
+def _suits_fast_path(maps: Maps) -> bool:
+    """Return whether pooling first is faster here: on a CPU, channels last in memory, height and width even."""
     height, width = maps.shape[2:]
-    laid_out = maps.is_contiguous(memory_format=torch.channels_last)
-    return maps.device.type == "cpu" and laid_out and height % 2 == width % 2 == 0
+    channels_last = maps.is_contiguous(memory_format=torch.channels_last)
+    return maps.device.type == "cpu" and channels_last and height % 2 == width % 2 == 0
 
 
-class _Pool(torch.autograd.Function):
-    """The largest of every 2x2 pixels or, given a activate, whichever of the largest and the smallest it values higher.
+class _LargestPixel(torch.autograd.Function):
+    """Keep one of every 2x2 pixels: the largest or, given `activate`, the one whose activation is largest.
 
-    Of equal pixels, the left column's get the gradient, and of these, the upper one.
+    The forward pass first takes the larger of two rows, then the larger of two columns; the backward pass retraces both
+    steps by comparing their inputs with their outputs:
+
+        forward              backward (gradient 7 of the one output)
+        1 5  larger row      larger column     to the columns   to the rows
+        3 2  -------->  3 5  -------->  5      0 7  -------->   0 7
+                                                                0 0
+
+    Of equal columns, the left one gets the gradient; of equal rows, the upper one. With `activate`, the same is done
+    for the smallest pixel, which replaces the largest wherever its activation is larger, in `rows` as well.
     """
 
     @staticmethod
     def forward(ctx: Any, maps: Maps, activate: Callable[[Pooled], Pooled] | None) -> Pooled:
-        rows, chosen = _reduce(maps, torch.maximum)
+        rows, chosen = _pool(maps, torch.maximum)
         if activate is not None:
-            low_rows, smallest = _reduce(maps, torch.minimum)
-            low = _ones_where_negative(activate(chosen) - activate(smallest))
-            _exchange(chosen, smallest, low)
-            for high_column, low_column in zip(_columns(rows, low), _columns(low_rows, low), strict=True):
-                _exchange(high_column, low_column, low.permute(PIXELS_FIRST))
+            low_rows, smallest = _pool(maps, torch.minimum)
+            takes_smallest = _ones_where_negative(activate(chosen) - activate(smallest))
+            _replace(chosen, smallest, takes_smallest)
+            for column, low_column in zip(_columns(rows, maps), _columns(low_rows, maps), strict=True):
+                _replace(column, low_column, takes_smallest.permute(PIXELS_FIRST))
         ctx.save_for_backward(maps, rows, chosen)
         return chosen
 
     @staticmethod
     def backward(ctx: Any, gradient: Pooled) -> tuple[Maps, None]:
         maps, rows, chosen = (_bits(tensor) for tensor in ctx.saved_tensors)
-        of_maps, of_rows = torch.empty_like(maps), torch.empty_like(rows)
+        maps_gradient, rows_gradient = torch.empty_like(maps), torch.empty_like(rows)
+        pixels, chosen_pixels = _bits(gradient).permute(PIXELS_FIRST), chosen.permute(PIXELS_FIRST)
         left, _ = _columns(rows, maps)
-        _share(_bits(gradient).permute(PIXELS_FIRST), left, chosen.permute(PIXELS_FIRST), _columns(of_rows, maps))
-        top, _ = _rows(maps)
-        _share(of_rows, top, rows, _rows(of_maps))
-        return of_maps.view(gradient.dtype), None
+        _route(pixels, left, chosen_pixels, out=_columns(rows_gradient, maps))
+        upper, _ = _rows(maps)
+        _route(rows_gradient, upper, rows, out=_rows(maps_gradient))
+        return maps_gradient.view(gradient.dtype), None
 
 
 class _BatchStatistics(torch.autograd.Function):
@@ -138,7 +149,7 @@ class _BatchStatistics(torch.autograd.Function):
 
 
 class _Normalise(torch.autograd.Function):
-    """(values - mean) / sqrt(variance + epsilon) x weight + bias, by channel; each has a gradient but epsilon."""
+    """(values - mean) / sqrt(variance + epsilon) x weight + bias, by channel; only `epsilon` gets no gradient."""
 
     @staticmethod
     def forward(
@@ -158,12 +169,12 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, gradient: Maps) -> tuple[Tensor | None, ...]:
         values, weight, mean, variance = ctx.saved_tensors
         inverse = (variance + ctx.epsilon).rsqrt()
-        of_values, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+        values_gradient, weight_gradient, bias_gradient = torch.ops.aten.native_batch_norm_backward(
             gradient, values, weight, mean, variance, mean, inverse, False, ctx.epsilon, [True, True, True]
         )
-        of_mean = -weight * inverse * of_bias
-        of_variance = -weight * inverse.square() * of_weight / 2
-        return of_values, of_weight, of_bias, of_mean, of_variance, None
+        mean_gradient = -weight * inverse * bias_gradient
+        variance_gradient = -weight * inverse.square() * weight_gradient / 2
+        return values_gradient, weight_gradient, bias_gradient, mean_gradient, variance_gradient, None
 
 
 def _affine(values: Maps, weight: Channels, bias: Channels, mean: Channels, variance: Channels, epsilon: float) -> Maps:
@@ -171,46 +182,65 @@ def _affine(values: Maps, weight: Channels, bias: Channels, mean: Channels, vari
     return normalised
 
 
-def _reduce(maps: Maps, extreme: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Pooled]:
+def _pool(maps: Maps, extreme: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Pooled]:
     """Return the extremes of every two rows, `[batch, half height, width x channel]`, and of every 2x2 pixels."""
     rows = extreme(*_rows(maps))
     return rows, extreme(*_columns(rows, maps)).permute(PIXELS_LAST)
 
 
-def _exchange(high: Tensor, low: Tensor, chosen: Bits) -> None:
-    """Put the bits of `low` into `high` where all bits of `chosen` are set."""
-    bits = _bits(high)
-    bits.bitwise_xor_((bits ^ _bits(low)).bitwise_and_(chosen))
+def _replace(values: Tensor, others: Tensor, mask: Bits) -> None:
+    """Overwrite `values` with `others` where all bits of `mask` are set; where none are, keep them.
+
+    Exclusive or changes a bit exactly where the two differ, so that `a ^ ((a ^ b) & mask)` is b or a. In four bits:
+
+        a     b     a ^ b   mask   (a ^ b) & mask   a ^ that
+        0101  0011  0110    1111   0110             0011 = b
+        0101  0011  0110    0000   0000             0101 = a
+    """
+    bits = _bits(values)
+    bits.bitwise_xor_((bits ^ _bits(others)).bitwise_and_(mask))
 
 
-def _share(gradient: Bits, first: Bits, chosen: Bits, out: tuple[Bits, Bits]) -> None:
-    """Give the gradient to the first of two where it was chosen, and to the second elsewhere; 0 to the other.
+def _route(gradient: Bits, first: Bits, chosen: Bits, out: tuple[Bits, Bits]) -> None:
+    """Write the gradient to `out[0]` where `first` was chosen and to `out[1]` elsewhere; the other gets 0.
 
-    All are bits: integers are compared and multiplied (by 0 or 1) several times as fast as bfloat16.
+    All are bits, which are compared and multiplied (by 0 or 1) several times as fast as bfloat16:
+
+        gradient   first == chosen   out[0] = gradient x that   out[1] = gradient - out[0]
+        0110       1                 0110                       0000
+        0110       0                 0000                       0110
     """
     torch.eq(first, chosen, out=out[0]).mul_(gradient)
     torch.sub(gradient, out[0], out=out[1])
 
 
 def _rows(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the even and the odd rows, both `[batch, half height, width x channel]`."""
+    """Return views of the even and of the odd rows, both `[batch, half height, width x channel]`."""
     batch, channels, height, width = maps.shape
     pairs = maps.permute(PIXELS_FIRST).view(batch, height // 2, 2, width * channels)
     return pairs[:, :, 0], pairs[:, :, 1]
 
 
 def _columns(rows: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the even and the odd columns of rows of `maps`, both `[batch, half height, half width, channel]`."""
-    pairs = rows.view(*rows.shape[:2], -1, 2, maps.shape[1])
+    """Return views of the even and of the odd columns of `rows`, both `[batch, half height, half width, channel]`.
+
+    Args:
+        rows: Rows of `maps`, `[batch, half height, width x channel]`.
+        maps: Gives the number of channels.
+    """
+    pairs = rows.view(*rows.shape[:2], -1, 2, maps.shape[1])  # [batch, half height, half width, 2, channel]
     return pairs[:, :, :, 0], pairs[:, :, :, 1]
 
 
 def _ones_where_negative(values: Tensor) -> Bits:
-    """Return all bits set for a negative number, none for another."""
+    """Return integers with all bits set where a value is negative, and with none set elsewhere.
+
+    The shift copies the sign bit into every place; in four bits, 1010 >> 3 = 1111 and 0110 >> 3 = 0000.
+    """
     bits = _bits(values)
     return bits >> (8 * bits.element_size() - 1)
 
 
 def _bits(values: Tensor) -> Bits:
-    """See numbers as integers of their size."""
+    """Return a view of the numbers as integers of their size."""
     return values.view(INTEGERS[values.element_size()])

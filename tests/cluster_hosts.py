@@ -1,6 +1,6 @@
-"""Hosts that are namespaces of this machine: each has its own network, processes, login, home and Ray folder.
+"""Hosts made of namespaces of this machine: each has its own network, processes, login, home and Ray folder.
 
-Needs root on Linux, iproute2, openssh-server and rsync. All that is made here goes when the block ends.
+Needs root on Linux, iproute2, openssh-server and rsync. Everything is removed when the block ends.
 """
 
 import os
@@ -17,7 +17,7 @@ TOOLS = ("ip", "unshare", "nsenter", "setpriv", "sshd", "rsync", "ssh-keygen", "
 
 
 def missing() -> str:
-    """Say what this machine lacks to make hosts; empty if nothing."""
+    """Return what this machine lacks to make hosts; empty if nothing."""
     if os.geteuid() != 0:
         return "needs root"
     os.environ["PATH"] = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where Debian has sshd
@@ -36,9 +36,9 @@ class Hosts:
     """Hosts on one bridge, by name.
 
     Args:
-        folder: Holds what they have of their own.
+        folder: Holds their private files.
         names: In the order of their addresses.
-        shared: What each finds in its home, on the disk of all: path in the home -> folder.
+        shared: Folders that every host finds in its home: path in the home -> folder.
     """
 
     folder: Path
@@ -48,7 +48,7 @@ class Hosts:
 
     @property
     def home(self) -> Path:
-        """Home of root on every host; the same path, other content."""
+        """Home of root on every host; the same path everywhere, with different content."""
         return self.folder / "home"
 
     @property
@@ -61,11 +61,11 @@ class Hosts:
         return f"10.213.{os.getpid() % 250}.{self.names.index(name) + 1}"
 
     def own_home(self, name: str) -> Path:
-        """Return the folder that a host has as its home, as seen from outside."""
+        """Return the folder that is the home of a host, as seen from outside."""
         return self.folder / "homes" / name
 
     def build(self) -> None:
-        """Make the bridge and start all hosts."""
+        """Create the bridge and start all hosts."""
         _sweep()
         self.home.mkdir()
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.key)], check=True)
@@ -88,7 +88,7 @@ class Hosts:
         _ip("-n", space, "address", "add", f"{self.address(name)}/24", "dev", inside)
         _ip("-n", space, "link", "set", "lo", "up")
         _ip("-n", space, "link", "set", inside, "up")
-        # Without a default route Ray takes 127.0.0.1 for its own address; nothing has to answer at the gateway.
+        # Without a default route Ray takes 127.0.0.1 for its own address; no gateway has to answer.
         _ip("-n", space, "route", "add", "default", "via", f"{self.address(name).rpartition('.')[0]}.254")
 
     def start(self, name: str) -> None:
@@ -108,7 +108,7 @@ class Hosts:
             *binds,
             f"exec {shutil.which('sshd')} -D -e -f '{self.folder}/sshd_config'",
         ]
-        dying = ["setpriv", "--pdeathsig", "KILL"]  # with the test, should that be killed before it can tidy up
+        dying = ["setpriv", "--pdeathsig", "KILL"]  # ends with the test, even if that is killed
         unshare = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         with (self.folder / f"{name}.log").open("ab") as log:
             self.inits[name] = subprocess.Popen(
@@ -128,7 +128,7 @@ class Hosts:
             time.sleep(0.2)
 
     def kill(self, name: str) -> None:
-        """Switch a host off: its first process dies, and with it all others."""
+        """Switch a host off: kill its first process, and so all others."""
         pid = self._first_process(name)
         if pid:
             with suppress(ProcessLookupError):
@@ -137,7 +137,7 @@ class Hosts:
         self.inits[name].wait()
 
     def popen(self, name: str, command: Sequence[str], cwd: Path, log: Path) -> subprocess.Popen[bytes]:
-        """Start a command on a host, as a person at its keyboard would."""
+        """Start a command on a host."""
         with log.open("ab") as file:
             return subprocess.Popen(
                 self._inside(name, command, cwd), stdout=file, stderr=file, stdin=subprocess.DEVNULL
@@ -178,7 +178,7 @@ class Hosts:
         return 0
 
     def tear_down(self) -> None:
-        """Switch everything off and take it away, whatever state it is in."""
+        """Switch everything off and remove it, whatever state it is in."""
         for name in self.inits:
             with suppress(OSError, IndexError):
                 self.kill(name)
@@ -196,7 +196,7 @@ class Hosts:
 
 @contextmanager
 def hosts(folder: Path, names: Sequence[str], shared: dict[str, Path]) -> Iterator[Hosts]:
-    """Have hosts for the length of a block."""
+    """Yield hosts that exist as long as the block."""
     made = Hosts(folder, names, shared)
     try:
         made.build()
@@ -206,7 +206,7 @@ def hosts(folder: Path, names: Sequence[str], shared: dict[str, Path]) -> Iterat
 
 
 def _sweep() -> None:
-    """Take away the networks of tests that were killed; their processes have died with them."""
+    """Remove the networks of tests that were killed; their processes have died with them."""
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     for line in listed.splitlines():
         prefix, _, rest = line.split()[0].partition("-")

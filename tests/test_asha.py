@@ -24,11 +24,11 @@ def test_rungs_rise_by_the_factor_and_end_below_the_budget(epochs: int, rungs: t
     assert rung_epochs(epochs) == rungs
 
 
-def test_the_first_arrival_goes_on() -> None:
+def test_the_first_arrival_continues() -> None:
     assert arrive(Asha((1,)), [0.1]) == [True]
 
 
-def test_a_falling_row_keeps_a_third_and_a_rising_row_all() -> None:
+def test_of_falling_values_the_first_continues_and_of_rising_values_all() -> None:
     assert sum(arrive(Asha((1,)), [1 - index / 100 for index in range(81)])) == 1
     assert all(arrive(Asha((1,)), [index / 100 for index in range(81)]))
 
@@ -40,7 +40,7 @@ def test_a_random_order_keeps_about_a_third() -> None:
 
 
 @given(values)
-def test_who_goes_on_was_among_the_best_third_on_arrival(accuracies: list[float]) -> None:
+def test_a_trial_continues_if_it_is_among_the_best_third_on_arrival(accuracies: list[float]) -> None:
     for count, (value, goes_on) in enumerate(zip(accuracies, arrive(Asha((1,)), accuracies), strict=True), start=1):
         better = sum(earlier > value for earlier in accuracies[:count])
         assert goes_on == (better < math.ceil(count / 3))
@@ -54,17 +54,17 @@ def test_replaying_the_arrivals_rebuilds_rungs_and_decisions(accuracies: list[fl
 
 
 @given(values, st.data())
-def test_a_resumed_driver_decides_as_an_undisturbed_one(accuracies: list[float], data: st.DataObject) -> None:
+def test_a_resumed_driver_decides_like_an_uninterrupted_one(accuracies: list[float], data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(accuracies)))
-    undisturbed, resumed = Asha((1,)), Asha((1,))
-    decisions = arrive(undisturbed, accuracies)
+    uninterrupted, resumed = Asha((1,)), Asha((1,))
+    decisions = arrive(uninterrupted, accuracies)
     for index, (value, went_on) in enumerate(zip(accuracies[:cut], decisions[:cut], strict=True)):
         resumed.restore(f"mlp {index}", group="mlp", epoch=1, value=value, went_on=went_on)
-    assert arrive(resumed, accuracies) == decisions  # the first ones come again, as trials do that are taken up
-    assert resumed == undisturbed
+    assert arrive(resumed, accuracies) == decisions  # the first trials arrive again, as resumed trials do
+    assert resumed == uninterrupted
 
 
-def test_between_rungs_every_trial_goes_on_and_nothing_is_recorded() -> None:
+def test_between_rungs_every_trial_continues_and_nothing_is_recorded() -> None:
     asha = Asha((1, 3))
     assert arrive(asha, [0.9, 0.1], epoch=2) == [True, True]
     assert (asha.arrivals("mlp", 1), asha.arrivals("mlp", 3)) == ((), ())
@@ -84,7 +84,7 @@ def test_models_are_not_compared_with_each_other() -> None:
     assert arrive(asha, [0.1], group="mlp") == [True]
 
 
-def test_controls_go_on_and_count_for_the_others() -> None:
+def test_unstopped_controls_continue_and_count_for_the_others() -> None:
     asha = Asha((1,))
     arrive(asha, [0.9])
     assert asha.goes_on("control", group="mlp", epoch=1, value=0.1, control=True)
@@ -98,11 +98,11 @@ def test_a_diverged_trial_counts_as_the_worst_at_the_rung_it_does_not_reach() ->
     assert asha.arrivals("mlp", 1) == ()
 
 
-def test_a_trial_that_diverges_behind_the_last_rung_is_not_counted() -> None:
+def test_a_trial_that_diverges_after_the_last_rung_is_not_counted() -> None:
     asha = Asha((1, 3))
     asha.diverge("a", group="mlp", epoch=4)
     assert asha.arrivals("mlp", 3) == ()
 
 
-def test_not_a_number_is_never_good_enough() -> None:
+def test_a_trial_with_nan_never_continues() -> None:
     assert arrive(Asha((1,)), [math.nan, 0.0]) == [False, True]

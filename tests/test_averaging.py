@@ -53,7 +53,7 @@ def test_inside_the_norms_have_the_statistics_of_the_batches():
         torch.testing.assert_close(net[1].running_var, features.var(dim=1).mean(dim=0))
 
 
-def test_inside_all_of_the_net_is_in_evaluation_mode():
+def test_inside_the_whole_net_is_in_evaluation_mode():
     net, optimizer, _ = trained()
     with averaged_weights(net, optimizer, BATCHES):
         assert not any(module.training for module in net.modules())
@@ -67,7 +67,7 @@ def test_estimating_the_norms_draws_no_dropout_mask():
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_afterwards_everything_is_back_bit_by_bit(interrupted):
+def test_afterwards_everything_is_restored_bit_by_bit(interrupted):
     net, optimizer, _ = trained()
     before = deepcopy((net.state_dict(), optimizer.state_dict()))
     with suppress(KeyboardInterrupt), averaged_weights(net, optimizer, BATCHES):
@@ -93,7 +93,7 @@ def test_nothing_changes_before_the_averaging_begins(steps):
         assert_same_bits(net.state_dict(), before)
 
 
-def test_the_averaged_net_predicts_otherwise_than_the_last_one():
+def test_the_averaged_net_predicts_differently_from_the_last_one():
     net, optimizer, _ = trained()
     last = net(INPUTS)
     with averaged_weights(net, optimizer, BATCHES):

@@ -6,17 +6,26 @@ import pytest
 
 from analysis.store import read_curves, read_experiment
 from benchmarks import big_store
-from benchmarks.big_store import EPOCHS, EXPERIMENT, Played, check_store, fill_store, format_seconds, main, play_grid
+from benchmarks.big_store import (
+    EPOCHS,
+    EXPERIMENT,
+    SimulatedTrial,
+    check_store,
+    fill_store,
+    format_seconds,
+    main,
+    simulate_grid,
+)
 from grid.metrics import STATUSES
 
 
 @pytest.fixture(scope="module")
-def trials() -> list[Played]:
-    return play_grid(60)
+def trials() -> list[SimulatedTrial]:
+    return simulate_grid(60)
 
 
 @pytest.fixture(scope="module")
-def uri(trials: list[Played], tmp_path_factory: pytest.TempPathFactory) -> str:
+def uri(trials: list[SimulatedTrial], tmp_path_factory: pytest.TempPathFactory) -> str:
     return fill_store(tmp_path_factory.mktemp("big"), trials)
 
 
@@ -25,22 +34,22 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def test_a_big_grid_has_as_many_seeds_as_it_takes() -> None:
-    trials = play_grid(2000)
+def test_a_big_grid_has_as_many_seeds_as_necessary() -> None:
+    trials = simulate_grid(2000)
     assert len({trial.config.trial_key for trial in trials}) == 2000
     assert {trial.config.seed for trial in trials} == {0, 1}
     assert {trial.status for trial in trials} == set(STATUSES) - {"failed"}
 
 
-def test_a_trial_ends_as_its_status_says() -> None:
-    for trial in play_grid(400):
+def test_the_epochs_of_a_trial_match_its_status() -> None:
+    for trial in simulate_grid(400):
         ends = {"completed": {EPOCHS}, "stopped": {1, 3, 9}, "diverged": set(range(1, 6))}[trial.status]
         assert trial.epochs_run in ends
         assert len(trial.accuracies) == trial.epochs_run - (trial.status == "diverged")
         assert not (trial.control and trial.status == "stopped")
 
 
-def test_what_is_written_reads_back(trials: list[Played], uri: str) -> None:
+def test_trials_are_read_back_as_they_were_written(trials: list[SimulatedTrial], uri: str) -> None:
     check_store(uri, trials)
     table = read_experiment(uri, EXPERIMENT).trials.set_index("run_id")
     for trial in trials:
@@ -49,12 +58,12 @@ def test_what_is_written_reads_back(trials: list[Played], uri: str) -> None:
         assert row["best_val_accuracy"] == pytest.approx(max(trial.accuracies, default=math.nan), nan_ok=True)
 
 
-def test_a_store_that_lacks_a_trial_is_noticed(trials: list[Played], uri: str) -> None:
+def test_a_store_that_lacks_a_trial_is_noticed(trials: list[SimulatedTrial], uri: str) -> None:
     with pytest.raises(AssertionError):
         check_store(uri, trials[:-1])
 
 
-def test_curves_are_those_of_the_plain_loop(trials: list[Played], uri: str) -> None:
+def test_curves_equal_those_of_the_plain_loop(trials: list[SimulatedTrial], uri: str) -> None:
     experiment = read_experiment(uri, EXPERIMENT)
     curves = read_curves(experiment, experiment.trials["run_id"])
     assert big_store.loop_over_histories(uri, [trial.run_id for trial in trials]).equals(curves)
@@ -62,7 +71,7 @@ def test_curves_are_those_of_the_plain_loop(trials: list[Played], uri: str) -> N
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_garbage_is_collected_after_reading_as_it_was_before(uri: str, enabled: bool) -> None:
+def test_reading_leaves_the_garbage_collector_as_it_was(uri: str, enabled: bool) -> None:
     (gc.enable if enabled else gc.disable)()
     try:
         read_experiment(uri, EXPERIMENT)
@@ -86,4 +95,4 @@ def test_the_benchmark_runs_from_end_to_end(tmp_path: Path, capsys: pytest.Captu
     assert sum("analysis.report" in line for line in lines) == 1
     with pytest.raises(SystemExit):
         main(["--folder", str(tmp_path / "kept")])
-    assert "there is a store in" in capsys.readouterr().err
+    assert "already contains a store" in capsys.readouterr().err

@@ -73,7 +73,7 @@ def test_weights_have_the_standard_deviation_of_their_gain_and_fan_in(layer, fan
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_building_and_running_a_block_leaves_the_global_generator_alone(layer):
+def test_building_and_running_a_block_does_not_use_the_global_generator(layer):
     state = torch.get_rng_state()
     built(layer, FULL).train()(INPUTS[layer])
     assert torch.equal(torch.get_rng_state(), state)

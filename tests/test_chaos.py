@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos import FAILURES, draw_schedule, main
+from benchmarks.chaos import FAILURES, draw_schedule, main, print_table
 from benchmarks.chaos_audit import Audit, audit
 from grid.config import TrialConfig
 from grid.metrics import EPOCH_METRICS, EpochReport
@@ -18,19 +18,19 @@ CONFIG = TrialConfig(learning_rate=1e-3, epochs=3)
 
 
 def record(uri: str, folder: Path, experiment: str, accuracies: dict[int, tuple[float, ...]]) -> Store:
-    """Record one trial per seed with these accuracies; one of a single epoch is stopped."""
+    """Record one trial per seed with these accuracies; a trial with a single epoch was stopped."""
     store = Store(uri, experiment)
     store.create()
     recorder = Recorder(store, Spool(folder / f"{experiment}.jsonl"))
     recorder.begin({}, {})
-    for seed, some in accuracies.items():
-        config, stopped = replace(CONFIG, seed=seed), len(some) == 1
+    for seed, curve in accuracies.items():
+        config, stopped = replace(CONFIG, seed=seed), len(curve) == 1
         recorder.started(config, control=False)
-        for epoch, accuracy in enumerate(some, start=1):
+        for epoch, accuracy in enumerate(curve, start=1):
             metrics = {**dict.fromkeys(EPOCH_METRICS, 0.5), "val_accuracy": accuracy}
             recorder.epoch_ended(config, EpochReport(epoch=epoch, **metrics), is_rung=epoch == 1, stopped=stopped)
         status = "stopped" if stopped else "completed"
-        recorder.ended(config, status, epochs_run=len(some), best_val_accuracy=max(some))
+        recorder.ended(config, status, epochs_run=len(curve), best_val_accuracy=max(curve))
     recorder.close(finished=True)
     return store
 
@@ -38,76 +38,94 @@ def record(uri: str, folder: Path, experiment: str, accuracies: dict[int, tuple[
 GOOD = {0: (0.5, 0.6, 0.7), 1: (0.4,)}
 
 
-@pytest.fixture
-def found(store_uri: str, tmp_path: Path) -> "Finder":
-    return Finder(store_uri, tmp_path)
-
-
-class Finder:
-    """Audits an experiment against a good one."""
+class Auditor:
+    """Records a disturbed experiment and compares it with an undisturbed one."""
 
     def __init__(self, uri: str, folder: Path):
         self.uri, self.folder = uri, folder
-        record(uri, folder, "reference", GOOD)
+        record(uri, folder, "undisturbed", GOOD)
 
-    def __call__(self) -> Audit:
-        return audit(self.uri, self.folder, "reference", ["disturbed"])
+    def record(self, accuracies: dict[int, tuple[float, ...]]) -> Store:
+        return record(self.uri, self.folder, "disturbed", accuracies)
 
-
-def test_a_good_experiment_is_clean(found: Finder) -> None:
-    record(found.uri, found.folder, "disturbed", GOOD)
-    assert found().clean
-    assert found().values > 20
+    def audit(self) -> Audit:
+        return audit(self.uri, self.folder, "undisturbed", ["disturbed"])
 
 
-def test_a_missing_trial_is_lost(found: Finder) -> None:
-    record(found.uri, found.folder, "disturbed", {0: GOOD[0]})
-    assert found().lost == 1
+@pytest.fixture
+def auditor(store_uri: str, tmp_path: Path) -> Auditor:
+    return Auditor(store_uri, tmp_path)
 
 
-def test_a_run_without_a_status_is_lost_and_a_running_one_an_orphan(found: Finder) -> None:
-    store = record(found.uri, found.folder, "disturbed", GOOD)
+def test_an_experiment_without_damage_is_clean(auditor: Auditor) -> None:
+    auditor.record(GOOD)
+    found = auditor.audit()
+    assert found.clean
+    assert found.values > 20
+
+
+def test_a_missing_trial_is_lost(auditor: Auditor) -> None:
+    auditor.record({0: GOOD[0]})
+    assert auditor.audit().lost == 1
+
+
+def test_a_run_without_a_status_is_lost_and_a_running_one_is_an_orphan(auditor: Auditor) -> None:
+    store = auditor.record(GOOD)
     run_id = store.run_ids()[CONFIG.trial_key]
     store.client.delete_tag(run_id, "status")
     store.client.update_run(run_id, status="RUNNING")
-    assert (found().lost, found().orphans) == (1, 1)
+    found = auditor.audit()
+    assert (found.lost, found.orphans) == (1, 1)
 
 
-def test_a_second_run_and_a_second_value_are_doubled(found: Finder) -> None:
-    store = record(found.uri, found.folder, "disturbed", GOOD)
+def test_a_second_run_and_a_second_value_are_doubled(auditor: Auditor) -> None:
+    store = auditor.record(GOOD)
     store.client.log_metric(store.run_ids()[CONFIG.trial_key], "val_loss", 0.5, timestamp=1, step=2)
-    assert found().doubled == 1
+    assert auditor.audit().doubled == 1
     store.client.create_run(store.experiment_id, tags={"kind": "grid"})
-    assert found().doubled == 2
+    assert auditor.audit().doubled == 2
 
 
-def test_another_value_is_different(found: Finder) -> None:
-    record(found.uri, found.folder, "disturbed", {**GOOD, 0: (0.5, 0.6, 0.71)})
-    assert found().different == 1
+def test_another_value_is_different(auditor: Auditor) -> None:
+    auditor.record({**GOOD, 0: (0.5, 0.6, 0.71)})
+    assert auditor.audit().different == 1
 
 
-def test_a_stop_that_asha_would_not_make_is_a_wrong_decision(found: Finder) -> None:
-    record(found.uri, found.folder, "disturbed", {1: (0.4,), 0: GOOD[0]})  # the first arrival may not be stopped
-    assert found().wrong_decisions == 1
+def test_a_stop_that_asha_would_not_make_is_a_wrong_decision(auditor: Auditor) -> None:
+    auditor.record({1: (0.4,), 0: GOOD[0]})  # ASHA never stops the first arrival at a rung
+    assert auditor.audit().wrong_decisions == 1
 
 
-def test_leftovers_are_orphans(found: Finder) -> None:
-    record(found.uri, found.folder, "disturbed", GOOD)
-    (found.folder / "spool").mkdir()
-    (found.folder / "spool" / "left.jsonl").touch()
-    assert found().orphans == 1
+def test_reports_left_in_the_spool_are_orphans(auditor: Auditor) -> None:
+    auditor.record(GOOD)
+    (auditor.folder / "spool").mkdir()
+    (auditor.folder / "spool" / "left.jsonl").touch()
+    assert auditor.audit().orphans == 1
 
 
-def test_every_kind_of_fault_strikes_about_equally_often() -> None:
+def test_every_kind_of_failure_is_injected_about_equally_often() -> None:
     counts = Counter(draw_schedule(20, random.Random(1), list(FAILURES)))
     assert sum(counts.values()) == 20
     assert set(counts.values()) <= {3, 4}
 
 
+def test_the_table_counts_the_failures_and_what_the_audit_found(capsys: pytest.CaptureFixture[str]) -> None:
+    schedule = ["driver killed", "worker killed", "driver killed"]
+    print_table(schedule, Counter(schedule[:2]), Audit(experiments=2, trials=32, values=2571, lost=1), Counter())
+    header, driver, worker, *totals = capsys.readouterr().out.splitlines()
+    assert header.split() == ["failure", "injected", "survived"]
+    assert (driver.split()[-2:], worker.split()[-2:]) == (["2", "1"], ["1", "1"])
+    assert totals == [
+        "3 failures injected, 2 survived",
+        "2 grids of 32 trials, 2,571 values compared",
+        "1 lost, 0 doubled, 0 orphans, 0 different, 0 wrong decisions",
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="kills by what Linux shows of processes")
-def test_a_grid_survives_what_dies_around_it(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in Linux's /proc")
+def test_a_grid_survives_the_death_of_each_process_around_it(capsys: pytest.CaptureFixture[str]) -> None:
     kinds = ["driver killed", "worker killed", "server killed", "Ray killed"]
-    problems = [word for kind in kinds for word in ("--problem", kind)]
-    assert main(["--kills", "4", "--seeds", "1", *problems]) == 0
+    failures = [word for kind in kinds for word in ("--failure", kind)]
+    assert main(["--kills", "4", "--seeds", "1", *failures]) == 0
     assert "0 lost, 0 doubled, 0 orphans, 0 different, 0 wrong decisions" in capsys.readouterr().out

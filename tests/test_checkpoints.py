@@ -11,11 +11,11 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
     return Checkpoints(str(tmp_path), "some grid")
 
 
-def test_a_trial_that_was_never_put_down_has_no_state(checkpoints: Checkpoints) -> None:
+def test_a_trial_that_was_never_saved_has_no_state(checkpoints: Checkpoints) -> None:
     assert checkpoints.load("key", "cpu") is None
 
 
-def test_a_state_comes_back(checkpoints: Checkpoints) -> None:
+def test_a_state_is_restored(checkpoints: Checkpoints) -> None:
     checkpoints.save("key", {"epoch": 3, "weights": torch.arange(4.0)})
     state = checkpoints.load("key", "cpu")
     assert state is not None
@@ -23,7 +23,7 @@ def test_a_state_comes_back(checkpoints: Checkpoints) -> None:
     assert torch.equal(state["weights"], torch.arange(4.0))
 
 
-def test_the_last_state_counts_and_no_other_file_is_left(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_the_last_state_wins_and_no_other_file_is_left(checkpoints: Checkpoints, tmp_path: Path) -> None:
     for epoch in (1, 3):
         checkpoints.save("key", {"epoch": epoch})
     assert (checkpoints.load("key", "cpu") or {})["epoch"] == 3
@@ -37,7 +37,7 @@ def test_a_deleted_state_is_gone_and_may_be_deleted_again(checkpoints: Checkpoin
     assert checkpoints.load("key", "cpu") is None
 
 
-def test_clearing_leaves_nothing_and_may_be_done_again(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_clearing_deletes_everything_and_may_be_repeated(checkpoints: Checkpoints, tmp_path: Path) -> None:
     checkpoints.clear()
     checkpoints.save("key", {"epoch": 1})
     (tmp_path / "some grid" / "checkpoints" / "other.part").touch()
@@ -46,22 +46,22 @@ def test_clearing_leaves_nothing_and_may_be_done_again(checkpoints: Checkpoints,
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 torn"])
-def test_a_damaged_file_counts_as_none(content: bytes, checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_a_damaged_file_counts_as_no_checkpoint(content: bytes, checkpoints: Checkpoints, tmp_path: Path) -> None:
     checkpoints.save("key", {"epoch": 1})
     (tmp_path / "some grid" / "checkpoints" / "key.pt").write_bytes(content)
     assert checkpoints.load("key", "cpu") is None
 
 
-class Stranger:
-    """What a pickle of a stranger might bring along."""
+class Unknown:
+    """A class of unknown code in a pickle."""
 
 
-def test_code_of_strangers_is_not_loaded(checkpoints: Checkpoints) -> None:
-    checkpoints.save("key", {"stranger": Stranger()})
+def test_unknown_code_is_not_loaded(checkpoints: Checkpoints) -> None:
+    checkpoints.save("key", {"code": Unknown()})
     assert checkpoints.load("key", "cpu") is None
 
 
-def test_a_uri_is_as_good_as_a_folder(tmp_path: Path) -> None:
+def test_a_uri_works_like_a_folder(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path.as_uri(), "some grid")
     checkpoints.save("key", {"epoch": 1})
     assert (tmp_path / "some grid" / "checkpoints" / "key.pt").exists()

@@ -13,14 +13,14 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean(rate, seed):
     outputs = SeededDropout(rate, torch.Generator().manual_seed(seed))(torch.ones(400, 500))
     share = (outputs == 0).float().mean().item()
     assert share == pytest.approx(rate, abs=0.01)
-    met = round(rate * 2**BITS) / 2**BITS
-    torch.testing.assert_close(outputs[outputs != 0], torch.tensor(1 / (1 - met)).expand(int((outputs != 0).sum())))
-    assert met == pytest.approx(rate, abs=1e-5)
+    exact = round(rate * 2**BITS) / 2**BITS
+    torch.testing.assert_close(outputs[outputs != 0], torch.tensor(1 / (1 - exact)).expand(int((outputs != 0).sum())))
+    assert exact == pytest.approx(rate, abs=1e-5)
 
 
 @pytest.mark.parametrize("rate", [0.25, 0.3])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_dropout_draws_every_unit_apart_from_its_neighbours(memory_format, rate):
+def test_units_are_dropped_independently_of_their_neighbours(memory_format, rate):
     inputs = torch.ones(64, 8, 16, 16).contiguous(memory_format=memory_format)
     kept = (SeededDropout(rate, torch.Generator().manual_seed(0))(inputs) != 0).double()
     for axis in range(4):
@@ -29,21 +29,21 @@ def test_dropout_draws_every_unit_apart_from_its_neighbours(memory_format, rate)
 
 
 @pytest.mark.parametrize("rate", [1e-9, 1 - 1e-9])
-def test_rates_beyond_the_finest_step_are_the_finest_step(rate):
+def test_rates_finer_than_a_step_are_rounded_to_a_step_inside_0_to_1(rate):
     outputs = SeededDropout(rate, torch.Generator().manual_seed(0))(torch.ones(1000, 1000))
     share = (outputs == 0).double().mean().item()
     assert 0 < share < 1
     assert share == pytest.approx(rate, abs=1e-4)
 
 
-def test_dropout_lets_no_gradient_through_what_it_zeroes():
+def test_dropped_units_get_no_gradient():
     inputs = torch.ones(1000, requires_grad=True)
     outputs = SeededDropout(0.5, torch.Generator().manual_seed(0))(inputs)
     outputs.sum().backward()
     assert torch.equal(inputs.grad, outputs.detach())
 
 
-def test_dropout_is_the_identity_in_evaluation_mode_and_draws_nothing():
+def test_in_evaluation_mode_dropout_changes_and_draws_nothing():
     masks = torch.Generator().manual_seed(0)
     state, inputs = masks.get_state(), torch.randn(10, 10)
     assert torch.equal(SeededDropout(0.5, masks).eval()(inputs), inputs)
@@ -56,7 +56,7 @@ def test_dropout_masks_differ_from_step_to_step():
 
 
 @given(eighths=st.integers(1, 7), count=st.integers(1, 40), seed=st.integers(0, 2**32))
-def test_rates_of_whole_256ths_are_met_by_both_bytes_of_a_word(eighths, count, seed):
+def test_both_bytes_of_a_word_drop_at_the_rate(eighths, count, seed):
     outputs = SeededDropout(eighths / 8, torch.Generator().manual_seed(seed))(torch.ones(count, 999))
     for half in outputs.flatten().tensor_split(2):
         kept = half.count_nonzero().item()

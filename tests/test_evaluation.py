@@ -34,7 +34,7 @@ def dataset() -> Dataset:
 
 @pytest.fixture(scope="module")
 def data(dataset) -> DeviceData:
-    return DeviceData.of(dataset)
+    return DeviceData.from_dataset(dataset)
 
 
 def trained(data: DeviceData, **changes: object) -> tuple[Trial, EpochReport]:
@@ -58,14 +58,14 @@ CELLS = [
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_net_is_judged_bit_by_bit_as_after_its_last_epoch(dataset, data, cell):
+def test_a_net_is_evaluated_bit_by_bit_as_after_its_last_epoch(dataset, data, cell):
     trial, report = trained(data, **cell)
     result = evaluated(trial, dataset)
     assert (result.loss, result.accuracy) == (report.val_loss, report.val_accuracy)
 
 
 @pytest.mark.parametrize("cell", CELLS[:3])
-def test_inference_state_is_what_the_net_is_judged_by(dataset, data, cell):
+def test_the_inference_state_holds_the_weights_that_were_evaluated(dataset, data, cell):
     trial, report = trained(data, **cell)
     net = build_net(trial.config, data, torch.Generator()).eval()
     net.load_state_dict(inference_state(trial.config, trial.state_dict(), data))
@@ -73,7 +73,7 @@ def test_inference_state_is_what_the_net_is_judged_by(dataset, data, cell):
     assert F.cross_entropy(logits, data.val_labels).item() == pytest.approx(report.val_loss, rel=1e-6)
 
 
-def test_inference_state_is_a_copy_in_plain_layout(data):
+def test_the_inference_state_is_a_contiguous_copy(data):
     trial, _ = trained(data, model="cnn", memory_format="channels_last")
     state = inference_state(trial.config, trial.state_dict(), data)
     assert all(value.is_contiguous() for value in state.values())
@@ -81,16 +81,16 @@ def test_inference_state_is_a_copy_in_plain_layout(data):
     assert not {value.data_ptr() for value in state.values()} & {value.data_ptr() for value in trial.net.parameters()}
 
 
-@pytest.mark.parametrize("look", [evaluate, inference_state])
-def test_looking_at_a_state_does_not_change_it(dataset, data, look):
+@pytest.mark.parametrize("read", [evaluate, inference_state])
+def test_reading_a_state_does_not_change_it(dataset, data, read):
     trial, _ = trained(data, optimizer="asgd")
     state = trial.state_dict()
     before = deepcopy(state)
-    look(trial.config, state, data, *([dataset.val_images, dataset.val_labels] if look is evaluate else []))
+    read(trial.config, state, data, *([dataset.val_images, dataset.val_labels] if read is evaluate else []))
     torch.testing.assert_close(state, before, rtol=0, atol=0)
 
 
-def test_batches_change_nothing_but_rounding(dataset, data, monkeypatch):
+def test_the_batch_size_changes_only_rounding(dataset, data, monkeypatch):
     trial, _ = trained(data)
     whole = evaluated(trial, dataset)
     monkeypatch.setattr(evaluation, "EVALUATION_BATCH_SIZE", 5)
@@ -106,7 +106,7 @@ def test_confusion_counts_images_by_true_class_in_rows(dataset, data):
     assert confusion.trace() / len(dataset.val_labels) == report.val_accuracy
 
 
-def test_mistakes_are_all_wrong_images_the_most_confident_first(dataset, data):
+def test_mistakes_are_all_misclassified_images_the_most_confident_first(dataset, data):
     trial, _ = trained(data)
     mistakes = evaluated(trial, dataset).mistakes
     with trial.evaluating():
@@ -121,7 +121,7 @@ def test_mistakes_are_all_wrong_images_the_most_confident_first(dataset, data):
 
 @pytest.mark.parametrize(("seconds", "median"), [([4, 1, 10, 3], 3.5), ([2, 2, 40, 2], 2)])
 def test_milliseconds_per_image_are_the_median_over_batches(dataset, data, monkeypatch, seconds, median):
-    """Batches of ten images, and a last one of seven."""
+    """Three batches of ten images and a last batch of seven."""
     trial, _ = trained(data)
     sizes = [10, 10, 10, 7]
     times = [value for second, size in zip(seconds, sizes, strict=True) for value in (0.0, second * size / 1000)]
@@ -141,7 +141,7 @@ def test_the_first_batch_warms_up_untimed(dataset, data, monkeypatch):
     assert seen == [20, 20, 17]
 
 
-def test_metrics_have_the_names_of_the_store(dataset, data):
+def test_metrics_have_their_names_in_the_store(dataset, data):
     trial, report = trained(data, batch_norm=False)
     result = evaluated(trial, dataset)
     weights = 784 * 24 + 24 + 24 * 16 + 16 + 16 * 4 + 4
@@ -161,7 +161,7 @@ def test_per_class_has_a_row_per_class():
     assert isnan(rows[1].accuracy)
 
 
-def test_confused_pairs_come_with_most_images_first_and_then_by_class():
+def test_confused_pairs_are_ordered_by_images_and_then_by_class():
     expected = [("d", "a", 4, 1.0), ("a", "b", 2, 0.2), ("c", "a", 2, 0.2), ("a", "c", 1, 0.1)]
     assert confused_pairs(CONFUSION, CLASSES, 10) == expected
     assert confused_pairs(CONFUSION, CLASSES, 3) == expected[:3]

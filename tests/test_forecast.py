@@ -17,24 +17,24 @@ def trials(epochs: int = 9, name: str = "full") -> list[TrialConfig]:
     )
 
 
-def test_without_rungs_every_trial_takes_its_budget() -> None:
+def test_without_rungs_every_trial_runs_its_full_budget() -> None:
     assert expected_epochs(trials(epochs=1), ()) == {"mlp": pytest.approx(960), "cnn": pytest.approx(960)}
 
 
-def test_asha_takes_what_its_thirds_take() -> None:
-    ideal = 960 * (1 + 2 / 3 + 6 / 9)  # all one epoch, a third two more, a ninth six more
+def test_asha_runs_a_third_past_each_rung() -> None:
+    ideal = 960 * (1 + 2 / 3 + 6 / 9)  # all run one epoch, a third two more, a ninth six more
     for epochs in expected_epochs(trials(), ()).values():
-        assert ideal <= epochs <= 1.06 * ideal  # the first arrivals have little to be judged by
+        assert ideal <= epochs <= 1.06 * ideal  # the first arrivals are compared with few others
 
 
-def test_controls_take_their_full_budget() -> None:
-    some = trials(name="smoke")
-    assert sum(expected_epochs(some, {trial.trial_key for trial in some}).values()) == pytest.approx(9 * len(some))
+def test_unstopped_controls_run_their_full_budget() -> None:
+    smoke = trials(name="smoke")
+    assert sum(expected_epochs(smoke, {trial.trial_key for trial in smoke}).values()) == pytest.approx(9 * len(smoke))
 
 
 def test_the_cost_is_epochs_times_images_times_seconds_over_the_slots() -> None:
-    some = trials(epochs=1, name="smoke")
-    cost = forecast(some, (), seconds_per_image={"mlp": 1e-4, "cnn": 1e-3}, spread=0.1, train_images=1000, slots=2)
+    smoke = trials(epochs=1, name="smoke")
+    cost = forecast(smoke, (), seconds_per_image={"mlp": 1e-4, "cnn": 1e-3}, spread=0.1, train_images=1000, slots=2)
     assert (cost.epochs, cost.full_epochs) == (pytest.approx(32), 32)
     assert cost.seconds == pytest.approx(16 * 1000 * (1e-4 + 1e-3) / 2)
 

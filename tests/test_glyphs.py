@@ -62,7 +62,7 @@ def test_images_are_bytes_of_28_by_28_and_the_classes_are_balanced(sample: tuple
     assert labels.bincount().tolist() == [40] * 47
 
 
-def test_any_prefix_is_as_balanced_as_can_be(sample: tuple[Tensor, Tensor]) -> None:
+def test_any_prefix_is_balanced_up_to_one_image(sample: tuple[Tensor, Tensor]) -> None:
     counts = sample[1][:100].bincount(minlength=47)
     assert counts.max() - counts.min() == 1
 
@@ -172,7 +172,7 @@ def test_the_item_is_an_image_and_its_class(tmp_path: Path, small: None) -> None
     assert label == 1
 
 
-def test_the_files_are_named_and_laid_out_as_those_of_emnist(tmp_path: Path, small: None) -> None:
+def test_the_files_have_the_names_and_folders_of_emnist(tmp_path: Path, small: None) -> None:
     folder = render_if_missing(tmp_path)
     assert folder == tmp_path / "Glyphs" / "raw"
     parts = [f"emnist-glyphs-{split}" for split in ("test", "train")]
@@ -193,10 +193,10 @@ def test_a_missing_or_truncated_file_is_written_again(
     assert Glyphs(tmp_path).data.equal(images)
 
 
-def test_a_left_over_partial_file_does_no_harm(tmp_path: Path, small: None) -> None:
-    left_over = tmp_path / "Glyphs" / "raw" / "emnist-glyphs-train-images-idx3-ubyte.0123.partial"
-    left_over.parent.mkdir(parents=True)
-    left_over.write_bytes(b"half")
+def test_a_leftover_partial_file_does_no_harm(tmp_path: Path, small: None) -> None:
+    leftover = tmp_path / "Glyphs" / "raw" / "emnist-glyphs-train-images-idx3-ubyte.0123.partial"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_bytes(b"half")
     assert Glyphs(tmp_path).data.shape == (47 * 3, 28, 28)
 
 

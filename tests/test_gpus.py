@@ -21,7 +21,9 @@ def devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("file", ["nvidia0", "nvidiactl", "nvhost-gpu", "nvmap", "kfd", "dxg"])
-def test_where_a_driver_is_torch_counts_and_the_smallest_memory_counts(file: str, devices: Path) -> None:
+def test_torch_counts_the_gpus_where_a_driver_is_installed_and_the_smallest_memory_is_returned(
+    file: str, devices: Path
+) -> None:
     (devices / file).touch()
     assert find_gpus(devices) == (2, 24 * GIB)
 
@@ -36,11 +38,11 @@ def test_on_other_systems_torch_is_always_asked(devices: Path, monkeypatch: pyte
     assert find_gpus(devices) == (2, 24 * GIB)
 
 
-def test_a_driver_without_a_gpu_is_none(devices: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_without_a_gpu_counts_as_none(devices: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (devices / "nvidiactl").touch()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert find_gpus(devices) == (0, 0)
 
 
-def test_this_machine_answers_as_torch_does() -> None:
+def test_the_count_on_this_machine_is_that_of_torch() -> None:
     assert find_gpus()[0] == torch.cuda.device_count()

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.grid_scale import HEADER, Cost, RecordedTrial, ask, blank_dataset, cut, examine, main
+from benchmarks.grid_scale import HEADER, Cost, RecordedTrial, blank_dataset, check_store, cut, main, request_of
 from grid.config import TrialConfig
 from grid.metrics import EpochReport
 from grid.plan.packing import pack
@@ -13,11 +13,11 @@ from grid.record.spool import Spool
 from grid.record.store import Store
 from grid.train.trial import DeviceData
 
-DATA = DeviceData.of(blank_dataset())
+DATA = DeviceData.from_dataset(blank_dataset())
 
 
 def plan_of(trials: int, folder: Path) -> Plan:
-    return cut(make_plan(ask(trials, folder), packing=pack(2, 0, 0), fingerprint="0" * 16), trials)
+    return cut(make_plan(request_of(trials, folder), packing=pack(2, 0, 0), fingerprint="0" * 16), trials)
 
 
 def curve_of(config: TrialConfig, epochs: int = 9) -> list[EpochReport]:
@@ -26,12 +26,12 @@ def curve_of(config: TrialConfig, epochs: int = 9) -> list[EpochReport]:
 
 
 @pytest.mark.parametrize(("trials", "seeds"), [(60, 1), (1920, 1), (1921, 2), (10_000, 6)])
-def test_a_big_grid_has_as_many_seeds_as_it_takes(trials: int, seeds: int, tmp_path: Path) -> None:
-    assert ask(trials, tmp_path).seeds == seeds
+def test_a_big_grid_has_as_many_seeds_as_necessary(trials: int, seeds: int, tmp_path: Path) -> None:
+    assert request_of(trials, tmp_path).seeds == seeds
 
 
-def test_a_cut_plan_keeps_the_order_and_its_share_of_controls(tmp_path: Path) -> None:
-    whole = make_plan(ask(1000, tmp_path), packing=pack(2, 0, 0), fingerprint="0" * 16)
+def test_a_cut_plan_keeps_the_order_and_the_share_of_unstopped_controls(tmp_path: Path) -> None:
+    whole = make_plan(request_of(1000, tmp_path), packing=pack(2, 0, 0), fingerprint="0" * 16)
     plan = cut(whole, 1000)
     assert plan.trials == whole.trials[:1000]
     assert 10 < len(plan.controls) < 60
@@ -48,11 +48,11 @@ def test_a_curve_depends_on_the_trial_alone_and_some_diverge(tmp_path: Path) -> 
     assert 0 < accuracies[0] < accuracies[-1] < 1
 
 
-def test_a_curve_that_is_taken_up_goes_on(tmp_path: Path) -> None:
+def test_a_curve_that_is_resumed_continues(tmp_path: Path) -> None:
     (config,) = plan_of(1, tmp_path).trials
-    checkpoint_epochs, resumed = RecordedTrial(config, DATA), RecordedTrial(config, DATA)
-    checkpoint_epochs.run_epoch()
-    resumed.load_state_dict(checkpoint_epochs.state_dict())
+    suspended, resumed = RecordedTrial(config, DATA), RecordedTrial(config, DATA)
+    suspended.run_epoch()
+    resumed.load_state_dict(suspended.state_dict())
     assert resumed.run_epoch().epoch == 2
 
 
@@ -65,16 +65,16 @@ def test_a_store_that_lost_or_doubled_a_trial_is_noticed(store: Store, tmp_path:
     plan = plan_of(2, tmp_path)
     for number, trial in enumerate(plan.trials):
         with pytest.raises(AssertionError, match="lost or doubled"):
-            examine(store, plan)
+            check_store(store, plan)
         end(store, trial, tmp_path / f"{number}.jsonl")
-    examine(store, plan)
+    check_store(store, plan)
     end(store, plan.trials[0], tmp_path / "doubled.jsonl")
     with pytest.raises(AssertionError, match="lost or doubled"):
-        examine(store, plan)
+        check_store(store, plan)
 
 
 def end(store: Store, config: TrialConfig, spool: Path) -> None:
-    """Record a trial of one epoch in a new run, whether or not it has one."""
+    """Record a trial of one epoch in a new run, even if the store already has a run of it."""
     recorder = Recorder(store, Spool(spool))
     recorder.begin({}, {})
     recorder.started(config, control=False)
@@ -83,7 +83,7 @@ def end(store: Store, config: TrialConfig, spool: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_small_grid_goes_through_everything(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_small_grid_runs_from_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--quick"]) == 0
     *header, row = capsys.readouterr().out.splitlines()
     assert "\n".join(header) == HEADER

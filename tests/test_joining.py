@@ -1,4 +1,4 @@
-"""Which Ray a run joins, with real ones: `ray start` on a loopback address, pretending a GPU."""
+"""Which Ray a run joins, with a real one: `ray start` on the loopback address, with a made-up GPU."""
 
 import os
 import shutil
@@ -33,7 +33,7 @@ connection.disconnect()
 
 @pytest.fixture
 def ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder for Ray of one's own, whose name is short, as the paths of its sockets may not be long."""
+    """A folder for Ray of this test alone; its name is short because the paths of sockets may not be long."""
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
     for name, value in {"RAY_TMPDIR": str(folder), "HOME": str(folder), "PYTHONPATH": str(ROOT)}.items():
         monkeypatch.setenv(name, value)
@@ -43,8 +43,8 @@ def ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def pretended(ray_folder: Path) -> Iterator[str]:
-    """A cluster of one machine that claims a GPU and eight CPUs; the port."""
+def pretended_cluster(ray_folder: Path) -> Iterator[str]:
+    """A cluster of one node that reports a GPU and eight CPUs; yields `:PORT`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -66,13 +66,13 @@ def run_script(script: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_a_run_joins_the_cluster_of_its_machine_and_packs_its_gpu(pretended: str) -> None:
+def test_a_run_joins_the_cluster_of_its_machine_and_packs_its_gpu(pretended_cluster: str) -> None:
     done = run_script(PACKING)
     assert "'where': '1 node, 8 CPUs, 1 GPU'" in done.stdout, done.stderr
-    assert "'at once': '8 at once, 0.125 GPU each (8 per GPU, 8 share a GPU at most)'" in done.stdout
+    assert "'at once': '8 at once, 0.125 GPU each (8 per GPU, the most that may share one)'" in done.stdout
     found = find_cluster("auto")
     assert found is not None
-    assert found.endswith(pretended)
+    assert found.endswith(pretended_cluster)
     assert find_cluster(None) == found
     assert find_cluster("local") is None
 
@@ -90,7 +90,7 @@ def test_the_private_ray_of_another_run_is_not_joined(ray_folder: Path) -> None:
         other.communicate("")
 
 
-def test_a_cluster_that_is_gone_is_told_and_not_replaced_by_this_machine(ray_folder: Path) -> None:
+def test_a_cluster_that_is_gone_is_an_error_and_not_replaced_by_a_private_ray(ray_folder: Path) -> None:
     (ray_folder / "ray").mkdir()
     (ray_folder / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
     with pytest.raises(
@@ -100,7 +100,7 @@ def test_a_cluster_that_is_gone_is_told_and_not_replaced_by_this_machine(ray_fol
     assert find_cluster("local") is None
 
 
-def test_the_environment_says_which_cluster(ray_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_variable_of_ray_names_the_cluster(ray_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(InputError, match="does not answer"):
         find_cluster(None)

@@ -50,7 +50,7 @@ def test_a_killed_grid_continues_and_its_numbers_are_those_of_plain_trainings(
     epochs = recorded(store)
     assert [sorted(step for step, _ in points) for points in epochs.values()] == [list(range(1, 10))] * 8
     trial = next(iter(store.trials().values()))
-    data = DeviceData.of(load("glyphs", glyphs_dir, per_class=20))
+    data = DeviceData.from_dataset(load("glyphs", glyphs_dir, per_class=20))
     assert epochs[trial.config.trial_key] == plain(trial.config, data)
 
 

@@ -1,4 +1,4 @@
-"""How a run starts: workers import early, nothing is started in vain, and a problem is one line."""
+"""How a run starts: workers import early, no unused server is started, and a problem is one line."""
 
 import signal
 import subprocess
@@ -30,13 +30,13 @@ def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_workers_import_early_and_a_private_ray_has_no_servers_that_nobody_uses(tmp_path: Path) -> None:
+def test_workers_import_early_and_a_private_ray_starts_no_unused_servers(tmp_path: Path) -> None:
     done = python("-c", EARLY, cwd=tmp_path)
     assert done.stdout.splitlines() == ["[True, True]", "[True, False, False]"], done.stderr
 
 
 @pytest.mark.slow
-def test_files_that_are_damaged_are_told_in_one_line_while_ray_starts_and_nothing_is_written(tmp_path: Path) -> None:
+def test_damaged_files_are_reported_in_one_line_while_ray_starts_and_nothing_is_written(tmp_path: Path) -> None:
     raw = tmp_path / "data" / "EMNIST" / "raw"
     raw.mkdir(parents=True)
     for part in ("images-idx3-ubyte", "labels-idx1-ubyte"):
@@ -53,31 +53,19 @@ def test_ray_is_started_before_torch_is_imported(tmp_path: Path) -> None:
     assert python("-c", code, cwd=tmp_path).stdout.strip() == "[True, False, False]"
 
 
-@pytest.mark.slow
-def test_a_ray_without_the_private_parts_that_are_changed_starts_all_the_same(tmp_path: Path) -> None:
-    code = (
-        "from grid import connection\n"
-        "connection.SKIPPED_SERVICES = ('no_such_part',)\n"
-        "print(connection.connect(None, 1).concurrency)\n"
-        "connection.disconnect()"
-    )
-    done = python("-c", code, cwd=tmp_path)
-    assert done.stdout.strip() == "1", done.stderr
-
-
-def test_what_is_preloaded_leaves_the_garbage_collector_on_and_the_gpu_alone(tmp_path: Path) -> None:
+def test_preloading_leaves_the_garbage_collector_on_and_does_not_touch_the_gpu(tmp_path: Path) -> None:
     code = "import gc, grid.tune.preload, torch; print(gc.isenabled(), torch.cuda.is_initialized())"
     assert python("-c", code, cwd=tmp_path).stdout.strip() == "True False"
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_all_is_prepared_ends_at_once_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_during_preparation_ends_at_once_and_the_same_command_continues(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "grid.run", "--grid", "smoke", "--per-class", "10", "--address", "local"]
     started = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     time.sleep(1.5)
     started.send_signal(signal.SIGINT)
     _, said = started.communicate(timeout=120)
     assert started.returncode == 130
-    assert said == "grid.run: interrupted; the same command goes on\n"
+    assert said == "grid.run: interrupted; run the same command to continue\n"
     only = ["--only=activation=relu", "--only=optimizer=adam", "--only=dropout=off", "--epochs", "1"]
     assert python(*command[1:], *only, cwd=tmp_path).returncode == 0

@@ -1,4 +1,4 @@
-"""`grid.tune.machines`: what a cluster may become."""
+"""`grid.tune.machines`: what a cluster may grow to."""
 
 import pytest
 
@@ -24,22 +24,22 @@ def test_gpus_that_come_on_demand_are_planned_for_before_one_is_up() -> None:
 
 
 @pytest.mark.parametrize("up", [1, 2, 3])
-def test_what_is_up_is_not_counted_twice(up: int) -> None:
+def test_a_node_that_is_up_is_not_counted_twice(up: int) -> None:
     assert pack_nodes(with_growth([HEAD], [UP] * up, CLOUD)).concurrency == 24
 
 
-def test_the_limit_of_all_workers_holds() -> None:
+def test_the_limit_on_all_workers_together_is_kept() -> None:
     two = {**CLOUD, "max_workers": 2}
     assert pack_nodes(with_growth([HEAD], [UP], two)).concurrency == 16
 
 
-def test_gpus_take_the_room_first() -> None:
+def test_nodes_with_gpus_are_planned_for_first() -> None:
     cpus = {"resources": {"CPU": 16}, "max_workers": 10}
     both = {"max_workers": 3, "available_node_types": {"cpu": cpus, "gpu": GPU_KIND}}
     assert sum(node.gpus for node in with_growth([HEAD], [], both)) == 3
 
 
-def test_own_machines_that_have_not_joined_yet_count_like_those_that_have() -> None:
+def test_own_nodes_that_have_not_joined_yet_count_like_those_that_have() -> None:
     nodes = with_growth([Node(3, 0, 0)], [Node(4, 0, 0)], OWN)
     assert [(node.cpus, node.here) for node in nodes] == [(3, True), (4, True), (4, False)]
     assert [node.cpus for node in with_growth([Node(3, 0, 0)], [], OWN)] == [3, 3, 3]

@@ -47,7 +47,7 @@ def test_base_learning_rates_are_above_zero_and_below_one(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_learning_rate_given_is_the_one_used(name):
+def test_the_given_learning_rate_is_used(name):
     optimizer = build_optimizer(name, [parameter()], learning_rate=0.25, fused=False, average_from_step=1)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25]
 
@@ -60,7 +60,7 @@ def test_every_optimizer_lowers_a_quadratic_at_its_base_rate(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_only_adamw_decays_weights_that_have_no_gradient(name):
+def test_only_adamw_decays_weights_without_gradient(name):
     weights = parameter()
     weights.grad = torch.zeros(10)
     optimizer_of(name, weights).step()
@@ -69,19 +69,19 @@ def test_only_adamw_decays_weights_that_have_no_gradient(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_fused_is_said_of_the_optimizers_that_have_a_kernel(name):
+def test_fused_is_true_for_the_optimizers_that_have_a_kernel(name):
     kind = type(optimizer_of(name, parameter()))
     assert OPTIMIZERS[name].fused == ("fused" in inspect.signature(kind).parameters)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_fused_kernel_is_used_where_asked_for_and_there(name):
+def test_the_fused_kernel_is_used_if_asked_for_and_available(name):
     groups = optimizer_of(name, parameter(), fused=True).param_groups
     assert groups[0].get("fused", False) == OPTIMIZERS[name].fused
     assert not optimizer_of(name, parameter(), fused=False).param_groups[0].get("fused")
 
 
-@pytest.mark.parametrize("name", [name for name, part in OPTIMIZERS.items() if part.fused])
+@pytest.mark.parametrize("name", [name for name, spec in OPTIMIZERS.items() if spec.fused])
 def test_fused_equals_unfused(name):
     fused, unfused = parameter(), parameter()
     descend(optimizer_of(name, fused, fused=True), fused, steps=20)
@@ -96,8 +96,8 @@ def test_asgd_steps_like_plain_sgd():
     torch.testing.assert_close(path[2], parameter().detach() * (1 - rate * CURVATURES) ** 3)
 
 
-def test_asgd_begins_to_average_after_the_step_given():
-    """Torch takes two steps to get going: the average is that of the weights from the second step past it."""
+def test_asgd_begins_to_average_after_the_given_step():
+    """Torch starts two steps late: it averages the weights from the second step after the one given."""
     weights = parameter()
     optimizer = optimizer_of("asgd", weights, average_from_step=5)
     path = descend(optimizer, weights, steps=7)

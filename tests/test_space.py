@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from grid.config import FACTORS, LEVELS, InputError, TrialConfig, check_level
 from grid.plan.space import EXCLUSIONS, GRIDS, Cell, cross, draw_controls, expand, find_grid, restrict, settings_of
 
-some_levels = st.fixed_dictionaries(
+drawn_levels = st.fixed_dictionaries(
     {factor: st.lists(st.sampled_from(names), min_size=1, unique=True).map(tuple) for factor, names in LEVELS.items()}
 )
 
@@ -36,11 +36,11 @@ def test_every_grid_crosses_known_levels_of_all_factors(name: str) -> None:
             check_level(factor, level)
 
 
-def test_the_models_alone_are_halves_of_the_full_grid() -> None:
+def test_the_grid_of_each_model_is_half_of_the_full_grid() -> None:
     assert len(cross(GRIDS["mlp"].levels)[0]) == len(cross(GRIDS["cnn"].levels)[0]) == 960
 
 
-@given(some_levels)
+@given(drawn_levels)
 @settings(max_examples=20)
 def test_a_cell_is_either_kept_once_or_excluded_with_a_reason(levels: dict[str, tuple[str, ...]]) -> None:
     size = 1
@@ -66,22 +66,22 @@ def test_an_unknown_grid_is_refused_with_the_choices() -> None:
         find_grid("x")
 
 
-def test_only_takes_levels_that_the_grid_leaves_out() -> None:
+def test_only_accepts_levels_that_the_grid_leaves_out() -> None:
     assert restrict(GRIDS["full"].levels, [("activation", ("silu", "relu"))])["activation"] == ("relu", "silu")
 
 
-def test_only_leaves_the_other_factors_alone() -> None:
+def test_only_does_not_change_the_other_factors() -> None:
     levels = restrict(GRIDS["full"].levels, [("model", ("mlp",))])
     assert levels == {**GRIDS["full"].levels, "model": ("mlp",)}
 
 
-def test_only_twice_keeps_what_stands_in_both() -> None:
+def test_only_given_twice_keeps_the_levels_in_both() -> None:
     only = [("optimizer", ("sgd", "adam")), ("optimizer", ("adam", "rmsprop"))]
     assert restrict(GRIDS["full"].levels, only)["optimizer"] == ("adam",)
 
 
 def test_only_with_an_unknown_level_is_refused_with_the_choices() -> None:
-    with pytest.raises(InputError, match="^unknown optimizer 'sdg'; choose from adagrad, adam, adamw, asgd"):
+    with pytest.raises(InputError, match="^unknown optimizer 'sdg'; choose from .*adagrad, adam, .*sgd"):
         restrict(GRIDS["full"].levels, [("optimizer", ("sdg",))])
 
 
@@ -106,7 +106,9 @@ def test_the_order_is_random_and_follows_its_seed() -> None:
     assert trials_of("smoke") == trials_of("smoke")
     assert trials_of("smoke") != trials_of("smoke", order_seed=1)
     models = [trial.model for trial in trials_of("full")]
-    assert 860 < sum(one != other for one, other in pairwise(models)) < 1060  # 960 expected, 22 standard deviation
+    assert (
+        860 < sum(first != second for first, second in pairwise(models)) < 1060
+    )  # 960 expected, standard deviation 22
 
 
 def test_a_grid_that_grows_keeps_the_order_it_had() -> None:
@@ -136,7 +138,7 @@ def test_controls_follow_their_seed() -> None:
     assert draw_controls(trials, 0.03, 0) != draw_controls(trials, 0.03, 1)
 
 
-def test_settings_are_what_all_trials_share() -> None:
+def test_settings_are_the_same_for_all_trials() -> None:
     described = [settings_of(trial) for trial in trials_of("smoke", seeds=2)]
-    assert all(one == described[0] for one in described)
+    assert described.count(described[0]) == len(described)
     assert described[0]["epochs"] == "9"

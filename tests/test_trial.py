@@ -15,7 +15,7 @@ from grid.data.dataset import Dataset
 from grid.metrics import EPOCH_METRICS, STATUSES, EpochReport
 from grid.train import trial as trial_module
 from grid.train.optimizers import OPTIMIZERS
-from grid.train.penalties import penalised_weights
+from grid.train.penalties import PENALTIES, penalised_weights
 from grid.train.schedules import SCHEDULES
 from grid.train.trial import DeviceData, Trial, TrialResult, build_net, train
 from nets.activations import gain
@@ -27,7 +27,7 @@ CELLS = [(factor, level) for factor, levels in LEVELS.items() for level in level
 
 
 def noisy_templates(per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return images of one fixed template of noise per class, each blended with noise of its own."""
+    """Return images of one fixed template of noise per class, each blended with its own noise."""
     templates = np.random.default_rng(0).integers(0, 256, (CLASSES, SIDE, SIDE))
     labels = np.tile(np.arange(CLASSES), per_class)
     noise = np.random.default_rng(seed).integers(0, 256, (len(labels), SIDE, SIDE))
@@ -48,7 +48,7 @@ def dataset(**changes: object) -> Dataset:
 
 @pytest.fixture(scope="module")
 def data() -> DeviceData:
-    return DeviceData.of(dataset())
+    return DeviceData.from_dataset(dataset())
 
 
 def config(**changes: object) -> TrialConfig:
@@ -108,13 +108,13 @@ def test_another_seed_yields_other_numbers(data, model):
 
 def test_another_seed_draws_other_weights_another_order_and_other_masks(data):
     first, second = (Trial(config(seed=seed), data).state_dict() for seed in (0, 1))
-    for part in ("order", "dropout"):
-        assert not torch.equal(first[part], second[part])
+    for generator in ("order", "dropout"):
+        assert not torch.equal(first[generator], second[generator])
     assert not torch.equal(first["net"]["layers.1.weight"], second["net"]["layers.1.weight"])
     assert not torch.equal(first["order"], first["dropout"])
 
 
-def test_other_code_that_draws_changes_nothing(data):
+def test_random_draws_of_other_code_change_nothing(data):
     def draw(report: EpochReport) -> bool:
         torch.manual_seed(1)
         np.random.seed(1)
@@ -149,13 +149,13 @@ def test_models_of_one_seed_see_the_images_in_the_same_order(data):
 @pytest.mark.parametrize("optimizer", ["adam", "asgd"])
 def test_validation_does_not_change_the_training(data, optimizer):
     fewer = replace(data, val_images=data.val_images[:9], val_labels=data.val_labels[:9])
-    runs = [train(config(optimizer=optimizer, epochs=4), some).reports for some in (data, fewer)]
+    runs = [train(config(optimizer=optimizer, epochs=4), images).reports for images in (data, fewer)]
     first, second = ([(report.train_loss, report.train_accuracy) for report in reports] for reports in runs)
     assert first == second
     assert runs[0][-1].val_loss != runs[1][-1].val_loss
 
 
-def test_batches_are_whole_and_show_no_image_twice(data):
+def test_batches_are_full_and_contain_no_image_twice(data):
     seen = images_seen(Trial(config(batch_size=50), data))
     assert [len(images) for images in seen] == [50] * 3
     assert len(torch.cat(seen).unique(dim=0)) == 150
@@ -173,7 +173,7 @@ def test_a_batch_larger_than_the_data_is_all_of_it(data):
 
 
 @pytest.mark.parametrize("model", LEVELS["model"])
-def test_64_images_with_random_labels_are_learnt_by_heart(data, model):
+def test_64_images_with_random_labels_are_memorised(data, model):
     labels = torch.randint(CLASSES, (64,), generator=torch.Generator().manual_seed(0))
     few = replace(data, train_images=data.train_images[:64], train_labels=labels)
     sizes = {"hidden_sizes": "64", "channels": "16-32", "dense_size": 64}
@@ -183,7 +183,7 @@ def test_64_images_with_random_labels_are_learnt_by_heart(data, model):
     assert last.train_loss < 0.1
 
 
-def test_an_epoch_is_the_loop_of_the_textbook(data):
+def test_an_epoch_equals_a_textbook_training_loop(data):
     trial = Trial(config(optimizer="sgd", dropout=False), data)
     net = deepcopy(trial.net)
     optimizer = torch.optim.SGD(net.parameters(), lr=trial.config.learning_rate, momentum=0.9)
@@ -215,10 +215,10 @@ def test_every_level_trains(data, factor, level):
 
 
 @pytest.mark.parametrize("model", LEVELS["model"])
-def test_bfloat16_trains_near_float32_with_weights_in_float32(data, model):
+def test_bfloat16_stays_close_to_float32_and_keeps_weights_in_float32(data, model):
     rough = Trial(config(model=model, precision="bfloat16"), data)
     kinds = set()
-    rough.net.layers[-1].register_forward_hook(lambda net, inputs, logits: kinds.add(logits.dtype))
+    rough.net.register_forward_hook(lambda net, inputs, logits: kinds.add(logits.dtype))
     report, exact = rough.run_epoch(), Trial(config(model=model), data).run_epoch()
     assert kinds == {torch.bfloat16}
     assert {parameter.dtype for parameter in rough.net.parameters()} == {torch.float32}
@@ -227,8 +227,10 @@ def test_bfloat16_trains_near_float32_with_weights_in_float32(data, model):
 
 
 @pytest.mark.parametrize("changes", [{"memory_format": "channels_last"}, {"fused": True}])
-def test_layout_and_fused_kernels_change_no_more_than_rounding(data, changes):
-    plain, fast = (train(config(model="cnn", dropout=False, **some), data).reports[-1] for some in ({}, changes))
+def test_layout_and_fused_kernels_change_only_rounding(data, changes):
+    plain, fast = (
+        train(config(model="cnn", dropout=False, **settings), data).reports[-1] for settings in ({}, changes)
+    )
     assert fast.train_loss == pytest.approx(plain.train_loss, rel=1e-3)
     assert fast.val_loss == pytest.approx(plain.val_loss, rel=1e-2)
 
@@ -264,22 +266,22 @@ def frozen_report(data: DeviceData, **changes: object) -> tuple[nn.Module, Epoch
 def test_losses_and_accuracies_are_means_over_the_images(data, model, monkeypatch):
     monkeypatch.setattr(trial_module, "EVALUATION_BATCH_SIZE", 7)
     net, report = frozen_report(data, model=model)
-    parts = (data.train_images, data.train_labels), (data.val_images, data.val_labels)
-    for name, (images, labels) in zip(("train", "val"), parts, strict=True):
+    splits = (data.train_images, data.train_labels), (data.val_images, data.val_labels)
+    for name, (images, labels) in zip(("train", "val"), splits, strict=True):
         logits = net(scaled(images, data))
         assert getattr(report, f"{name}_loss") == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
         accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
         assert getattr(report, f"{name}_accuracy") == pytest.approx(accuracy)
 
 
-@pytest.mark.parametrize("regularization", ["l1", "l2", "elastic"])
+@pytest.mark.parametrize("regularization", sorted(set(PENALTIES) - {"none"}))
 def test_penalties_are_left_out_of_the_reported_losses(data, regularization):
     _, free = frozen_report(data)
     _, penalised = frozen_report(data, regularization=regularization, l1_strength=1e3, l2_strength=1e3)
     assert (penalised.train_loss, penalised.val_loss) == (free.train_loss, free.val_loss)
 
 
-@pytest.mark.parametrize("regularization", ["l1", "l2", "elastic"])
+@pytest.mark.parametrize("regularization", sorted(set(PENALTIES) - {"none"}))
 def test_penalties_shrink_the_weights(data, regularization):
     strong = {"l1_strength": 0.01, "l2_strength": 0.1, "optimizer": "sgd"}
     free, penalised = Trial(config(**strong), data), Trial(config(**strong, regularization=regularization), data)
@@ -297,13 +299,13 @@ def test_learning_rate_is_that_of_the_last_step_of_the_epoch(data):
     assert [report.learning_rate for report in reports] == pytest.approx(expected)
 
 
-def test_plateau_is_told_the_validation_loss_after_every_epoch(data, monkeypatch):
+def test_plateau_follows_the_validation_loss_of_every_epoch(data, monkeypatch):
     monkeypatch.setattr(Trial, "_validate", lambda trial: (1.0, 0.5))
     reports = train(config(lr_schedule="plateau", learning_rate=0.01, epochs=6), data).reports
     assert [report.learning_rate for report in reports] == pytest.approx([0.01] * 3 + [0.003] * 2 + [0.0009])
 
 
-def test_asgd_is_judged_by_its_averages_from_the_second_epoch_on(data):
+def test_asgd_is_validated_with_its_averages_from_the_second_epoch_on(data):
     trial = Trial(config(optimizer="asgd", batch_norm=False, dropout=False), data)
     reported, own = [], []
     for _ in range(2):
@@ -313,9 +315,9 @@ def test_asgd_is_judged_by_its_averages_from_the_second_epoch_on(data):
     assert reported[1] != pytest.approx(own[1], rel=1e-3)
 
 
-@pytest.mark.parametrize(("most", "images"), [(20, 150), (2, 100)])
-def test_norms_of_averages_are_estimated_from_whole_training_batches(data, monkeypatch, most, images):
-    monkeypatch.setattr(trial_module, "NORM_BATCHES", most)
+@pytest.mark.parametrize(("batches", "images"), [(20, 150), (2, 100)])
+def test_norms_of_averages_are_estimated_from_full_training_batches(data, monkeypatch, batches, images):
+    monkeypatch.setattr(trial_module, "NORM_BATCHES", batches)
     trial, seen = Trial(config(optimizer="asgd", batch_size=50, dropout=False), data), []
     trial.run_epoch()
     norm = next(module for module in trial.net.modules() if isinstance(module, nn.BatchNorm1d))
@@ -326,7 +328,7 @@ def test_norms_of_averages_are_estimated_from_whole_training_batches(data, monke
     torch.testing.assert_close(torch.cat(seen), scaled(data.train_images[:images], data))
 
 
-def test_seconds_and_throughput_belong_together(data):
+def test_seconds_and_throughput_agree(data):
     report = Trial(config(batch_size=50), data).run_epoch()
     assert 0 < 150 / report.samples_per_second < report.epoch_seconds
 
@@ -349,22 +351,22 @@ def status_and_epochs(result: TrialResult) -> tuple[str, list[int]]:
     return result.status, [report.epoch for report in result.reports]
 
 
-def test_full_budget_is_completed_and_told_epoch_by_epoch(data):
-    told: list[EpochReport] = []
-    result = train(config(epochs=3), data, lambda report: bool(told.append(report)))
+def test_a_full_budget_is_completed_and_reported_epoch_by_epoch(data):
+    reports: list[EpochReport] = []
+    result = train(config(epochs=3), data, lambda report: bool(reports.append(report)))
     assert status_and_epochs(result) == ("completed", [1, 2, 3])
-    assert tuple(told) == result.reports
+    assert tuple(reports) == result.reports
 
 
 @pytest.mark.parametrize(("stop_at", "expected"), [(2, ("stopped", [1, 2])), (3, ("completed", [1, 2, 3]))])
-def test_callback_stops_the_training_unless_it_is_over(data, stop_at, expected):
+def test_the_callback_stops_a_training_that_is_not_over(data, stop_at, expected):
     assert status_and_epochs(train(config(epochs=3), data, lambda report: report.epoch == stop_at)) == expected
 
 
 @pytest.mark.parametrize("batch_size", [32, 10_000])
 @pytest.mark.parametrize("stop", [False, True])
 def test_a_loss_that_is_not_finite_ends_the_training_as_diverged(data, batch_size, stop):
-    """With one batch per epoch the training loss is still finite, and validation tells."""
+    """With one batch per epoch the training loss is still finite; the validation loss is not."""
     absurd = config(optimizer="sgd", learning_rate=1e30, batch_size=batch_size, batch_norm=False, epochs=5)
     result = train(absurd, data, lambda report: stop)
     assert status_and_epochs(result) == ("diverged", [1])
@@ -384,38 +386,38 @@ def test_an_infinite_validation_loss_is_reported_as_nan(data, monkeypatch):
     assert math.isnan(report.val_accuracy)
 
 
-def test_a_penalty_that_blows_the_weights_up_is_a_divergence_even_after_the_last_batch(data):
+def test_weights_that_a_penalty_makes_infinite_after_the_last_batch_are_a_divergence(data):
     one_batch = {"batch_size": 10_000, "optimizer": "sgd", "regularization": "l2", "l2_strength": 1e38}
     report = Trial(config(**one_batch), data).run_epoch()
     assert report.diverged
     assert math.isfinite(report.train_loss)
 
 
-def assert_goes_on_identically(config: TrialConfig, data: DeviceData, epochs_before: int) -> None:
+def assert_resumes_identically(config: TrialConfig, data: DeviceData, epochs_before: int) -> None:
     whole, first, second = Trial(config, data), Trial(config, data), Trial(config, data)
     reports = [untimed(whole.run_epoch()) for _ in range(config.epochs)]
     for _ in range(epochs_before):
         first.run_epoch()
     second.load_state_dict(through_file(first.state_dict()))
     assert [untimed(second.run_epoch()) for _ in range(config.epochs - epochs_before)] == reports[epochs_before:]
-    for part in ("net", "order", "dropout"):
-        assert_same_bits(second.state_dict()[part], whole.state_dict()[part])
+    for name in ("net", "order", "dropout"):
+        assert_same_bits(second.state_dict()[name], whole.state_dict()[name])
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_optimizer_goes_on_identically(data, optimizer):
-    assert_goes_on_identically(config(optimizer=optimizer, lr_schedule="one_cycle", epochs=4), data, 2)
+def test_every_optimizer_resumes_identically(data, optimizer):
+    assert_resumes_identically(config(optimizer=optimizer, lr_schedule="one_cycle", epochs=4), data, 2)
 
 
 @pytest.mark.parametrize("lr_schedule", SCHEDULES)
-def test_every_schedule_goes_on_identically(data, lr_schedule):
-    assert_goes_on_identically(config(lr_schedule=lr_schedule, optimizer="sgd", epochs=6), data, 3)
+def test_every_schedule_resumes_identically(data, lr_schedule):
+    assert_resumes_identically(config(lr_schedule=lr_schedule, optimizer="sgd", epochs=6), data, 3)
 
 
 @pytest.mark.parametrize("epochs_before", [1, 3])
 @pytest.mark.parametrize("changes", [{"precision": "bfloat16"}, {"fused": True}, {"memory_format": "channels_last"}])
-def test_every_setting_goes_on_identically_in_a_cnn(data, changes, epochs_before):
-    assert_goes_on_identically(config(model="cnn", epochs=4, **changes), data, epochs_before)
+def test_every_setting_resumes_identically_in_a_cnn(data, changes, epochs_before):
+    assert_resumes_identically(config(model="cnn", epochs=4, **changes), data, epochs_before)
 
 
 def test_data_are_standardised_by_the_mean_and_deviation_of_the_training_pixels(data):
@@ -425,7 +427,7 @@ def test_data_are_standardised_by_the_mean_and_deviation_of_the_training_pixels(
     assert images.std(correction=0).item() == pytest.approx(1, rel=1e-5)
 
 
-def test_data_on_the_device_are_those_of_the_data_set(data):
+def test_data_on_the_device_equal_those_of_the_data_set(data):
     source = dataset()
     assert np.array_equal(data.train_images.squeeze(1).numpy(), source.train_images)
     assert np.array_equal(data.val_images.squeeze(1).numpy(), source.val_images)
@@ -435,7 +437,7 @@ def test_data_on_the_device_are_those_of_the_data_set(data):
 
 
 def test_blank_images_are_not_divided_by_zero():
-    blank = DeviceData.of(dataset(train_images=np.zeros((CLASSES * PER_CLASS, SIDE, SIDE), np.uint8)))
+    blank = DeviceData.from_dataset(dataset(train_images=np.zeros((CLASSES * PER_CLASS, SIDE, SIDE), np.uint8)))
     assert blank.std == 1
     assert math.isfinite(Trial(config(), blank).run_epoch().train_loss)
 
@@ -446,7 +448,7 @@ def test_images_of_another_shape_are_refused(data):
 
 
 @pytest.mark.parametrize("model", LEVELS["model"])
-def test_averaged_weights_need_no_whole_last_batch(data, model):
+def test_averaged_weights_need_no_full_last_batch(data, model):
     """The 33rd image alone would give batch norm no variance."""
     odd = replace(data, train_images=data.train_images[:33], train_labels=data.train_labels[:33])
     report = train(config(model=model, optimizer="asgd", epochs=3), odd).reports[-1]

@@ -28,7 +28,7 @@ def test_eighty_cells_of_the_mlp() -> None:
     assert len(plan("--only", "model=mlp", "--only", "lr_schedule=cosine", "--only", "regularization=none").cells) == 80
 
 
-def test_every_trial_starts_from_its_optimizers_base_rate_times_the_scale() -> None:
+def test_every_trial_has_the_base_rate_of_its_optimizer_times_its_scale() -> None:
     for trial in plan("--grid", "smoke", "--lr-scales", "0.5,1").trials:
         assert trial.learning_rate == OPTIMIZERS[trial.optimizer].base_learning_rate * trial.lr_scale
 
@@ -77,7 +77,7 @@ def test_more_seeds_levels_and_learning_rate_scales_can_be_compared() -> None:
     check_comparable(recorded, [], "x")
 
 
-def test_controls_of_a_grown_grid_keep_those_that_have_begun() -> None:
+def test_a_grown_grid_keeps_the_controls_that_have_begun() -> None:
     small = plan("--grid", "smoke", "--controls", "0.1")
     begun = {trial.trial_key: trial.trial_key in small.controls for trial in small.trials}
     request = read_request(_parser().parse_args(["--grid", "smoke", "--controls", "0.1", "--seeds", "3"]))

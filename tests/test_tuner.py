@@ -1,4 +1,4 @@
-"""Ray for real: one private cluster for all tests of the file."""
+"""`grid.tune.tuner` on a real Ray: one private cluster for all tests of the file."""
 
 import os
 import re
@@ -40,12 +40,13 @@ def worker_pids() -> set[int]:
 
 
 class Notes:
-    """A listener that writes everything down, and asks for an end after some epochs."""
+    """A listener that notes every event, and interrupts the run after a number of epochs."""
 
     def __init__(self, end_after: int = 10**9):
         self.starts: list[str] = []
         self.reports: dict[str, list[EpochReport]] = {}
         self.ends: dict[str, tuple[str, str]] = {}
+        self.suspensions: list[str] = []
         self.worker_pids: set[int] = set()
         self.problems: list[str] = []
         self.end_after = end_after
@@ -53,11 +54,14 @@ class Notes:
     def started(self, config: TrialConfig) -> None:
         self.starts.append(config.trial_key)
 
-    def reported(self, config: TrialConfig, report: EpochReport, *, stopped: bool) -> None:
+    def epoch_ended(self, config: TrialConfig, report: EpochReport, *, stopped: bool) -> None:
         self.reports.setdefault(config.trial_key, []).append(report)
 
     def ended(self, config: TrialConfig, status: str, error: str) -> None:
         self.ends[config.trial_key] = (status, error)
+
+    def suspended(self, config: TrialConfig) -> None:
+        self.suspensions.append(config.trial_key)
 
     def give_up(self, problem: str) -> None:
         self.problems.append(problem)
@@ -93,14 +97,14 @@ def test_a_trial_in_a_worker_yields_the_numbers_of_a_plain_training(
     dataset: Dataset, packing: Packing, tmp_path: Path
 ) -> None:
     notes = run([CONFIG], dataset, packing, tmp_path)
-    plain = train(CONFIG, DeviceData.of(dataset)).reports
+    plain = train(CONFIG, DeviceData.from_dataset(dataset)).reports
     assert notes.ends == {CONFIG.trial_key: ("completed", "")}
-    assert [(one.val_loss, one.val_accuracy) for one in notes.reports[CONFIG.trial_key]] == [
-        (one.val_loss, one.val_accuracy) for one in plain
+    assert [(report.val_loss, report.val_accuracy) for report in notes.reports[CONFIG.trial_key]] == [
+        (report.val_loss, report.val_accuracy) for report in plain
     ]
 
 
-def test_asha_stops_trials_but_never_controls(dataset: Dataset, packing: Packing, tmp_path: Path) -> None:
+def test_asha_stops_trials_but_never_unstopped_controls(dataset: Dataset, packing: Packing, tmp_path: Path) -> None:
     trials = [replace(CONFIG, seed=seed, learning_rate=0.05 / 4**seed) for seed in range(6)]
     control = trials[-1].trial_key
     asha = Asha((1,))
@@ -121,7 +125,7 @@ def test_a_diverged_trial_is_neither_stopped_nor_completed(dataset: Dataset, pac
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the trial fails for want of a GPU")
-def test_a_trial_that_raises_is_failed_with_its_traceback_and_the_others_go_on(
+def test_a_trial_that_raises_is_failed_with_its_traceback_and_the_others_continue(
     dataset: Dataset, packing: Packing, tmp_path: Path
 ) -> None:
     broken = replace(CONFIG, device="cuda")
@@ -134,7 +138,7 @@ def test_a_trial_that_raises_is_failed_with_its_traceback_and_the_others_go_on(
     assert [notes.ends[other.trial_key] for other in others] == [("completed", "")] * 3
 
 
-def test_workers_are_kept_for_many_trials(dataset: Dataset, packing: Packing, tmp_path: Path) -> None:
+def test_a_worker_trains_many_trials(dataset: Dataset, packing: Packing, tmp_path: Path) -> None:
     trials = [replace(CONFIG, seed=seed, epochs=1) for seed in range(8)]
     before = worker_pids()
     notes = run(trials, dataset, packing, tmp_path)
@@ -151,41 +155,42 @@ def test_trials_start_in_the_order_given_and_tune_leaves_nothing_behind(
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
 
 
-def test_a_worker_that_is_starting_is_left_to_its_trial() -> None:
+def test_a_free_worker_does_not_get_a_trial_for_which_a_worker_is_starting() -> None:
     scheduler = AshaScheduler(Asha(()), ())
-    waiting, stopped, fresh = (
+    waiting, stopped, new = (
         SimpleNamespace(trial_id=status, status=status.rstrip("2")) for status in ("PENDING", "TERMINATED", "PENDING2")
     )
     scheduler.on_trial_add(None, waiting)  # type: ignore[arg-type]
-    assert scheduler.choose_trial_to_run(None) is waiting  # gets a worker of its own, which takes a while
+    assert scheduler.choose_trial_to_run(None) is waiting  # a worker starts for it, which takes a while
     scheduler.on_trial_add(None, stopped)  # type: ignore[arg-type]
-    scheduler.on_trial_add(None, fresh)  # type: ignore[arg-type]
-    assert scheduler.choose_trial_to_run(None) is fresh  # gets the worker that has become free
+    scheduler.on_trial_add(None, new)  # type: ignore[arg-type]
+    assert scheduler.choose_trial_to_run(None) is new  # gets the worker that has become free
     assert scheduler.choose_trial_to_run(None) is None
 
 
-def test_a_trial_whose_worker_died_comes_before_those_that_have_just_come() -> None:
+def test_a_trial_whose_worker_died_starts_before_trials_that_were_just_added() -> None:
     scheduler = AshaScheduler(Asha(()), ())
-    lost, fresh, last = (SimpleNamespace(trial_id=name, status="PENDING") for name in ("lost", "fresh", "last"))
+    lost, new, last = (SimpleNamespace(trial_id=name, status="PENDING") for name in ("lost", "new", "last"))
     scheduler.on_trial_add(None, lost)  # type: ignore[arg-type]
     assert scheduler.choose_trial_to_run(None) is lost
     scheduler.on_trial_add(None, lost)  # type: ignore[arg-type]
     assert scheduler.choose_trial_to_run(None) is None  # Tune starts a worker for it
-    scheduler.on_trial_add(None, fresh)  # type: ignore[arg-type]
+    scheduler.on_trial_add(None, new)  # type: ignore[arg-type]
     assert scheduler.choose_trial_to_run(None) is lost
     lost.status = "RUNNING"
     scheduler.on_trial_add(None, last)  # type: ignore[arg-type]
     assert scheduler.choose_trial_to_run(None) is last
 
 
-def test_an_interruption_leaves_trials_without_an_end(dataset: Dataset, packing: Packing, tmp_path: Path) -> None:
+def test_an_interruption_suspends_the_trials_that_run(dataset: Dataset, packing: Packing, tmp_path: Path) -> None:
     trials = [replace(CONFIG, seed=seed, epochs=50) for seed in range(3)]
     notes = run(trials, dataset, packing, tmp_path, end_after=4)
     assert notes.ends == {}
+    assert sorted(notes.suspensions) == sorted(set(notes.starts))
     assert 4 <= sum(map(len, notes.reports.values())) < 50
 
 
-def test_a_worker_on_a_machine_with_other_code_ends_the_run_with_one_line_and_no_trial(
+def test_a_worker_on_a_node_with_other_code_ends_the_run_with_one_line_and_no_trial(
     dataset: Dataset, packing: Packing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = CodeVersion.here()
@@ -201,21 +206,21 @@ def test_a_worker_on_a_machine_with_other_code_ends_the_run_with_one_line_and_no
 def test_workers_read_the_images_from_the_memory_of_their_node(dataset: Dataset, packing: Packing) -> None:
     @ray.remote
     def read(given: Dataset) -> bool:
-        return bool(given.train_images.flags.writeable)  # a copy of one's own could be written
+        return bool(given.train_images.flags.writeable)  # a copy would be writeable
 
     assert ray.get(read.remote(ray.put(dataset))) is False
 
 
 class Killer(Notes):
-    """Kills the worker once, as soon as a trial has reported a number of epochs."""
+    """Kills the workers once, as soon as a trial has reported a number of epochs."""
 
     def __init__(self, after: int):
         super().__init__()
         self.after = after
         self.killed: set[int] = set()
 
-    def reported(self, config: TrialConfig, report: EpochReport, *, stopped: bool) -> None:
-        super().reported(config, report, stopped=stopped)
+    def epoch_ended(self, config: TrialConfig, report: EpochReport, *, stopped: bool) -> None:
+        super().epoch_ended(config, report, stopped=stopped)
         if report.epoch >= self.after and not self.killed:
             self.killed = worker_pids()
             for pid in self.killed:
@@ -235,15 +240,7 @@ def test_the_death_of_a_worker_costs_at_most_a_rung_and_no_bit(
     epochs = [report.epoch for report in notes.reports[config.trial_key]]
     assert epochs[-3:] == [4, 5, 6]
     assert epochs[: epochs.index(4) + 1] == [1, 2, 3, 4]
-    assert set(epochs[epochs.index(4) + 1 :]) <= {4, 5, 6}  # taken up behind epoch 3, not begun anew
+    assert set(epochs[epochs.index(4) + 1 :]) <= {4, 5, 6}  # resumed after epoch 3, not begun again
     last = {report.epoch: report.val_loss for report in notes.reports[config.trial_key]}
-    plain = {report.epoch: report.val_loss for report in train(config, DeviceData.of(dataset)).reports}
+    plain = {report.epoch: report.val_loss for report in train(config, DeviceData.from_dataset(dataset)).reports}
     assert last == plain
-
-
-def test_a_private_ray_listens_on_this_machine_alone(packing: Packing) -> None:
-    assert ray.util.get_node_ip_address() == "127.0.0.1"
-    mine = {process.pid for process in psutil.Process().children(recursive=True)}
-    listening = [one for one in psutil.net_connections("tcp") if one.status == "LISTEN" and one.pid in mine]
-    assert listening
-    assert {one.laddr.ip.removeprefix("::ffff:") for one in listening} == {"127.0.0.1"}

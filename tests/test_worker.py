@@ -1,4 +1,4 @@
-"""What a worker process does, without the process."""
+"""The work of a worker process, run in this one."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ CONFIG = TrialConfig(learning_rate=0.05, epochs=3)
 
 
 class Counting(Trial):
-    """Does nothing but count; raises as often as it is told to."""
+    """Counts its epochs instead of training; the next `raises` epochs raise."""
 
     raises = 0
 
@@ -49,14 +49,14 @@ def test_a_trial_is_done_after_its_last_epoch(worker: Worker) -> None:
     assert [(result["report"].epoch, result["done"]) for result in results] == [(1, False), (2, False), (3, True)]
 
 
-def test_a_trial_is_put_down_at_a_rung_only_when_it_goes_on(worker: Worker) -> None:
+def test_a_trial_is_saved_at_a_rung_only_when_it_continues(worker: Worker) -> None:
     worker.run_epoch(CONFIG)
     assert worker.checkpoints.load(CONFIG.trial_key, "cpu") is None
     worker.run_epoch(CONFIG)
     assert worker.checkpoints.load(CONFIG.trial_key, "cpu") == {"epoch": 1}
 
 
-def test_another_trial_begins_anew_and_one_that_was_put_down_goes_on(worker: Worker) -> None:
+def test_another_trial_starts_from_scratch_and_a_saved_one_resumes(worker: Worker) -> None:
     other = TrialConfig(learning_rate=0.05, epochs=3, seed=1)
     epochs = [worker.run_epoch(CONFIG)["report"].epoch for _ in range(2)]
     for config in (other, CONFIG):
@@ -65,7 +65,7 @@ def test_another_trial_begins_anew_and_one_that_was_put_down_goes_on(worker: Wor
     assert epochs == [1, 2, 1, 2]
 
 
-def test_an_error_is_tried_again_and_then_a_result(worker: Worker) -> None:
+def test_an_epoch_that_raises_is_retried_and_then_returned_as_an_error(worker: Worker) -> None:
     Counting.raises = TRIES - 1
     assert worker.run_epoch(CONFIG)["report"].epoch == 1
     Counting.raises = TRIES

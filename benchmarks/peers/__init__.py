@@ -1,1 +1,1 @@
-"""What a user would write instead of this project, from the documentation of the tools; `grid_speed` runs it."""
+"""What a user would write instead of using this project, following the tools' documentation; run by `grid_speed`."""

@@ -1,6 +1,6 @@
-"""Data, nets, optimizers and one epoch, as the documentation of torch and torchvision teaches; both scripts share it.
+"""Data, nets, optimizers and one epoch for both scripts, written as torch's and torchvision's documentation recommends.
 
-Imports nothing of this project: the cut into train and validation comes in as a file.
+Imports nothing from this project: the split into train and validation is read from a file.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from torchvision.datasets import EMNIST
 BATCH_SIZE = 128
 VALIDATION_BATCH_SIZE = 1000
 DATALOADER_WORKERS = 0
-"""Tried: an epoch of the MLP took 2.4 to 2.6 s with 0 and 3.2 to 3.5 s with 2; every core has a trial already."""
+"""The faster choice: with 2 workers an epoch of the MLP takes a third longer, as every core already runs a trial."""
 MEAN, STD = 0.1722, 0.3309
-"""Of EMNIST's pixels, as one writes them into `Normalize`."""
+"""Of EMNIST's pixels, in [0, 1]."""
 DROPOUT_RATE = 0.25
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
 }
 GAINS = {"relu": 1.4142, "leaky_relu": 1.4141, "elu": 1.2452, "gelu": 1.5335}
-"""Those of `nets.activations`."""
+"""Equal to those of `nets.activations`; a test compares them."""
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
     "sgd": lambda parameters: SGD(parameters, lr=0.05, momentum=0.9),
     "adam": lambda parameters: Adam(parameters, lr=2e-3),
@@ -41,11 +41,11 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
     "asgd": lambda parameters: ASGD(parameters, lr=0.2, lambd=0.0),
     "adagrad": lambda parameters: Adagrad(parameters, lr=1e-2),
 }
-"""The learning rates are those of `grid.train.optimizers`, measured for these nets; `lambd` would be weight decay."""
+"""With the learning rates of `grid.train.optimizers`, measured for these nets; `lambd` is ASGD's own weight decay."""
 
 
 class Glyphs(EMNIST):  # type: ignore[misc]
-    """The files of `grid.data.glyphs`, which lie in `Glyphs/raw` as EMNIST's lie in `EMNIST/raw`."""
+    """Reads `grid.data.glyphs`, whose files are in `Glyphs/raw` as EMNIST's are in `EMNIST/raw`."""
 
     splits = ("glyphs",)
     classes_split_dict = {"glyphs": [str(label) for label in range(47)]}  # noqa: RUF012 (torchvision's name and type)
@@ -53,24 +53,24 @@ class Glyphs(EMNIST):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Task:
-    """What a script is asked to do."""
+    """Arguments of a script."""
 
     model: str
     """`mlp` or `cnn`."""
     optimizers: tuple[str, ...]
     activations: tuple[str, ...]
     data: str
-    """`glyphs`, or `emnist-` and a split of torchvision's."""
+    """`glyphs`, or `emnist-` followed by the name of a split in torchvision."""
     data_dir: Path
     split: Path
-    """File of numpy's with the positions of the `train` and of the `val` images."""
+    """NumPy file with the positions of the `train` and the `val` images."""
     epochs: int
     slots: int
     """Trials at once."""
     seeds: tuple[int, ...]
-    """Each cell is trained once with each."""
+    """Each cell is trained once with each seed."""
     init: str
-    """`torch` for what torch does, `ours` for the standard deviations of `nets.blocks`."""
+    """Initial weights: `torch` for torch's defaults, `ours` for the standard deviations of `nets.blocks`."""
     store: str
     """MLflow tracking URI."""
 
@@ -93,14 +93,14 @@ def read_task() -> Task:
 
 
 def open_dataset(name: str, data_dir: Path, transform: Callable[..., Tensor] | None = None) -> EMNIST:
-    """Open the train file."""
+    """Open the training images of a data set."""
     if name == "glyphs":
         return Glyphs(data_dir, split="glyphs", train=True, transform=transform)
     return EMNIST(data_dir, split=name.removeprefix("emnist-"), train=True, transform=transform)
 
 
 def load_data(task: Task) -> tuple["DataLoader[Tensor]", "DataLoader[Tensor]", int]:
-    """Return the loaders of train and validation, and the number of classes."""
+    """Return a loader of the training images, one of the validation images, and the number of classes."""
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
     dataset = open_dataset(task.data, task.data_dir, transform)
     split = np.load(task.split)
@@ -108,7 +108,7 @@ def load_data(task: Task) -> tuple["DataLoader[Tensor]", "DataLoader[Tensor]", i
         Subset(dataset, split["train"].tolist()),
         batch_size=BATCH_SIZE,
         shuffle=True,
-        drop_last=True,  # a last batch of one image would have no variance for batch norm
+        drop_last=True,  # batch norm needs more than one image
         num_workers=DATALOADER_WORKERS,
     )
     val = DataLoader(
@@ -118,7 +118,7 @@ def load_data(task: Task) -> tuple["DataLoader[Tensor]", "DataLoader[Tensor]", i
 
 
 def build_net(model: str, activation: str, classes: int, init: str) -> nn.Sequential:
-    """Build the net, initialised as torch does or as `nets.blocks` does."""
+    """Build the net and initialise its weights as `init` says."""
     act = ACTIVATIONS[activation]
     if model == "mlp":
         layers = [nn.Flatten(), *_dense(28 * 28, 512, act), *_dense(512, 256, act), *_dense(256, 128, act)]
@@ -137,7 +137,7 @@ def build_net(model: str, activation: str, classes: int, init: str) -> nn.Sequen
 def run_epoch(
     net: nn.Module, optimizer: Optimizer, train: "DataLoader[Tensor]", val: "DataLoader[Tensor]"
 ) -> dict[str, float]:
-    """Train one epoch, validate, and return what is logged."""
+    """Train one epoch, validate, and return the metrics."""
     begun = time.perf_counter()
     train_loss = train_epoch(net, optimizer, train)
     val_loss, val_accuracy = validate(net, val)

@@ -1,8 +1,8 @@
-"""A grid by Optuna as its documentation teaches it: GridSampler, SuccessiveHalvingPruner, MLflowCallback.
+"""A grid in Optuna, written as its documentation recommends: GridSampler, SuccessiveHalvingPruner, MLflowCallback.
 
-Trials run in processes that share a journal file, as "Easy Parallelization" (optuna.readthedocs.io) has it for one
-machine; it advises against SQLite. Threads (`n_jobs`) are no choice: `track_in_mlflow` holds a lock for as long
-as an objective runs, so that they would take turns.
+Trials run in processes that share a journal file, which "Easy Parallelization" (optuna.readthedocs.io) recommends for
+one machine instead of SQLite. Threads (`n_jobs`) would run one trial at a time, because `track_in_mlflow` holds a lock
+while an objective runs.
 """
 
 import multiprocessing
@@ -25,7 +25,7 @@ STUDY = "grid"
 
 
 def work(task: Task, ready: Event) -> None:
-    """Run trials until all are taken; one of the processes."""
+    """Run trials until none is left; the body of one process."""
     torch.set_num_threads(1)
     ready.wait()
     study = optuna.load_study(
@@ -54,14 +54,14 @@ def work(task: Task, ready: Event) -> None:
                 raise optuna.TrialPruned
         return accuracy
 
-    # Running trials count, or the processes that end first would train cells again that others still train.
-    taken = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+    # Running trials count as well: otherwise a process that runs out of cells would train those of another again.
+    counted = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
     count = len(task.optimizers) * len(task.activations) * len(task.seeds)
-    study.optimize(mlflc.track_in_mlflow()(objective), callbacks=[mlflc, MaxTrialsCallback(count, taken)])
+    study.optimize(mlflc.track_in_mlflow()(objective), callbacks=[mlflc, MaxTrialsCallback(count, counted)])
 
 
 def main() -> int:
-    """Make the study and run it in as many processes as there are slots."""
+    """Create the study and run it in one process per slot."""
     task = read_task()
     storage = JournalStorage(JournalFileBackend(JOURNAL))
     study = optuna.create_study(study_name=STUDY, storage=storage, direction="maximize")
@@ -70,7 +70,7 @@ def main() -> int:
     for worker in workers:
         worker.start()
     mlflow.set_tracking_uri(task.store)
-    mlflow.create_experiment(STUDY)  # here, because two processes that both find no database break each other's
+    mlflow.create_experiment(STUDY)  # once, before the processes race to create the database
     ready.set()
     for worker in workers:
         worker.join()

@@ -1,6 +1,6 @@
-"""A grid by Ray Tune as its documentation teaches it: function trainable, grid_search, ASHA, MLflowLoggerCallback.
+"""A grid in Ray Tune, written as its documentation recommends: function trainable, grid_search, ASHA, MLflow callback.
 
-From "Using PyTorch with Tune" and "Using MLflow with Tune" (docs.ray.io), without their checkpoints, which cost time.
+After "Using PyTorch with Tune" and "Using MLflow with Tune" (docs.ray.io), without their checkpoints, which cost time.
 """
 
 import sys
@@ -17,7 +17,7 @@ from benchmarks.peers.common import OPTIMIZERS, Task, build_net, load_data, read
 
 
 def train_net(config: dict[str, Any], task: Task) -> None:
-    """Train one trial; Tune stops it when ASHA says so."""
+    """Train one trial until it ends or Tune stops it."""
     torch.manual_seed(config["seed"])
     train, val, classes = load_data(task)
     net = build_net(task.model, config["activation"], classes, task.init)
@@ -27,7 +27,7 @@ def train_net(config: dict[str, Any], task: Task) -> None:
 
 
 def main() -> int:
-    """Run the grid."""
+    """Run the grid and return the exit code: 1 if a trial failed."""
     task = read_task()
     ray.init(address="local", num_cpus=task.slots)
     tuner = tune.Tuner(

@@ -1,1 +1,1 @@
-"""The images: which data sets there are, how their files are found or made, and how they are split."""
+"""The images: the data sets, how their files are found, downloaded or rendered, and how they are split."""

@@ -1,6 +1,6 @@
-"""Which data sets there are and how large each is as published: all that is known before a file is read.
+"""The data sets and their published sizes: all that is known before a file is read.
 
-Standard library only, so that a wrong name is answered, and a run is forecast, at once and without data.
+Standard library only, so that a wrong name is refused, and a run forecast, at once and without data.
 """
 
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from grid.config import InputError
 
 VALIDATION_SHARE = 6
-"""Validation takes one in this many of the smallest class, and as many of every other: 400 per class of Balanced."""
+"""Validation takes a sixth of the smallest class, and as many images of every other: 400 per class of Balanced."""
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What is published of one data set.
+    """Published facts about one data set.
 
     Reference: Cohen et al. 2017, EMNIST: an extension of MNIST to handwritten letters, https://arxiv.org/abs/1702.05373
     """
@@ -25,18 +25,18 @@ class DatasetSpec:
     test_size: int
     class_count: int
     balanced: bool = True
-    """Whether all classes are of one size."""
+    """Whether all classes have the same size."""
 
     @property
     def largest_per_class(self) -> int | None:
-        """Training images per class that validation leaves; None where the class sizes are not known here."""
+        """Training images per class that validation leaves; None if the class sizes are unknown (unbalanced)."""
         class_size = self.train_size // self.class_count
         return class_size - class_size // VALIDATION_SHARE if self.balanced else None
 
     def split_sizes(self, per_class: int | None = None) -> tuple[int, int]:
-        """Forecast how many images `grid.data.load.load` will give.
+        """Forecast how many images `grid.data.load.load` will return.
 
-        The class sizes of an unbalanced data set are not known here: its validation counts as empty, which makes the
+        The class sizes of an unbalanced data set are unknown here: its validation counts as empty, which makes the
         forecast of train an upper bound.
 
         Args:
@@ -51,7 +51,7 @@ class DatasetSpec:
         return (train_size if per_class is None else min(train_size, per_class * self.class_count)), val_size
 
 
-# Letters: the sizes of the files that NIST gives out, 145,600 images in all.
+# Letters: the sizes of the files that NIST distributes, 145,600 images in total.
 DATASETS: dict[str, DatasetSpec] = {
     "emnist-balanced": DatasetSpec("balanced", 112_800, 18_800, 47),
     "emnist-bymerge": DatasetSpec("bymerge", 697_932, 116_323, 47, balanced=False),
@@ -76,7 +76,7 @@ def check_per_class(per_class: int | None, *, largest: int | None = None) -> Non
 
     Args:
         per_class: Train images per class; `None` for all is always allowed.
-        largest: Most that the data can give; `None` where they are not read yet.
+        largest: The most that the data contain; `None` before they are read.
     """
     if per_class is None or (per_class >= 1 and (largest is None or per_class <= largest)):
         return

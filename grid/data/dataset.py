@@ -1,4 +1,4 @@
-"""The images of a data set as plain arrays: what travels to workers. Light to import, which `grid.data.load` is not."""
+"""The images of a data set as plain arrays, as they are sent to workers. Imports no torch, unlike `grid.data.load`."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ Labels = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Dataset:
-    """Train and validation images of one data set; the test set is not in it."""
+    """Train and validation images of one data set, without its test set."""
 
     name: str
     classes: tuple[str, ...]
-    """Class names; the label is the position."""
+    """Class names; a label is a position in them."""
     train_images: Images
     """`[image, row, column]`, 28 x 28, white (255) on black (0), upright."""
     train_labels: Labels
@@ -23,4 +23,4 @@ class Dataset:
     val_images: Images
     val_labels: Labels
     fingerprint: str
-    """16 hexadecimal digits that change with any byte of the above."""
+    """16 hexadecimal digits that change with any byte of the fields above."""

@@ -1,6 +1,6 @@
 """EMNIST's files: found in a folder, downloaded from NIST if missing, unpacked, and checked before they are read.
 
-A file appears whole or not at all; an interrupted download continues. Glyphs are stored in the same format.
+A file is written completely or not at all; an interrupted download continues. Glyphs are stored in the same format.
 """
 
 import gzip
@@ -28,7 +28,7 @@ from grid.data.dataset import Labels
 IMAGE_SIZE = 28
 CHUNK_BYTES = 1 << 18
 TIMEOUT_SECONDS = 30
-"""How long to wait for a silent server."""
+"""How long to wait for a server that sends nothing."""
 HINT = "delete it and run again"
 
 
@@ -39,10 +39,10 @@ def idx_files(raw: Path, split: str, part: str) -> tuple[Path, Path]:
 
 
 def check_pair(images_file: Path, labels_file: Path) -> None:
-    """Check what the headers of two IDX files declare, before torchvision reads them.
+    """Check the headers of two IDX files before torchvision reads them.
 
     Raises:
-        InputError: A file is damaged, or the two do not belong together.
+        InputError: A file is damaged, or the two files do not match.
     """
     count, height, width = _read_header(images_file, axes=3)
     if (height, width) != (IMAGE_SIZE, IMAGE_SIZE):
@@ -53,7 +53,7 @@ def check_pair(images_file: Path, labels_file: Path) -> None:
 
 
 def _read_header(path: Path, *, axes: int) -> tuple[int, ...]:
-    """Return the sizes that an IDX file of bytes declares, once its magic number and its length are right."""
+    """Return the sizes declared by an IDX file of bytes, after a check of its magic number and its length."""
     header_bytes = 4 + 4 * axes
     try:
         with path.open("rb") as file:
@@ -69,7 +69,7 @@ def _read_header(path: Path, *, axes: int) -> tuple[int, ...]:
     expected_bytes = header_bytes + math.prod(sizes)
     if file_bytes != expected_bytes:
         problem = "truncated" if file_bytes < expected_bytes else "too long"
-        raise InputError(f"{path}: {problem}, {file_bytes} bytes where its header tells of {expected_bytes}; {HINT}")
+        raise InputError(f"{path}: {problem}, {file_bytes} bytes where its header declares {expected_bytes}; {HINT}")
     return sizes
 
 
@@ -77,7 +77,7 @@ def check_labels(labels: Labels, class_count: int, path: Path) -> None:
     """Check that all labels, shifted to start from 0, are below `class_count`.
 
     Raises:
-        InputError: One is not; the text names the file, `path`, and the label as it stands there.
+        InputError: One is not; the text names the file, `path`, and the label as the file has it.
     """
     wrong = labels[(labels < 0) | (labels >= class_count)]
     if wrong.size:
@@ -87,7 +87,9 @@ def check_labels(labels: Labels, class_count: int, path: Path) -> None:
 
 
 def download_if_missing(raw: Path, split: str, part: str) -> None:
-    """Bring the two files of one part of EMNIST into `raw` if they are missing; each appears whole or not at all.
+    """Download and unpack the two files of one part of EMNIST to `raw` if they are missing.
+
+    Each file is written completely or not at all.
 
     Raises:
         InputError: They can't be downloaded, unpacked or written.
@@ -109,12 +111,12 @@ def download_if_missing(raw: Path, split: str, part: str) -> None:
 
 
 def missing_files(raw: Path, split: str, part: str) -> list[Path]:
-    """Return those of `idx_files` that are not there."""
+    """Return those of `idx_files` that do not exist."""
     return [path for path in idx_files(raw, split, part) if not path.is_file()]
 
 
 def _make_folder(raw: Path, split: str) -> list[Path]:
-    """Make the folder if it is missing; return those that had to be made, innermost first."""
+    """Make the folder if it is missing; return the folders that were made, innermost first."""
     missing = [folder for folder in (raw, *raw.parents) if not folder.exists()]
     try:
         raw.mkdir(parents=True, exist_ok=True)
@@ -133,7 +135,7 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 
 def _unpack_archive(archive: Path, paths: Iterable[Path]) -> None:
-    """Unpack these files only: torchvision would unpack all six splits, and leave half of a file if interrupted."""
+    """Unpack these files only: torchvision would unpack all six splits, and leave half a file if interrupted."""
     with zipfile.ZipFile(archive) as members:
         for path in paths:
             with members.open(f"gzip/{path.name}.gz") as stream:
@@ -158,7 +160,7 @@ def _unpack(stream: IO[bytes] | Path, path: Path, packed: Path) -> None:
 
 
 def _fetch_archive(raw: Path, split: str, part: str) -> Path:
-    """Return the path of NIST's archive of all six splits, downloaded if need be, its checksum verified."""
+    """Return the path of NIST's archive of all six splits, downloaded if missing, its checksum verified."""
     archive, unfinished = raw / "gzip.zip", raw / "gzip.zip.part"
     if archive.is_file():
         if not check_md5(archive, EMNIST.md5):
@@ -178,7 +180,7 @@ def _fetch_archive(raw: Path, split: str, part: str) -> Path:
 
 
 def _download(url: str, path: Path) -> None:
-    """Download `url` to `path`, continuing after the bytes that are there if the server can."""
+    """Download `url` to `path`, continuing after the bytes that are there if the server supports it."""
     done = path.stat().st_size if path.exists() else 0
     headers = {"User-Agent": USER_AGENT} | ({"Range": f"bytes={done}-"} if done else {})
     try:
@@ -197,7 +199,7 @@ def _download(url: str, path: Path) -> None:
 
 
 def _copy(source: IO[bytes], sink: IO[bytes], done: int, total: int | None) -> None:
-    """Copy a download of `total` bytes, `done` of which are there, showing the progress on a terminal."""
+    """Copy the rest of a download, `done` of `total` bytes being there already; show progress on a terminal."""
     try:
         while chunk := source.read(CHUNK_BYTES):
             sink.write(chunk)
@@ -215,6 +217,6 @@ def _show(text: str) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """Return what an error says, on one line; `<urlopen error ...>` is taken off."""
+    """Return the text of an error on one line, without `<urlopen error ...>`."""
     text = str(error) if isinstance(error, HTTPError) else str(getattr(error, "reason", error))
     return " ".join(text.split()) or type(error).__name__

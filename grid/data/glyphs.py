@@ -1,7 +1,7 @@
 """Glyphs, the offline stand-in for EMNIST: its 47 balanced classes, rendered from the fonts that matplotlib ships.
 
 Rendering is a pure function of a size and a seed; only `render_if_missing` touches the disk. The files have EMNIST's
-layout, including the transposed images, so that one reading path serves both.
+format, transposed images included, so that the same code reads both.
 """
 
 import math
@@ -22,7 +22,8 @@ from torchvision.datasets import EMNIST
 from grid.config import InputError
 
 CLASSES: tuple[str, ...] = tuple("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghnqrt")
-"""Class names in the order of EMNIST's official mapping. It merges both cases of the others; glyphs draw the upper."""
+"""Class names in the order of EMNIST's official mapping. The other letters have one class
+for both cases, which glyphs draw in upper case."""
 
 FONTS = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
@@ -31,20 +32,20 @@ FONTS = (
     *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
     *("cmr10", "cmb10", "cmss10", "cmti10", "cmtt10"),
 )
-"""The shipped fonts that draw all 47 classes; cmmi10 is left out, its digits being old style (its 0 is an o)."""
+"""The shipped fonts that have all 47 classes, except cmmi10, whose digits are old style (its 0 is an o)."""
 
 TRAIN_PER_CLASS, TRAIN_SEED = 300, 47_001
 TEST_PER_CLASS, TEST_SEED = 60, 47_002
 
 IMAGE_SIZE = 28
 GLYPH_SIZE = 18
-"""Longer side in pixels of an undistorted glyph, strokes not yet blurred."""
+"""Longer side in pixels of an undistorted glyph before its strokes are blurred."""
 MASTER_SCALE = 3
 """Master pixels per image pixel."""
 SAMPLES_PER_PIXEL = 2
 """Samples per image pixel and axis, averaged: strokes get soft edges."""
 BATCH_SIZE = 20 * len(CLASSES)
-"""Images distorted at once, which bounds the memory."""
+"""Images distorted at once; bounds the memory."""
 
 ROTATION = math.radians(8)
 """Standard deviation of the angle in radians."""
@@ -58,16 +59,16 @@ ELASTIC = 0.5
 ELASTIC_KNOTS = 5
 """Knots per axis between which the displacement is smooth."""
 STROKE_LEVELS = (0.04, 0.2)
-"""Range of the value of the blurred master at which ink begins; a low one makes a thick stroke."""
+"""Range of the value of the blurred master at which ink begins; a low value makes a thick stroke."""
 SOFTNESS = (0.08, 0.2)
-"""Range of the rise from there to full ink."""
+"""Range of the further rise to full ink."""
 CONTRAST = (0.75, 1.0)
 NOISE = 0.03
-"""Standard deviation of the noise of a pixel, as a fraction of full white; the black ground keeps half of it."""
+"""Standard deviation of the noise of a pixel, as a fraction of full white; halved on the black background."""
 
 
 class Glyphs(EMNIST):  # type: ignore[misc]
-    """The glyphs as a torchvision data set, read as EMNIST is; missing or truncated files are rendered first.
+    """The glyphs as a torchvision data set like EMNIST; missing or truncated files are rendered first.
 
     Args:
         root: Folder that holds `Glyphs/raw`.
@@ -84,12 +85,12 @@ class Glyphs(EMNIST):  # type: ignore[misc]
 
 
 def render_if_missing(root: Path) -> Path:
-    """Write the four files of the data set unless they are there in full.
+    """Write the four files of the data set unless they are complete.
 
-    Each file appears whole or not at all, and every writer writes the same bytes, so that processes may race.
+    Each file is written completely or not at all, and always with the same bytes, so that processes may race.
 
     Args:
-        root: Folder that is to hold `Glyphs/raw`; made if it is missing.
+        root: Folder for `Glyphs/raw`; made if it is missing.
 
     Returns:
         The folder `<root>/Glyphs/raw`.
@@ -100,8 +101,8 @@ def render_if_missing(root: Path) -> Path:
     folder = root / "Glyphs" / "raw"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _ensure_split(folder, "train", TRAIN_PER_CLASS, TRAIN_SEED)
-        _ensure_split(folder, "test", TEST_PER_CLASS, TEST_SEED)
+        _render_split_if_incomplete(folder, "train", TRAIN_PER_CLASS, TRAIN_SEED)
+        _render_split_if_incomplete(folder, "test", TEST_PER_CLASS, TEST_SEED)
     except OSError as error:
         raise InputError(
             f"cannot write glyphs to {folder}: {error.strerror or error}; choose another folder"
@@ -110,11 +111,11 @@ def render_if_missing(root: Path) -> Path:
 
 
 def render(per_class: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Render a balanced set of distorted glyphs, upright, the classes taking turns.
+    """Render a balanced set of distorted glyphs, upright, cycling through the classes.
 
     Args:
         per_class: Images per class, at least 1.
-        seed: Seed of all that is random; the same seed gives the same bytes.
+        seed: Seed of all randomness; the same seed gives the same bytes.
 
     Returns:
         White on black images, uint8 `[47 * per_class, 28, 28]`, and their classes, int64 `[47 * per_class]`.
@@ -158,7 +159,7 @@ def _pick_fonts(masters: Tensor, labels: Tensor, rng: np.random.Generator) -> Te
 
 
 def _distort(masters: Tensor, rng: np.random.Generator) -> Tensor:
-    """Warp, ink and scan each master: uint8 `[image, 28, 28]`."""
+    """Warp each master, apply ink and add the noise of a scan: uint8 `[image, 28, 28]`."""
     count = len(masters)
     smooth = F.grid_sample(masters, _affine(count, rng) + _elastic(count, rng), align_corners=False)
     level = _uniform(STROKE_LEVELS, count, rng)
@@ -198,8 +199,8 @@ def _uniform(bounds: tuple[float, float], count: int, rng: np.random.Generator) 
     return torch.from_numpy(rng.uniform(*bounds, size=(count, 1, 1, 1)).astype(np.float32))
 
 
-def _ensure_split(folder: Path, split: str, per_class: int, seed: int) -> None:
-    """Render one split and write its two files unless both are there with their full length."""
+def _render_split_if_incomplete(folder: Path, split: str, per_class: int, seed: int) -> None:
+    """Render one split and write its two files unless both have their full length."""
     count = per_class * len(CLASSES)
     images_path = folder / f"emnist-glyphs-{split}-images-idx3-ubyte"
     labels_path = folder / f"emnist-glyphs-{split}-labels-idx1-ubyte"
@@ -215,7 +216,7 @@ def _has_length(path: Path, length: int) -> bool:
 
 
 def _write_idx(path: Path, values: Tensor) -> None:
-    """Write bytes with their shape as IDX: under a name of its own first, then at once under `path`."""
+    """Write bytes and their shape as IDX, under a temporary name first."""
     header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:

@@ -1,6 +1,6 @@
-"""The images: EMNIST or glyphs from disk, checked, upright, and cut into train and validation.
+"""The images: EMNIST or glyphs from disk, checked, upright, and split into train and validation.
 
-Plain numpy arrays, so that a data set is loaded once and shipped to every worker. Missing EMNIST is downloaded.
+Plain numpy arrays, so that a data set is loaded once and sent to every worker. EMNIST is downloaded if it is missing.
 """
 
 import hashlib
@@ -21,16 +21,16 @@ Indices = NDArray[np.int64]
 
 
 def load(name: str, data_dir: Path, *, per_class: int | None = None, split_seed: int = 0) -> Dataset:
-    """Load train and validation, both cut from the train file; fetch or render the files if they are missing.
+    """Load train and validation, both from the train file; download or render the files if they are missing.
 
     Args:
         name: One of `NAMES`.
         data_dir: Folder that holds, or is to hold, `EMNIST/raw` or `Glyphs/raw`.
-        per_class: Train images per class, a balanced subset that is contained in any larger one; `None` for all.
+        per_class: Train images per class, a balanced subset that any larger one contains; `None` for all.
         split_seed: Seed of the choice of validation and of the subset, at least 0.
 
     Raises:
-        InputError: Unknown name, a setting out of range, or files that are damaged or can't be had.
+        InputError: Unknown name, a setting out of range, or files that are damaged or can't be obtained.
     """
     check_name(name)
     check_per_class(per_class)
@@ -44,19 +44,19 @@ def load(name: str, data_dir: Path, *, per_class: int | None = None, split_seed:
 
 
 def is_on_disk(name: str, data_dir: Path) -> bool:
-    """Say whether `load` finds the train files on the disk."""
+    """Return whether the train files are on disk."""
     raw = data_dir / _source(name).__name__ / "raw"
     return not missing_files(raw, DATASETS[name].split, "train")
 
 
 def load_test(name: str, data_dir: Path) -> tuple[Images, Labels]:
-    """Load the test set. Only `grid.confirm` may call this: the test set guides no choice.
+    """Load the test set. Only `grid.confirm` may call this: no choice may depend on the test set.
 
     Returns:
         Upright images, uint8 `[image, 28, 28]`, and labels from 0, int64 `[image]`.
 
     Raises:
-        InputError: Unknown name, or files that are damaged or can't be had.
+        InputError: Unknown name, or files that are damaged or can't be obtained.
     """
     check_name(name)
     return _read(name, data_dir, "test")
@@ -65,19 +65,20 @@ def load_test(name: str, data_dir: Path) -> tuple[Images, Labels]:
 def split_indices(
     labels: Labels, class_count: int, *, per_class: int | None = None, split_seed: int = 0
 ) -> tuple[Indices, Indices]:
-    """Choose train and validation, validation first: it is the same for every `per_class`.
+    """Draw validation, then train, so that validation is the same for every `per_class`.
 
     Args:
         labels: Classes of the images in the train file, `[image]`, from 0.
         class_count: Number of classes.
         per_class: Train images per class; `None` for all that validation leaves.
-        split_seed: Seed of the choice, at least 0.
+        split_seed: Seed of the draw, at least 0.
 
     Returns:
-        Increasing positions in `labels` of train and of validation, which has a sixth of the smallest class per class.
+        Positions in `labels` of train and of validation, both increasing; validation holds a sixth of the smallest
+        class from every class.
 
     Raises:
-        InputError: `per_class` is out of range, or a class is too small to be cut.
+        InputError: `per_class` is out of range, or a class is too small to be split.
     """
     smallest = int(np.bincount(labels, minlength=class_count).min())
     if smallest < VALIDATION_SHARE:
@@ -92,7 +93,7 @@ def split_indices(
 
 
 def _classes(name: str) -> tuple[str, ...]:
-    """Return the class names; torchvision's list for Letters begins with a class without images."""
+    """Return the class names, without the empty class that torchvision's list for Letters begins with."""
     source = _source(name)
     return tuple(label for label in source.classes_split_dict[DATASETS[name].split] if label != "N/A")
 

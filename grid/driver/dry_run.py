@@ -49,8 +49,8 @@ def _calibrate(plan: Plan, classes: int, packing: Packing) -> tuple[forecast.Cal
     """Time a few trials where they would run, and say where that was; no machine is started for it."""
     if packing.device == "cpu" or find_gpus()[0]:
         return forecast.calibrate(plan.trials, classes), "this machine"
-    if connection.has_gpu():
-        return connection.call(forecast.calibrate, plan.trials, classes, packing=packing), "a GPU of the cluster"
+    if connection.cluster_has_gpu():
+        return connection.call_remote(forecast.calibrate, plan.trials, classes, packing=packing), "a GPU of the cluster"
     on_cpu = [replace(trial, device="cpu", fused=False) for trial in plan.trials]
     return forecast.calibrate(on_cpu, classes), "this machine's CPU, as no GPU is up: expect less"
 

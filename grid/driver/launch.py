@@ -40,7 +40,7 @@ def _start_here(request: Request, checkpoints: Checkpoints, stack: ExitStack) ->
     connection.local_packing(request.concurrency)  # raises before anything is started
     preparing = stack.enter_context(_background()).submit(_prepare, request, checkpoints, stack)
     packing = connection.connect(None, request.concurrency)
-    connection.guard(_give_up)
+    connection.watch_servers(_give_up)
     return packing, preparing.result()
 
 

@@ -1,8 +1,8 @@
-"""Asynchronous successive halving: which trials go on at a rung. Plain values in, plain values out.
+"""Asynchronous successive halving (ASHA): which trials continue past a rung. Plain values in, plain values out.
 
-`grid.tune.tuner` plugs it into Ray. Unlike Ray's own scheduler, it never treats a non-finite value as a good one,
-compares trials only within their model (an MLP is not stopped for being worse than a CNN), decides once per trial and
-rung, and can be rebuilt from recorded arrivals.
+An unstopped control is a trial that is exempt from stopping. `grid.tune.tuner` plugs ASHA into Ray. Unlike Ray's own
+scheduler, it never ranks a non-finite value above a finite one, compares trials only within their model (an MLP is not
+stopped for being worse than a CNN), decides once per trial and rung, and can be rebuilt from recorded arrivals.
 
 Reference: Li et al. 2020, https://arxiv.org/abs/1810.05934 (stopping variant)
 """
@@ -13,11 +13,11 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 FACTOR = 3
-"""One trial in `FACTOR` goes on at each rung."""
+"""One trial in `FACTOR` continues past each rung."""
 
 
 def rung_epochs(epochs: int, first: int = 1, factor: int = FACTOR) -> tuple[int, ...]:
-    """Return the epochs at which is decided: first, first x factor, ... below the full budget."""
+    """Return the epochs of the rungs: first, first x factor, ... below the full budget."""
     rungs = []
     while first < epochs:
         rungs.append(first)
@@ -27,30 +27,29 @@ def rung_epochs(epochs: int, first: int = 1, factor: int = FACTOR) -> tuple[int,
 
 @dataclass
 class Asha:
-    """The rungs of a grid and who has arrived at them.
+    """The rungs of a grid and the trials that have arrived at them.
 
-    A trial goes on if fewer than ceil(n / factor) of the n arrivals so far, its own included, beat it: each is judged
-    against earlier arrivals only, so the trials must come in random order.
+    A trial continues if fewer than ceil(n / factor) of the n arrivals so far, its own included, beat it. As each is
+    compared with earlier arrivals only, trials must arrive in random order.
     """
 
     rungs: tuple[int, ...]
-    """Epochs at which is decided, rising."""
+    """Epochs of the rungs, increasing."""
     factor: int = FACTOR
     _values: dict[tuple[str, int], list[float]] = field(default_factory=lambda: defaultdict(list))
     _decisions: dict[tuple[str, int], bool] = field(default_factory=dict)
 
     def goes_on(self, trial_key: str, *, group: str, epoch: int, value: float, control: bool = False) -> bool:
-        """Record that a trial has ended an epoch, and decide.
+        """Record that a trial has ended an epoch, and return whether it continues.
 
-        A trial that comes to a rung for the second time, taken up again after a crash, gets the same answer and is not
-        counted again.
+        A trial that reaches a rung a second time, resumed after a crash, gets the same answer and is not counted again.
 
         Args:
-            trial_key: Who arrives.
+            trial_key: The trial that arrives.
             group: Trials are compared within a group only.
             epoch: The epoch that has ended, from 1.
             value: Validation accuracy; NaN for a diverged trial, which counts as worse than any other.
-            control: Exempt from stopping; its value counts for the others.
+            control: Whether the trial is an unstopped control; its value counts for the others.
         """
         if epoch not in self.rungs:
             return True
@@ -66,14 +65,14 @@ class Asha:
             self.goes_on(trial_key, group=group, epoch=coming[0], value=math.nan)
 
     def restore(self, trial_key: str, *, group: str, epoch: int, value: float, went_on: bool) -> None:
-        """Take over a recorded arrival with the decision that was made, whatever would be decided today.
+        """Restore a recorded arrival with the decision of that time, even if it would differ today.
 
         Args:
-            trial_key: Who arrived.
+            trial_key: The trial that arrived.
             group: Trials are compared within a group only.
             epoch: The rung.
-            value: Validation accuracy; NaN for a trial that diverged on the way to it.
-            went_on: What was decided.
+            value: Validation accuracy; NaN for a trial that diverged before it.
+            went_on: Whether the trial continued.
         """
         insort(self._values[group, epoch], -math.inf if math.isnan(value) else value)
         self._decisions[trial_key, epoch] = went_on

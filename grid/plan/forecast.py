@@ -1,4 +1,4 @@
-"""What a grid will cost, before it is run: epochs under ASHA by simulation, seconds by a short calibration."""
+"""The cost of a grid before it runs: epochs under ASHA by simulation, seconds by a short calibration."""
 
 import random
 import statistics
@@ -14,11 +14,11 @@ from grid.train.trial import DeviceData, Trial
 
 SIMULATIONS = 20
 CALIBRATED_PER_MODEL = 4
-"""Trials of each model that are timed."""
+"""Number of trials of each model to time."""
 CALIBRATION_IMAGES = 1280
 
 Calibration = tuple[dict[str, float], float]
-"""Seconds per training image for each model, and the spread about it (standard deviation / mean)."""
+"""Seconds per training image for each model, and the largest spread among them (standard deviation / mean)."""
 
 
 @dataclass(frozen=True)
@@ -26,25 +26,25 @@ class Forecast:
     """Expected cost of a grid."""
 
     epochs: float
-    """Expected epochs under ASHA, in all."""
+    """Expected epochs of all trials under ASHA."""
     full_epochs: int
-    """Epochs if nothing were stopped."""
+    """Epochs if no trial were stopped."""
     seconds: float
     """Expected wall time."""
     spread: float
-    """Standard deviation of the timed trials about their model's mean, as a share of it."""
+    """Standard deviation of the timed trials of a model, as a share of their mean."""
 
 
 def expected_epochs(trials: Sequence[TrialConfig], controls: Collection[str], seed: int = 0) -> dict[str, float]:
-    """Return the epochs that each model's trials are expected to take under ASHA.
+    """Return the epochs that the trials of each model are expected to take under ASHA.
 
-    The order of the trials is random and ASHA looks at ranks alone, so any distribution without ties gives the same
-    expectation; ranks are kept from rung to rung, as if the first epoch told everything.
+    The order of the trials is random and ASHA compares ranks only, so any distribution without ties gives the same
+    expectation. Ranks are assumed not to change from rung to rung.
 
     Args:
         trials: In the order in which they start.
-        controls: Keys of those that are never stopped.
-        seed: Of the simulation.
+        controls: Keys of the unstopped controls, the trials that are exempt from stopping.
+        seed: Seed of the simulation.
     """
     rng = random.Random(seed)  # noqa: S311  (a simulation)
     epochs: dict[str, float] = defaultdict(float)
@@ -59,12 +59,12 @@ def calibrate(trials: Sequence[TrialConfig], classes: int, side: int = 28) -> Ca
     """Time a few trials of each model on random pixels.
 
     Args:
-        trials: Where to choose from; the first of each model, their order being random.
-        classes: Of the data set.
+        trials: The first few of each model are timed, their order being random.
+        classes: Number of classes of the data set.
         side: Height and width of its images.
 
     Returns:
-        Seconds per training image for each model, and the spread about it (standard deviation / mean).
+        Seconds per training image for each model, and the largest spread among them (standard deviation / mean).
     """
     data = _random_images(classes, side, trials[0].device)
     by_model: dict[str, list[float]] = defaultdict(list)
@@ -93,11 +93,11 @@ def forecast(
 
     Args:
         trials: In the order in which they start.
-        controls: Keys of those that are never stopped.
+        controls: Keys of the unstopped controls.
         seconds_per_image: By model, from `calibrate`.
         spread: From `calibrate`.
-        train_images: Training images of an epoch.
-        slots: Trials that really run at once: more trials than CPUs are no faster.
+        train_images: Training images per epoch.
+        slots: Trials that run at full speed at once: more trials than CPUs are no faster.
     """
     epochs = expected_epochs(trials, controls)
     busy = sum(count * train_images * seconds_per_image[model] for model, count in epochs.items())
@@ -122,11 +122,17 @@ def _random_images(classes: int, side: int, device: str) -> DeviceData:
     labels = torch.randint(0, classes, (CALIBRATION_IMAGES,), generator=generator)
     count = CALIBRATION_IMAGES // 6
     return DeviceData(
-        images.to(device), labels.to(device), images[:count].to(device), labels[:count].to(device), classes, 44.0, 85.0
+        images.to(device),
+        labels.to(device),
+        images[:count].to(device),
+        labels[:count].to(device),
+        classes,
+        mean=44.0,
+        std=85.0,
     )
 
 
 def _seconds_per_image(config: TrialConfig, data: DeviceData) -> float:
     trial = Trial(config, data)
-    trial.run_epoch()  # the first one allocates, and on a GPU compiles
+    trial.run_epoch()  # a warm-up: the first epoch allocates memory, and on a GPU compiles kernels
     return trial.run_epoch().epoch_seconds / CALIBRATION_IMAGES

@@ -1,4 +1,4 @@
-"""How many trials run at once, on which share of a CPU or GPU. Pure: asks no machine, imports no torch."""
+"""How many trials run at once, on which share of a CPU or GPU. Pure functions, without torch or Ray."""
 
 import math
 from collections.abc import Sequence
@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from grid.config import InputError
 
 GPU_BYTES_PER_TRIAL = 2 * 2**30
-"""CUDA context, data set, net and cuDNN's workspace of one trial, rounded up."""
+"""CUDA context, data set, net and cuDNN workspace of one trial, rounded up."""
 MAX_TRIALS_PER_GPU = 8
 MAX_TRIALS_PER_CPU = 64
-"""Trials that one CPU may be shared by."""
+"""How many trials may share one CPU."""
 
 
 @dataclass(frozen=True)
@@ -21,17 +21,17 @@ class Packing:
     """Trials at once."""
     cpus_per_trial: float
     gpus_per_trial: float
-    """Share of one GPU; 0 where trials run on CPUs. Bookkeeping of Ray: memory is not kept apart."""
+    """Share of one GPU; 0 where trials run on CPUs. Ray only counts shares: it does not partition the memory."""
     reason: str = field(default="", compare=False)
-    """Why so many."""
+    """What limits the number."""
     machines: str = field(default="this machine", compare=False)
-    """What it was chosen for."""
+    """The machines it was chosen for, in words."""
     bfloat16: bool | None = field(default=None, compare=False)
-    """Whether all GPUs are fast in it, where the driver can't ask its own."""
+    """Whether all GPUs compute fast in bfloat16; None if the driver queries its own machine."""
 
     @property
     def slots(self) -> float:
-        """Trials that really run at once: as many as asked for on GPUs, as many as there are CPUs on CPUs."""
+        """Trials that run at full speed at once: `concurrency` on GPUs, at most the number of CPUs on CPUs."""
         return self.concurrency if self.gpus_per_trial else self.concurrency * self.cpus_per_trial
 
     @property
@@ -46,16 +46,16 @@ class Packing:
 
 @dataclass(frozen=True)
 class Node:
-    """What one machine offers to trials."""
+    """The resources of one machine."""
 
     cpus: float
     gpus: float
     gpu_bytes: int
     """Memory of its smallest GPU."""
     gpu_kind: str = ""
-    """As Ray names it, such as `A10G`; empty if not known."""
+    """Ray's name for it, such as `A10G`; empty if unknown."""
     here: bool = True
-    """Whether it is up; otherwise it is one that a cluster starts on demand."""
+    """Whether the machine is up; otherwise a cluster starts it on demand."""
 
 
 def pack(cpus: float, gpus: float, gpu_bytes: int, concurrency: int | None = None) -> Packing:
@@ -65,7 +65,7 @@ def pack(cpus: float, gpus: float, gpu_bytes: int, concurrency: int | None = Non
         cpus: CPUs of the machine.
         gpus: GPUs of the machine.
         gpu_bytes: Memory of its smallest GPU.
-        concurrency: The user's own number instead.
+        concurrency: The user's number, which overrides the choice.
 
     Raises:
         InputError: `concurrency` is out of range.
@@ -74,14 +74,14 @@ def pack(cpus: float, gpus: float, gpu_bytes: int, concurrency: int | None = Non
 
 
 def pack_nodes(nodes: Sequence[Node], concurrency: int | None = None) -> Packing:
-    """Choose how many trials run at once on machines that may differ; all trials take the same share of one.
+    """Choose how many trials run at once on machines that may differ; all trials take the same share of a machine.
 
-    On CPUs one per CPU: a trial has one thread. On GPUs as many as their memory and the CPUs that drive them allow, on
-    the machine that has least of it. Machines without a GPU are left out where others have one.
+    On CPUs, one trial per CPU, as a trial has one thread. On GPUs, as many as memory and CPUs allow on the machine that
+    has the least per GPU. If any machine has a GPU, those without one are left out.
 
     Args:
-        nodes: All machines that are up or that may come.
-        concurrency: The user's own number instead.
+        nodes: All machines that are up or that the cluster may start.
+        concurrency: The user's number, which overrides the choice.
 
     Raises:
         InputError: `concurrency` is out of range, or no machine can train.
@@ -89,14 +89,16 @@ def pack_nodes(nodes: Sequence[Node], concurrency: int | None = None) -> Packing
     cpus = sum(node.cpus for node in nodes)
     if concurrency is not None and concurrency < 1:
         raise InputError(f"--concurrency must be 1 or more, got {concurrency}")
-    most = int(MAX_TRIALS_PER_CPU * max(1.0, cpus))
-    if concurrency is not None and concurrency > most:
-        raise InputError(f"--concurrency must be at most {most} here ({MAX_TRIALS_PER_CPU} per CPU), got {concurrency}")
+    largest = int(MAX_TRIALS_PER_CPU * max(1.0, cpus))
+    if concurrency is not None and concurrency > largest:
+        raise InputError(
+            f"--concurrency must be at most {largest} here ({MAX_TRIALS_PER_CPU} per CPU), got {concurrency}"
+        )
     with_gpu = [node for node in nodes if node.gpus >= 1 and node.cpus > 0]
     if with_gpu:
         return _pack_gpus(with_gpu, concurrency)
     if not cpus:
-        raise InputError("no machine of the cluster has a CPU for trials; add a worker, or let the head have CPUs")
+        raise InputError("no machine of the cluster has a CPU for trials; add a worker, or give CPUs to the head")
     if concurrency is None:
         whole = sum(int(node.cpus) for node in nodes)
         return Packing(max(1, whole), 1.0 if whole else max(node.cpus for node in nodes), 0.0, "one per CPU")
@@ -106,9 +108,9 @@ def pack_nodes(nodes: Sequence[Node], concurrency: int | None = None) -> Packing
 def _pack_gpus(nodes: Sequence[Node], concurrency: int | None) -> Packing:
     gpus = sum(int(node.gpus) for node in nodes)
     limits = {
-        f"{MAX_TRIALS_PER_GPU} share a GPU at most": MAX_TRIALS_PER_GPU,
-        "what its memory holds": min(node.gpu_bytes for node in nodes) // GPU_BYTES_PER_TRIAL,
-        "one for each CPU beside it": int(min(node.cpus / node.gpus for node in nodes)),
+        "the most that may share one": MAX_TRIALS_PER_GPU,
+        "limited by its memory": min(node.gpu_bytes for node in nodes) // GPU_BYTES_PER_TRIAL,
+        "limited by the CPUs": int(min(node.cpus / node.gpus for node in nodes)),
     }
     fitting = max(1, min(limits.values()))
     per_gpu = fitting if concurrency is None else math.ceil(concurrency / gpus)
@@ -119,7 +121,7 @@ def _pack_gpus(nodes: Sequence[Node], concurrency: int | None) -> Packing:
 
 
 def _cpu_share(cpus: Sequence[float], concurrency: int) -> float:
-    """Return the largest share of a CPU, 1 at most, of which machines with these CPUs hold `concurrency`."""
+    """Return the largest share of a CPU, at most 1, that `concurrency` trials can all have on these machines."""
     share = min(1.0, sum(cpus) / concurrency)
     while sum(int(each / share + 1e-9) for each in cpus) < concurrency:
         share = max(each / (int(each / share + 1e-9) + 1) for each in cpus)

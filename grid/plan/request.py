@@ -1,4 +1,4 @@
-"""What a user asks of `grid.run`, checked as far as it can be without data, torch or Ray. Standard library only."""
+"""What a user asks of `grid.run` and `grid.confirm`, checked as far as possible without data, torch or Ray."""
 
 import os
 import shlex
@@ -13,7 +13,7 @@ from grid.plan.space import Levels
 from grid.store_uri import mask, write_problem
 
 LIMITS = {"epochs": 100_000, "seeds": 1_000, "concurrency": 100_000}
-"""Largest values accepted; more is a typing mistake."""
+"""Largest values allowed; anything above is a typing error."""
 
 NO_RAY = "start one with `ray up` or `ray start --head`, or leave --address out"
 """What to do where no Ray answers."""
@@ -21,7 +21,7 @@ NO_RAY = "start one with `ray up` or `ray start --head`, or leave --address out"
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A grid, what it is trained with, and where it runs and is recorded.
+    """A grid, its training settings, and where it runs and is recorded.
 
     Raises:
         InputError: A value is out of its range.
@@ -30,7 +30,7 @@ class Request:
     grid: str
     """Name in `GRIDS`."""
     levels: Levels
-    """What is crossed: the grid's levels, narrowed by `--only`."""
+    """The levels to cross: the grid's own, narrowed by `--only`."""
     data: str
     """Name in `DATASETS`."""
     data_dir: Path
@@ -44,7 +44,7 @@ class Request:
     lr_scales: tuple[float, ...]
     """Nuisance levels."""
     controls: float
-    """Share of trials exempt from stopping, in [0, 1]."""
+    """Share of trials that are unstopped controls, exempt from early stopping, in [0, 1]."""
     store: str
     """MLflow tracking URI, absolute."""
     experiment: str
@@ -52,15 +52,15 @@ class Request:
     storage: str
     """Folder or URI for checkpoints that all nodes reach."""
     spool: Path
-    """Local folder of what has not reached the store yet."""
+    """Local folder for reports that have not reached the store yet."""
     address: str | None
     """`HOST:PORT`, `auto` or `local`; None joins the cluster of this machine if there is one, else starts Ray."""
     concurrency: int | None
-    """Trials at once; None lets the machine decide."""
+    """Trials at once; None for as many as the machine holds."""
     precision: str
     """`auto`, `float32` or `bfloat16`."""
     price_per_hour: float | None
-    """Of the machine or cluster, in any currency; for the forecast."""
+    """Price of the machine or cluster per hour, in any currency; for the forecast."""
 
     def __post_init__(self) -> None:
         check_name(self.data)
@@ -80,7 +80,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Confirmation:
-    """Which cells are confirmed, and where.
+    """Which cells to confirm, and where.
 
     Raises:
         InputError: A value is out of its range.
@@ -91,9 +91,9 @@ class Confirmation:
     top: int
     """Finalists of each model."""
     seeds: int
-    """Replicates of each finalist, the same seeds for all."""
+    """Replicates of each finalist; all finalists share their seeds."""
     register: str | None
-    """Name under which the winner goes into MLflow's registry; None leaves it out."""
+    """Name under which the winner is put into MLflow's registry; None to register nothing."""
     store: str
     """MLflow tracking URI, absolute."""
     data_dir: Path
@@ -101,29 +101,29 @@ class Confirmation:
     storage: str
     """Folder or URI for checkpoints that all nodes reach."""
     spool: Path
-    """Local folder of what has not reached the store yet."""
+    """Local folder for reports that have not reached the store yet."""
     address: str | None
     """`HOST:PORT`, `auto` or `local`; None joins the cluster of this machine if there is one, else starts Ray."""
     concurrency: int | None
-    """Trials at once; None lets the machine decide."""
+    """Trials at once; None for as many as the machine holds."""
 
     def __post_init__(self) -> None:
-        for name, value, most in (("top", self.top, LIMITS["seeds"]), ("seeds", self.seeds, LIMITS["seeds"])):
-            if not 1 <= value <= most:
-                raise InputError(f"--{name} must be 1 to {most:,}, got {value}")
+        for name, value in (("top", self.top), ("seeds", self.seeds)):
+            if not 1 <= value <= LIMITS["seeds"]:
+                raise InputError(f"--{name} must be 1 to {LIMITS['seeds']:,}, got {value}")
         if self.register is not None and (not self.register.strip() or set(self.register) & set("/:")):
             raise InputError(f"--register must be a name without / and :, got '{self.register}'")
 
 
 def check_address(address: str | None) -> str | None:
-    """Return the address of a Ray cluster, after a test that something answers there.
+    """Return the address of a Ray cluster, after a check that a Ray may answer there.
 
     Args:
-        address: `HOST:PORT`; `auto` for the cluster of this machine; `local` for a Ray of one's own; or None for the
+        address: `HOST:PORT`; `auto` for the cluster of this machine; `local` for a private Ray; or None for the
             cluster of this machine if it belongs to one.
 
     Raises:
-        InputError: It has another form, or nothing answers.
+        InputError: It has another form, or no Ray answers.
     """
     if address in (None, "auto", "local"):
         return address
@@ -142,7 +142,7 @@ def check_address(address: str | None) -> str | None:
 
 
 def _speaks_http2(connection: socket.socket) -> bool:
-    """Say whether gRPC, and so perhaps Ray, answers: Ray itself would wait minutes for another server to become one.
+    """Return whether a gRPC server, and so perhaps Ray, answers; Ray itself would wait for minutes.
 
     Reference: RFC 9113 section 3.4, https://www.rfc-editor.org/rfc/rfc9113 (a server's first frame is SETTINGS)
     """
@@ -155,7 +155,7 @@ def _speaks_http2(connection: socket.socket) -> bool:
 
 
 def check_folder_name(option: str, folder: Path) -> Path:
-    """Return an absolute path to a folder, which need not exist.
+    """Return a folder as an absolute path, whether it exists or not.
 
     Raises:
         InputError: It can't be a folder.
@@ -169,10 +169,10 @@ def check_folder_name(option: str, folder: Path) -> Path:
 
 
 def check_storage(storage: str) -> str:
-    """Return a storage folder made absolute, or a URI as it is, after a test that the folder can be written.
+    """Return a storage folder as an absolute path, or a URI unchanged, after a check that the folder can be written.
 
     Raises:
-        InputError: It can't.
+        InputError: The folder can't be written.
     """
     if "://" in storage:
         return storage
@@ -184,5 +184,5 @@ def check_storage(storage: str) -> str:
 
 
 def resume_command() -> str:
-    """Return the command that continues this run: the same one, without secrets."""
+    """Return the command that continues this run: the same command, its secrets masked."""
     return shlex.join(["python", "-m", "grid.run", *map(mask, sys.argv[1:])])

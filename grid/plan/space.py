@@ -1,4 +1,4 @@
-"""Which trials a grid consists of: named grids, exclusions, replicates, nuisance levels, order and controls."""
+"""Which trials a grid consists of: named grids, exclusions, replicates, nuisance levels, order, unstopped controls."""
 
 import hashlib
 from collections import Counter
@@ -9,7 +9,7 @@ from itertools import product
 from grid.config import FACTORS, LEVELS, InputError, TrialConfig, check_level
 
 ORDER_SEED = 0
-"""Draws the order of the trials, the controls and the validation split; recorded in the manifest."""
+"""Seed of the order of the trials, of the controls and of the validation split; recorded in the manifest."""
 
 Cell = dict[str, str]
 """One combination: factor -> level."""
@@ -19,7 +19,7 @@ Levels = dict[str, tuple[str, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A named grid: a question, the levels that answer it, and what it is trained with by default."""
+    """A named grid: a question, the levels that answer it, and the default training settings."""
 
     question: str
     levels: Levels
@@ -79,7 +79,7 @@ EXCLUSIONS: dict[str, Callable[[Cell], bool]] = {
         lambda cell: cell["optimizer"] == "adamw" and cell["regularization"] in ("l2", "elastic")
     ),
 }
-"""Reason, printed and stored -> which cells it takes out of every grid."""
+"""Reason, printed and stored -> whether it excludes a cell from every grid."""
 
 
 def find_grid(name: str) -> Grid:
@@ -94,14 +94,14 @@ def find_grid(name: str) -> Grid:
 
 
 def restrict(levels: Levels, only: Iterable[tuple[str, Sequence[str]]]) -> Levels:
-    """Return `levels` with some factors held to the levels asked for.
+    """Return `levels` with some factors restricted to the levels asked for.
 
-    A factor may be held to any of its levels, also to those that the grid itself leaves out. Held twice, it keeps the
-    levels that stand in both.
+    A factor may be restricted to any of its levels, even to those that the grid itself leaves out. If it is restricted
+    twice, the levels that both restrictions allow remain.
 
     Args:
         levels: The grid's own levels.
-        only: Pairs of a factor and the levels it is held to.
+        only: Pairs of a factor and the levels it is restricted to.
 
     Raises:
         InputError: Unknown factor or level, or no level left.
@@ -117,10 +117,10 @@ def restrict(levels: Levels, only: Iterable[tuple[str, Sequence[str]]]) -> Level
 
 
 def cross(levels: Levels) -> tuple[list[Cell], dict[str, int]]:
-    """Return the cells of the full factorial, and how many each exclusion took out of it.
+    """Return the cells of the full factorial that are left, and how many each exclusion removed.
 
     Raises:
-        InputError: The exclusions leave nothing.
+        InputError: The exclusions leave no cell.
     """
     cells: list[Cell] = []
     excluded: Counter[str] = Counter()
@@ -145,14 +145,14 @@ def expand(
 ) -> list[TrialConfig]:
     """Return the trials of a grid in random order.
 
-    The place of a trial depends on `order_seed` and the trial alone: a grid that grows keeps the order it had.
+    The place of a trial depends on `order_seed` and on the trial alone: a grid that grows keeps its order.
 
     Args:
-        cells: What to train.
+        cells: Cells to train.
         seeds: Replicates per cell.
         lr_scales: Nuisance levels per replicate.
-        order_seed: Draws the order.
-        configure: Makes the trial of a cell, a seed and a nuisance level.
+        order_seed: Seed of the order.
+        configure: Builds the trial of a cell, a seed and a nuisance level.
     """
     trials = [configure(cell, seed, scale) for cell in cells for seed in range(seeds) for scale in lr_scales]
     return sorted(trials, key=lambda trial: _draw(order_seed, trial.cell_key, trial.seed, trial.lr_scale))
@@ -161,14 +161,14 @@ def expand(
 def draw_controls(
     trials: Sequence[TrialConfig], fraction: float, seed: int, begun: Mapping[str, bool] | None = None
 ) -> frozenset[str]:
-    """Draw the keys of the trials that are exempt from stopping, spread evenly over the levels of every factor.
+    """Draw the keys of the unstopped controls, spread evenly over the levels of every factor.
 
     Args:
-        trials: Where to draw from.
-        fraction: Share of them in [0, 1]; above 0 it yields at least one.
-        seed: Of the draw.
-        begun: Keys of the trials that have begun in an earlier run, and whether they are controls; they stay what they
-            are, and the draw fills up from the others.
+        trials: Trials to draw from.
+        fraction: Share to draw, in [0, 1]; any share above 0 yields at least one.
+        seed: Seed of the draw.
+        begun: Keys of the trials that began in an earlier run, and whether they are controls; they remain what they
+            are, and the rest are drawn from the other trials.
     """
     begun = begun or {}
     wanted = min(len(trials), max(round(fraction * len(trials)), 1 if fraction > 0 else 0))
@@ -185,9 +185,9 @@ def draw_controls(
 
 
 def settings_of(trial: TrialConfig) -> Mapping[str, str]:
-    """Return what all trials of a grid have in common: all but factors, seed and nuisance."""
-    apart = {*FACTORS, "seed", "lr_scale", "learning_rate"}
-    return {name: value for name, value in trial.to_params().items() if name not in apart}
+    """Return the settings that all trials of a grid share: all except factors, seed and nuisance."""
+    varying = {*FACTORS, "seed", "lr_scale", "learning_rate"}
+    return {name: value for name, value in trial.to_params().items() if name not in varying}
 
 
 def _draw(*parts: object) -> str:

@@ -1,4 +1,4 @@
-"""From a request to the trials that it means, and whether they can be compared with those that the store has."""
+"""From a request to its trials, and whether they can be compared with those in the store."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,30 +14,30 @@ MEANINGS = {
     "data_fingerprint": "other images or another split",
     "numerics_version": "code that yields other numbers",
 }
-"""What differs, where the name of a setting does not tell."""
+"""Setting -> what it means that two values differ, if the name of the setting does not say so."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be trained."""
+    """The trials to train."""
 
     cells: list[Cell]
     excluded: dict[str, int]
-    """Reason -> cells that it took out."""
+    """Reason -> number of cells that it removed."""
     trials: list[TrialConfig]
     """In the order in which they start."""
     controls: frozenset[str]
-    """Keys of the trials that are never stopped."""
+    """Keys of the unstopped controls, the trials that are exempt from stopping."""
 
 
 def make_plan(request: Request, *, packing: Packing, fingerprint: str, begun: Mapping[str, bool] | None = None) -> Plan:
     """Expand a request into trials.
 
     Args:
-        request: What was asked for.
-        packing: Where it is trained.
-        fingerprint: Of the data.
-        begun: Keys of the trials that have begun in an earlier run, and whether they are controls.
+        request: The user's request.
+        packing: The machines that train.
+        fingerprint: Fingerprint of the data.
+        begun: Keys of the trials that began in an earlier run, and whether they are controls.
 
     Raises:
         InputError: No cell is left.
@@ -60,7 +60,7 @@ def make_plan(request: Request, *, packing: Packing, fingerprint: str, begun: Ma
 
 
 def check_comparable(planned: Sequence[TrialConfig], recorded: Sequence[TrialConfig], experiment: str) -> None:
-    """Refuse to put trials into an experiment whose trials were trained otherwise.
+    """Refuse trials that can't be compared with those of an experiment.
 
     Args:
         planned: Trials of the plan.
@@ -68,15 +68,15 @@ def check_comparable(planned: Sequence[TrialConfig], recorded: Sequence[TrialCon
         experiment: Its name.
 
     Raises:
-        InputError: They differ in what all trials of an experiment must have in common.
+        InputError: They differ in a setting that all trials of an experiment must share.
     """
     if not recorded:
         return
-    had, asked = _in_common(recorded), _in_common(planned)
+    before, now = _shared_settings(recorded), _shared_settings(planned)
     differences = [
-        f"{MEANINGS.get(name, name)} ({had[name]}, now {value})"
-        for name, value in asked.items()
-        if name in had and had[name] != value
+        f"{MEANINGS.get(name, name)} ({before[name]}, now {value})"
+        for name, value in now.items()
+        if name in before and before[name] != value
     ]
     if differences:
         raise InputError(
@@ -85,6 +85,6 @@ def check_comparable(planned: Sequence[TrialConfig], recorded: Sequence[TrialCon
         )
 
 
-def _in_common(trials: Sequence[TrialConfig]) -> dict[str, str]:
+def _shared_settings(trials: Sequence[TrialConfig]) -> dict[str, str]:
     rates = {f"base rate of {trial.optimizer}": f"{trial.learning_rate / trial.lr_scale:.6g}" for trial in trials}
     return {**settings_of(trials[0]), **rates}

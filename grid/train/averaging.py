@@ -1,4 +1,4 @@
-"""Evaluation with averaged weights: what `asgd` (averaged SGD) is judged by once it has begun to average."""
+"""Evaluation with averaged weights, which `asgd` (averaged SGD) is evaluated with once it has begun to average."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,14 +11,14 @@ from torch.optim import Optimizer
 
 @contextmanager
 def averaged_weights(net: nn.Module, optimizer: Optimizer, batches: Iterable[Tensor]) -> Iterator[None]:
-    """Evaluate `net` with the optimizer's averages in the place of its weights; a no-op for all but `asgd`.
+    """Replace the weights of `net` by the optimizer's averages within the context; only `asgd` has any.
 
-    Batch norm statistics belong to the weights, so they are estimated again, and everything is put back afterwards.
+    Batch norm statistics depend on the weights, so they are estimated again. Everything is restored afterwards.
 
     Args:
         net: Net in evaluation mode.
-        optimizer: Its optimizer.
-        batches: Training images to estimate the batch norm statistics from.
+        optimizer: The optimizer that trains it.
+        batches: Scaled training images from which the batch norm statistics are estimated.
 
     Reference: Polyak & Juditsky 1992, https://doi.org/10.1137/0330046; for the statistics, Izmailov et al. 2018,
     https://arxiv.org/abs/1803.05407 (section 3.2)

@@ -1,4 +1,4 @@
-"""Where trials are put down and taken up again: a small file per unfinished trial, on storage that all nodes reach."""
+"""Checkpoints: one small file per unfinished trial, on storage that all nodes reach."""
 
 import io
 import pickle
@@ -14,32 +14,32 @@ from grid.wording import first_line
 class Checkpoints:
     """The checkpoints of one experiment.
 
-    A file appears whole or not at all, and is read with `weights_only=True`: tensors and plain values, no code.
+    A file is written completely or not at all, and read with `weights_only=True`: tensors and plain values, no code.
 
     Args:
         storage: Absolute folder, or a URI that pyarrow knows, such as s3://BUCKET/FOLDER.
         experiment: Name of the subfolder.
 
     Raises:
-        InputError: The storage is none that pyarrow knows.
+        InputError: Pyarrow does not know this kind of storage.
     """
 
     def __init__(self, storage: str, experiment: str):
         self._storage = storage
         try:
-            known = fs.FileSystem.from_uri(storage) if "://" in storage else (fs.LocalFileSystem(), storage)
+            filesystem, root = fs.FileSystem.from_uri(storage) if "://" in storage else (fs.LocalFileSystem(), storage)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"unknown storage '{storage}' ({first_line(error)}); give a folder or s3://BUCKET"
             ) from error
-        self._filesystem, root = known
+        self._filesystem = filesystem
         self._folder = f"{root}/{experiment}/checkpoints"
 
     def __str__(self) -> str:
         return self._storage
 
     def check(self) -> None:
-        """Put something down and take it away again.
+        """Write a file and delete it again.
 
         Raises:
             InputError: The storage can't be written.
@@ -51,8 +51,8 @@ class Checkpoints:
             raise InputError(f"can't write to the storage '{self._storage}': {first_line(error)}") from error
 
     def save(self, trial_key: str, state: dict[str, Any]) -> None:
-        """Put a trial down, in the place of its earlier checkpoint."""
-        import torch  # noqa: PLC0415  (a second; the driver needs it later than this module)
+        """Save a trial, replacing its earlier checkpoint."""
+        import torch  # noqa: PLC0415  (takes a second, and the driver needs this module earlier)
 
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -63,7 +63,7 @@ class Checkpoints:
         self._filesystem.move(unfinished, self._path(trial_key))
 
     def load(self, trial_key: str, device: str) -> dict[str, Any] | None:
-        """Return the state of a trial on `device`; None if it was never put down, or its file is damaged."""
+        """Return the state of a trial on `device`; None if it was never saved or its file is damaged."""
         import torch  # noqa: PLC0415
 
         try:
@@ -74,18 +74,18 @@ class Checkpoints:
         try:
             state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError):
-            return None  # the trial begins anew; its numbers are the same
+            return None  # the trial starts over and yields the same numbers
         return state
 
     def delete(self, trial_key: str) -> None:
-        """Forget a trial; no error if there is nothing to forget."""
+        """Delete the checkpoint of a trial; no error if there is none."""
         try:
             self._filesystem.delete_file(self._path(trial_key))
         except FileNotFoundError:
             return
 
     def clear(self) -> None:
-        """Forget all trials, and what killed workers left half-written."""
+        """Delete all checkpoints, and files that killed workers left half-written."""
         self._filesystem.delete_dir_contents(self._folder, missing_dir_ok=True)
 
     def _path(self, trial_key: str) -> str:

@@ -1,6 +1,6 @@
-"""What a trained net is worth on images that it has never seen: the test of a finalist.
+"""Evaluation of a trained net on images that it has never seen: the test of a finalist.
 
-The net is evaluating by the same code, and in the same batches, as after every epoch of its training.
+It runs the same code, in the same batches, as the validation after every epoch of the training.
 """
 
 import statistics
@@ -23,38 +23,38 @@ from grid.train.trial import EVALUATION_BATCH_SIZE, DeviceData, Trial
 
 @dataclass(frozen=True, eq=False)
 class Mistakes:
-    """The images that were read wrongly, the most confident mistake first; all arrays are `[mistake]`."""
+    """The misclassified images, the most confident mistake first; all arrays are `[mistake]`."""
 
     indices: NDArray[np.int64]
-    """Positions in the images that were evaluated."""
+    """Positions among the evaluated images."""
     true: NDArray[np.int64]
-    """Classes that the images belong to."""
+    """True classes."""
     predicted: NDArray[np.int64]
-    """Classes that the net saw in them."""
+    """Predicted classes."""
     confidence: NDArray[np.float64]
-    """Probability that the net gave to the predicted class, in [0, 1]."""
+    """Probability of the predicted class according to the net, in [0, 1]."""
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """How a net reads a set of labelled images."""
+    """How well a net classifies a set of labelled images."""
 
     images: int
     accuracy: float
-    """Share of images classified rightly, in [0, 1]."""
+    """Share of images classified correctly, in [0, 1]."""
     loss: float
     """Mean cross-entropy in nats."""
     parameters: int
     """Trainable weights of the net."""
     milliseconds_per_image: float
-    """Of inference on the device; the median over batches of `EVALUATION_BATCH_SIZE`, after one to warm up."""
+    """Inference time on the device: the median over batches of `EVALUATION_BATCH_SIZE`, after one to warm up."""
     confusion: NDArray[np.int64]
-    """Images of a class (row) that were read as a class (column), `[true, predicted]`."""
+    """Number of images by true class (row) and predicted class (column), `[true, predicted]`."""
     mistakes: Mistakes
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The single numbers, by the names of their MLflow metrics."""
+        """The scalar results, by the names of their MLflow metrics."""
         return {
             "test_accuracy": self.accuracy,
             "test_loss": self.loss,
@@ -65,23 +65,23 @@ class Evaluation:
 
 
 class ClassScore(NamedTuple):
-    """How the images of one class were read."""
+    """How well the images of one class were classified."""
 
     character: str
     images: int
     correct: int
     accuracy: float
-    """Share of its images read rightly, in [0, 1]; NaN if it has none."""
+    """Share of its images classified correctly, in [0, 1]; NaN if it has none."""
 
 
 class ConfusedPair(NamedTuple):
-    """One class taken for another."""
+    """One class mistaken for another."""
 
     true: str
     predicted: str
     images: int
     share: float
-    """Of the images of the true class, in (0, 1]."""
+    """Share of the images of the true class, in (0, 1]."""
 
 
 def evaluate(
@@ -94,46 +94,48 @@ def evaluate(
     """Evaluate a trained net.
 
     Args:
-        config: What was trained.
+        config: The configuration that was trained.
         state: `Trial.state_dict()` after the last epoch, on the device that `config` names.
-        data: What it was trained with.
+        data: The data that it was trained on.
         images: Upright, white on black, `[image, row, column]`.
         labels: Their classes, `[image]`, from 0.
     """
     trial = _restore(config, state, data)
     on_device = torch.tensor(images, device=config.device).unsqueeze(1)
-    wanted = torch.tensor(labels, device=config.device)
+    targets = torch.tensor(labels, device=config.device)
     seconds, loss, predicted, confidence = [], 0.0, [], []
     with trial.evaluating():
         trial.logits(on_device[:EVALUATION_BATCH_SIZE])
-        for some, true in zip(on_device.split(EVALUATION_BATCH_SIZE), wanted.split(EVALUATION_BATCH_SIZE), strict=True):
-            logits, elapsed = _timed_logits(trial, some)
-            seconds.append(elapsed / len(some))
+        for batch, true in zip(
+            on_device.split(EVALUATION_BATCH_SIZE), targets.split(EVALUATION_BATCH_SIZE), strict=True
+        ):
+            logits, elapsed = _timed_logits(trial, batch)
+            seconds.append(elapsed / len(batch))
             loss += F.cross_entropy(logits, true, reduction="sum").item()
             predicted.append(logits.argmax(dim=1))
             confidence.append(logits.double().softmax(dim=1).amax(dim=1))
-    read = torch.cat(predicted).cpu().numpy()
+    guesses = torch.cat(predicted).cpu().numpy()
     return Evaluation(
         images=len(labels),
-        accuracy=float(np.mean(read == labels)),
+        accuracy=float(np.mean(guesses == labels)),
         loss=loss / len(labels),
         parameters=sum(parameter.numel() for parameter in trial.net.parameters() if parameter.requires_grad),
         milliseconds_per_image=1000 * statistics.median(seconds),
-        confusion=_confusion(labels, read, data.classes),
-        mistakes=_mistakes(labels, read, torch.cat(confidence).cpu().numpy()),
+        confusion=_confusion(labels, guesses, data.classes),
+        mistakes=_mistakes(labels, guesses, torch.cat(confidence).cpu().numpy()),
     )
 
 
 def inference_state(config: TrialConfig, state: Mapping[str, Any], data: DeviceData) -> dict[str, Tensor]:
-    """Return the weights that a trained net predicts with: averaged under `asgd`, with the batch norm buffers to match.
+    """Return the weights that a trained net predicts with; under `asgd`, averages and matching batch norm buffers.
 
     Args:
-        config: What was trained.
+        config: The configuration that was trained.
         state: `Trial.state_dict()` after the last epoch, on the device that `config` names.
-        data: What it was trained with.
+        data: The data that it was trained on.
 
     Returns:
-        State dict of the net that `grid.train.trial.build_net` builds; contiguous copies on the CPU.
+        State dict of the net that `grid.train.trial.build_net` builds: contiguous copies on the CPU.
     """
     trial = _restore(config, state, data)
     with trial.evaluating():
@@ -150,20 +152,20 @@ def per_class(confusion: NDArray[np.int64], classes: Sequence[str]) -> list[Clas
 
 
 def confused_pairs(confusion: NDArray[np.int64], classes: Sequence[str], count: int) -> list[ConfusedPair]:
-    """Return the pairs that were confused, most images first, equal ones in the order of the classes.
+    """Return the pairs of classes that were confused, most images first, ties in the order of the classes.
 
     Args:
         confusion: `[true, predicted]`.
         classes: Their names.
-        count: Most pairs to return.
+        count: Maximum number of pairs.
     """
     sizes = confusion.sum(axis=1)
     errors = confusion - np.diag(confusion.diagonal())
     most_first = np.argsort(-errors, axis=None, kind="stable")[: min(count, np.count_nonzero(errors))]
     pairs = zip(*np.unravel_index(most_first, errors.shape), strict=True)
     return [
-        ConfusedPair(classes[true], classes[read], int(errors[true, read]), float(errors[true, read] / sizes[true]))
-        for true, read in pairs
+        ConfusedPair(classes[true], classes[guess], int(errors[true, guess]), float(errors[true, guess] / sizes[true]))
+        for true, guess in pairs
     ]
 
 
@@ -174,15 +176,15 @@ def _restore(config: TrialConfig, state: Mapping[str, Any], data: DeviceData) ->
 
 
 def _timed_logits(trial: Trial, images: UInt8[Tensor, "batch 1 side side"]) -> tuple[Tensor, float]:
-    """Return the logits and the seconds that they took, also where the device runs behind the program."""
-    _finish(trial.config.device)
+    """Return the logits and the seconds that they took, waiting for a device that runs asynchronously."""
+    _synchronize(trial.config.device)
     begun = time.perf_counter()
     logits = trial.logits(images)
-    _finish(trial.config.device)
+    _synchronize(trial.config.device)
     return logits, time.perf_counter() - begun
 
 
-def _finish(device: str) -> None:
+def _synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 

@@ -1,4 +1,4 @@
-"""What torch finds on this machine, and what is made of it: precision, layout, memory that is kept."""
+"""Settings that depend on the machine: precision, memory format, fused kernels, and how memory is freed."""
 
 import ctypes
 import sys
@@ -6,33 +6,33 @@ import sys
 import torch
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-"""Of glibc's malloc.h."""
+"""Parameters of glibc's `mallopt`, from malloc.h."""
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep the memory that this process frees, where it is glibc.
+    """Make glibc keep the memory that this process frees; do nothing with another C library.
 
-    By default it returns every large block to the system, which then zeroes the pages again, with one page fault each,
-    at every step and for every layer.
+    By default glibc returns every large block to the system, which must then zero its pages again, with a page fault
+    for each, for every layer at every step.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         if not mallopt(M_MMAP_THRESHOLD, 2**30):
-            mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that older ones take
+            mallopt(M_MMAP_THRESHOLD, 2**25)  # the maximum of older versions
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_TOP_PAD, 2**26)
 
 
 def numeric_settings(device: str, precision: str = "auto", bfloat16: bool | None = None) -> dict[str, str]:
-    """Choose precision, memory format and fused optimizers by what the device can do.
+    """Choose precision, memory format and fused optimizers by the capabilities of the device.
 
     Args:
         device: `cpu` or `cuda`.
-        precision: `auto`, or one that overrides the choice.
-        bfloat16: Whether the GPUs are fast in it; None asks this machine.
+        precision: `float32`, `bfloat16`, or `auto` to choose.
+        bfloat16: Whether the GPUs compute fast in bfloat16; None queries this machine.
 
     Returns:
-        The fields of `TrialConfig` of these names, formatted as parameters.
+        Fields of `TrialConfig`, formatted as parameters.
     """
     if bfloat16 is None:
         bfloat16 = torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_has_bfloat16()

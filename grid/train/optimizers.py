@@ -1,4 +1,4 @@
-"""The optimizers under study and the learning rate that each starts from."""
+"""The optimizers under study and their base learning rates."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ class OptimizerSpec:
     """One row of `OPTIMIZERS`."""
 
     build: Callable[..., Optimizer]
-    """Takes the parameters and `lr`."""
+    """Called with the parameters and `lr`."""
     base_learning_rate: float
     """Learning rate at `lr_scale` 1."""
     fused: bool
-    """Whether torch has a kernel that updates all weights at once."""
+    """Whether torch has a fused kernel for it, which updates all weights at once."""
 
 
 OPTIMIZERS: dict[str, OptimizerSpec] = {
@@ -31,9 +31,9 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
 }
 """Name -> factory and base learning rate.
 
-The base rates come out of `python -m benchmarks.base_rates` on real images (the table is in LOG.md). `adamw` decays
-weights apart from the loss (decoupled). `asgd` has torch's decay term off: decay is the business of the factor
-`regularization`; it follows a schedule one step late, as torch's does.
+The base rates were measured by `python -m benchmarks.base_rates` on real images (the table is in LOG.md). `adamw`
+decays weights separately from the loss. `asgd` has torch's decay term turned off, as decay is what the factor
+`regularization` varies; it follows a schedule one step late, as torch's own does.
 
 References:
     sgd: Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13.html (momentum)
@@ -53,13 +53,13 @@ def build_optimizer(
 
     Args:
         name: A name in `OPTIMIZERS`.
-        parameters: What it updates.
+        parameters: The parameters to update.
         learning_rate: Peak learning rate.
-        fused: Use torch's fused kernel where the optimizer has one.
-        average_from_step: Step at which `asgd` begins to average; torch's default of a million would never come.
+        fused: Use torch's fused kernel if the optimizer has one.
+        average_from_step: Step at which `asgd` begins to average; torch's default, a million, would never be reached.
     """
-    part = OPTIMIZERS[name]
-    optimizer = part.build(parameters, lr=learning_rate, **({"fused": True} if fused and part.fused else {}))
+    spec = OPTIMIZERS[name]
+    optimizer = spec.build(parameters, lr=learning_rate, **({"fused": True} if fused and spec.fused else {}))
     for group in optimizer.param_groups:
         if "t0" in group:
             group["t0"] = average_from_step

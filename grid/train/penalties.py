@@ -1,7 +1,7 @@
 """The penalties under study: terms of the loss on weights, never on biases or normalisation.
 
-A penalty is added as its gradient, after the backward pass of the cross-entropy: the same mathematics as a term of the
-loss, without a graph over all weights at every step.
+A penalty adds its gradient after the backward pass of the cross-entropy, which is mathematically the same as a term of
+the loss, without a graph over all weights at every step.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ Weights = Sequence[nn.Parameter]
 def add_l1(weights: Weights, strength: float) -> None:
     """Add the gradient of strength x sum of |w|."""
     for weight in weights:
-        assert weight.grad is not None  # noqa: S101  (a backward pass has just been run)
+        assert weight.grad is not None  # noqa: S101  (called after a backward pass)
         weight.grad.add_(weight.sign(), alpha=strength)
 
 
@@ -24,7 +24,7 @@ def add_l1(weights: Weights, strength: float) -> None:
 def add_l2(weights: Weights, strength: float) -> None:
     """Add the gradient of strength x sum of w^2 / 2; under plain SGD this is weight decay of that strength."""
     for weight in weights:
-        assert weight.grad is not None  # noqa: S101  (a backward pass has just been run)
+        assert weight.grad is not None  # noqa: S101  (called after a backward pass)
         weight.grad.add_(weight, alpha=strength)
 
 
@@ -40,7 +40,7 @@ PENALTIES: dict[str, Callable[[Weights, float, float], None]] = {
     "l2": lambda weights, l1_strength, l2_strength: add_l2(weights, l2_strength),
     "elastic": add_elastic,
 }
-"""Name -> what adds its gradient to those of the weights, given the strengths of L1 and of L2.
+"""Name -> function that adds the penalty's gradient to those of the weights, given the strengths of L1 and of L2.
 
 References:
     l1: Tibshirani 1996, https://doi.org/10.1111/j.2517-6161.1996.tb02080.x

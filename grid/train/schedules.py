@@ -1,4 +1,4 @@
-"""The learning-rate schedules under study. Every one starts from the same peak rate and spans the full budget."""
+"""The learning-rate schedules under study. All have the same peak rate and span the full budget."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,20 +16,20 @@ from torch.optim.lr_scheduler import (
 )
 
 FINAL_SHARE = 0.01
-"""What `step` and `exponential` end with, as a share of the peak rate."""
+"""Final rate of `step` and `exponential`, as a share of the peak rate."""
 
 
 @dataclass(frozen=True)
 class Horizon:
-    """How long a training lasts and how high its rate goes."""
+    """How long a training lasts, and its highest learning rate."""
 
     epochs: int
     steps_per_epoch: int
-    learning_rate: float
+    peak_learning_rate: float
 
     @property
     def steps(self) -> int:
-        """Steps of the full budget."""
+        """Number of steps in the full budget."""
         return self.epochs * self.steps_per_epoch
 
 
@@ -39,11 +39,11 @@ def step(optimizer: Optimizer, horizon: Horizon) -> LRScheduler:
 
 
 def one_cycle(optimizer: Optimizer, horizon: Horizon) -> LRScheduler:
-    """Warm up over 30 % of the budget, then anneal to nearly nothing.
+    """Warm up over 30 % of the budget, then anneal to nearly zero.
 
-    Momentum is left alone, so that the schedule means the same under optimizers that have none.
+    Momentum stays fixed, so that the schedule means the same for optimizers without momentum.
     """
-    return OneCycleLR(optimizer, max_lr=horizon.learning_rate, total_steps=horizon.steps + 1, cycle_momentum=False)
+    return OneCycleLR(optimizer, max_lr=horizon.peak_learning_rate, total_steps=horizon.steps + 1, cycle_momentum=False)
 
 
 SCHEDULES: dict[str, Callable[[Optimizer, Horizon], Any]] = {
@@ -56,7 +56,7 @@ SCHEDULES: dict[str, Callable[[Optimizer, Horizon], Any]] = {
         optimizer, factor=0.3, patience=max(1, horizon.epochs // 10)
     ),
 }
-"""Name -> factory. All but `plateau` move once per step; `plateau` once per epoch, by the validation loss.
+"""Name -> factory. `plateau` updates the rate once per epoch, by the validation loss; all others once per step.
 
 References:
     step: He et al. 2016, https://arxiv.org/abs/1512.03385 (section 3.4)
@@ -68,11 +68,11 @@ References:
 
 
 class Schedule:
-    """A schedule and the moments at which it moves.
+    """A schedule that updates the rate after each step or after each epoch, as its kind requires.
 
     Args:
         name: A name in `SCHEDULES`.
-        optimizer: Whose learning rate it sets.
+        optimizer: The optimizer whose learning rate it sets.
         horizon: Budget and peak rate.
     """
 
@@ -83,24 +83,24 @@ class Schedule:
 
     @property
     def learning_rate(self) -> float:
-        """Rate of the next step."""
+        """Learning rate of the next step."""
         return float(self._optimizer.param_groups[0]["lr"])
 
     def after_step(self) -> None:
-        """Move on by one training step."""
+        """Update the rate after a training step."""
         if not self._by_loss:
             self._scheduler.step()
 
     def after_epoch(self, val_loss: float) -> None:
-        """Move on by one epoch with this validation loss."""
+        """Update the rate after an epoch with this validation loss."""
         if self._by_loss:
             self._scheduler.step(val_loss)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` takes."""
+        """Return the state, for `load_state_dict`."""
         state: dict[str, Any] = self._scheduler.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another schedule of the same name and horizon stood."""
+        """Resume from the state of another schedule of the same name and horizon."""
         self._scheduler.load_state_dict(state)

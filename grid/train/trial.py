@@ -1,7 +1,7 @@
-"""One training in pure torch: takes a configuration, data and a callback, returns values.
+"""One training in pure torch: takes a configuration, data and a callback, and returns values.
 
-Knows neither Ray nor MLflow. Every source of randomness is a generator of the trial's own, so that on a CPU two trials
-of one configuration yield the same bits (with the same number of threads).
+It knows neither Ray nor MLflow. All randomness comes from generators that belong to the trial, so that on a CPU two
+trials of one configuration yield the same bits (with the same number of threads).
 """
 
 import hashlib
@@ -19,20 +19,19 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from grid.config import TrialConfig, parse_sizes
+from grid.config import TrialConfig
 from grid.data.dataset import Dataset
 from grid.metrics import EpochReport
 from grid.train.averaging import averaged_weights
+from grid.train.models import MODELS, NetSpec
 from grid.train.optimizers import build_optimizer
 from grid.train.penalties import PENALTIES, penalised_weights
 from grid.train.schedules import Horizon, Schedule
 from nets.blocks import Techniques
-from nets.cnn import CNN
-from nets.mlp import MLP
 
 EVALUATION_BATCH_SIZE = 1000
 NORM_BATCHES = 20
-"""Training batches that batch norm statistics of averaged weights are estimated from."""
+"""Training batches from which the batch norm statistics of averaged weights are estimated, at most."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +44,15 @@ class DeviceData:
     val_labels: Int[Tensor, " val"]
     classes: int
     mean: float
-    """Of the training pixels, in [0, 255]."""
+    """Mean of the training pixels, in [0, 255]."""
     std: float
-    """Of the training pixels; at least 1."""
+    """Standard deviation of the training pixels; at least 1."""
 
     @classmethod
-    def of(cls, dataset: Dataset, device: str = "cpu") -> "DeviceData":
-        """Put a data set on `device`, once for all trials that run there; a CPU's memory is shared with `dataset`."""
+    def from_dataset(cls, dataset: Dataset, device: str = "cpu") -> "DeviceData":
+        """Copy a data set to `device`, once for all trials that run there; on a CPU, share its memory instead."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Ray's memory can't be written, and is not
+            warnings.simplefilter("ignore")  # Ray's shared memory is read-only, and nothing here writes to it
             tensors = [
                 torch.from_numpy(array).to(device)
                 for array in (dataset.train_images, dataset.train_labels, dataset.val_images, dataset.val_labels)
@@ -81,7 +80,7 @@ class DeviceData:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """How a training went."""
+    """How a training ended, and what it reported."""
 
     status: str
     """`completed`, `stopped` (by the callback) or `diverged`."""
@@ -101,7 +100,7 @@ def train(
     Args:
         config: What to train.
         data: Images on the device that `config` names.
-        on_epoch: Called after every epoch; a true return value stops the training.
+        on_epoch: Called with the report of every epoch; a true return value stops the training.
     """
     trial = Trial(config, data)
     reports: list[EpochReport] = []
@@ -117,7 +116,7 @@ def train(
 
 
 class Trial:
-    """A training that is run epoch by epoch and can be put down and taken up again between two of them.
+    """A training that is run epoch by epoch, and can be saved and resumed between two epochs.
 
     Args:
         config: What to train.
@@ -130,15 +129,12 @@ class Trial:
         self.epoch = 0
         self._order = _generator(config.seed, "order", "cpu")
         self._dropout = _generator(config.seed, "dropout", config.device)
-        self._layout = getattr(
-            torch, "channels_last" if config.memory_format == "channels_last" else "contiguous_format"
-        )
+        self._layout = torch.channels_last if config.memory_format == "channels_last" else torch.contiguous_format
         self.net = build_net(config, data, self._dropout).to(device=config.device)
         self.net = self.net.to(memory_format=self._layout)
         self._weights = penalised_weights(self.net)
-        count = len(data.train_labels)
-        self._batch_size = min(config.batch_size, count)
-        self._steps = count // self._batch_size
+        self._batch_size = min(config.batch_size, len(data.train_labels))
+        self._steps = len(data.train_labels) // self._batch_size
         self._optimizer = build_optimizer(
             config.optimizer,
             self.net.parameters(),
@@ -173,7 +169,7 @@ class Trial:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that the epochs to come depend on; live tensors, to be saved before the next epoch."""
+        """Return all that the remaining epochs depend on: live tensors, to be saved before the next epoch."""
         return {
             "epoch": self.epoch,
             "net": self.net.state_dict(),
@@ -184,7 +180,7 @@ class Trial:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another trial of the same configuration and data stood."""
+        """Resume from the state of another trial of the same configuration and data."""
         self.epoch = state["epoch"]
         self.net.load_state_dict(state["net"])
         self._optimizer.load_state_dict(state["optimizer"])
@@ -215,25 +211,25 @@ class Trial:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Switch to evaluation mode: no gradients, and the averaged weights if the optimizer has them (`asgd`)."""
+        """Switch to evaluation mode: no gradients, and averaged weights if the optimizer keeps them (`asgd`)."""
         self.net.eval()
         with torch.no_grad(), averaged_weights(self.net, self._optimizer, self._norm_batches()):
             yield
 
     def logits(self, images: UInt8[Tensor, "batch 1 side side"]) -> Float[Tensor, "batch classes"]:
-        """Return what the net says of images, within `evaluating`."""
+        """Return the logits of unscaled images; call it within `evaluating`."""
         return self._logits(self._scaled(images))
 
     def _validate(self) -> tuple[float, float]:
         images, labels = self.data.val_images, self.data.val_labels
         totals = torch.zeros(2, dtype=torch.float64, device=self.config.device)
         with self.evaluating():
-            for some, wanted in zip(
+            for batch, true in zip(
                 images.split(EVALUATION_BATCH_SIZE), labels.split(EVALUATION_BATCH_SIZE), strict=True
             ):
-                logits = self.logits(some)
-                correct = (logits.argmax(dim=1) == wanted).sum()
-                totals += torch.stack((F.cross_entropy(logits, wanted, reduction="sum"), correct.to(logits.dtype)))
+                logits = self.logits(batch)
+                correct = (logits.argmax(dim=1) == true).sum()
+                totals += torch.stack((F.cross_entropy(logits, true, reduction="sum"), correct.to(logits.dtype)))
         loss, accuracy = (totals / len(labels)).tolist()
         return loss, accuracy
 
@@ -243,14 +239,14 @@ class Trial:
         return logits.float()
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield whole batches in a new order; what is left over waits for another epoch's order."""
+        """Yield full batches in a new order; images beyond the last full batch are left out of this epoch."""
         order = torch.randperm(len(self.data.train_labels), generator=self._order).to(self.config.device)
-        for chosen in order.split(self._batch_size)[: self._steps]:
-            images = self.data.train_images.index_select(0, chosen)
-            yield self._scaled(images), self.data.train_labels.index_select(0, chosen)
+        for rows in order.split(self._batch_size)[: self._steps]:
+            images = self.data.train_images.index_select(0, rows)
+            yield self._scaled(images), self.data.train_labels.index_select(0, rows)
 
     def _norm_batches(self) -> Iterator[Tensor]:
-        """Yield whole batches: what is left over may be a single image, which has no variance."""
+        """Yield full batches only: a last one may hold a single image, which has no variance."""
         for images in self.data.train_images.split(self._batch_size)[: min(self._steps, NORM_BATCHES)]:
             yield self._scaled(images)
 
@@ -259,45 +255,35 @@ class Trial:
 
 
 def build_net(config: TrialConfig, data: DeviceData, dropout: torch.Generator) -> nn.Module:
-    """Build the net of a configuration, with weights drawn by its seed, on the CPU.
+    """Build the net of a configuration on the CPU, its weights drawn by its seed.
 
     Args:
         config: What to build.
         data: Gives the image side and the number of classes.
-        dropout: Generator on the training device that the dropout masks come from.
+        dropout: Draws the dropout masks; on the device that trains.
     """
     return assemble_net(config, side=data.side, classes=data.classes, dropout=dropout)
 
 
 def assemble_net(config: TrialConfig, *, side: int, classes: int, dropout: torch.Generator) -> nn.Module:
     """Build the net of a configuration for images of `side` x `side` pixels, as `build_net` does."""
-    techniques = Techniques(
-        activation=config.activation,
-        batch_norm=config.batch_norm,
-        dropout_rate=config.dropout_rate if config.dropout else 0.0,
-    )
-    weights = _generator(config.seed, "weights", "cpu")
-    if config.model == "mlp":
-        return MLP(
-            pixels=side**2,
-            classes=classes,
-            hidden_sizes=parse_sizes(config.hidden_sizes),
-            techniques=techniques,
-            weights=weights,
-            masks=dropout,
-        )
-    return CNN(
+    spec = NetSpec(
         side=side,
         classes=classes,
-        channels=parse_sizes(config.channels),
-        dense_size=config.dense_size,
-        techniques=techniques,
-        weights=weights,
+        techniques=Techniques(
+            activation=config.activation,
+            batch_norm=config.batch_norm,
+            dropout_rate=config.dropout_rate if config.dropout else 0.0,
+        ),
+        weights=_generator(config.seed, "weights", "cpu"),
         masks=dropout,
     )
+    with torch.random.fork_rng(devices=[]):  # torch's own layers draw from the global generator
+        torch.default_generator.manual_seed(spec.weights.initial_seed())
+        return MODELS[config.model](config, spec)
 
 
 def _generator(seed: int, purpose: str, device: str) -> torch.Generator:
-    """Return a generator whose stream is another one for every seed and every purpose."""
+    """Return a generator whose stream differs for every seed and every purpose."""
     digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,4 +1,4 @@
-"""What a worker process does: trains one trial after another, epoch by epoch. `grid.tune.tuner` hangs it into Ray."""
+"""The work of one process: train one trial after another, epoch by epoch. `grid.tune.tuner` runs it in Ray."""
 
 import traceback
 from collections.abc import Callable
@@ -10,19 +10,19 @@ from grid.train.checkpoints import Checkpoints
 from grid.train.trial import DeviceData, Trial
 
 TRIES = 2
-"""How often an epoch that raises is tried."""
+"""Attempts at an epoch that raises before its trial counts as failed."""
 
 
 class Worker:
-    """Keeps the images on the device and the trial in hand.
+    """Trains trials, keeping the images on the device and the current trial in memory.
 
-    A trial that goes on past a rung is put down first, so that the death of its worker costs at most one rung.
+    A trial that continues past a rung is saved first, so that a worker that dies costs it at most one rung.
 
     Args:
-        dataset: What is trained on.
-        checkpoints: Where trials are put down, and taken up if they were.
-        checkpoint_epochs: After which epochs.
-        begin: Makes a trial; `benchmarks.grid_scale` gives one that replays a curve.
+        dataset: Images to train on.
+        checkpoints: Where trials are saved, and resumed from.
+        checkpoint_epochs: Epochs after which a trial is saved.
+        begin: Makes a trial; `benchmarks.grid_scale` passes one that replays a curve.
     """
 
     def __init__(
@@ -40,25 +40,25 @@ class Worker:
         self._trial: Trial | None = None
 
     def clear(self) -> None:
-        """Let go of the trial in hand."""
+        """Forget the current trial; the next epoch begins or resumes the trial that it is called with."""
         self._trial = None
 
     def run_epoch(self, config: TrialConfig) -> dict[str, Any]:
-        """Train the next epoch of a trial, that in hand or, after `clear`, another.
+        """Train the next epoch of the current trial or, after `clear`, of another one.
 
         Returns:
-            Its `EpochReport` as `report`, or `error` with a traceback, and `done`: whether no epoch follows. An error
-            of the trial is a result, so that the worker lives on.
+            `report` with an `EpochReport`, or `error` with a traceback; and `done`, whether no epoch follows. An error
+            is returned, not raised, so that the worker survives it.
         """
         for attempt in range(TRIES):
             try:
                 trial = self._resume(config)
-                if trial.epoch in self._checkpoint_epochs:  # not before it is known to go on
+                if trial.epoch in self._checkpoint_epochs:  # not earlier: now it is known to continue
                     self.checkpoints.save(config.trial_key, trial.state_dict())
                 report = trial.run_epoch()
                 if trial.epoch == config.epochs and trial.epoch in self._checkpoint_epochs:
                     self.checkpoints.save(config.trial_key, trial.state_dict())
-            except Exception:  # noqa: BLE001  (whatever it is, it is recorded as the trial's failure)
+            except Exception:  # noqa: BLE001  (any error is recorded as the trial's failure)
                 self._trial = None
                 if attempt == TRIES - 1:
                     return {"error": traceback.format_exc(), "done": True}
@@ -68,7 +68,7 @@ class Worker:
 
     def _resume(self, config: TrialConfig) -> Trial:
         if self._data is None:
-            self._data = DeviceData.of(self._dataset, config.device)
+            self._data = DeviceData.from_dataset(self._dataset, config.device)
         if self._trial is None:
             self._trial = self._begin(config, self._data)
             state = self.checkpoints.load(config.trial_key, config.device)

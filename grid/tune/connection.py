@@ -1,25 +1,19 @@
-"""Joins a Ray cluster, or starts a Ray of its own, looks at its machines, and leaves it. Knows Ray, but not Tune.
+"""Joins a Ray cluster, or starts a private Ray, checks its nodes, and leaves it. Knows Ray, but not Tune.
 
-Imports no torch: a private Ray comes up while another thread does.
+Imports no torch: a private Ray starts while another thread imports it.
 """
 
 import logging
 import os
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import psutil
 import ray
-from ray._private import ray_constants, services, utils
-from ray._private.authentication import authentication_token_setup as token
-from ray._private.node import Node
-from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError, GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -27,6 +21,7 @@ from grid.config import InputError
 from grid.plan.packing import Packing, pack
 from grid.plan.request import NO_RAY, check_address
 from grid.train.checkpoints import Checkpoints
+from grid.tune import private_ray
 from grid.tune.gpus import find_gpus
 from grid.tune.preflight import (
     ANSWER_SECONDS,
@@ -41,29 +36,15 @@ from grid.tune.preflight import (
 from grid.wording import last_line
 
 RAY_OPTIONS: dict[str, Any] = {"logging_level": "CRITICAL", "log_to_driver": False, "configure_logging": True}
-
-EARLY_WORKERS = {
-    "preload_python_modules": ["grid.tune.preload"],
-    "idle_worker_killing_time_threshold_ms": 60_000,
-}
-"""Lets worker processes import what trials need while the driver is still busy, and keeps them until then."""
-
-SKIPPED_SERVICES = ("start_monitor", "start_log_monitor", "start_api_server")
-"""What a private Ray is started without: an autoscaler that has no machines, a reader of logs that nobody is shown, and
-a server of statistics that nobody asks for. They take two seconds of two cores to start, and one to end."""
-
-POLL_SECONDS = 0.02
-"""How often a private Ray is asked whether it is up; Ray itself asks every second."""
-
 _leaving = threading.Event()
 Result = TypeVar("Result")
 
 
 def find_cluster(address: str | None) -> str | None:
-    """Return the address of the cluster to join; None if Ray is to start here, for this run alone.
+    """Return the address of the cluster to join; None to start a private Ray, for this run alone.
 
-    A machine belongs to a cluster if RAY_ADDRESS says so, or if `ray start`, and so `ray up`, was run on it. The Ray
-    that another run has started for itself is never joined.
+    A machine belongs to a cluster if RAY_ADDRESS says so, or if `ray start`, and so `ray up`, was run on it. The
+    private Ray of another run is never joined.
 
     Args:
         address: What the user gave: `HOST:PORT`, `auto`, `local`, or None.
@@ -73,8 +54,8 @@ def find_cluster(address: str | None) -> str | None:
     """
     if address not in (None, "auto"):
         return None if address == "local" else address
-    found = os.environ.get("RAY_ADDRESS") or utils.read_ray_address()
-    if found in (None, "", "auto", "local"):
+    found = os.environ.get("RAY_ADDRESS") or private_ray.own_cluster()
+    if found in (None, "auto", "local"):
         if address == "auto":
             raise InputError(f"this machine belongs to no Ray cluster; {NO_RAY}")
         return None
@@ -86,107 +67,86 @@ def find_cluster(address: str | None) -> str | None:
 
 
 def connect(address: str | None, concurrency: int | None, checkpoints: Checkpoints | None = None) -> Packing:
-    """Start Ray on this machine, or join a running cluster, and choose how trials share it.
+    """Start a private Ray, or join a running cluster and check its nodes; choose how trials share it.
 
     Args:
-        address: Of a running cluster, from `find_cluster`; None starts a private one.
+        address: Of a running cluster, from `find_cluster`; None starts a private Ray.
         concurrency: Trials at once, chosen by the user.
-        checkpoints: The storage that all machines of a cluster must reach; None does not try.
+        checkpoints: The storage that all nodes of a cluster must reach; None skips that check.
 
     Raises:
-        InputError: No Ray answers at `address`, or `concurrency` is out of range, or a machine can't train.
+        InputError: No Ray answers at `address`, or `concurrency` is out of range, or a node can't train.
     """
-    if address is None:
-        packing = local_packing(concurrency)
-        ray_constants.ENABLE_RAY_CLUSTER = False  # a Ray that no other machine joins listens on localhost alone
-        cpus = max(1, round(packing.concurrency * packing.cpus_per_trial))
-        with fast_start():
-            ray.init(
-                address="local", num_cpus=cpus, include_dashboard=False, _system_config=EARLY_WORKERS, **RAY_OPTIONS
-            )
-        return packing
-    ray_constants.ENABLE_RAY_CLUSTER = True
+    private_ray.listen_on(loopback=address is None)
+    return _start(concurrency) if address is None else _join(address, concurrency, checkpoints)
+
+
+def _start(concurrency: int | None) -> Packing:
+    packing = local_packing(concurrency)
+    cpus = max(1, round(packing.concurrency * packing.cpus_per_trial))
+    private_ray.require_token()
+    with private_ray.fast_start():
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **RAY_OPTIONS)
+    return packing
+
+
+def _join(address: str, concurrency: int | None, checkpoints: Checkpoints | None) -> Packing:
     logging.getLogger("ray").setLevel(logging.ERROR)
-    token.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # Ray does so for the address `auto` alone
+    if _has_token():
+        private_ray.require_token()  # Ray does so for the address `auto` only
     try:
         ray.init(address=address, **RAY_OPTIONS)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         closed = "if it is closed by a token, ~/.ray/auth_token must be the cluster's"
         raise InputError(f"no Ray answers at '{address}' ({type(error).__name__}; {closed}); {NO_RAY}") from error
     try:
-        return _survey(address, concurrency, checkpoints)
+        return _check_nodes(address, concurrency, checkpoints)
     except InputError:
         ray.shutdown()
         raise
 
 
-@contextmanager
-def fast_start() -> Iterator[None]:
-    """Let a Ray that is started within do without `SKIPPED_SERVICES`, and be used as soon as it is up.
-
-    These are private parts of Ray: one that is not there is left alone.
-    """
-    get_node: Any = getattr(services, "get_node", None)
-    wanted: list[tuple[Any, str, Any]] = [
-        *((Node, name, lambda node, **settings: None) for name in SKIPPED_SERVICES),
-        (utils, "get_dashboard_dependency_error", lambda: ImportError("not wanted")),  # the agent opens fewer ports
-        (services, "get_node", partial(_await_node, get_node)),
-    ]
-    changes = [change for change in wanted if hasattr(*change[:2])]
-    kept = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
-    try:
-        for owner, name, part in changes:
-            setattr(owner, name, part)
-        yield
-    finally:
-        for owner, name, part in kept:
-            setattr(owner, name, part)
+def _has_token() -> bool:
+    """Return whether there is a token, by the rules of Ray's documentation."""
+    named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    return bool(named) or Path("~/.ray/auth_token").expanduser().exists()
 
 
-def _await_node(get_node: Callable[[str, str], Any], gcs_address: str, node_id: str) -> Any:
-    """Return what `get_node` says of this machine, once it can say something."""
-    client = GcsClient(address=gcs_address)
-    until = time.monotonic() + ANSWER_SECONDS
-    while not client.get_all_node_info() and time.monotonic() < until:
-        time.sleep(POLL_SECONDS)
-    return get_node(gcs_address, node_id)
-
-
-def _survey(address: str, concurrency: int | None, checkpoints: Checkpoints | None) -> Packing:
-    """Ask every machine of the cluster what it has; raise if one can't train."""
+def _check_nodes(address: str, concurrency: int | None, checkpoints: Checkpoints | None) -> Packing:
+    """Ask every node of the cluster for a report; raise if one can't train."""
     alive = [node for node in ray.nodes() if node["Alive"]]
-    names = [machine_name(node["NodeManagerAddress"], node["NodeManagerHostname"]) for node in alive]
+    names = [node_name(node["NodeManagerAddress"], node["NodeManagerHostname"]) for node in alive]
     resources = {name: node["Resources"] for name, node in zip(names, alive, strict=True)}
-    reports = _ask({name: node["NodeID"] for name, node in zip(names, alive, strict=True)}, address, checkpoints)
+    reports = _reports({name: node["NodeID"] for name, node in zip(names, alive, strict=True)}, address, checkpoints)
     return plan_packing(resources, reports, CodeVersion.here(), concurrency)
 
 
-def _ask(nodes: dict[str, str], address: str, checkpoints: Checkpoints | None) -> dict[str, NodeReport | str]:
-    """Return what each machine reports, or why it does not."""
+def _reports(node_ids: dict[str, str], address: str, checkpoints: Checkpoints | None) -> dict[str, NodeReport | str]:
+    """Return what each node reports, or why it does not."""
     mark = "" if checkpoints is None else mark_storage(checkpoints)
     task = ray.remote(num_cpus=0, max_retries=0)(inspect_node)
-    asked = {
+    pending = {
         name: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(
             checkpoints, mark, name.partition(" ")[0], address
         )
-        for name, node_id in nodes.items()
+        for name, node_id in node_ids.items()
     }
-    ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER_SECONDS, fetch_local=False)
-    said: dict[str, NodeReport | str] = {}
-    for name, answer in asked.items():
+    ray.wait(list(pending.values()), num_returns=len(pending), timeout=ANSWER_SECONDS, fetch_local=False)
+    reports: dict[str, NodeReport | str] = {}
+    for name, report in pending.items():
         try:
-            said[name] = ray.get(answer, timeout=1)
+            reports[name] = ray.get(report, timeout=1)
         except GetTimeoutError:
-            said[name] = f"does not answer within {ANSWER_SECONDS:.0f} s; see `ray status`, or take it out"
+            reports[name] = f"does not answer within {ANSWER_SECONDS:.0f} s; see `ray status`, or take it out"
         except RayError as error:
-            said[name] = f"can't load this code ({last_line(error)}); {HINT}"
+            reports[name] = f"can't load this code ({last_line(error)}); {HINT}"
     if checkpoints is not None:
         unmark_storage(checkpoints, mark)
-    return said
+    return reports
 
 
-def machine_name(address: str, host: str) -> str:
-    """Return how problems call a machine."""
+def node_name(address: str, host: str) -> str:
+    """Return the name of a node in messages."""
     return f"{address} ({host})"
 
 
@@ -196,22 +156,21 @@ def local_packing(concurrency: int | None) -> Packing:
     return pack(cpus, *find_gpus(), concurrency)
 
 
-def has_gpu() -> bool:
-    """Say whether a GPU of the cluster is up."""
+def cluster_has_gpu() -> bool:
+    """Return whether a node with a GPU is up."""
     return bool(ray.cluster_resources().get("GPU", 0) > 0)
 
 
-def call(function: Callable[..., Result], *arguments: Any, packing: Packing) -> Result:
-    """Call a function where a trial would run, and return what it returns."""
+def call_remote(function: Callable[..., Result], *arguments: Any, packing: Packing) -> Result:
+    """Call a function in a worker process, with the resources of a trial, and return what it returns."""
     task = ray.remote(num_cpus=packing.cpus_per_trial, num_gpus=packing.gpus_per_trial)(function)
     result: Result = ray.get(task.remote(*arguments))
     return result
 
 
-def guard(on_death: Callable[[], None]) -> None:
-    """Watch over the processes of a private Ray, and call `on_death` from another thread if one of them dies."""
-    children = psutil.Process().children(recursive=True)
-    servers = [process for process in children if process.name() in ("gcs_server", "raylet")]
+def watch_servers(on_death: Callable[[], None]) -> None:
+    """Watch the server processes of a private Ray from another thread, which calls `on_death` if one of them dies."""
+    servers = private_ray.servers()
     _leaving.clear()
 
     def watch() -> None:
@@ -220,7 +179,7 @@ def guard(on_death: Callable[[], None]) -> None:
                 on_death()
                 return
 
-    threading.Thread(target=watch, name="guard", daemon=True).start()
+    threading.Thread(target=watch, name="watch-servers", daemon=True).start()
 
 
 def disconnect() -> None:

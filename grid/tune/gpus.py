@@ -1,10 +1,10 @@
-"""The GPUs of this machine. Torch, which counts them, takes a second to import: not where no driver has any."""
+"""The GPUs of this machine. Torch, which counts them, takes a second to import; without a driver it is not asked."""
 
 import sys
 from pathlib import Path
 
 DRIVER_FILES = ("nvidia*", "nvhost*", "nvmap", "kfd", "dxg")
-"""In /dev, of the drivers that torch may train with on Linux: NVIDIA's (on Tegra, too), AMD's, and Windows' for WSL."""
+"""Files in /dev of the drivers that torch can train with on Linux: NVIDIA, NVIDIA on Tegra, AMD, Windows (WSL)."""
 
 
 def find_gpus(devices: Path = Path("/dev")) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What is told how the trials go: the door between `grid.tune.tuner`, which knows Ray, and the rest, which does not."""
+"""The door between `grid.tune.tuner`, which knows Ray, and the rest, which does not."""
 
 from typing import Protocol
 
@@ -7,7 +7,7 @@ from grid.metrics import EpochReport
 
 
 class Listener(Protocol):
-    """What is told how the trials go; called from the driver's main thread, and must return quickly."""
+    """Hears how the trials progress; called from the driver's main thread, and must return quickly."""
 
     def started(self, config: TrialConfig) -> None:
         """A trial has begun, for the first time or again."""
@@ -19,13 +19,13 @@ class Listener(Protocol):
         """A trial has ended with one of `grid.metrics.STATUSES`; `error` is the traceback of a failed one."""
 
     def suspended(self, config: TrialConfig) -> None:
-        """The run has ended before the trial has; another run resumes it."""
+        """A trial was interrupted before its end; another run may resume it."""
 
     def tick(self) -> None:
-        """Called often."""
+        """Nothing in particular; called often."""
 
     def give_up(self, problem: str) -> None:
-        """A machine that has joined can't train what the others do; nothing more is to be started."""
+        """A node that has joined can't train what the others train; no more trials should start."""
 
     @property
     def interrupted(self) -> bool:

@@ -1,6 +1,7 @@
-"""Whether every machine can train what the driver asks: same code, same packages, same storage, enough memory.
+"""Whether every node can train what the driver asks: same code, same packages, same storage, enough memory.
 
-Each problem is one line that names the machine and what to do. `grid.tune.connection` runs `inspect_node` on every one.
+Each problem is one line that names the node and says what to do. `grid.tune.connection` runs `inspect_node` on every
+node before anything is trained.
 """
 
 import os
@@ -10,7 +11,6 @@ from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
-import psutil
 import yaml
 
 import grid
@@ -20,13 +20,14 @@ from grid.plan.packing import Node, Packing, pack_nodes
 from grid.train.checkpoints import Checkpoints
 from grid.tune.gpus import find_gpus
 from grid.tune.machines import HEAD, describe, has_fast_bfloat16, to_node, with_growth
+from grid.tune.private_ray import autoscaler_configuration
 from grid.wording import first_line
 
 PACKAGES = ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow")
 BYTES_PER_TRIAL = 700 * 2**20
-"""What one process that trains has for itself: torch, the images, a net and its gradients, rounded up."""
+"""Memory that one training process does not share: torch, the images, a net and its gradients, rounded up."""
 ANSWER_SECONDS = 120.0
-"""How long a machine may take to say what it has; it imports torch for that."""
+"""How long a node may take to report; it imports torch first."""
 HINT = "bring the cluster up again with this folder (`ray up`)"
 
 
@@ -35,8 +36,9 @@ class CodeVersion:
     """What must be the same wherever trials of one experiment are trained."""
 
     digest: str
-    """Of the sources of grid/ and nets/: a synced folder has no git, and a commit does not tell of later changes."""
+    """Of the sources of grid/ and nets/: a synced folder has no git, and a commit misses uncommitted changes."""
     versions: Mapping[str, str]
+    """Of the packages in `PACKAGES`, by name."""
 
     @classmethod
     def here(cls) -> "CodeVersion":
@@ -66,55 +68,43 @@ def digest_of(folders: Iterable[Path]) -> str:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What one machine says of itself."""
+    """What one node reports about itself."""
 
     code: CodeVersion
     storage_problem: str
-    """Empty if it reads there what the driver wrote, and can write."""
+    """Why it can't use the storage; empty if it finds there what the driver wrote, and can write."""
     gpu_bytes: int
-    """Memory of its smallest GPU, 0 without one."""
+    """Memory of its smallest GPU; 0 without one."""
     scaling: str
-    """The autoscaler's configuration, on the head of a cluster that has one; else empty."""
+    """The autoscaler's configuration as YAML, if the autoscaler runs on this node; else empty."""
 
     def problems(self, code: CodeVersion) -> list[str]:
-        """Return why the machine can't train by this code."""
+        """Return why the node can't train with the driver's code."""
         return self.code.problems(code) + [self.storage_problem] * bool(self.storage_problem)
 
 
 def inspect_node(checkpoints: Checkpoints | None, mark: str, name: str, cluster: str) -> NodeReport:
-    """Look at this machine; runs on every one.
+    """Check the node that this runs on.
 
     Args:
-        checkpoints: The storage to try; None leaves it out.
-        mark: What the driver has written there.
-        name: Under which this machine writes.
+        checkpoints: The storage to try; None skips it.
+        mark: What the driver wrote there, from `mark_storage`.
+        name: A file name for what this node writes there.
         cluster: Address of the cluster's head.
     """
     problem = "" if checkpoints is None else storage_problem(checkpoints, mark, name)
-    return NodeReport(CodeVersion.here(), problem, find_gpus()[1], _scaling(cluster))
-
-
-def _scaling(cluster: str) -> str:
-    """Return the configuration of the autoscaler of a cluster if that runs on this machine, else an empty text.
-
-    The command line of its process tells, because a file alone may be left from another time.
-    """
-    for process in psutil.process_iter(["cmdline"]):
-        words = dict(word.partition("=")[::2] for word in process.info["cmdline"] or ())
-        if words.get("--gcs-address") == cluster and "--autoscaling-config" in words:
-            return Path(words["--autoscaling-config"]).expanduser().read_text()
-    return ""
+    return NodeReport(CodeVersion.here(), problem, find_gpus()[1], autoscaler_configuration(cluster))
 
 
 def mark_storage(checkpoints: Checkpoints) -> str:
-    """Write what the machines are to find in the storage, and return it."""
+    """Write a mark into the storage for the nodes to find, and return it."""
     mark = os.urandom(8).hex()
     checkpoints.save(_mark_file(mark), {})
     return mark
 
 
 def unmark_storage(checkpoints: Checkpoints, mark: str) -> None:
-    """Take away what `mark_storage` wrote; the mark of another driver stays."""
+    """Remove the mark that `mark_storage` wrote; the marks of other drivers stay."""
     checkpoints.delete(_mark_file(mark))
 
 
@@ -123,7 +113,7 @@ def _mark_file(mark: str) -> str:
 
 
 def storage_problem(checkpoints: Checkpoints, mark: str, name: str) -> str:
-    """Say why this machine can't use the storage; empty if it can."""
+    """Return why the node that this runs on can't use the storage; empty if it can."""
     hint = "mount the same folder on all nodes, or pass --storage s3://BUCKET"
     try:
         if checkpoints.load(_mark_file(mark), "cpu") is None:
@@ -137,7 +127,7 @@ def storage_problem(checkpoints: Checkpoints, mark: str, name: str) -> str:
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a machine that joins after the start must have, too."""
+    """What a node that joins after the start must have as well."""
 
     code: CodeVersion
     """The driver's."""
@@ -145,7 +135,7 @@ class Requirements:
     """From `mark_storage`."""
 
     def problem(self, checkpoints: Checkpoints, name: str) -> str:
-        """Say why this machine can't train; empty if it can."""
+        """Return why the node that this runs on can't train; empty if it can."""
         problems = self.code.here().problems(self.code) or [
             storage_problem(checkpoints, self.mark, name.partition(" ")[0])
         ]
@@ -153,11 +143,11 @@ class Requirements:
 
 
 def memory_problem(memory: float, node: Node, packing: Packing) -> str:
-    """Say whether a machine lacks memory for the trials that it will hold; empty if not.
+    """Return why a node's memory is too small for the trials that it will hold; empty if it is not.
 
     Args:
-        memory: Bytes that it has for trials.
-        node: The machine.
+        memory: Bytes that the node has for trials.
+        node: The node.
         packing: How trials share the cluster.
     """
     on_gpu = packing.gpus_per_trial > 0
@@ -166,8 +156,8 @@ def memory_problem(memory: float, node: Node, packing: Packing) -> str:
     needed = trials * BYTES_PER_TRIAL
     if needed <= memory:
         return ""
-    most = max(1, int(memory // BYTES_PER_TRIAL))
-    hint = f"pass --concurrency {max(1, packing.concurrency * most // trials)}"
+    fitting = max(1, int(memory // BYTES_PER_TRIAL))
+    hint = f"pass --concurrency {max(1, packing.concurrency * fitting // trials)}"
     return f"has {memory / 2**30:.1f} GiB of memory for {trials} trials, which need {needed / 2**30:.1f}; {hint}"
 
 
@@ -177,29 +167,42 @@ def plan_packing(
     code: CodeVersion,
     concurrency: int | None,
 ) -> Packing:
-    """Choose how trials share a cluster, as large as it may become.
+    """Choose how trials share a cluster, planned for its largest size.
 
     Args:
-        resources: What Ray counts on each machine, by the machine's name.
-        reports: What each says of itself; text where it could not.
+        resources: What Ray counts on each node, by the node's name.
+        reports: What each node reports; the reason as text if it could not.
         code: The driver's.
         concurrency: Trials at once, chosen by the user.
 
     Raises:
-        InputError: A machine can't train; one line for each that can't.
+        InputError: A node can't train; one line for each such node.
     """
-    heard = {name: report for name, report in reports.items() if isinstance(report, NodeReport)}
-    _raise({name: said for name, said in reports.items() if isinstance(said, str)})
-    _raise({name: problem for name, report in heard.items() for problem in report.problems(code)[:1]})
-    nodes = {name: to_node(resources[name], report.gpu_bytes) for name, report in heard.items()}
-    scaling = next((yaml.safe_load(report.scaling) for report in heard.values() if report.scaling), None)
-    heads = [node for name, node in nodes.items() if HEAD in resources[name]]
-    workers = [node for name, node in nodes.items() if HEAD not in resources[name]]
-    machines = with_growth(heads, workers, scaling)
-    packing = pack_nodes(machines, concurrency)
-    _raise({name: memory_problem(resources[name].get("memory", 0), node, packing) for name, node in nodes.items()})
-    fast = has_fast_bfloat16(machines) if packing.gpus_per_trial else None
-    return replace(packing, machines=describe(machines), bfloat16=fast)
+    received = _check_reports(reports, code)
+    up = {name: to_node(resources[name], report.gpu_bytes) for name, report in received.items()}
+    nodes = _largest_cluster(up, resources, received)
+    packing = pack_nodes(nodes, concurrency)
+    _raise({name: memory_problem(resources[name].get("memory", 0), node, packing) for name, node in up.items()})
+    fast = has_fast_bfloat16(nodes) if packing.gpus_per_trial else None
+    return replace(packing, machines=describe(nodes), bfloat16=fast)
+
+
+def _check_reports(reports: Mapping[str, NodeReport | str], code: CodeVersion) -> dict[str, NodeReport]:
+    """Return all reports; raise if one is missing or describes a node that can't train."""
+    _raise({name: reason for name, reason in reports.items() if isinstance(reason, str)})
+    received = {name: report for name, report in reports.items() if isinstance(report, NodeReport)}
+    _raise({name: problem for name, report in received.items() for problem in report.problems(code)[:1]})
+    return received
+
+
+def _largest_cluster(
+    up: Mapping[str, Node], resources: Mapping[str, Mapping[str, float]], reports: Mapping[str, NodeReport]
+) -> list[Node]:
+    """Return the nodes that are up, and those that the autoscaler may add by its configuration."""
+    scaling = next((yaml.safe_load(report.scaling) for report in reports.values() if report.scaling), None)
+    heads = [node for name, node in up.items() if HEAD in resources[name]]
+    workers = [node for name, node in up.items() if HEAD not in resources[name]]
+    return with_growth(heads, workers, scaling)
 
 
 def _raise(problems: Mapping[str, str]) -> None:

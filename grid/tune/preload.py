@@ -2,7 +2,7 @@
 
 import gc
 
-gc.disable()  # a million objects come and none goes: to look for garbage among them is a quarter of the time
+gc.disable()  # a million objects are allocated and none is freed: looking for garbage would take a quarter of the time
 try:
     import torch._dynamo  # noqa: F401  (every optimizer imports it at its first step)
 

@@ -1,0 +1,60 @@
+"""The models under study: a name, and how the net of a configuration is built."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from grid.config import TrialConfig, parse_sizes
+from nets.blocks import Techniques
+from nets.cnn import CNN
+from nets.mlp import MLP
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetSpec:
+    """What a builder of `MODELS` needs beside the configuration."""
+
+    side: int
+    """Height and width of an image in pixels."""
+    classes: int
+    """Outputs of the net."""
+    techniques: Techniques
+    """Activation, batch norm and dropout: a net uses all of them, or they would be factors without an effect."""
+    weights: torch.Generator
+    """Draws the initial weights; on the CPU."""
+    masks: torch.Generator
+    """Draws the dropout masks; on the device that trains."""
+
+
+def build_mlp(config: TrialConfig, spec: NetSpec) -> nn.Module:
+    """Build a multi-layer perceptron of `hidden_sizes`."""
+    return MLP(
+        pixels=spec.side**2,
+        classes=spec.classes,
+        hidden_sizes=parse_sizes(config.hidden_sizes),
+        techniques=spec.techniques,
+        weights=spec.weights,
+        masks=spec.masks,
+    )
+
+
+def build_cnn(config: TrialConfig, spec: NetSpec) -> nn.Module:
+    """Build a convolutional net of `channels` and `dense_size`."""
+    return CNN(
+        side=spec.side,
+        classes=spec.classes,
+        channels=parse_sizes(config.channels),
+        dense_size=config.dense_size,
+        techniques=spec.techniques,
+        weights=spec.weights,
+        masks=spec.masks,
+    )
+
+
+MODELS: dict[str, Callable[[TrialConfig, NetSpec], nn.Module]] = {
+    "mlp": build_mlp,
+    "cnn": build_cnn,
+}
+"""Name -> builder of a net from float images `[batch, 1, side, side]` to logits `[batch, classes]`."""

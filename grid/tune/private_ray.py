@@ -1,0 +1,175 @@
+"""The only file that touches parts of Ray which Ray does not promise to keep. A Ray that lacks one runs without it.
+
+The touches in `TOUCHES` are for speed alone: `GRID_PLAIN_RAY=1` turns all of them off, `GRID_PLAIN_RAY=poll,preload`
+these two. The functions below them have no switch: they keep a private Ray closed to others, or find out what no
+public call returns.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+SWITCH = "GRID_PLAIN_RAY"
+POLL_SECONDS = 0.02
+"""How often a starting Ray is asked whether it is up; Ray itself asks every second."""
+START_SECONDS = 30.0
+"""After which Ray itself reports what is wrong with a start."""
+
+
+def fast_start() -> AbstractContextManager[None]:
+    """Make a private Ray that starts within the block start faster."""
+    return _applied(START)
+
+
+def fast_trials() -> AbstractContextManager[None]:
+    """Make Ray Tune's first trials within the block start faster."""
+    return _applied(TRIALS)
+
+
+@contextmanager
+def _applied(touches: Mapping[str, Callable[[], AbstractContextManager[None]]]) -> Iterator[None]:
+    switched_off = os.environ.get(SWITCH, "")
+    with ExitStack() as stack:
+        for name, touch in touches.items():
+            if switched_off != "1" and name not in switched_off.split(","):
+                stack.enter_context(touch())
+        yield
+
+
+def _skip(server: str) -> AbstractContextManager[None]:
+    """Leave a server process out."""
+    return _replaced("ray._private.node.Node", f"start_{server}", lambda start: lambda node, **settings: None)
+
+
+def _minimal_agent() -> AbstractContextManager[None]:
+    """Start the agent of the node without what only a dashboard needs."""
+    missing = ImportError("not needed")
+    return _replaced("ray._private.utils", "get_dashboard_dependency_error", lambda check: lambda: missing)
+
+
+def _quick_poll() -> AbstractContextManager[None]:
+    """Notice within `POLL_SECONDS` that Ray is up."""
+    return _replaced("ray._private.services", "get_node", lambda get_node: partial(_await_node, get_node))
+
+
+def _await_node(get_node: Callable[[str, str], Any], gcs_address: str, node_id: str) -> Any:
+    make_client = _find("ray._raylet", "GcsClient")
+    client = None if make_client is None else make_client(address=gcs_address)
+    deadline = time.monotonic() + START_SECONDS
+    while client is not None and not client.get_all_node_info() and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    return get_node(gcs_address, node_id)
+
+
+@contextmanager
+def _preloaded_workers() -> Iterator[None]:
+    """Have workers import what trials need while the driver is still busy, and keep them until the first trial."""
+    settings = {
+        "RAY_preload_python_modules": "grid.tune.preload",
+        "RAY_idle_worker_killing_time_threshold_ms": "60000",
+    }
+    kept = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)  # inherited by Ray's servers
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _plain_environment() -> AbstractContextManager[None]:
+    """Let trials use the workers that are up: Tune asks for new ones, with a setting for PyTorch Lightning."""
+    return _replaced("ray.tune.execution.class_cache", "DEFAULT_ENV_VARS", lambda settings: {})
+
+
+@contextmanager
+def _replaced(owner: str, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace a part of Ray by what `make` makes of it; do nothing if this Ray lacks it."""
+    module, _, attribute = owner.rpartition(".")
+    found = _find(module, attribute)
+    if not hasattr(found, name):
+        yield
+        return
+    kept = getattr(found, name)
+    setattr(found, name, make(kept))
+    try:
+        yield
+    finally:
+        setattr(found, name, kept)
+
+
+def _find(module: str, name: str) -> Any:
+    """Return a part of Ray; None if this Ray lacks it."""
+    try:
+        return getattr(import_module(module), name, None)
+    except ImportError:
+        return None
+
+
+START: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "monitor": partial(_skip, "monitor"),
+    "log_monitor": partial(_skip, "log_monitor"),
+    "api_server": partial(_skip, "api_server"),
+    "agent": _minimal_agent,
+    "poll": _quick_poll,
+    "preload": _preloaded_workers,
+}
+TRIALS: dict[str, Callable[[], AbstractContextManager[None]]] = {"environment": _plain_environment}
+TOUCHES = (*START, *TRIALS)
+
+
+def listen_on(*, loopback: bool) -> None:
+    """Make the next Ray of this process listen on the loopback address only, or on an address that others reach.
+
+    The public RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER sets the same constant, but too early: when Ray is imported.
+    """
+    constants = _find("ray._private", "ray_constants")
+    if hasattr(constants, "ENABLE_RAY_CLUSTER"):
+        constants.ENABLE_RAY_CLUSTER = not loopback
+
+
+def require_token() -> None:
+    """Make this process and the next Ray that it starts ask for a token, unless the user has set RAY_AUTH_MODE."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    config = _find("ray._raylet", "Config")
+    if hasattr(config, "initialize"):
+        config.initialize("")  # Ray read the environment when it was imported
+
+
+def own_cluster() -> str | None:
+    """Return the address of the cluster that `ray start` made this machine a node of; None if there is none."""
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108  (Ray's rule)
+    try:
+        return Path(folder, "ray", "ray_current_cluster").read_text().strip() or None
+    except OSError:
+        return None
+
+
+def servers() -> list[psutil.Process]:
+    """Return the processes without which the private Ray of this process can't go on."""
+    children = psutil.Process().children(recursive=True)
+    return [process for process in children if process.name() in ("gcs_server", "raylet")]
+
+
+def autoscaler_configuration(cluster: str) -> str:
+    """Return the autoscaler's configuration as YAML if the autoscaler of a cluster runs on this node, else "".
+
+    The command line of its process names the file; a file alone may be left from an earlier cluster.
+
+    Args:
+        cluster: Address of the cluster's head.
+    """
+    for process in psutil.process_iter(["cmdline"]):
+        words = dict(word.partition("=")[::2] for word in process.info["cmdline"] or ())
+        if words.get("--gcs-address") == cluster and "--autoscaling-config" in words:
+            return Path(words["--autoscaling-config"]).expanduser().read_text()
+    return ""
