@@ -125,9 +125,9 @@ def finalist_files() -> Mapping[str, bytes]:
 def finished_store(_migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """The experiment `finished`, with everything that a grid and its finalists leave in a store. Tests only read it.
 
-    48 trials of 9 epochs with rungs after 1 and 3: two models, two activations, three optimizers, batch norm off and on,
-    two seeds. Some are stopped, some diverge, every fourth is an unstopped control. The parent run has
-    `grid.json` and `samples.png`. All cells with `adam` are finalists, with three seeds each, tested, with the files of
+    48 trials of 9 epochs with rungs after 1 and 3: two models, two activations, three optimizers, batch norm off and
+    on, two seeds. Some are stopped, some diverge, every fourth is an unstopped control. The parent run has `grid.json`
+    and `samples.png`. All cells with `adam` are finalists, with three seeds each, tested, with the files of
     `finalist_files`. No image is real and nothing is trained.
     """
     folder = tmp_path_factory.mktemp("finished")
