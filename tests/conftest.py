@@ -142,18 +142,9 @@ def finished_store(_migrated_database: Path, tmp_path_factory: pytest.TempPathFa
 
 def _shuffled_configs() -> list[TrialConfig]:
     crossed = product(("mlp", "cnn"), ("relu", "gelu"), ("sgd", "adam", "asgd"), (False, True), range(2))
-    configs = [
-        TrialConfig(
-            model=model,
-            activation=activation,
-            optimizer=optimizer,
-            batch_norm=batch_norm,
-            seed=seed,
-            learning_rate=0.1,
-            epochs=9,
-        )
-        for model, activation, optimizer, batch_norm, seed in crossed
-    ]
+    names = ("model", "activation", "optimizer", "batch_norm", "seed")
+    settings = [dict(zip(names, levels, strict=True)) for levels in crossed]
+    configs = [TrialConfig(learning_rate=0.1, epochs=9, **levels) for levels in settings]
     random.Random(0).shuffle(configs)
     return configs
 
