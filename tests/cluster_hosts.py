@@ -1,6 +1,6 @@
-"""Hosts made of Linux namespaces: each has its own network, processes, login, home and Ray folder.
+"""Hosts made of namespaces of this machine: each has its own network, processes, login, home and Ray folder.
 
-Needs root on Linux, iproute2, openssh-server and rsync. Everything is removed when the `with` block ends.
+Needs root on Linux, iproute2, openssh-server and rsync. Everything is removed when the block ends.
 """
 
 import os
@@ -17,7 +17,7 @@ TOOLS = ("ip", "unshare", "nsenter", "setpriv", "sshd", "rsync", "ssh-keygen", "
 
 
 def missing() -> str:
-    """Return what this machine lacks for hosts; empty if it lacks nothing."""
+    """Return what this machine lacks to make hosts; empty if nothing."""
     if os.geteuid() != 0:
         return "needs root"
     os.environ["PATH"] = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where Debian has sshd
@@ -26,7 +26,7 @@ def missing() -> str:
         return f"needs {', '.join(lacking)} (Debian: openssh-server rsync iproute2)"
     probe = f"grid-probe-{os.getpid()}"
     if subprocess.run(["ip", "netns", "add", probe], capture_output=True, check=False).returncode:
-        return "not allowed to make network namespaces"
+        return "may not make network namespaces"
     subprocess.run(["ip", "netns", "del", probe], check=False)
     return ""
 
@@ -36,9 +36,9 @@ class Hosts:
     """Hosts on one bridge, by name.
 
     Args:
-        folder: Holds the homes, keys and logs of the hosts.
-        names: Names of the hosts, in the order of their addresses.
-        shared: Folders that all hosts share: path in the home -> folder outside.
+        folder: Holds their private files.
+        names: In the order of their addresses.
+        shared: Folders that every host finds in its home: path in the home -> folder.
     """
 
     folder: Path
@@ -48,7 +48,7 @@ class Hosts:
 
     @property
     def home(self) -> Path:
-        """Home of root: the same path on every host, with different content."""
+        """Home of root on every host; the same path everywhere, with different content."""
         return self.folder / "home"
 
     @property
@@ -61,7 +61,7 @@ class Hosts:
         return f"10.213.{os.getpid() % 250}.{self.names.index(name) + 1}"
 
     def own_home(self, name: str) -> Path:
-        """Return the folder outside that is the home of a host."""
+        """Return the folder that is the home of a host, as seen from outside."""
         return self.folder / "homes" / name
 
     def build(self) -> None:
@@ -88,11 +88,11 @@ class Hosts:
         _ip("-n", space, "address", "add", f"{self.address(name)}/24", "dev", inside)
         _ip("-n", space, "link", "set", "lo", "up")
         _ip("-n", space, "link", "set", inside, "up")
-        # Without a default route Ray takes 127.0.0.1 for its own address; nothing has to answer at the gateway.
+        # Without a default route Ray takes 127.0.0.1 for its own address; no gateway has to answer.
         _ip("-n", space, "route", "add", "default", "via", f"{self.address(name).rpartition('.')[0]}.254")
 
     def start(self, name: str) -> None:
-        """Start a host and wait until its sshd answers."""
+        """Switch a host on."""
         home = self.own_home(name)
         for inner, folder in self.shared.items():
             (home / inner).mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ class Hosts:
             *binds,
             f"exec {shutil.which('sshd')} -D -e -f '{self.folder}/sshd_config'",
         ]
-        dying = ["setpriv", "--pdeathsig", "KILL"]  # if the test is killed before it can clean up
+        dying = ["setpriv", "--pdeathsig", "KILL"]  # ends with the test, even if that is killed
         unshare = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         with (self.folder / f"{name}.log").open("ab") as log:
             self.inits[name] = subprocess.Popen(
@@ -124,11 +124,11 @@ class Hosts:
         probe = f": </dev/tcp/{self.address(name)}/22"
         while subprocess.run(self._inside(name, ["bash", "-c", probe]), capture_output=True, check=False).returncode:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"host {name} does not start: {(self.folder / f'{name}.log').read_text()}")
+                raise TimeoutError(f"host {name} does not come up: {(self.folder / f'{name}.log').read_text()}")
             time.sleep(0.2)
 
     def kill(self, name: str) -> None:
-        """Kill the first process of a host, and so all of its processes."""
+        """Switch a host off: kill its first process, and so all others."""
         pid = self._first_process(name)
         if pid:
             with suppress(ProcessLookupError):
@@ -137,14 +137,14 @@ class Hosts:
         self.inits[name].wait()
 
     def popen(self, name: str, command: Sequence[str], cwd: Path, log: Path) -> subprocess.Popen[bytes]:
-        """Start a command on a host, as if typed there."""
+        """Start a command on a host."""
         with log.open("ab") as file:
             return subprocess.Popen(
                 self._inside(name, command, cwd), stdout=file, stderr=file, stdin=subprocess.DEVNULL
             )
 
     def run(self, name: str, command: Sequence[str], cwd: Path, seconds: float) -> subprocess.CompletedProcess[str]:
-        """Run a command on a host, and return its exit code and its output, stderr included."""
+        """Run a command on a host; output and errors together, whatever the exit code."""
         return subprocess.run(
             self._inside(name, ["timeout", str(seconds), *command], cwd),
             text=True,
@@ -171,14 +171,14 @@ class Hosts:
         return ["nsenter", "-t", str(pid), "--mount", "--uts", "--net", "--pid", *clean, *command]
 
     def _first_process(self, name: str) -> int:
-        """Return the pid outside of the first process of a host; 0 if the host is off."""
+        """Return the pid, as seen from outside, of a host's first process; 0 if it is off."""
         unshare = self.inits[name].pid
         with suppress(OSError, IndexError):
             return int(Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()[0])
         return 0
 
     def tear_down(self) -> None:
-        """Kill all hosts and remove their networks, whatever state they are in."""
+        """Switch everything off and remove it, whatever state it is in."""
         for name in self.inits:
             with suppress(OSError, IndexError):
                 self.kill(name)
@@ -196,7 +196,7 @@ class Hosts:
 
 @contextmanager
 def hosts(folder: Path, names: Sequence[str], shared: dict[str, Path]) -> Iterator[Hosts]:
-    """Run hosts for the duration of a `with` block."""
+    """Yield hosts that exist as long as the block."""
     made = Hosts(folder, names, shared)
     try:
         made.build()
@@ -206,7 +206,7 @@ def hosts(folder: Path, names: Sequence[str], shared: dict[str, Path]) -> Iterat
 
 
 def _sweep() -> None:
-    """Remove the networks of tests that were killed; their processes have died already."""
+    """Remove the networks of tests that were killed; their processes have died with them."""
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     for line in listed.splitlines():
         prefix, _, rest = line.split()[0].partition("-")
@@ -221,7 +221,7 @@ def _ip(*arguments: str) -> None:
 
 
 def _passwd(home: Path) -> str:
-    """Return the content of /etc/passwd with another home for root."""
+    """Return /etc/passwd with another home of root."""
     lines = [line.split(":") for line in Path("/etc/passwd").read_text().splitlines()]
     return "".join(":".join([*line[:5], str(home), "/bin/bash"] if line[2] == "0" else line) + "\n" for line in lines)
 

@@ -1,7 +1,7 @@
-"""`cluster-local.yaml` for real: `ray up`, a grid, a worker host and the head lost and back, `ray down`.
+"""`cluster-local.yaml` on real hosts: `ray up`, a grid that loses a worker host and the head, `ray down`.
 
-The hosts are namespaces of this machine (`tests.cluster_hosts`); nothing of Ray or ssh is pretended. One story, told in
-the order of the tests: what costs a minute is not done twice.
+The hosts are namespaces of this machine (`tests.cluster_hosts`); Ray and ssh are real. The tests build on
+each other, in their order, because each `ray up` takes a minute.
 """
 
 import json
@@ -23,12 +23,12 @@ BIN = ROOT / ".venv" / "bin"
 LACKING = missing() or ("" if (BIN / "ray").exists() else "needs .venv (make setup)")
 
 SEEDS = 1 + 2 * (os.cpu_count() or 1)
-"""So that the grid lasts minutes on any machine: a lost host is noticed after half a minute, and then comes back."""
+"""Enough for minutes on any machine: Ray notices a lost host after half a minute, and restarts it after that."""
 TRIALS = 32 * SEEDS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.skipif(bool(LACKING), reason=LACKING)]
 
-STRANGER = """
+REQUESTS = """
 import http.client, json, sys, urllib.error, urllib.request, grpc
 
 def ask(kind, address, token=None):
@@ -48,7 +48,7 @@ def ask(kind, address, token=None):
 
 print(json.dumps([ask(*question) for question in json.loads(sys.argv[1])]))
 """
-"""Asks ports by HTTP, or calls one method by gRPC, with a token or without, and prints how each of that ended."""
+"""Requests URLs by HTTP or calls methods by gRPC, with or without a token, and prints how each request ended."""
 
 METHODS = {
     "GCS": "/ray.rpc.NodeInfoGcsService/CheckAlive",
@@ -56,11 +56,11 @@ METHODS = {
     "object manager": "/ray.rpc.ObjectManagerService/Pull",
     "Ray client": "/ray.rpc.RayletDriver/KVExists",
 }
-"""One method of each of Ray's servers; a server that has another's port answers that it does not know it."""
+"""One method of each of Ray's servers; the others answer that they do not implement it."""
 
 
 class Cluster:
-    """The laptop's view: a configuration that is filled in, and the commands that a person types."""
+    """The laptop's view: the filled-in configuration, and the commands that a user types."""
 
     def __init__(self, made: Hosts):
         self.hosts = made
@@ -81,7 +81,7 @@ class Cluster:
         return self.ray("exec", str(self.config), f"cd factorial-grid && {command}", seconds=seconds)
 
     def on(self, name: str, command: str, seconds: float = 60) -> str:
-        """Return what a shell on a host prints."""
+        """Return the output of a shell command on a host."""
         return self.hosts.run(name, ["bash", "-c", command], Path("/"), seconds).stdout
 
     def nodes(self) -> int:
@@ -89,20 +89,20 @@ class Cluster:
         status = self.on("head", f"source ~/.bashrc; {BIN}/ray status")
         return sum(map(int, re.findall(r"^ (\d+) local\.cluster\.node", status, re.MULTILINE)))
 
-    def waits_for_nodes(self, count: int) -> None:
-        """Wait until so many nodes are up; asks rarely, because asking takes a second of CPU."""
+    def wait_for_nodes(self, count: int) -> None:
+        """Wait until a number of nodes is up; polls rarely, because `ray status` takes a second of CPU."""
         deadline = time.monotonic() + 200
         while self.nodes() != count:
             assert time.monotonic() < deadline
             time.sleep(5)
 
     def trains(self, name: str) -> bool:
-        """Say whether a trial runs on a host."""
+        """Return whether a trial runs on a host."""
         return bool(re.search(r"ray::\S*(TrialWorker|Trainable)", self.on(name, "ps -e -o args")))
 
 
 def fill_in(text: str, made: Hosts) -> str:
-    """Do what the file's FILL comments ask a person to do."""
+    """Fill in what the FILL comments of the file ask for."""
     workers = ", ".join(made.address(name) for name in made.names if name.startswith("worker"))
     values = {
         "head_ip: HEAD_IP": f"head_ip: {made.address('head')}",
@@ -119,26 +119,26 @@ def fill_in(text: str, made: Hosts) -> str:
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain"
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s"
         time.sleep(1)
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("hosts")
-    # Homes are their own, so that code and token are really sent; .venv is there, as after a first `make setup`.
+    # Each host has its own home, so code and token are really sent; .venv is there, as after a first `make setup`.
     shared = {"factorial-grid/.venv": ROOT / ".venv", "storage": folder / "storage"}
     with hosts(folder, ("head", "worker-1", "worker-2", "laptop"), shared) as made:
-        one = Cluster(made)
-        assert one.ray("get-auth-token", "--generate").returncode == 0
-        one.up()
-        one.waits_for_nodes(3)
-        yield one
+        cluster = Cluster(made)
+        assert cluster.ray("get-auth-token", "--generate").returncode == 0
+        cluster.up()
+        cluster.wait_for_nodes(3)
+        yield cluster
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_the_dry_run_shows_what_the_cluster_would_do_and_cost_and_a_wrong_token_nothing(cluster: Cluster) -> None:
-    refused = start_with_a_wrong_token(cluster)  # half a minute of Ray's patience, spent beside the rest
+def test_the_dry_run_shows_what_the_cluster_would_do_and_cost_and_a_wrong_token_is_refused(cluster: Cluster) -> None:
+    refused = start_with_a_wrong_token(cluster)  # takes Ray half a minute, in the background
     printed = cluster.execute("python -m grid.run --grid smoke --dry-run --price-per-hour 3").stdout
     assert re.search(r"^where +3 nodes, \d+ CPUs, 0 GPUs\r?$", printed, re.MULTILINE), printed
     assert re.search(r"^at once +\d+ at once, 1 CPU each \(one per CPU\)", printed, re.MULTILINE)
@@ -157,7 +157,7 @@ def start_with_a_wrong_token(cluster: Cluster) -> subprocess.Popen[bytes]:
     return cluster.hosts.popen("laptop", command, ROOT, cluster.hosts.folder / "refused.log")
 
 
-def test_a_storage_that_is_not_shared_and_other_code_are_told_with_the_node_before_any_trial(cluster: Cluster) -> None:
+def test_a_storage_that_is_not_shared_and_other_code_are_reported_by_node_before_any_trial(cluster: Cluster) -> None:
     other = cluster.hosts.own_home("worker-2") / "factorial-grid" / "nets" / "mlp.py"
     kept = other.read_text()
     other.write_text(kept + "\n# other code\n")
@@ -175,12 +175,12 @@ def test_a_storage_that_is_not_shared_and_other_code_are_told_with_the_node_befo
 
 
 def ask(cluster: Cluster, host: str, *questions: tuple[str, ...]) -> list[str]:
-    command = [str(BIN / "python"), "-c", STRANGER, json.dumps(questions)]
+    command = [str(BIN / "python"), "-c", REQUESTS, json.dumps(questions)]
     answers: list[str] = json.loads(cluster.hosts.run(host, command, Path("/"), 200).stdout.splitlines()[-1])
     return answers
 
 
-def test_a_stranger_without_the_token_is_refused_by_every_port(cluster: Cluster) -> None:
+def test_every_port_refuses_a_stranger_without_the_token(cluster: Cluster) -> None:
     head = cluster.hosts.address("head")
     listening = cluster.on("head", "ss -ltnH").splitlines()
     ports = sorted({int(line.split()[3].rpartition(":")[2]) for line in listening} - {22})
@@ -194,7 +194,7 @@ def test_a_stranger_without_the_token_is_refused_by_every_port(cluster: Cluster)
     assert refusing == set(METHODS)
 
 
-def test_the_token_opens_and_mlflow_and_the_dashboard_answer_on_the_head_alone(cluster: Cluster) -> None:
+def test_the_token_gives_access_and_mlflow_and_the_dashboard_answer_on_the_head_only(cluster: Cluster) -> None:
     token = (cluster.hosts.own_home("head") / ".ray" / "auth_token").read_text().strip()
     head = cluster.hosts.address("head")
     gcs = METHODS["GCS"], f"{head}:6379"
@@ -206,7 +206,7 @@ def test_the_token_opens_and_mlflow_and_the_dashboard_answer_on_the_head_alone(c
     assert ask(cluster, "head", page, (*page, token), mlflow) == ["401", "200", "200"]
 
 
-def test_a_grid_outlives_the_loss_of_a_worker_host_and_of_the_head(cluster: Cluster) -> None:
+def test_a_grid_survives_the_loss_of_a_worker_host_and_of_the_head(cluster: Cluster) -> None:
     command = f"python -m grid.run --grid smoke --seeds {SEEDS} --data-dir ~/data --storage ~/storage"
     log = cluster.hosts.folder / "grid.log"
     executing = [str(BIN / "ray"), "exec", str(cluster.config), f"cd factorial-grid && {command}"]
@@ -216,7 +216,7 @@ def test_a_grid_outlives_the_loss_of_a_worker_host_and_of_the_head(cluster: Clus
     time.sleep(3)
     cluster.hosts.start("worker-2")
     wait_until(lambda: cluster.trains("worker-2") or first.poll() is not None, 300)
-    assert first.poll() is None, log.read_text()[-2000:]  # back and at work, with nobody's help
+    assert first.poll() is None, log.read_text()[-2000:]  # the host is back and trains, without any command
     cluster.hosts.kill("head")
     first.wait(100)
     assert f" {TRIALS}/{TRIALS} done" not in log.read_text()
@@ -225,7 +225,7 @@ def test_a_grid_outlives_the_loss_of_a_worker_host_and_of_the_head(cluster: Clus
     deadline = time.monotonic() + 200
     while (again := cluster.execute(command)).returncode and "is being run by" in again.stdout:
         assert time.monotonic() < deadline
-        time.sleep(5)  # until the claim of the dead driver ends
+        time.sleep(5)  # until the lease of the dead driver expires
     assert again.returncode == 0, again.stdout[-3000:]
     assert f"{TRIALS}/{TRIALS} done" in again.stdout
     check_record(cluster)
@@ -239,8 +239,8 @@ def check_record(cluster: Cluster) -> None:
     assert list((cluster.hosts.folder / "storage").glob("*/checkpoints/*")) == []
 
 
-def test_ray_down_ends_the_head_and_the_workers_have_nobody_to_serve(cluster: Cluster) -> None:
+def test_ray_down_ends_the_head_and_no_trial_runs_on_the_workers(cluster: Cluster) -> None:
     done = cluster.ray("down", str(cluster.config), "-y")
     assert "Command failed" not in done.stdout
     assert "raylet" not in cluster.on("head", "ps -e -o args")
-    assert not cluster.trains("worker-1")  # Ray itself ends there a minute later, which is not waited for
+    assert not cluster.trains("worker-1")  # Ray itself ends there a minute later

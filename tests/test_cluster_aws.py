@@ -1,4 +1,4 @@
-"""cluster.yaml: what Ray's own code makes of it, against a mock of AWS. No network, no credentials, no real account."""
+"""cluster.yaml: what Ray's own code does with it, against a mock of AWS. No network, no credentials, no account."""
 
 import copy
 import json
@@ -41,23 +41,23 @@ HOME_ADDRESS = "203.0.113.7/32"
 
 @dataclass(frozen=True)
 class Account:
-    """An AWS account that `ray up` and the autoscaler have worked in."""
+    """An AWS account in which `ray up` and the autoscaler have run."""
 
     given: dict[str, Any]
     """cluster.yaml, filled in."""
     resolved: dict[str, Any]
-    """What Ray makes of it."""
+    """The configuration that Ray derives from it."""
     group: str
-    """The security group that docs/cluster_aws.md makes."""
+    """The security group that docs/cluster_aws.md creates."""
     requests: dict[str, dict[str, Any]]
-    """What EC2 was asked for, per node type."""
+    """The requests to EC2, by node type."""
     groups: frozenset[str]
     roles: frozenset[str]
 
 
 @pytest.fixture(scope="module")
 def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Account]:
-    """A mock of AWS, prepared as docs/cluster_aws.md says; sockets reach this machine alone."""
+    """A mock of AWS, prepared as docs/cluster_aws.md describes; sockets reach this machine only."""
     with pytest.MonkeyPatch.context() as patch, mock_aws():
         seal(patch, tmp_path_factory.mktemp("home"))
         ec2, iam = boto3.client("ec2", CLUSTER["provider"]["region"]), boto3.client("iam")
@@ -79,11 +79,11 @@ def account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Account]:
 
 
 def seal(patch: pytest.MonkeyPatch, home: Path) -> None:
-    """Give the tests a home of their own and credentials that are none, and keep them on this machine."""
+    """Use a separate home and invalid credentials, and block connections to other machines."""
     reach = socket.socket.connect
 
     def connect(self: socket.socket, address: Any) -> None:
-        assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1"), f"something calls {address}"
+        assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1"), f"a connection to {address}"
         reach(self, address)
 
     patch.setattr(socket.socket, "connect", connect)
@@ -97,7 +97,7 @@ def seal(patch: pytest.MonkeyPatch, home: Path) -> None:
 
 
 def launch(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Have Ray launch a node of each type, and return its requests to EC2."""
+    """Launch a node of each type with Ray, and return its requests to EC2."""
     provider = AWSNodeProvider(config["provider"], config["cluster_name"])
     client = provider.ec2_fail_fast.meta.client
     image = client.describe_images()["Images"][0]["ImageId"]
@@ -129,10 +129,10 @@ def open_ports(account: Account, config: dict[str, Any]) -> set[tuple[int, str]]
     return {(port, source.get("CidrIp", source.get("CidrIpv6"))) for port, source in sources}
 
 
-# What Ray accepts, and what it asks AWS for
+# What Ray accepts, and what it requests from AWS
 
 
-def test_ray_accepts_the_file_and_finds_what_the_machines_have(account: Account) -> None:
+def test_ray_accepts_the_file_and_fills_in_the_resources_of_the_instances(account: Account) -> None:
     types = account.resolved["available_node_types"]
     assert types["head"]["resources"] == {"CPU": 0}
     assert {(types[name]["resources"]["CPU"], types[name]["resources"]["GPU"]) for name in WORKERS} == {(4, 1)}
@@ -144,40 +144,40 @@ def test_ray_accepts_the_file_and_finds_what_the_machines_have(account: Account)
     }
 
 
-def test_a_misspelt_key_is_refused(account: Account) -> None:
+def test_a_mistyped_key_is_refused(account: Account) -> None:
     with pytest.raises(Exception, match="idle_timeout_minuets"):
         commands._bootstrap_config(account.given | {"idle_timeout_minuets": 5}, no_config_cache=True)
 
 
-def test_the_tests_reach_nothing_but_this_machine(account: Account) -> None:
-    with socket.socket() as outside, pytest.raises(AssertionError, match="something calls"):
+def test_the_tests_connect_to_this_machine_only(account: Account) -> None:
+    with socket.socket() as outside, pytest.raises(AssertionError, match="a connection to"):
         outside.connect(("192.0.2.1", 443))
 
 
-def test_ray_makes_no_group_and_no_role_of_its_own(account: Account) -> None:
+def test_ray_creates_no_group_and_no_role_of_its_own(account: Account) -> None:
     assert account.groups == {"default", "factorial-grid"}
     assert account.roles == set()
 
 
-def test_only_ssh_from_home_comes_in(account: Account) -> None:
+def test_only_ssh_from_home_is_let_in(account: Account) -> None:
     assert open_ports(account, account.resolved) == {(22, HOME_ADDRESS)}
 
 
-def test_left_to_itself_ray_would_let_ssh_in_from_everywhere(account: Account) -> None:
+def test_ray_by_default_would_allow_ssh_from_anywhere(account: Account) -> None:
     given = copy.deepcopy(account.given)
     for node_type in given["available_node_types"].values():
         del node_type["node_config"]["SecurityGroupIds"]
     assert (22, "0.0.0.0/0") in open_ports(account, commands._bootstrap_config(given, no_config_cache=True))
 
 
-def test_the_group_that_is_not_filled_in_is_refused(account: Account, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_group_that_is_not_filled_in_is_refused(account: Account, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(AssertionError):
         commands._bootstrap_config(copy.deepcopy(CLUSTER), no_config_cache=True)
     assert "Failed to detect a security group" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("node_type", NODE_TYPES)
-def test_each_node_is_asked_for_with_group_role_disk_and_tags(account: Account, node_type: str) -> None:
+def test_each_node_is_requested_with_group_role_disk_and_tags(account: Account, node_type: str) -> None:
     request = account.requests[node_type]
     disk = request["BlockDeviceMappings"][0]["Ebs"]
     specs = request["TagSpecifications"]
@@ -198,7 +198,7 @@ def test_workers_have_a_gpu_and_its_driver_and_the_head_has_neither(account: Acc
     assert all(request["ImageId"].startswith("resolve:ssm:/aws/service/") for request in account.requests.values())
 
 
-def test_spot_is_asked_for_as_spot_without_a_price_limit_and_nothing_else_is(account: Account) -> None:
+def test_only_the_spot_type_is_requested_as_spot_and_without_a_price_limit(account: Account) -> None:
     market = {name: request.get("InstanceMarketOptions") for name, request in account.requests.items()}
     assert market == {"head": None, "worker.on-demand": None, "worker.spot": {"MarketType": "spot"}}
 
@@ -210,7 +210,7 @@ def test_every_zone_of_the_region_is_tried(account: Account) -> None:
         assert set(node_type["node_config"]["SubnetIds"]) == subnets
 
 
-def test_going_down_stops_the_head_and_keeps_its_disk(account: Account) -> None:
+def test_ray_down_stops_the_head_and_keeps_its_disk(account: Account) -> None:
     provider = AWSNodeProvider(account.resolved["provider"], account.resolved["cluster_name"])
     (head,) = provider.non_terminated_nodes({TAG_RAY_NODE_KIND: "head"})
     provider.terminate_nodes([head])
@@ -218,11 +218,11 @@ def test_going_down_stops_the_head_and_keeps_its_disk(account: Account) -> None:
     assert reservation["Instances"][0]["State"]["Name"] == "stopped"
 
 
-# What is carried to the nodes
+# What is copied to the nodes
 
 
-def carried(tmp_path: Path) -> set[str]:
-    """Copy the mounts with the rsync command that Ray makes, to a folder instead of a node; return what arrives."""
+def copied(tmp_path: Path) -> set[str]:
+    """Copy the mounts with the rsync commands that Ray makes, to a folder instead of a node; return what arrives."""
     sent: list[list[str]] = []
     runner = SimpleNamespace(
         _get_ssh_target=lambda: "node",
@@ -257,21 +257,28 @@ def test_the_project_the_token_and_the_versions_arrive_and_nothing_else(
     for name in [*wanted, *left, ".ray/auth_token", ".ray/grid-constraints.txt", ".ray/session.log"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert carried(tmp_path) == {f"grid/{name}" for name in wanted} | {".ray/auth_token", ".ray/grid-constraints.txt"}
+    assert copied(tmp_path) == {f"grid/{name}" for name in wanted} | {".ray/auth_token", ".ray/grid-constraints.txt"}
 
 
-def test_every_package_of_the_project_is_carried() -> None:
+def test_every_file_that_the_comments_name_exists() -> None:
+    text = (ROOT / "cluster.yaml").read_text() + (ROOT / "cluster-local.yaml").read_text()
+    named = re.findall(r"\b(?:grid|tests|docs)/[\w/]+\.\w+", "\n".join(re.findall(r"#.*", text)))
+    assert {"grid/plan/packing.py", "docs/cluster.md"} <= set(named)
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_package_of_the_project_is_copied() -> None:
     found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
     packages = {name.removesuffix("*") for name in found["include"]}
     assert {f"/home/ubuntu/grid/{name}" for name in packages} <= set(CLUSTER["file_mounts"])
     assert all((ROOT / local).exists() for local in CLUSTER["file_mounts"].values() if not local.startswith("~"))
 
 
-# What is run on the nodes
+# What runs on the nodes
 
 
 def run_bash(command: str, home: Path, **environment: str) -> str:
-    """Run a command in the shell that Ray's ssh makes; return what it says."""
+    """Run a command in a shell as Ray's ssh starts it; return its output."""
     (home / ".bashrc").touch()
     shell = shlex.split(" ".join(_with_interactive(command)))[-1]
     environment = {"HOME": str(home), "PATH": os.environ["PATH"]} | environment
@@ -283,32 +290,32 @@ def run_bash(command: str, home: Path, **environment: str) -> str:
 
 
 def find(text: str) -> str:
-    """Return the one command with this text in it."""
+    """Return the only command that contains a text."""
     (command,) = [command for command in COMMANDS if text in command]
     return command
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_is_bash_as_ray_wraps_it(command: str) -> None:
+def test_every_command_is_valid_bash_as_ray_wraps_it(command: str) -> None:
     shell = shlex.split(" ".join(_with_interactive(command)))[-1]
     subprocess.run(["bash", "-n", "-c", shell], check=True, capture_output=True)
 
 
-def test_nothing_listens_but_on_the_node_itself() -> None:
+def test_every_server_listens_on_its_node_only() -> None:
     text = "\n".join(COMMANDS)
     assert "0.0.0.0" not in text
     assert set(re.findall(r"--(?:dashboard-)?host[= ](\S+)", text)) == {"127.0.0.1"}
     assert "--dashboard-host=127.0.0.1" in find("ray start --head")
 
 
-def test_ray_is_started_closed_by_a_token_on_head_and_workers() -> None:
+def test_ray_requires_a_token_on_head_and_workers() -> None:
     starts = [command for command in COMMANDS if "ray start" in command]
     assert len(starts) == 2
     assert all("RAY_AUTH_MODE=token ray start" in command for command in starts)
     assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in find("ray start --head")
 
 
-def test_every_shell_knows_the_token_mode_the_storage_and_the_environment(tmp_path: Path) -> None:
+def test_every_shell_has_the_token_mode_the_storage_and_the_environment(tmp_path: Path) -> None:
     for command in [command for command in CLUSTER["setup_commands"][:3] for _ in range(2)]:
         run_bash(command, tmp_path)
     said = run_bash("echo $RAY_AUTH_MODE $STORAGE ${PATH%%/.venv*}", tmp_path).split()
@@ -325,7 +332,7 @@ http.server.HTTPServer((host, int(port)), http.server.BaseHTTPRequestHandler).se
 """
 
 
-def test_mlflow_is_started_once_and_again_only_when_it_has_died(tmp_path: Path) -> None:
+def test_mlflow_is_started_once_and_again_only_after_it_has_died(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     (tmp_path / "bin").mkdir()
@@ -350,7 +357,7 @@ def test_mlflow_is_started_once_and_again_only_when_it_has_died(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_workers_waits_for_free_gpus_of_the_market_asked_for(tmp_path: Path) -> None:
+def test_the_workers_command_waits_for_free_gpus_of_the_requested_market(tmp_path: Path) -> None:
     run_bash(find("bin/workers"), tmp_path)
     script = (tmp_path / "bin/workers").read_text().replace("20 * 60", "3")
     ray.init(address="local", num_cpus=1, num_gpus=2, labels={"market": "spot"}, include_dashboard=False)
@@ -369,11 +376,11 @@ def test_workers_waits_for_free_gpus_of_the_market_asked_for(tmp_path: Path) -> 
     assert "no 1 on-demand workers in 20 minutes" in said[2].stderr
 
 
-# What the documentation has a person do
+# What the documentation tells a user to do
 
 
 @pytest.mark.parametrize("block", re.findall(r"```bash\n(.*?)```", DOCS.read_text(), re.DOTALL))
-def test_what_is_to_be_pasted_is_bash(block: str) -> None:
+def test_every_block_to_paste_is_valid_bash(block: str) -> None:
     subprocess.run(["bash", "-n", "-c", block], check=True, capture_output=True)
 
 

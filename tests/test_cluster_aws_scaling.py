@@ -1,4 +1,4 @@
-"""Which workers Ray's autoscaler asks for by cluster.yaml, and what it does when EC2 has no spot capacity."""
+"""Which workers Ray's autoscaler requests by cluster.yaml, and what it does when EC2 has no spot capacity."""
 
 import time
 from collections.abc import Collection
@@ -29,14 +29,14 @@ class Cloud(ICloudInstanceProvider):
         self._without = without
         self._errors: list[LaunchNodeError] = []
         self._nodes = {"i-head": CloudInstance("i-head", node_type="head", is_running=True, node_kind=NodeKind.HEAD)}
-        self.asked: list[tuple[str, int]] = []
+        self.requested: list[tuple[str, int]] = []
 
     def get_non_terminated(self) -> dict[str, CloudInstance]:
         return dict(self._nodes)
 
     def launch(self, shape: dict[str, int], request_id: str) -> None:
         for node_type, count in shape.items():
-            self.asked.append((node_type, count))
+            self.requested.append((node_type, count))
             if node_type in self._without:
                 self._errors.append(LaunchNodeError(node_type, count, request_id, time.time_ns()))
                 continue
@@ -50,23 +50,23 @@ class Cloud(ICloudInstanceProvider):
                 )
 
     def terminate(self, ids: list[str], request_id: str) -> None:
-        raise AssertionError("nothing is idle here")
+        raise AssertionError("no node is idle here")
 
     def poll_errors(self) -> list[LaunchNodeError]:
         errors, self._errors = self._errors, []
         return errors
 
 
-def asked_for(
+def requested(
     trials: int, *, without: Collection[str] = (), on_demand: int = 0, since: int = 0
 ) -> list[tuple[str, int]]:
-    """Let Ray's autoscaler think eight times while trials wait; return what it asks EC2 for.
+    """Run Ray's autoscaler eight times while trials wait; return what it requests from EC2.
 
     Args:
         trials: How many wait.
-        without: Node types that there is no capacity for.
+        without: Node types that EC2 has no capacity for.
         on_demand: How many workers `workers N on-demand` waits for.
-        since: After how many rounds it is called.
+        since: After how many rounds that command is called.
     """
     cloud, monitor = Cloud(without), CloudResourceMonitor()
     config = AutoscalingConfig(CLUSTER, skip_content_hash=True)
@@ -79,11 +79,11 @@ def asked_for(
         state.cluster_resource_state_version, state.last_seen_autoscaler_state_version = version + 1, version
         nodes, errors = cloud.get_non_terminated(), cloud.poll_errors()
         Reconciler.reconcile(instances, scheduler, cloud, monitor, state, nodes, config, cloud_provider_errors=errors)
-    return cloud.asked
+    return cloud.requested
 
 
 def waiting(trials: int, on_demand: int) -> ClusterResourceState:
-    """Return what Ray tells its autoscaler: a head that runs, trials and `workers N on-demand` that wait."""
+    """Return the state that Ray reports to its autoscaler: the head runs, trials and `workers N on-demand` wait."""
     state = ClusterResourceState()
     head = state.node_states.add(node_id=b"head", instance_id="i-head", ray_node_type_name="head")
     head.status = NodeStatus.RUNNING
@@ -99,25 +99,25 @@ def waiting(trials: int, on_demand: int) -> ClusterResourceState:
 
 
 def test_four_trials_share_a_worker_and_spot_comes_first() -> None:
-    assert asked_for(trials=4) == [("worker.spot", 1)]
-    assert asked_for(trials=8) == [("worker.spot", 2)]
+    assert requested(trials=4) == [("worker.spot", 1)]
+    assert requested(trials=8) == [("worker.spot", 2)]
 
 
-def test_never_more_workers_than_allowed() -> None:
-    assert asked_for(trials=1000) == [("worker.spot", CLUSTER["metadata"]["most_workers"])]
+def test_no_more_workers_than_allowed_are_requested() -> None:
+    assert requested(trials=1000) == [("worker.spot", CLUSTER["metadata"]["most_workers"])]
 
 
-def test_no_workers_without_trials() -> None:
-    assert asked_for(trials=0) == []
+def test_without_trials_no_worker_is_requested() -> None:
+    assert requested(trials=0) == []
 
 
-def test_ray_asks_for_spot_for_ever_if_there_is_none() -> None:
-    """If this fails, Ray has learnt to fall back: then cluster.yaml can do without `workers N on-demand`."""
-    assert set(asked_for(trials=16, without=["worker.spot"])) == {("worker.spot", 4)}
+def test_ray_keeps_requesting_spot_if_there_is_no_capacity() -> None:
+    """If this fails, Ray has learnt to fall back, and cluster.yaml no longer needs `workers N on-demand`."""
+    assert set(requested(trials=16, without=["worker.spot"])) == {("worker.spot", 4)}
 
 
-def test_asking_for_on_demand_by_name_gets_it_before_the_run_and_during_it() -> None:
-    assert asked_for(trials=0, on_demand=4, without=["worker.spot"]) == [("worker.on-demand", 4)]
-    during = asked_for(trials=16, on_demand=4, since=3, without=["worker.spot"])
+def test_on_demand_requested_by_name_comes_before_the_run_and_during_it() -> None:
+    assert requested(trials=0, on_demand=4, without=["worker.spot"]) == [("worker.on-demand", 4)]
+    during = requested(trials=16, on_demand=4, since=3, without=["worker.spot"])
     assert during[-1] == ("worker.on-demand", 4)
     assert set(during[:-1]) == {("worker.spot", 4)}

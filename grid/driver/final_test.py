@@ -58,7 +58,9 @@ class FinalTest:
         labels: NDArray[np.int64],
     ) -> "FinalTest":
         """Put the data on the device where finalists are tested."""
-        return cls(store, dataset, DeviceData.from_dataset(dataset, _device_here(trials[0])), checkpoints, images, labels)
+        return cls(
+            store, dataset, DeviceData.from_dataset(dataset, _device_here(trials[0])), checkpoints, images, labels
+        )
 
     def run(self, trial: StoredTrial) -> None:
         """Test one net and record the result; the numbers come last, and make it count as tested.
