@@ -21,7 +21,7 @@ import torch
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
-install_import_hook(["nets", "grid.train"], "beartype.beartype")
+install_import_hook(["nets", "grid.train.trial"], "beartype.beartype")
 
 from grid.config import TrialConfig  # noqa: E402
 from grid.data.glyphs import render_if_missing  # noqa: E402
@@ -125,9 +125,9 @@ def finalist_files() -> Mapping[str, bytes]:
 def finished_store(_migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """The experiment `finished`, with everything that a grid and its finalists leave in a store. Tests only read it.
 
-    48 trials of 9 epochs, rungs after 1 and 3: two models, two activations, three optimizers, batch norm off and on, two
-    seeds. Some are stopped, some diverge, every fourth is an unstopped control. The parent run has
-    `grid.json` and `samples.png`. All cells with `adam` are finalists, with three seeds each, tested, with the files of
+    48 trials of 9 epochs with rungs after 1 and 3: two models, two activations, three optimizers, batch norm off and
+    on, two seeds. Some are stopped, some diverge, every fourth is an unstopped control. The parent run has `grid.json`
+    and `samples.png`. All cells with `adam` are finalists, with three seeds each, tested, with the files of
     `finalist_files`. No image is real and nothing is trained.
     """
     folder = tmp_path_factory.mktemp("finished")
@@ -142,18 +142,9 @@ def finished_store(_migrated_database: Path, tmp_path_factory: pytest.TempPathFa
 
 def _shuffled_configs() -> list[TrialConfig]:
     crossed = product(("mlp", "cnn"), ("relu", "gelu"), ("sgd", "adam", "asgd"), (False, True), range(2))
-    configs = [
-        TrialConfig(
-            model=model,
-            activation=activation,
-            optimizer=optimizer,
-            batch_norm=batch_norm,
-            seed=seed,
-            learning_rate=0.1,
-            epochs=9,
-        )
-        for model, activation, optimizer, batch_norm, seed in crossed
-    ]
+    names = ("model", "activation", "optimizer", "batch_norm", "seed")
+    settings = [dict(zip(names, levels, strict=True)) for levels in crossed]
+    configs = [TrialConfig(learning_rate=0.1, epochs=9, **levels) for levels in settings]
     random.Random(0).shuffle(configs)
     return configs
 
