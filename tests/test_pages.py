@@ -13,12 +13,11 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 import pytest
 
-from analysis.store import read_curves, read_experiment
 from grid.config import LEVELS
 from grid.plan.space import GRIDS
 
@@ -268,6 +267,15 @@ for settings in json.loads(sys.argv[2]):
     print(json.dumps(train(config, data).reports[0].metrics))
 """
 
+READ = """
+import json, sys
+from analysis.store import read_curves, read_experiment
+experiment = read_experiment(sys.argv[1], "recipes")
+norms = read_curves(experiment, experiment.trials["run_id"], "weight_norm")
+trials = experiment.trials.merge(norms, on="run_id")
+print(json.dumps(trials[["model", "activation", "weight_norm"]].to_numpy().tolist()))
+"""
+
 
 def recipe(name: str) -> str:
     path, first_file, _ = RECIPES[name]
@@ -301,7 +309,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(tree: Path, *arguments: str) -> str:
     """Run Python in the copy and return what it prints."""
-    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
+    folders = {"PYTHONPATH": str(tree), "XDG_CACHE_HOME": str(tree.parent)}
+    environment = os.environ | folders | {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
     command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -337,7 +346,8 @@ def test_a_real_grid_compares_what_the_recipes_add(tree: Path, glyphs_dir: Path)
     added = ["--only", "activation=relu,mish", "--only", "model=mlp,softmax_regression", "--epochs", "1"]
     where = ["--data-dir", str(glyphs_dir), "--address", "local", "--store", f"sqlite:///{tree}/mlflow.db"]
     run(tree, "-m", "grid.run", "--grid", "smoke", *small, *added, *where, "--experiment", "recipes")
-    runs = read_experiment(where[-1], "recipes")
-    norms = read_curves(runs, runs.trials["run_id"], "weight_norm")["weight_norm"]
-    assert len(norms) == 4
-    assert norms.min() > 1
+    trials = json.loads(run(tree, "-c", READ, where[-1]))
+    assert {(model, activation) for model, activation, _ in trials} == set(
+        product(("mlp", "softmax_regression"), ("relu", "mish"))
+    )
+    assert min(weight_norm for _, _, weight_norm in trials) > 1
