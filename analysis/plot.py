@@ -129,6 +129,7 @@ def draw_funnel(funnel: pd.DataFrame) -> str:
         axes.set_yticks(range(len(stages)), names)
         axes.invert_yaxis()
         axes.set_xlim(0, 1.2 * funnel["trials"].max())
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("trials")
         figure.legend(loc="outside lower center", ncols=min(len(models), LEGEND_COLUMNS))
         return _svg(figure, "how far trials got")
