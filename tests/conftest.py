@@ -21,7 +21,7 @@ import torch
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
-install_import_hook(["nets", "grid.train.trial"], "beartype.beartype")
+install_import_hook(["nets", "grid.train"], "beartype.beartype")
 
 from grid.config import TrialConfig  # noqa: E402
 from grid.data.glyphs import render_if_missing  # noqa: E402

@@ -29,7 +29,7 @@ TOLERANCES = {"float32": 0.005, "bfloat16": 0.05}
 def data(tmp_path_factory: pytest.TempPathFactory) -> DeviceData:
     """Glyphs; an epoch has 40 steps of 32 images."""
     dataset = load("glyphs", tmp_path_factory.mktemp("glyphs"), per_class=28)
-    return DeviceData.of(dataset)
+    return DeviceData.from_dataset(dataset)
 
 
 def config(precision: str, **levels: object) -> TrialConfig:

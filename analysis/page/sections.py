@@ -81,8 +81,8 @@ def leaderboard(verdict: Verdict) -> Section:
     text = ["Finalists come first, then cells with the full budget, then stopped cells, those with more epochs first."]
     if cells["group"].notna().any():
         text.append(
-            "Among cells with the same number of epochs (finalists apart), those that share a letter under “tie” are "
-            "tied with the best of them; ± is half the width of the 95% interval, in percentage points."
+            "Cells that share a letter under “tie” are tied with the best of them, finalists among finalists and other "
+            "cells among those with the same number of epochs; ± is half the width of the 95% interval, in points."
         )
     tables = [Table("Best cells", _leaders(cells.head(LEADERS)))]
     models = cells["model"].unique()
