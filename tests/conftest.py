@@ -99,8 +99,8 @@ def play(recorder: Recorder, config: TrialConfig, asha: Asha, *, control: bool =
         diverged = epoch == 2 and (config.optimizer, config.activation, config.seed % 2) == ("asgd", "gelu", 1)
         accuracy = math.nan if diverged else (60 + gained + luck) / 100 * epoch / (epoch + 0.5)
         accuracies.append(accuracy)
-        goes_on = asha.goes_on(config.trial_key, group=config.model, epoch=epoch, value=accuracy, control=control)
-        status = "diverged" if diverged else "" if goes_on else "stopped"
+        continues = asha.decide(config.trial_key, group=config.model, epoch=epoch, value=accuracy, control=control)
+        status = "diverged" if diverged else "" if continues else "stopped"
         status = status or ("completed" if epoch == config.epochs else "")
         report = EpochReport(epoch=epoch, val_accuracy=accuracy, epoch_seconds=2.0, diverged=diverged)
         recorder.epoch_ended(config, report, is_rung=epoch in asha.rungs, stopped=status == "stopped")

@@ -70,7 +70,7 @@ def test_one_trial_in_three_continues() -> None:
 @given(st.lists(st.floats(0, 1) | st.just(NAN), min_size=1, max_size=40), st.integers(2, 4))
 def test_the_replay_decides_as_asha_does_about_the_last_arrival(values: list[float], factor: int) -> None:
     asha = Asha((1,), factor)
-    decisions = [asha.goes_on(str(i), group="mlp", epoch=1, value=value) for i, value in enumerate(values)]
+    decisions = [asha.decide(str(i), group="mlp", epoch=1, value=value) for i, value in enumerate(values)]
     trials = pd.DataFrame([trial(value, status="diverged" if math.isnan(value) else "stopped") for value in values])
     continues = values[-1] >= rung_thresholds(trials, (1,), factor)["mlp", 1]
     assert continues == decisions[-1]
