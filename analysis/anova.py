@@ -1,4 +1,11 @@
-"""The algebra of an analysis of variance with two-way interactions, complete or not; statsmodels does the fit."""
+"""Analysis of variance with two-way interactions, for complete and incomplete grids; statsmodels fits the model.
+
+The comments follow one example, two factors A and B of two levels each, with these accuracies:
+
+           b1   b2
+      a1  0.5  0.6     grand mean 0.7; effects: A -0.15, +0.15; B -0.10, +0.10; A x B +0.05, -0.05, -0.05, +0.05;
+      a2  0.7  1.0     so a1 b1 is 0.7 - 0.15 - 0.10 + 0.05 = 0.5
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +23,10 @@ from statsmodels.regression.linear_model import OLS, RegressionResults
 from grid.config import LEVELS, InputError
 
 TOLERANCE = 1e-9
-"""Relative size under which a column adds nothing to those before it, or an observation leaves no residual."""
+"""Relative size below which a column adds nothing to those before it, or an observation has no residual."""
 ROUNDING = 1e-20
-"""Share of the raw sum of squares under which a sum of squares is rounding; one image in 100,000 is 1e-10."""
-ROWS_AT_ONCE = 1024  # of an observation x observation matrix, which might not fit into memory as a whole
+"""Share of the raw sum of squares below which a sum of squares is rounding error; one image in 100,000 is 1e-10."""
+ROWS_AT_ONCE = 1024  # of the [observation, observation] matrix, which may not fit into memory as a whole
 Array = NDArray[np.float64]
 """One or two dimensions."""
 Levels = Mapping[str, tuple[str, ...]]
@@ -31,13 +38,16 @@ class Term:
     """A factor, the seed, or the interaction of two factors, in sum-to-zero coding."""
 
     parts: tuple[str, ...]
-    """Names of what it is made of."""
+    """The factor, `("seed",)`, or the two factors."""
     labels: tuple[tuple[str, ...], ...]
-    """(factor, level), of an interaction (factor, level, other factor, other level)."""
+    """(factor, level); for an interaction (factor, level, other factor, other level)."""
     codes: NDArray[np.intp]
-    """Position in `labels` of each observation."""
+    """Position of each observation in `labels`."""
     coding: Array
-    """`[label, coefficient]`: effects are `coding @ coefficients`, which sum to zero over each part."""
+    """`[label, coefficient]`: the effects are `coding @ coefficients`; they sum to zero over the levels of each part.
+
+    With c = 1 / sqrt(2), A is `[[c], [-c]]`. Its coefficient -0.15 / c yields the effects -0.15 and +0.15.
+    """
 
     @property
     def name(self) -> str:
@@ -51,23 +61,24 @@ class Term:
 
     def crossed_with(self, other: "Term") -> "Term":
         """Return the interaction with another factor."""
-        labels = tuple(one + two for one, two in product(self.labels, other.labels))
+        labels = tuple(own + others for own, others in product(self.labels, other.labels))
         codes = self.codes * len(other.labels) + other.codes
+        # A x B: kron([[c], [-c]], [[c], [-c]]) = [[1/2], [-1/2], [-1/2], [1/2]], for (a1 b1), (a1 b2), (a2 b1), (a2 b2)
         return Term(self.parts + other.parts, labels, codes, np.asarray(np.kron(self.coding, other.coding)))
 
 
 def fit_terms(observed: pd.DataFrame, terms: Sequence[Term]) -> RegressionResults:
-    """Fit the accuracies of the observations by least squares.
+    """Fit the accuracies by least squares.
 
     Args:
         observed: A row per observation, with `accuracy`.
-        terms: Of these observations; the intercept is added.
+        terms: Of the model, coded for these observations; an intercept is added.
     """
     return OLS(observed["accuracy"].to_numpy(dtype=float), _matrix(terms)).fit()
 
 
 def estimable_terms(observed: pd.DataFrame, varied: Levels, *, complete: bool) -> list[Term]:
-    """Return the terms that the observations can tell apart: factors and seeds, then two-way interactions.
+    """Return the terms whose effects the observations identify: factors, then seeds, then two-way interactions.
 
     Args:
         observed: A row per observation, with the factors, `seed` and `accuracy`.
@@ -75,33 +86,35 @@ def estimable_terms(observed: pd.DataFrame, varied: Levels, *, complete: bool) -
         complete: Whether every combination of levels and seeds is observed.
 
     Raises:
-        InputError: They can't even tell the factors apart.
+        InputError: The observations don't identify the main effects.
     """
     factors = [_term(factor, observed[factor]) for factor in varied if observed[factor].nunique() > 1]
     if not factors:
         raise InputError("every factor has an accuracy at one level only; run a grid with two levels of a factor")
     blocks = factors + ([_term("seed", observed["seed"])] if observed["seed"].nunique() > 1 else [])
-    if lost := _first_lost(blocks):
-        raise InputError(f"{len(observed)} accuracies can't tell {lost.name} from the rest; wait for more trials")
-    terms = blocks + [one.crossed_with(other) for one, other in combinations(factors, 2)]
-    while lost := _first_lost(terms):
-        terms.remove(lost)
-    # A part of a grid that every interaction fits by itself would leave nothing to judge any effect by.
+    if aliased := _first_aliased(blocks):
+        raise InputError(
+            f"{len(observed)} accuracies are too few to separate {aliased.name} from the rest; wait for more trials"
+        )
+    terms = blocks + [first.crossed_with(second) for first, second in combinations(factors, 2)]
+    while aliased := _first_aliased(terms):
+        terms.remove(aliased)
+    # In an incomplete grid, interactions that use up every degree of freedom would leave no residual to test against.
     return terms if complete or len(observed) > 1 + sum(term.df for term in terms) else blocks
 
 
 def mean_square(fit: RegressionResults) -> float:
-    """Return that of the residuals: NaN without degrees of freedom, 0 for what is rounding."""
+    """Return the mean square of the residuals: NaN without degrees of freedom, 0 if it is only rounding error."""
     if not fit.df_resid:
         return nan
     return float(fit.ssr / fit.df_resid) if fit.ssr > ROUNDING * fit.uncentered_tss else 0.0
 
 
 def variance_table(fit: RegressionResults, terms: Sequence[Term]) -> pd.DataFrame:
-    """Test every term against the model of the terms that don't contain it (type II sums of squares).
+    """Test every term beside all terms that don't contain it (type II sums of squares).
 
-    Omega squared may come out a little below 0; clipping it would bias it. The seed, a block, is no hypothesis and has
-    no part in Holm's correction.
+    Omega squared may be slightly negative; clipping it would bias it. The seed is a block, not a hypothesis, so Holm's
+    correction leaves it out.
 
     References:
         Langsrud 2003, https://doi.org/10.1023/A:1023260610025; Olejnik and Algina 2003,
@@ -126,7 +139,7 @@ def variance_table(fit: RegressionResults, terms: Sequence[Term]) -> pd.DataFram
 
 
 def estimate(fit: RegressionResults, terms: Sequence[Term], confidence: float) -> pd.DataFrame:
-    """Return the effect of every level, with empty `other_factor` and `other_level`, and of every two of them."""
+    """Return the effect of every level, with `other_factor` and `other_level` empty, and of every pair of levels."""
     columns, identity = _columns(terms), np.eye(len(fit.params))
     shown = [term for term in terms if term.name != "seed"]
     contrasts = np.vstack([term.coding @ identity[columns[term.name]] for term in shown])
@@ -138,7 +151,7 @@ def estimate(fit: RegressionResults, terms: Sequence[Term], confidence: float) -
 
 
 def in_order(name: str, values: "pd.Series[Any]") -> tuple[Any, ...]:
-    """Return the values of a factor, or the seeds, that are there: known levels in their usual order, others sorted."""
+    """Return the distinct values of a factor or of the seed: known levels in their usual order, then others sorted."""
     present = set(values)
     return tuple(value for value in dict.fromkeys((*LEVELS.get(name, ()), *sorted(present))) if value in present)
 
@@ -158,39 +171,47 @@ def _columns(terms: Sequence[Term]) -> dict[str, slice]:
     return {term.name: slice(*ends[index : index + 2]) for index, term in enumerate(terms)}
 
 
-def _first_lost(terms: Sequence[Term]) -> Term | None:
-    """Return the first term with a column that the columns before it span."""
+def _first_aliased(terms: Sequence[Term]) -> Term | None:
+    """Return the first term with a column that is a combination of the columns before it."""
     matrix = _matrix(terms)
     diagonal = np.diagonal(np.linalg.qr(matrix, mode="r"))
     added = np.pad(np.abs(diagonal), (0, matrix.shape[1] - len(diagonal)))
-    lost, columns = added < TOLERANCE * sqrt(len(matrix)), _columns(terms)
-    return next((term for term in terms if lost[columns[term.name]].any()), None)
+    redundant, columns = added < TOLERANCE * sqrt(len(matrix)), _columns(terms)
+    return next((term for term in terms if redundant[columns[term.name]].any()), None)
 
 
 def _holm(p: "pd.Series[float]") -> "pd.Series[float]":
-    # That of statsmodels collects garbage at each call, which takes longer than the whole analysis of a small grid.
+    # statsmodels' own collects garbage at each call, which takes longer than the whole analysis of a small grid.
     return (p.sort_values() * np.arange(len(p), 0, -1)).cummax().clip(upper=1)
 
 
 def _type_ii(fit: RegressionResults, terms: Sequence[Term]) -> Array:
-    # The triangle of a QR decomposition has every sum of squares of the whole table.
+    """Return each term's sum of squares: what it takes off the residuals of the terms that don't contain it.
+
+    A:     rss(1, B) - rss(1, B, A)            = 0.10 - 0.01 = 0.09
+    B:     rss(1, A) - rss(1, A, B)            = 0.05 - 0.01 = 0.04
+    A x B: rss(1, A, B) - rss(1, A, B, A x B)  = 0.01 - 0.00 = 0.01
+    """
+    # The triangle R of a QR decomposition holds every sum of squares of the whole table in far fewer rows.
     triangle = np.asarray(np.linalg.qr(np.column_stack([fit.model.exog, fit.model.endog]), mode="r"))
     columns = _columns(terms)
 
-    def left_by(some: Sequence[Term]) -> float:
-        chosen = np.column_stack([triangle[:, 0], *(triangle[:, columns[term.name]] for term in some)])
-        residuals = triangle[:, -1] - chosen @ np.linalg.lstsq(chosen, triangle[:, -1])[0]
+    def residual_squares(model: Sequence[Term]) -> float:
+        design = np.column_stack([triangle[:, 0], *(triangle[:, columns[term.name]] for term in model)])
+        residuals = triangle[:, -1] - design @ np.linalg.lstsq(design, triangle[:, -1])[0]
         return float(residuals @ residuals)
 
-    rests = [[other for other in terms if not set(term.parts) <= set(other.parts)] for term in terms]
-    return np.array([left_by(rest) - left_by([*rest, term]) for term, rest in zip(terms, rests, strict=True)])
+    models = [[other for other in terms if not set(term.parts) <= set(other.parts)] for term in terms]
+    return np.array(
+        [residual_squares(model) - residual_squares([*model, term]) for term, model in zip(terms, models, strict=True)]
+    )
 
 
 def _half_widths(fit: RegressionResults, contrasts: Array, confidence: float) -> Array:
-    """Return half the width of each contrast's interval, whatever the noise of each observation.
+    """Return half the width of each contrast's interval, valid under noise that differs between observations.
 
-    HC2 standard errors with Bell and McCaffrey's degrees of freedom. HC3 with the residual ones is too wide where the
-    grid is small. An observation that leaves no residual, alone in its combination, lends the pooled variance.
+    HC2 standard errors with Bell and McCaffrey's degrees of freedom; HC3 with the residual degrees of freedom is too
+    wide in small grids. An observation that is alone in its combination has no residual; it gets the pooled variance.
 
     References:
         MacKinnon and White 1985, https://doi.org/10.1016/0304-4076(85)90158-7; Imbens and Kolesar 2016,
@@ -199,13 +220,16 @@ def _half_widths(fit: RegressionResults, contrasts: Array, confidence: float) ->
     pooled = mean_square(fit)
     if not pooled > 0:
         return np.full(len(contrasts), pooled)
-    basis = np.linalg.qr(fit.model.exog)[0]
-    leverage = np.sum(basis**2, axis=1)
+    basis = np.linalg.qr(fit.model.exog)[0]  # [observation, coefficient]
+    leverage = np.sum(basis**2, axis=1)  # [observation]
     alone = leverage > 1 - TOLERANCE
     slack = np.where(alone, 1, 1 - leverage)
     noise = np.where(alone, pooled, fit.resid**2 / slack)
-    weights = (contrasts @ fit.model.pinv_wexog) ** 2
+    weights = (contrasts @ fit.model.pinv_wexog) ** 2  # [contrast, observation]
     scaled = weights / slack
+    # The variance is a weighted sum of squared residuals, mean sum(weights); `spread` is half of its variance:
+    # the sum over i, k of weights_i weights_k (I - H)_ik^2 / (slack_i slack_k), by rows to save memory.
+
     spread = np.sum(scaled**2 * (1 - 2 * leverage), axis=1) + np.sum(weights[:, alone], axis=1) ** 2 / fit.df_resid
     for start in range(0, len(basis), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)

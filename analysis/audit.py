@@ -1,14 +1,15 @@
-"""Says what early stopping saved, and what it may have cost: `python -m analysis.audit --experiment smoke-glyphs`.
+"""Measures what early stopping saved and what it may have cost: `python -m analysis.audit --experiment smoke-glyphs`.
 
-Controls, drawn at random and never stopped, show how trials end that ASHA stops. The store does not hold what ASHA
-would have decided about them, so its rule is replayed. A diverged control is never 0 and never dropped.
+Unstopped controls (trials drawn at random and exempt from early stopping; `controls` below) show how stopped trials
+would have ended. The store does not record what ASHA would have decided about them, so its rule is replayed here. A
+diverged control is neither 0 nor dropped.
 """
 
 import math
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,52 +19,111 @@ from scipy.stats import norm
 from statsmodels.stats.proportion import proportion_confint
 
 from analysis.store import read_experiment
-from grid.arguments import Parser
+from grid.arguments import Parser, add_experiment, add_store, run_command
 from grid.config import InputError
-from grid.metrics import RUNG_METRIC
+from grid.metrics import RUNG_METRIC, rung_epochs
+from grid.wording import count
 
 FACTOR = 3
-"""One trial in this many goes on at a rung, unless the grid's manifest says otherwise."""
+"""One trial in this many continues at a rung, unless the grid's manifest says otherwise."""
 TOP = 10
 """Best completed trials of a model that a cheaper rule should not lose."""
-FEWEST_FOR_INTERVAL = 4
-"""Controls without which a rank correlation has no interval."""
+MIN_FOR_INTERVAL = 4
+"""Controls below which a rank correlation has no interval."""
 
 FALSE_STOPS = ["model", "controls", "stopped", "false_stops", "rate", "low", "high", "beat_winner", "beat_winner_high"]
 
 
 @dataclass(frozen=True)
+class TableWording:
+    """How one table of the audit reads, as text and in the report."""
+
+    caption: str
+    remark: str
+    """How to read it, in sentences."""
+    headers: Mapping[str, str]
+    """Shown columns, in order -> header; `low` and `high`, where the table has them, come last."""
+    row: str
+    """Format of a row of text, a field per header."""
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether the table ends with an interval."""
+        return "{low" in self.row
+
+
+WORDING: Mapping[str, TableWording] = {
+    "savings": TableWording(
+        "What stopping saved",
+        "Epochs that diverged and failed trials did not train are not counted as saved.",
+        {"model": "model", "trials": "trials", "epochs_run": "epochs run"}
+        | {"epochs_full": "without stopping", "saved": "saved"},
+        "{model} | {trials:,} | {epochs_run:,} | {epochs_full:,} | {saved:.0%}",
+    ),
+    "correlations": TableWording(
+        "Does the order at a rung predict the order at the end?",
+        "Spearman's rank correlation over the unstopped controls: 1 is the same order, 0 is no relation.",
+        {"model": "model", "rung": "after epoch", "controls": "controls", "spearman": "rank correlation"},
+        "{model} | {rung} | {controls} | {spearman:.2f} | {low:.2f} to {high:.2f}",
+    ),
+    "false_stops": TableWording(
+        "How many of the trials that the rule stops would beat the median survivor?",
+        "Counted among the unstopped controls, which kept training where any other trial would have been stopped.",
+        {"model": "model", "controls": "controls", "stopped": "would be stopped", "false_stops": "beat the median"}
+        | {"rate": "rate"},
+        "{model} | {controls} | {stopped} | {false_stops} | {rate:.0%} | {low:.0%} to {high:.0%}",
+    ),
+    "regret": TableWording(
+        "Did stopping lose a trial that is better than the winner?",
+        "The last column bounds, with {sure} confidence, how many of the stopped trials would have beaten the winner.",
+        {"model": "model", "winner": "winner", "best_stopped_control": "best stopped control", "margin": "margin"}
+        | {"stopped": "stopped trials", "at_most": "better (at most)"},
+        "{model} | {winner:.2%} | {best_stopped_control:.2%} | {margin:+.2%} | {stopped:,} | {at_most:,}",
+    ),
+    "baseline": TableWording(
+        "Would a simpler rule do: train all to epoch {start}, then the best K to the end?",
+        "K is the largest number that takes no more epochs than were trained.",
+        {"model": "model", "epochs": "epochs", "kept": "K", "winner_rank": "winner's rank then"}
+        | {"winner_kept": "winner kept", "top_kept": "best survivors kept"},
+        "{model} | {epochs:,} | {kept:,} | {winner_rank:,} | {winner_kept} | {top_kept} of {top}",
+    ),
+}
+"""Table of the audit -> how it reads."""
+
+
+@dataclass(frozen=True)
 class Audit:
-    """What early stopping saved and cost, model by model. Shares and accuracies are fractions of 1."""
+    """What early stopping saved and cost, by model. Shares and accuracies are fractions."""
 
     rungs: tuple[int, ...]
-    """Epochs at which was decided."""
+    """Epochs at which trials are stopped."""
     epochs: int
     """Full budget."""
     factor: int
-    """One trial in this many goes on at a rung."""
+    """One trial in this many continues at a rung."""
     correlations: pd.DataFrame
     """`model`, `rung`, `controls` that reached it, `spearman` (rank correlation of their accuracy there with that at
-    the full budget; those that diverged later rank lowest), `low`, `high` (NaN under four controls)."""
+    the full budget; those that diverged later rank lowest), `low`, `high` (NaN below `MIN_FOR_INTERVAL` controls)."""
     false_stops: pd.DataFrame
-    """`model`, `controls`, `stopped` (of them, by the replayed rule), `false_stops` (of these, those that ended above
-    the median survivor), `rate` (false_stops / stopped), `low`, `high`, `beat_winner` (those that ended above the
+    """`model`, `controls`, `stopped` (controls that the replayed rule stops), `false_stops` (of these, those that ended
+    above the median survivor), `rate` (false_stops / stopped), `low`, `high`, `beat_winner` (those that ended above the
     winner), `beat_winner_high` (one-sided upper bound on their rate)."""
     savings: pd.DataFrame
     """`model`, `trials`, `epochs_full` (trials x budget), `epochs_run`, `saved` (share of `epochs_full` that stopping
-    left out; what diverged and failed trials left out is not counted)."""
+    avoided; epochs that diverged and failed trials did not train are not counted)."""
     regret: pd.DataFrame
-    """`model`, `winner` (accuracy of the best survivor), `best_stopped_control` (NaN if none was completed), `margin`
-    (winner - best_stopped_control), `stopped` (trials that ASHA stopped), `at_most` (upper bound on how many of these
+    """`model`, `winner` (accuracy of the best survivor), `best_stopped_control` (NaN if none completed), `margin`
+    (winner - best_stopped_control), `stopped` (trials that ASHA stopped), `at_most` (upper bound on how many of them
     would have ended above the winner)."""
     baseline: pd.DataFrame
-    """`model`, `epochs` (that ASHA spent, a control's after its stop left out), `kept` (K: trials that can be trained
-    to the end for as many epochs if all are trained to the first rung), `winner_rank` (at the first rung),
-    `winner_kept` (it is among the K best there), `top` (survivors looked at, ten or fewer), `top_kept` (of them)."""
+    """`model`, `epochs` (that ASHA spent, without those of controls after their replayed stop), `kept` (K: trials that
+    can be trained to the end in as many epochs after all were trained to the first rung), `winner_rank` (at the first
+    rung), `winner_kept` (whether it is among the K best there), `top` (survivors examined, ten or fewer), `top_kept`
+    (of them)."""
     agreement: float
-    """Share of the other trials about which the replayed rule agrees with what happened; NaN without any."""
+    """Share of the other trials about which the replayed rule agrees with ASHA's decision; NaN without any."""
     notes: tuple[str, ...]
-    """What the tables mean, and what they lack, in sentences."""
+    """What the tables mean, and what is missing from them, in sentences."""
     confidence: float = 0.95
     """Of all intervals and bounds."""
 
@@ -71,50 +131,50 @@ class Audit:
 def audit_stopping(trials: pd.DataFrame, *, factor: int = FACTOR, confidence: float = 0.95) -> Audit:
     """Measure what early stopping saved and cost.
 
-    The rule is replayed with all arrivals at once (`rung_thresholds`), while ASHA judged each by the earlier ones;
-    `agreement` says how often that makes a difference. A survivor is a completed trial that was let go on: by ASHA,
-    or, if it is a control, by the replayed rule.
+    The rule is replayed on all arrivals at once (`rung_thresholds`), whereas ASHA compared each trial with earlier
+    arrivals only; `agreement` says how often that matters. A survivor is a completed trial that was not stopped: by
+    ASHA or, for a control, by the replayed rule.
 
     Args:
-        trials: From `analysis.store.read_experiment`; of one budget. Every trial counts by itself, replicates and
-            learning-rate scales too, because each was stopped or not by itself.
-        factor: One trial in this many goes on at a rung.
+        trials: From `analysis.store.read_experiment`; all with the same budget. Every trial counts, replicates and
+            learning-rate scales too, because each was stopped (or not) individually.
+        factor: One trial in this many continues at a rung.
         confidence: Of all intervals and bounds, in (0, 1).
 
     Raises:
-        InputError: The trials are of several budgets, or none has an accuracy, or stopped ones have none at a rung.
+        InputError: The budgets differ, no trial has an accuracy, or stopped trials have none at any rung.
     """
     rungs = _rungs(trials)
-    judged = _judge(trials, rungs, factor)
-    false_stops = _false_stops(judged, confidence) if rungs else pd.DataFrame(columns=FALSE_STOPS)
+    classified = _classify(trials, rungs, factor)
+    false_stops = _false_stops(classified, confidence) if rungs else pd.DataFrame(columns=FALSE_STOPS)
     return Audit(
         rungs=rungs,
         epochs=int(trials["epochs"].iloc[0]),
         factor=factor,
-        correlations=_correlations(judged, rungs, confidence),
+        correlations=_correlations(classified, rungs, confidence),
         false_stops=false_stops,
         savings=_savings(trials),
-        regret=_regret(judged, false_stops),
-        baseline=_baseline(judged, rungs),
-        agreement=_agreement(judged)[0],
-        notes=tuple(_notes(judged, rungs, factor)),
+        regret=_regret(classified, false_stops),
+        baseline=_baseline(classified, rungs),
+        agreement=_agreement(classified)[0],
+        notes=tuple(_notes(classified, rungs, factor)),
         confidence=confidence,
     )
 
 
 def rung_thresholds(trials: pd.DataFrame, rungs: Sequence[int], factor: int) -> dict[tuple[str, int], float]:
-    """Return the lowest accuracy that goes on, by model and rung: the ceil(n / factor)-th best of the n that came.
+    """Return the lowest accuracy that continues, by model and rung: the ceil(n / factor)-th best of n arrivals.
 
-    As in ASHA itself, those that came are all that have a value at the rung, controls included, also those that the
-    rule would have stopped before; and a trial that diverged on the way to it, as worse than any other.
+    As in ASHA itself, the arrivals are all trials with a value at the rung, including controls that the rule would have
+    stopped before, and each trial that diverged on the way there, as worse than any other.
 
     Reference: Li et al. 2020, https://arxiv.org/abs/1810.05934 (here with all arrivals at once)
     """
     thresholds = {}
-    for name, of_model in trials.groupby("model"):
-        on_the_way = of_model["status"] == "diverged"
+    for name, model_trials in trials.groupby("model"):
+        on_the_way = model_trials["status"] == "diverged"
         for rung in rungs:
-            values = of_model[f"{RUNG_METRIC}{rung}"]
+            values = model_trials[f"{RUNG_METRIC}{rung}"]
             arrived = np.sort(values.where(values.notna() | ~on_the_way, -math.inf).dropna())
             on_the_way &= values.notna()
             best = math.ceil(len(arrived) / factor)
@@ -123,7 +183,7 @@ def rung_thresholds(trials: pd.DataFrame, rungs: Sequence[int], factor: int) -> 
 
 
 def stop_epochs(trials: pd.DataFrame, thresholds: dict[tuple[str, int], float]) -> pd.Series:
-    """Return the rung at which each trial falls below the threshold first; NaN if at none that it has a value at."""
+    """Return the first rung at which each trial is below the threshold; NaN if it is at no rung that it reached."""
     stops = pd.Series(math.nan, index=trials.index)
     for (model, rung), threshold in thresholds.items():
         below = (trials["model"] == model) & (trials[f"{RUNG_METRIC}{rung}"] < threshold)
@@ -131,90 +191,98 @@ def stop_epochs(trials: pd.DataFrame, thresholds: dict[tuple[str, int], float]) 
     return stops
 
 
-def clopper_pearson(count: int, of: int, confidence: float) -> tuple[float, float]:
-    """Return the exact interval of a share; 0 to 1 if there is nothing to count.
+def clopper_pearson(successes: int, total: int, confidence: float) -> tuple[float, float]:
+    """Return the exact interval of a proportion; 0 to 1 if the total is 0.
 
     Reference: Clopper and Pearson 1934, https://doi.org/10.1093/biomet/26.4.404
     """
-    if of == 0:
+    if total == 0:
         return 0.0, 1.0
-    low, high = proportion_confint(count, of, alpha=1 - confidence, method="beta")
+    low, high = proportion_confint(successes, total, alpha=1 - confidence, method="beta")
     return float(low), float(high)
 
 
 def spearman(first: pd.Series, last: pd.Series, confidence: float) -> tuple[float, float, float]:
-    """Return the rank correlation and its interval, through Fisher's z; a perfect order counts as half a swap less.
+    """Return the rank correlation and the ends of its interval, by Fisher's z; NaN where undefined.
+
+    For the interval a perfect order counts as half a swap of neighbours less than perfect, since z would be infinite.
 
     Reference: Bonett and Wright 2000, https://doi.org/10.1007/BF02294183
     """
-    count = len(first)
-    if count < 2 or first.nunique() < 2 or last.nunique() < 2:
+    pairs = len(first)
+    if pairs < 2 or first.nunique() < 2 or last.nunique() < 2:
         return math.nan, math.nan, math.nan
     correlation = float(np.corrcoef(first.rank(), last.rank())[0, 1])
-    if count < FEWEST_FOR_INTERVAL:
+    if pairs < MIN_FOR_INTERVAL:
         return correlation, math.nan, math.nan
-    most = 1 - 6 / (count**3 - count)  # swapping two neighbours costs 12 / (n^3 - n)
-    z = math.atanh(min(max(correlation, -most), most))
-    error = math.sqrt((1 + correlation**2 / 2) / (count - 3))
-    reach = float(norm.ppf((1 + confidence) / 2)) * error
-    return correlation, math.tanh(z - reach), math.tanh(z + reach)
+    limit = 1 - 6 / (pairs**3 - pairs)  # swapping two neighbours costs 12 / (n^3 - n)
+    z = math.atanh(min(max(correlation, -limit), limit))
+    error = math.sqrt((1 + correlation**2 / 2) / (pairs - 3))
+    half = float(norm.ppf((1 + confidence) / 2)) * error
+    return correlation, math.tanh(z - half), math.tanh(z + half)
 
 
 def _rungs(trials: pd.DataFrame) -> tuple[int, ...]:
+    """Return the rungs below the budget that any trial reached."""
     if trials.empty:
-        raise InputError("there is no trial to audit; run python -m grid.run first")
+        raise InputError("there are no trials to audit; run python -m grid.run first")
     budgets = sorted(trials["epochs"].unique())
     if len(budgets) > 1:
         mixed = " and ".join(map(str, budgets))
         raise InputError(f"trials of {mixed} epochs can't be audited together; audit one budget at a time")
     if not trials["best_val_accuracy"].notna().any():
-        raise InputError("no trial reached an accuracy: all diverged or failed; try --lr-scales 0.1")
-    names = [name for name in trials.columns if name.startswith(RUNG_METRIC) and trials[name].notna().any()]
-    rungs = tuple(sorted(rung for name in names if (rung := int(name.removeprefix(RUNG_METRIC))) < budgets[0]))
+        raise InputError("no trial has an accuracy: all diverged or failed; try --lr-scales 0.1")
+    reached = (rung for rung in rung_epochs(trials.columns) if trials[f"{RUNG_METRIC}{rung}"].notna().any())
+    rungs = tuple(rung for rung in reached if rung < budgets[0])
     if not rungs and (trials["status"] == "stopped").any():
         raise InputError("trials were stopped, but none has a val_accuracy_at_<epoch>; record it at every rung")
     return rungs
 
 
-def _judge(trials: pd.DataFrame, rungs: Sequence[int], factor: int) -> pd.DataFrame:
-    """Add what the rule would do (`rule_stop`), who survived, and who is a control whose end is known."""
+def _classify(trials: pd.DataFrame, rungs: Sequence[int], factor: int) -> pd.DataFrame:
+    """Add four columns.
+
+    `rule_stop`: the rung at which the replayed rule stops the trial. `survived`: whether it completed without being
+    stopped. `ended_control`: whether it is a control that completed or diverged. `final`: its accuracy at the full
+    budget, -inf if it did not complete.
+    """
     rule_stop = stop_epochs(trials, rung_thresholds(trials, rungs, factor))
     completed, diverged = trials["status"] == "completed", trials["status"] == "diverged"
     return trials.assign(
         rule_stop=rule_stop,
         survived=completed & ~(trials["control"] & rule_stop.notna()),
-        judge=trials["control"] & (completed | diverged),
+        ended_control=trials["control"] & (completed | diverged),
         final=trials["best_val_accuracy"].where(completed, -math.inf),
     )
 
 
-def _models(judged: pd.DataFrame, who: str) -> Iterable[tuple[str, pd.DataFrame]]:
-    """Yield each model's trials if any of them is what is asked for."""
-    for name, of_model in judged.groupby("model"):
-        if of_model[who].any():
-            yield str(name), of_model
+def _models_with(classified: pd.DataFrame, flag: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield each model and all its trials, if any of them has the flag."""
+    for name, model_trials in classified.groupby("model"):
+        if model_trials[flag].any():
+            yield str(name), model_trials
 
 
-def _correlations(judged: pd.DataFrame, rungs: Sequence[int], confidence: float) -> pd.DataFrame:
+def _correlations(classified: pd.DataFrame, rungs: Sequence[int], confidence: float) -> pd.DataFrame:
     rows = []
-    for model, of_model in _models(judged, "judge"):
+    for model, trials in _models_with(classified, "ended_control"):
         for rung in rungs:
-            reached = of_model[of_model["judge"] & of_model[f"{RUNG_METRIC}{rung}"].notna()]
-            figures = spearman(reached[f"{RUNG_METRIC}{rung}"], reached["final"], confidence)
-            rows.append((model, rung, len(reached), *figures))
+            reached = trials[trials["ended_control"] & trials[f"{RUNG_METRIC}{rung}"].notna()]
+            correlation = spearman(reached[f"{RUNG_METRIC}{rung}"], reached["final"], confidence)
+            rows.append((model, rung, len(reached), *correlation))
     return pd.DataFrame(rows, columns=["model", "rung", "controls", "spearman", "low", "high"])
 
 
-def _false_stops(judged: pd.DataFrame, confidence: float) -> pd.DataFrame:
+def _false_stops(classified: pd.DataFrame, confidence: float) -> pd.DataFrame:
     rows = []
-    for model, of_model in _models(judged, "survived"):
-        survivors = of_model.loc[of_model["survived"], "final"]
-        controls = of_model[of_model["judge"]]
+    for model, trials in _models_with(classified, "survived"):
+        survivors = trials.loc[trials["survived"], "final"]
+        controls = trials[trials["ended_control"]]
         stopped = controls.loc[controls["rule_stop"].notna(), "final"]
         false, beat = int((stopped > survivors.median()).sum()), int((stopped > survivors.max()).sum())
         rate = false / len(stopped) if len(stopped) else math.nan
         interval = clopper_pearson(false, len(stopped), confidence)
-        _, beat_high = clopper_pearson(beat, len(stopped), 2 * confidence - 1)  # one side of it
+        _, beat_high = clopper_pearson(beat, len(stopped), 2 * confidence - 1)  # one-sided: 95% from a 90% interval
         if len(controls):
             rows.append((model, len(controls), len(stopped), false, rate, *interval, beat, beat_high))
     return pd.DataFrame(rows, columns=FALSE_STOPS)
@@ -222,151 +290,125 @@ def _false_stops(judged: pd.DataFrame, confidence: float) -> pd.DataFrame:
 
 def _savings(trials: pd.DataFrame) -> pd.DataFrame:
     rows = []
-    for model, of_model in trials.groupby("model"):
-        full = int(of_model["epochs"].sum())
-        stopped = of_model[of_model["status"] == "stopped"]
+    for model, model_trials in trials.groupby("model"):
+        full = int(model_trials["epochs"].sum())
+        stopped = model_trials[model_trials["status"] == "stopped"]
         saved = (stopped["epochs"] - stopped["epochs_run"]).sum() / full
-        rows.append((str(model), len(of_model), full, int(of_model["epochs_run"].sum()), float(saved)))
+        rows.append((str(model), len(model_trials), full, int(model_trials["epochs_run"].sum()), float(saved)))
     return pd.DataFrame(rows, columns=["model", "trials", "epochs_full", "epochs_run", "saved"])
 
 
-def _regret(judged: pd.DataFrame, false_stops: pd.DataFrame) -> pd.DataFrame:
+def _regret(classified: pd.DataFrame, false_stops: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for model, bound in zip(false_stops["model"], false_stops["beat_winner_high"], strict=True):
-        of_model = judged[judged["model"] == model]
-        winner = of_model.loc[of_model["survived"], "final"].max()
-        missed = of_model["judge"] & of_model["rule_stop"].notna() & (of_model["status"] == "completed")
-        best = of_model.loc[missed, "final"].max()
-        stopped = int((of_model["status"] == "stopped").sum())
+        trials = classified[classified["model"] == model]
+        winner = trials.loc[trials["survived"], "final"].max()
+        missed = trials["ended_control"] & trials["rule_stop"].notna() & (trials["status"] == "completed")
+        best = trials.loc[missed, "final"].max()
+        stopped = int((trials["status"] == "stopped").sum())
         rows.append((model, winner, best, winner - best, stopped, math.floor(bound * stopped)))
     return pd.DataFrame(rows, columns=["model", "winner", "best_stopped_control", "margin", "stopped", "at_most"])
 
 
-def _baseline(judged: pd.DataFrame, rungs: Sequence[int]) -> pd.DataFrame:
+def _baseline(classified: pd.DataFrame, rungs: Sequence[int]) -> pd.DataFrame:
     rows = []
-    for model, of_model in _models(judged, "survived") if rungs else ():
-        first, budget = rungs[0], int(of_model["epochs"].iloc[0])
-        needed = of_model["rule_stop"].where(of_model["control"]).fillna(budget)
-        spent = int(np.minimum(of_model["epochs_run"], needed).sum())
-        screening = int(of_model["epochs_run"].clip(upper=first).sum())
-        ranks = of_model[f"{RUNG_METRIC}{first}"].rank(ascending=False, method="min")
+    for model, trials in _models_with(classified, "survived") if rungs else ():
+        first, budget = rungs[0], int(trials["epochs"].iloc[0])
+        needed = trials["rule_stop"].where(trials["control"]).fillna(budget)
+        spent = int(np.minimum(trials["epochs_run"], needed).sum())
+        screening = int(trials["epochs_run"].clip(upper=first).sum())
+        ranks = trials[f"{RUNG_METRIC}{first}"].rank(ascending=False, method="min")
         kept = min(max((spent - screening) // (budget - first), 0), int(ranks.count()))
-        best = of_model[of_model["survived"]].nlargest(TOP, "final").index
-        top = ranks[best].fillna(len(of_model))
+        best = trials[trials["survived"]].nlargest(TOP, "final").index
+        top = ranks[best].fillna(len(trials))
         winner = int(top.iloc[0])
         rows.append((model, spent, kept, winner, winner <= kept, len(top), int((top <= kept).sum())))
     return pd.DataFrame(rows, columns=["model", "epochs", "kept", "winner_rank", "winner_kept", "top", "top_kept"])
 
 
-def _agreement(judged: pd.DataFrame) -> tuple[float, int]:
-    """Return the share of agreement, and of how many trials: those about which ASHA really decided."""
-    at_a_rung = judged.filter(like=RUNG_METRIC).notna().any(axis=1)
-    decided = judged[at_a_rung & ~judged["control"] & (judged["status"] != "failed")]
-    really = decided["epochs_run"].where(decided["status"] == "stopped")
-    return float((really.fillna(0) == decided["rule_stop"].fillna(0)).mean()), len(decided)
+def _agreement(classified: pd.DataFrame) -> tuple[float, int]:
+    """Return the share of agreement with ASHA, and the number of trials about which ASHA decided."""
+    at_a_rung = classified.filter(like=RUNG_METRIC).notna().any(axis=1)
+    decided = classified[at_a_rung & ~classified["control"] & (classified["status"] != "failed")]
+    asha_stop = decided["epochs_run"].where(decided["status"] == "stopped")
+    return float((asha_stop.fillna(0) == decided["rule_stop"].fillna(0)).mean()), len(decided)
 
 
-def _notes(judged: pd.DataFrame, rungs: Sequence[int], factor: int) -> list[str]:
+def _notes(classified: pd.DataFrame, rungs: Sequence[int], factor: int) -> Iterator[str]:
     if not rungs:
-        return [f"no rung below the budget of {judged['epochs'].iloc[0]}: nothing was stopped, so nothing can be lost"]
-    agreement, count = _agreement(judged)
-    agreed = f"; the two agree on {agreement:.0%} of {count:,} trials" if count else ""
-    notes = [
-        f"the rule is replayed: at each rung the best 1 in {factor} of all trials of a model that came there go on, "
-        "controls and diverged ones counted, as ASHA counts them; ASHA itself judged each by the earlier ones "
-        f"alone{agreed}",
-        *_control_notes(judged[judged["control"]]),
-    ]
-    for model, of_model in judged.groupby("model"):
-        if not of_model["survived"].any():
-            notes.append(f"{model}: no trial was completed that the rule let go on, so there is no winner yet")
-        if judged["judge"].any() and not of_model["judge"].any():
-            notes.append(f"{model}: no control has an end to judge by, so what stopping cost there is unknown")
-    for column, noun in (("seed", "seeds"), ("lr_scale", "learning-rate scales")):
-        if (count := judged[column].nunique()) > 1:
-            notes.append(f"{count} {noun}: every trial counts by itself, as it was stopped or not by itself")
-    return notes
+        budget = count(int(classified["epochs"].iloc[0]), "epoch")
+        yield f"no rung below the budget of {budget}: no trial was stopped, so nothing can be lost"
+        return
+    agreement, decided = _agreement(classified)
+    agreed = f"; the two agree on {agreement:.0%} of {count(decided, 'trial')}" if decided else ""
+    yield (
+        f"the rule is replayed: at each rung the best 1 in {factor} of a model's trials that reached it continue; "
+        "controls and diverged trials count, as in ASHA; ASHA itself compared each trial with earlier arrivals only"
+        f"{agreed}"
+    )
+    yield from _control_notes(classified[classified["control"]])
+    for model, trials in classified.groupby("model"):
+        if not trials["survived"].any():
+            yield f"{model}: no completed trial that the rule would not have stopped, so there is no winner yet"
+        if classified["ended_control"].any() and not trials["ended_control"].any():
+            yield f"{model}: no control has completed or diverged, so the cost of stopping is unknown"
+    for column, noun in (("seed", "seed"), ("lr_scale", "learning-rate scale")):
+        if (values := classified[column].nunique()) > 1:
+            yield f"{count(values, noun)}: every trial counts, because each was stopped or not individually"
 
 
-def _control_notes(controls: pd.DataFrame) -> list[str]:
+def _control_notes(controls: pd.DataFrame) -> Iterator[str]:
     if controls.empty:
-        return ["no controls: what stopping cost can't be known; run grid.run with --controls 0.05 next time"]
-    judges = controls[controls["judge"]]
-    notes = [
-        "controls were drawn at random, so they tell how trials like the stopped ones would have ended: a false stop "
-        "ended above the median of the model's survivors, which are the completed trials that were let go on"
-    ]
-    if without_end := len(controls) - len(judges):
-        notes.append(f"left out: {without_end} of {len(controls)} controls, which failed or were stopped after all")
-    if diverged := int((judges["status"] == "diverged").sum()):
-        before = (judges["status"] == "diverged") & judges["rule_stop"].notna()
-        notes.append(
-            f"{diverged} of {len(judges)} controls diverged: they rank lowest and are no false stops; "
-            f"stopped rightly are those that the rule would have stopped before: {before.sum()}"
+        yield "no unstopped controls: the cost of stopping is unknown; run grid.run with --controls 0.05 next time"
+        return
+    ended = controls[controls["ended_control"]]
+    yield (
+        "unstopped controls were drawn at random, so they show how stopped trials would have ended; a false stop is a "
+        "control that the rule would have stopped and that ended above the median of its model's survivors (completed "
+        "trials that were not stopped)"
+    )
+    if without_end := len(controls) - len(ended):
+        yield f"left out: {without_end} of {count(len(controls), 'control')}, which failed or were stopped after all"
+    if diverged := int((ended["status"] == "diverged").sum()):
+        before = int(((ended["status"] == "diverged") & ended["rule_stop"].notna()).sum())
+        yield (
+            f"{diverged} of {count(len(ended), 'control')} diverged: they rank lowest and are never false stops; the "
+            f"rule would have stopped {before} of them before"
         )
-    if judges["model"].value_counts().lt(FEWEST_FOR_INTERVAL).any():
-        notes.append(f"a rank correlation of fewer than {FEWEST_FOR_INTERVAL} controls has no interval")
-    return notes
+    if ended["model"].value_counts().lt(MIN_FOR_INTERVAL).any():
+        yield f"a rank correlation of fewer than {MIN_FOR_INTERVAL} controls has no interval"
+
+
+def caption_of(name: str, audit: Audit) -> str:
+    """Return the caption of a table of `WORDING`."""
+    return WORDING[name].caption.format(start=min(audit.rungs, default=1))
 
 
 def format_audit(audit: Audit) -> str:
     """Return the audit as text of at most 80 columns."""
-    sure = f"{audit.confidence:.0%}"
-    rungs = " and ".join(map(str, audit.rungs)) or "none"
-    start = _epochs(min(audit.rungs, default=0))
-    tables = [
-        _table(
-            f"What stopping saved (rungs: {rungs}; budget: {_epochs(audit.epochs)})",
-            audit.savings,
-            "model | trials | epochs run | without stopping | saved",
-            "{model} | {trials:,} | {epochs_run:,} | {epochs_full:,} | {saved:.0%}",
-        ),
-        _table(
-            "Does the order at a rung foretell the order at the end? (controls)",
-            audit.correlations,
-            f"model | rung | controls | rank correlation | {sure} interval",
-            "{model} | {rung} | {controls} | {spearman:.2f} | {low:.2f} to {high:.2f}",
-        ),
-        _table(
-            "How many that the rule stops would beat the median survivor? (controls)",
-            audit.false_stops,
-            f"model | controls | rule would stop | false stops | rate | {sure} interval",
-            "{model} | {controls} | {stopped} | {false_stops} | {rate:.0%} | {low:.0%} to {high:.0%}",
-        ),
-        _table(
-            "Did stopping lose a trial that is better than the winner? (controls)",
-            audit.regret,
-            f"model | winner | best stopped control | margin | better ones lost ({sure} sure)",
-            "{model} | {winner:.2%} | {best_stopped_control:.2%} | {margin:+.2%} | at most {at_most:,} of {stopped:,}",
-        ),
-        _table(
-            f"Would a plain rule have done? (all for {start}, then the best K to the end)",
-            audit.baseline,
-            "model | epochs | K | winner's rank then | best survivors kept",
-            "{model} | {epochs:,} | {kept:,} | {winner_rank:,} | {top_kept} of {top}",
-        ),
-    ]
+    rungs = ", ".join(map(str, audit.rungs)) or "none"
+    budget = count(audit.epochs, "epoch")
+    title = f"rungs after epochs: {rungs}; budget: {budget}; intervals and bounds at {audit.confidence:.0%}"
+    tables = [_table(name, audit) for name in WORDING]
     notes = "\n".join(textwrap.fill(note, 80, subsequent_indent="  ") for note in audit.notes)
-    return "\n\n".join([*(table for table in tables if table), notes])
+    return "\n\n".join([title, *(table for table in tables if table), notes])
 
 
-def _epochs(count: int) -> str:
-    return "1 epoch" if count == 1 else f"{count} epochs"
-
-
-def _table(title: str, table: pd.DataFrame, heads: str, cells: str) -> str:
-    """Return a title and a line per row, or nothing for no rows; what starts with a NaN is left empty."""
-    lines = [heads.split(" | ")]
-    for row in table.itertuples(index=False, name=None):
-        words = cells.format(**dict(zip(table.columns, row, strict=True))).split(" | ")
-        lines.append(["" if re.match(r"\+?nan\b", word) else word for word in words])
+def _table(name: str, audit: Audit) -> str:
+    """Return a caption, the headers and a line per row; nothing for no rows. Fields that start with a NaN are empty."""
+    table, wording = getattr(audit, name), WORDING[name]
+    lines = [[*wording.headers.values(), *[f"{audit.confidence:.0%} interval"] * wording.has_interval]]
+    for row in table.to_dict("records"):
+        words = {key: ("no", "yes")[value] if isinstance(value, bool) else value for key, value in row.items()}
+        fields = wording.row.format(**words).split(" | ")
+        lines.append(["" if re.match(r"\+?nan\b", field) else field for field in fields])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = ["  ".join(map(str.rjust, words, widths)) for words in lines]
-    return "\n".join([title, *aligned]) if len(table) else ""
+    aligned = ["  ".join(map(str.rjust, fields, widths)) for fields in lines]
+    return "\n".join([caption_of(name, audit), *aligned]) if len(table) else ""
 
 
 def tidy(audit: Audit) -> pd.DataFrame:
-    """Return all tables as one: `table`, `model`, `rung` (missing where there is none), `quantity`, `value`."""
+    """Return all tables as one: `table`, `model`, `rung` (NaN where a table has none), `quantity`, `value`."""
     names = ("correlations", "false_stops", "savings", "regret", "baseline")
     tables = [
         table.melt([key for key in ("model", "rung") if key in table], var_name="quantity").assign(table=name)
@@ -378,21 +420,25 @@ def tidy(audit: Audit) -> pd.DataFrame:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the audit and return the exit code: 0, or 2 for wrong input."""
-    parser = Parser(prog="python -m analysis.audit", description="Say what early stopping saved, and what it cost.")
-    parser.add_argument("--experiment", required=True, metavar="NAME", help="MLflow experiment")
-    parser.add_argument("--store", metavar="URI", help="MLflow tracking URI (sqlite:///mlflow.db)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write all figures to a file, one per line")
+    parser = Parser(
+        prog="python -m analysis.audit",
+        description="Measure what early stopping saved and what it may have cost, from the unstopped controls: trials "
+        "drawn at random and exempt from early stopping.",
+    )
+    add_experiment(parser)
+    add_store(parser)
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write all figures to FILE, one per line")
     options = parser.parse_args(arguments)
-    try:
+
+    def report_audit() -> int:
         experiment = read_experiment(options.store, options.experiment)
         audit = audit_stopping(experiment.trials, factor=experiment.rung_factor or FACTOR)
         if options.csv:
             tidy(audit).to_csv(options.csv, index=False)
-    except (InputError, OSError) as error:
-        print(f"analysis.audit: {error}", file=sys.stderr)
-        return 2
-    print(format_audit(replace(audit, notes=audit.notes + experiment.notes)))
-    return 0
+        print(format_audit(replace(audit, notes=audit.notes + experiment.notes)))
+        return 0
+
+    return run_command(parser.name, report_audit, errors=(InputError, OSError))
 
 
 if __name__ == "__main__":

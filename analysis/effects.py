@@ -1,7 +1,8 @@
-"""Which techniques matter, and how much: `python -m analysis.effects --experiment smoke-glyphs`.
+"""Measures which techniques matter, and how much: `python -m analysis.effects --experiment smoke-glyphs`.
 
-A factorial analysis of variance at one rung, by default the first: no cell has been stopped before it, so it is the one
-table that is fair to every level. Later rungs hold survivors only; they are counted, and never mixed in.
+A factorial analysis of variance at one rung, by default the first: no cell is stopped before it, so all levels are
+compared fairly there. Later rungs hold survivors only; those are counted but never mixed in. At the full budget only
+unstopped controls (trials drawn at random and exempt from early stopping) are analysed.
 """
 
 import sys
@@ -19,65 +20,68 @@ from statsmodels.stats.proportion import proportion_confint
 from analysis.anova import Levels, estimable_terms, estimate, fit_terms, in_order, mean_square, variance_table
 from analysis.plot import draw_main_effects, effect_rows
 from analysis.store import read_experiment
-from grid.arguments import Parser
+from grid.arguments import Parser, add_experiment, add_store, run_command
 from grid.config import FACTORS, InputError
-from grid.metrics import RUNG_METRIC
+from grid.metrics import RUNG_METRIC, rung_epochs
+from grid.wording import count
 
 SHOWN_INTERACTIONS, SHOWN_DIVERGED = 6, 8
 
 
 @dataclass(frozen=True)
 class Effects:
-    """What the levels of a grid do to the validation accuracy at one rung; accuracies and effects are fractions."""
+    """How levels change the validation accuracy at one epoch; accuracies and effects are fractions."""
 
     epoch: int
     """Whose accuracies are analysed."""
     factors: tuple[str, ...]
-    """With two or more levels among the trials, in the order of `FACTORS`."""
-    held: dict[str, str]
-    """The level of each other factor."""
+    """Factors with two or more levels among the trials, in the order of `FACTORS`."""
+    fixed: dict[str, str]
+    """The only level of each other factor."""
     seeds: int
     observations: int
-    """Cell x seed with an accuracy."""
+    """Combinations of cell and seed with an accuracy."""
     missing: int
-    """Combinations of the levels and seeds of the trials that have no accuracy."""
+    """Combinations of the trials' levels and seeds without an accuracy."""
     complete: bool
+    """Whether none is missing."""
     interactions_left_out: tuple[str, ...]
-    """`a x b` that can't be estimated, mostly for a combination of two levels without an accuracy."""
+    """`a x b` that can't be estimated, usually because two of their levels never occur together with an accuracy."""
     grand_mean: float
-    """Mean over all combinations, each counting the same."""
+    """Mean over all combinations of levels, equally weighted."""
     residual_sd: float
     levels: pd.DataFrame
-    """`factor`, `level`, `observations`, `mean` (least squares), `effect` (its distance from the grand mean), and the
-    ends `low` and `high` of the effect's interval; NaN where it can't be estimated."""
+    """`factor`, `level`, `observations`, `mean` (least squares), `effect` (mean - grand mean), and the ends `low` and
+    `high` of the effect's interval; NaN where it can't be estimated."""
     interactions: pd.DataFrame
     """`factor`, `level`, `other_factor`, `other_level`, `observations`, `effect` (beyond the sum of the two levels'
     effects), `low`, `high`."""
     variance: pd.DataFrame
     """`term`, `df`, `sum_of_squares` (type II), `share` of the total about the mean, `omega_squared`, `F`, `p`, and
-    `p_holm` over factors and interactions; by falling share, the residual last."""
+    `p_holm` over factors and interactions; sorted by falling share, the residual last."""
     divergence: pd.DataFrame
     """`factor`, `level`, `trials`, `diverged`, `rate`, `low`, `high`, over all trials."""
     survivors: pd.DataFrame
-    """`rung` after the first, `factor`, `level`, `trials` that have an accuracy there, `of` all, their `mean`."""
+    """`rung` after the first, `factor`, `level`, `trials` (of the level), `reached` (of these, those with an accuracy
+    at the rung) and `mean` (of the reached ones)."""
     notes: tuple[str, ...]
-    """A sentence on each thing to know before believing the tables."""
+    """Sentences to read before trusting the tables."""
 
 
 def measure_effects(trials: pd.DataFrame, *, epoch: int | None = None, confidence: float = 0.95) -> Effects:
-    """Split the variance at a rung among factors, two-way interactions and seeds (blocks), and estimate every effect.
+    """Split the variance at a rung among factors, two-way interactions and seeds (blocks), and estimate all effects.
 
-    Of the nuisance levels of a cell and seed the best one counts. A trial that diverged after the rung counts with the
-    accuracy that it had there.
+    For each cell and seed the best learning-rate scale counts. A trial that diverged after the rung counts with its
+    accuracy at the rung.
 
     Args:
-        trials: From `analysis.store.read_experiment`; of one budget.
-        epoch: A rung; the first one if None. Without rungs, the full budget of the completed trials.
+        trials: From `analysis.store.read_experiment`; all with the same budget.
+        epoch: A rung; None for the first. Without rungs, the full budget of the completed trials.
         confidence: Of all intervals, in (0, 1).
 
     Raises:
-        InputError: The budgets differ, `epoch` is no rung, no trial has an accuracy, no factor has two levels, or the
-            observations are too few to tell the factors apart.
+        InputError: The budgets differ, `epoch` is not a rung, no trial has an accuracy, no factor has two levels, or
+            the observations are too few to separate the factors.
     """
     rung, accuracies = _accuracies(trials, epoch)
     levels = {factor: in_order(factor, trials[factor]) for factor in FACTORS}
@@ -87,16 +91,16 @@ def measure_effects(trials: pd.DataFrame, *, epoch: int | None = None, confidenc
     missing = prod(map(len, varied.values())) * trials["seed"].nunique() - len(observed)
     terms = estimable_terms(observed, varied, complete=not missing)
     fitted = fit_terms(observed, terms)
-    estimates, parts = estimate(fitted, terms, confidence), {term.parts for term in terms}
+    estimates, estimable = estimate(fitted, terms, confidence), {term.parts for term in terms}
     effects = Effects(
         epoch=rung,
         factors=tuple(varied),
-        held={factor: names[0] for factor, names in levels.items() if factor not in varied},
+        fixed={factor: names[0] for factor, names in levels.items() if factor not in varied},
         seeds=trials["seed"].nunique(),
         observations=len(observed),
         missing=missing,
         complete=not missing,
-        interactions_left_out=tuple(" x ".join(pair) for pair in combinations(varied, 2) if pair not in parts),
+        interactions_left_out=tuple(" x ".join(pair) for pair in combinations(varied, 2) if pair not in estimable),
         grand_mean=float(fitted.params[0]),
         residual_sd=sqrt(mean_square(fitted)),
         levels=_levels(estimates, observed, varied, float(fitted.params[0])),
@@ -110,42 +114,41 @@ def measure_effects(trials: pd.DataFrame, *, epoch: int | None = None, confidenc
 
 
 def measure_final_effects(trials: pd.DataFrame, *, confidence: float = 0.95) -> Effects:
-    """Estimate the effects after the full budget from the controls, the only trials there that were not picked.
+    """Estimate the effects at the full budget from the unstopped controls alone, the unbiased sample there.
 
-    They are few, so the intervals are wide, and interactions can seldom be told.
+    Controls are few, so the intervals are wide and interactions are seldom estimable.
 
     Args:
         trials: As for `measure_effects`.
         confidence: Of all intervals, in (0, 1).
 
     Raises:
-        InputError: There is no control, or too few to tell the factors apart.
+        InputError: There are no controls, or too few to separate the factors.
     """
     controls = trials[trials["control"]]
     if controls.empty:
-        raise InputError("no controls, so nothing is known of all levels at the end; run grid.run with --controls 0.05")
-    rungs = [f"{RUNG_METRIC}{rung}" for rung in _rungs(trials)]
+        raise InputError("no unstopped controls, so effects at the end are unknown; run grid.run with --controls 0.05")
+    rungs = [f"{RUNG_METRIC}{rung}" for rung in rung_epochs(trials.columns)]
     effects = measure_effects(controls.drop(columns=rungs), confidence=confidence)
     lead = (
-        f"{effects.observations:,} controls, drawn at random and never stopped: what the levels do after "
-        f"{effects.epoch} epochs, without the bias of early stopping"
+        f"estimated from {count(effects.observations, 'unstopped control')}, drawn at random: the effects of levels "
+        f"after {count(effects.epoch, 'epoch')}, without the bias of early stopping"
     )
-    lost = _lost((controls["status"] == "diverged").sum())
-    return replace(effects, notes=(lead, *lost))
+    return replace(effects, notes=(lead, *_divergence_note((controls["status"] == "diverged").sum())))
 
 
 def _accuracies(trials: pd.DataFrame, epoch: int | None) -> tuple[int, "pd.Series[float]"]:
     """Return the epoch to analyse and every trial's accuracy there, NaN where there is none."""
     budgets = sorted(map(int, trials["epochs"].unique()))
     if not budgets:
-        raise InputError("there is no trial to analyse; run python -m grid.run first")
+        raise InputError("there are no trials to analyse; run python -m grid.run first")
     if len(budgets) > 1:
         raise InputError(f"trials of {' and '.join(map(str, budgets))} epochs can't be analysed together")
-    rungs = _rungs(trials)
+    rungs = rung_epochs(trials.columns)
     choices = rungs or budgets
     rung = choices[0] if epoch is None else epoch
     if rung not in choices:
-        raise InputError(f"epoch {rung} is no rung; choose from {', '.join(map(str, choices))}")
+        raise InputError(f"epoch {rung} is not a rung; choose from {', '.join(map(str, choices))}")
     at_end = trials["best_val_accuracy"].where(trials["status"] == "completed")
     accuracies = trials[f"{RUNG_METRIC}{rung}"] if rungs else at_end
     if accuracies.isna().all():
@@ -153,20 +156,19 @@ def _accuracies(trials: pd.DataFrame, epoch: int | None) -> tuple[int, "pd.Serie
     return rung, accuracies
 
 
-def _rungs(trials: pd.DataFrame) -> list[int]:
-    return sorted(int(name.removeprefix(RUNG_METRIC)) for name in trials.columns if name.startswith(RUNG_METRIC))
-
-
 def _levels(estimates: pd.DataFrame, observed: pd.DataFrame, varied: Levels, grand_mean: float) -> pd.DataFrame:
     counts = _per_level(observed["accuracy"], observed, varied)[["factor", "level", "count"]]
-    found = estimates.loc[estimates["other_factor"] == "", ["factor", "level", "effect", "low", "high"]]
-    table = counts.rename(columns={"count": "observations"}).merge(found, "left", ["factor", "level"])
+    main_effects = estimates.loc[estimates["other_factor"] == "", ["factor", "level", "effect", "low", "high"]]
+    table = counts.rename(columns={"count": "observations"}).merge(main_effects, "left", ["factor", "level"])
     table.insert(3, "mean", grand_mean + table["effect"])
     return table
 
 
 def _divergence(trials: pd.DataFrame, varied: Levels, confidence: float) -> pd.DataFrame:
-    """Return rates with Wilson's interval (Wilson 1927, https://doi.org/10.2307/2276774)."""
+    """Return the rate of divergence of each level with its score interval.
+
+    Reference: Wilson 1927, https://doi.org/10.2307/2276774
+    """
     table = _per_level((trials["status"] == "diverged").astype(float), trials, varied).astype({"sum": int})
     table = table.rename(columns={"count": "trials", "sum": "diverged", "mean": "rate"})
     low, high = proportion_confint(table["diverged"], table["trials"], 1 - confidence, "wilson")
@@ -174,18 +176,20 @@ def _divergence(trials: pd.DataFrame, varied: Levels, confidence: float) -> pd.D
 
 
 def _survivors(trials: pd.DataFrame, varied: Levels) -> pd.DataFrame:
-    tables = [_per_level(trials[f"{RUNG_METRIC}{rung}"], trials, varied).assign(rung=rung) for rung in _rungs(trials)]
-    table = pd.concat(tables[1:] or [pd.DataFrame(columns=["factor", "level", "size", "count", "mean", "rung"])])
-    table = table.rename(columns={"count": "trials", "size": "of"})
-    return table[["rung", "factor", "level", "trials", "of", "mean"]].reset_index(drop=True)
+    later = rung_epochs(trials.columns)[1:]
+    tables = [_per_level(trials[f"{RUNG_METRIC}{rung}"], trials, varied).assign(rung=rung) for rung in later]
+    table = pd.concat(tables or [pd.DataFrame(columns=["factor", "level", "size", "count", "mean", "rung"])])
+    table = table.rename(columns={"count": "reached", "size": "trials"})
+    return table[["rung", "factor", "level", "trials", "reached", "mean"]].reset_index(drop=True)
 
 
 def _per_level(values: "pd.Series[float]", rows: pd.DataFrame, varied: Levels) -> pd.DataFrame:
-    """Return `factor`, `level`, `size`, `count` (not NaN), `sum` and `mean` of the rows of each level, if any."""
+    """Return `factor`, `level`, `size`, `count` (not NaN), `sum` and `mean` (NaN for none) of each level's rows."""
     tables, known = [], values.notna().to_numpy()
     for factor, names in varied.items():
         codes = pd.Categorical(rows[factor], categories=list(names)).codes
-        sizes, counts = (np.bincount(some, minlength=len(names)) for some in (codes, codes[known]))
+        sizes = np.bincount(codes, minlength=len(names))
+        counts = np.bincount(codes[known], minlength=len(names))
         sums = np.bincount(codes[known], values[known], minlength=len(names))
         means = np.divide(sums, counts, out=np.full(len(names), nan), where=counts > 0)
         columns = {"level": names, "size": sizes, "count": counts, "sum": sums, "mean": means}
@@ -196,46 +200,47 @@ def _per_level(values: "pd.Series[float]", rows: pd.DataFrame, varied: Levels) -
 def _notes(effects: Effects, trials: pd.DataFrame, accuracies: "pd.Series[float]") -> Iterator[str]:
     epoch, reached = effects.epoch, accuracies.notna()
     yield (
-        f"complete: every cell and seed has an accuracy at epoch {epoch}, so the shares add up to 100 %"
+        f"complete: every cell and seed has an accuracy at epoch {epoch}, so the shares add up to 100%"
         if effects.complete
-        else f"incomplete: {effects.missing:,} of {effects.missing + effects.observations:,} cells x seeds have no "
-        "accuracy; means are least-squares means, and the shares (type II) need not add up to 100 %"
+        else f"incomplete: {effects.missing:,} of {effects.missing + effects.observations:,} combinations of cell and "
+        "seed have no accuracy; means are least-squares means, and the shares (type II) need not add up to 100%"
     )
-    if epoch > min(_rungs(trials), default=epoch):
-        controls = (reached & trials["control"]).sum()
+    if epoch > min(rung_epochs(trials.columns), default=epoch):
+        controls = count(int((reached & trials["control"]).sum()), "unstopped control")
         yield (
-            f"epoch {epoch} has survivors only: {reached.sum():,} of {len(trials):,} trials, {controls:,} of them "
-            f"{'a control' if controls == 1 else 'controls'}; a level that is stopped often looks better than it is"
+            f"epoch {epoch} has survivors only: {reached.sum():,} of {count(len(trials), 'trial')}, among them "
+            f"{controls}; a level that is stopped often looks better than it is"
         )
-    yield from _lost(((trials["status"] == "diverged") & ~reached).sum())
+    yield from _divergence_note(((trials["status"] == "diverged") & ~reached).sum())
     unseen = effects.levels[effects.levels["observations"] == 0]
     if len(unseen):
-        yield f"no accuracy at all, so no effect: {', '.join(unseen['factor'] + '=' + unseen['level'])}"
+        yield f"no accuracy at all, hence no effect: {', '.join(unseen['factor'] + '=' + unseen['level'])}"
     if effects.interactions_left_out:
-        yield f"interactions that these trials can't tell: {', '.join(effects.interactions_left_out)}"
+        yield f"interactions that these trials can't estimate: {', '.join(effects.interactions_left_out)}"
     if np.isnan(effects.residual_sd):
-        yield "as many terms as accuracies: nothing is left to judge the effects by, so they have no intervals"
+        yield "as many terms as accuracies: no residual is left, so the effects have no intervals"
     elif effects.seeds == 1:
-        yield "one seed: the residual is noise and interactions of three or more factors, which can't be told apart"
+        yield "one seed: the residual mixes noise with interactions of three or more factors"
     if (scales := trials["lr_scale"].nunique()) > 1:
-        yield f"of the {scales} values of lr_scale the best one of each cell and seed counts"
+        yield f"for each cell and seed the best of {scales} learning-rate scales counts"
 
 
-def _lost(diverged: int) -> Iterator[str]:
+def _divergence_note(diverged: int) -> Iterator[str]:
     if diverged:
         yield (
-            f"{diverged:,} diverged {'trial is' if diverged == 1 else 'trials are'} missing from the means, not zeros "
-            "in them: a level that diverges often looks better than it is"
+            f"{count(int(diverged), 'diverged trial')} left out of the means, not counted as zero: a level that "
+            "diverges often looks better than it is"
         )
 
 
 def format_effects(effects: Effects) -> str:
-    """Return what matters most as text of at most 80 columns; accuracies in percent, effects in points."""
+    """Return the largest effects as text of at most 80 columns; accuracies in percent, effects in points."""
     title = [f"validation accuracy at epoch {effects.epoch}, {effects.observations:,} cells x seeds"]
     title.append(f"mean {effects.grand_mean:.2%}, residual standard deviation {100 * effects.residual_sd:.2f} points")
-    title += [f"held: {', '.join(f'{factor}={level}' for factor, level in effects.held.items())}"] * bool(effects.held)
-    parts = [title, _variance_lines(effects), _level_lines(effects), _divergence_lines(effects), effects.notes]
-    lines = [line for part in parts for line in [*part, ""]]
+    if effects.fixed:
+        title.append(f"fixed: {', '.join(f'{factor}={level}' for factor, level in effects.fixed.items())}")
+    blocks = [title, _variance_lines(effects), _level_lines(effects), _divergence_lines(effects), effects.notes]
+    lines = [line for block in blocks for line in [*block, ""]]
     return "\n".join(_wrap(line) for line in lines[:-1])
 
 
@@ -247,8 +252,8 @@ def _variance_lines(effects: Effects) -> list[str]:
         p = f"{row['p_holm']:.4f}".replace("0.0000", "<0.0001").replace("inf", "")
         tests = "" if row["term"] == "residual" else f"{row['omega_squared']:>7.2%} {row['F']:>10.2f} {p:>9}"
         lines.append(f"{row['term']:<34} {row['df']:>4} {row['share']:>7.2%} {tests}".rstrip())
-    if count := len(effects.variance) - len(shown):
-        rest = f"{count} more interaction{'s' * (count > 1)}"
+    if more := len(effects.variance) - len(shown):
+        rest = count(more, "more interaction")
         lines.append(f"{rest:<39} {effects.variance['share'].sum() - shown['share'].sum():>7.2%}")
     return lines
 
@@ -267,12 +272,13 @@ def _level_lines(effects: Effects) -> list[str]:
 
 def _divergence_lines(effects: Effects) -> list[str]:
     lines = [f"{'diverged, of all trials':<34} {'count':>13} {'rate':>7}   {'interval':>16}"]
-    some = effects.divergence[effects.divergence["diverged"] > 0].sort_values("rate", ascending=False, kind="stable")
-    for row in some.head(SHOWN_DIVERGED).to_dict("records"):
-        name, count = f"{row['factor']}={row['level']}", f"{row['diverged']} of {row['trials']}"
-        lines.append(f"{name:<34} {count:>13} {row['rate']:>7.1%}   {row['low']:>6.1%} to {row['high']:>6.1%}")
-    more = len(some) - SHOWN_DIVERGED
-    return lines + ([f"{more} more levels less often"] if more > 0 else [] if len(some) else ["none"])
+    rows = effects.divergence[effects.divergence["diverged"] > 0].sort_values("rate", ascending=False, kind="stable")
+    for row in rows.head(SHOWN_DIVERGED).to_dict("records"):
+        name, diverged = f"{row['factor']}={row['level']}", f"{row['diverged']} of {row['trials']}"
+        lines.append(f"{name:<34} {diverged:>13} {row['rate']:>7.1%}   {row['low']:>6.1%} to {row['high']:>6.1%}")
+    if len(rows) > SHOWN_DIVERGED:
+        lines.append(f"{count(len(rows) - SHOWN_DIVERGED, 'more level')}, none with a higher rate")
+    return lines if len(rows) else [*lines, "none"]
 
 
 def _wrap(line: str) -> str:
@@ -281,15 +287,26 @@ def _wrap(line: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the effects and return the exit code: 0, or 2 for wrong input."""
-    parser = Parser(prog="python -m analysis.effects", description="Show which factors matter, and how much.")
-    parser.add_argument("--experiment", required=True, metavar="NAME", help="MLflow experiment")
-    parser.add_argument("--store", metavar="URI", help="MLflow tracking URI (sqlite:///mlflow.db)")
+    parser = Parser(
+        prog="python -m analysis.effects",
+        description="Measure which factors matter and how much each level changes the validation accuracy, "
+        "after the first rung or at the end.",
+    )
+    add_experiment(parser)
+    add_store(parser)
     parser.add_argument("--epoch", type=int, metavar="N", help="rung to analyse (the first)")
-    parser.add_argument("--controls", action="store_true", help="controls alone, after the full budget")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the effects of levels")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the effects of levels, then of pairs of levels")
+    parser.add_argument(
+        "--controls",
+        action="store_true",
+        help="effects after the full budget, from the unstopped controls alone (trials exempt from early stopping)",
+    )
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the effects of levels to FILE")
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="write the effects of levels, then of pairs of levels, to FILE"
+    )
     options = parser.parse_args(arguments)
-    try:
+
+    def report_effects() -> int:
         experiment = read_experiment(options.store, options.experiment)
         if options.controls:
             effects = measure_final_effects(experiment.trials)
@@ -299,11 +316,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.svg.write_text(draw_main_effects(effect_rows(effects.levels)), encoding="utf-8")
         if options.csv:
             pd.concat([effects.levels, effects.interactions]).to_csv(options.csv, index=False)
-    except (InputError, OSError) as error:
-        print(f"analysis.effects: {error}", file=sys.stderr)
-        return 2
-    print("\n".join([format_effects(effects), *map(_wrap, experiment.notes)]))
-    return 0
+        print("\n".join([format_effects(effects), *map(_wrap, experiment.notes)]))
+        return 0
+
+    return run_command(parser.name, report_effects, errors=(InputError, OSError))
 
 
 if __name__ == "__main__":

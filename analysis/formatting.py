@@ -1,4 +1,4 @@
-"""How numbers, columns and remarks are formatted for people: tables of numbers become tables of text."""
+"""Formats numbers, columns and notes for people: tables of numbers become tables of text."""
 
 from collections.abc import Callable, Mapping
 from math import isnan
@@ -16,24 +16,24 @@ def percent(value: float) -> str:
 
 
 def points(value: float) -> str:
-    """Return a difference of fractions in percentage points, signed."""
+    """Return a difference of fractions in percentage points, signed; nothing for NaN."""
     return "" if isnan(value) else f"{100 * value:+z.2f}"
 
 
 def number(value: float) -> str:
-    """Return a number in four significant digits, an integer whole."""
+    """Return a number with four significant digits, or all digits of a whole number; nothing for NaN."""
     if isnan(value):
         return ""
     return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
 
 
 def chance(value: float) -> str:
-    """Return a p value in four decimals."""
+    """Return a p value with four decimals; nothing for NaN."""
     return "" if isnan(value) else "< 0.0001" if value < 0.0001 else f"{value:.4f}"
 
 
 def hundredths(value: float) -> str:
-    """Return a number in two decimals, such as a correlation."""
+    """Return a number with two decimals, such as a correlation; nothing for NaN."""
     return "" if isnan(value) else f"{value:z.2f}"
 
 
@@ -45,27 +45,27 @@ FORMATS: Mapping[str, Format] = {
     "spearman": hundredths,
     "hours": lambda hours: f"{hours:.3f}",
 }
-"""How the numbers of a column are formatted; the others by `number`."""
-INTERVAL = {"low": "95 % from", "high": "to"}
+"""Column -> format of its numbers; other columns use `number`."""
+INTERVAL = {"low": "95% from", "high": "to"}
 HEADERS = {"p_holm": "p (Holm)", "predicted": "read as"} | INTERVAL
-"""What a column is called; the others by their own names, without underscores."""
+"""Column -> header; other columns use their names with spaces for underscores."""
 
 
 def sentence(text: str) -> str:
-    """Return a remark as a sentence; the name of a model at its head stays as it is."""
+    """Return a note as a sentence; a model's name at its start keeps its case."""
     first = text[:1] if text.partition(":")[0] in LEVELS["model"] else text[:1].upper()
     return f"{first}{text[1:].rstrip('.')}."
 
 
 def format_table(table: pd.DataFrame, headers: Mapping[str, str] | None = None, /, **formats: Format) -> pd.DataFrame:
-    """Return a table as text, ready to be shown.
+    """Return a table as text, ready to display.
 
     Args:
-        table: Any.
+        table: Of numbers, truth values and text.
         headers: By column, where `HEADERS` does not fit.
         formats: By column, where `FORMATS` does not fit.
     """
-    known, names = {**FORMATS, **formats}, {**HEADERS, **(headers or {})}
+    styles, names = {**FORMATS, **formats}, {**HEADERS, **(headers or {})}
     formatted = {}
     for name in table.columns:
         header = names.get(name, name.replace("_", " "))
@@ -73,7 +73,7 @@ def format_table(table: pd.DataFrame, headers: Mapping[str, str] | None = None, 
         if pd.api.types.is_bool_dtype(column):
             formatted[header] = ["yes" if value else "no" for value in column]
         elif pd.api.types.is_numeric_dtype(column):
-            formatted[header] = [known.get(name, number)(float(value)) for value in column]
+            formatted[header] = [styles.get(name, number)(float(value)) for value in column]
         else:
             formatted[header] = [str(value) for value in column]
     return pd.DataFrame(formatted)

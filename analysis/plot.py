@@ -1,7 +1,7 @@
-"""The figures of the report: for each one a function that makes its table, and a thin one that draws it as SVG.
+"""The figures of the report: for each, one function computes its table and another draws it as SVG.
 
-Colours are those of Okabe and Ito, which colour-blind people tell apart; marks differ in shape, too. Figures are as
-narrow as a phone, so that their letters stay readable there.
+Colours are those of Okabe and Ito, which colour-blind readers can distinguish; marks also differ in shape. Figures are
+as narrow as a phone's screen, so that their text stays readable there.
 Reference: Okabe and Ito 2008, https://jfly.uni-koeln.de/color/
 """
 
@@ -18,12 +18,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from grid.config import FACTORS
-from grid.metrics import RUNG_METRIC, STATUSES
+from grid.metrics import RUNG_METRIC, STATUSES, rung_epochs
 
 WIDTH = 4.6
-"""Inches; 442 pixels of a browser: about a phone, or half of the page."""
+"""Inches, 442 pixels in a browser: about the width of a phone or half of the page."""
 INK, MUTED, RULE = "#222222", "#666666", "#d9d9d9"
-BLUE, ORANGE, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
+BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
+PALETTE = (BLUE, ORANGE, GREEN, PINK, YELLOW, SKY)
+LEGEND_COLUMNS = 4
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -42,18 +44,18 @@ STYLE: Any = {
 }
 HEAT_MAPS = 4
 CURVES_PER_MODEL = 150
-"""Of each status; more would be a blot."""
+"""Of each status; more would blend into a blot."""
 
 
 def curve_sample(trials: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return the trials whose learning curves are drawn, of the completed and the stopped ones, chosen at random.
+    """Return a random sample of the completed and the stopped trials, whose learning curves are drawn.
 
     Returns:
-        `run_id`, `model`, `status`, `of` (trials of the model and status); at most `CURVES_PER_MODEL` of each.
+        `run_id`, `model`, `status`, `available` (trials of the model and status); at most `CURVES_PER_MODEL` of each.
     """
-    some = trials[trials["status"].isin(("completed", "stopped"))][["run_id", "model", "status"]]
-    some = some.assign(of=some.groupby(["model", "status"])["run_id"].transform("size"))
-    shuffled = some.sample(frac=1, random_state=seed)
+    drawable = trials[trials["status"].isin(("completed", "stopped"))][["run_id", "model", "status"]]
+    drawable = drawable.assign(available=drawable.groupby(["model", "status"])["run_id"].transform("size"))
+    shuffled = drawable.sample(frac=1, random_state=seed)
     return shuffled.groupby(["model", "status"]).head(CURVES_PER_MODEL).sort_index().reset_index(drop=True)
 
 
@@ -65,7 +67,7 @@ def curve_table(sample: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
         curves: From `analysis.store.read_curves`.
 
     Returns:
-        `model`, `status`, `epoch`, `trials` (that have the epoch), and `lowest`, `median`, `highest` accuracy.
+        `model`, `status`, `epoch`, `trials` (that trained that epoch), and `lowest`, `median`, `highest` accuracy.
     """
     joined = curves.merge(sample, on="run_id")
     grouped = joined.groupby(["model", "status", "epoch"])["val_accuracy"]
@@ -73,7 +75,7 @@ def curve_table(sample: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw_curves(sample: pd.DataFrame, curves: pd.DataFrame, model: str) -> str:
-    """Draw the learning curves of a model: survivors above the crowd of the stopped."""
+    """Draw the learning curves of a model, those of completed trials over those of stopped ones."""
     with mpl.rc_context(STYLE):
         figure, axes = _figure(3.1)
         joined = curves.merge(sample[sample["model"] == model], on="run_id")
@@ -84,8 +86,9 @@ def draw_curves(sample: pd.DataFrame, curves: pd.DataFrame, model: str) -> str:
             ends = of_status.groupby("run_id").tail(1)
             axes.plot(ends["epoch"], 100 * ends["val_accuracy"], mark, ms=3.5, color=colour, alpha=alpha)
             if len(ends):
-                of = f" of {ends['of'].iloc[0]:,}" if ends["of"].iloc[0] > len(ends) else ""
-                axes.plot([], [], mark, ls="-", ms=3.5, color=colour, label=f"{status} ({len(ends):,}{of})")
+                available = ends["available"].iloc[0]
+                drawn = f"{len(ends):,} of {available:,}" if available > len(ends) else f"{len(ends):,}"
+                axes.plot([], [], mark, ls="-", ms=3.5, color=colour, label=f"{status} ({drawn})")
         axes.set(xlabel="epoch", ylabel="validation accuracy, %")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside lower center", ncols=2)
@@ -93,46 +96,47 @@ def draw_curves(sample: pd.DataFrame, curves: pd.DataFrame, model: str) -> str:
 
 
 def funnel_table(trials: pd.DataFrame) -> pd.DataFrame:
-    """Return how many trials came how far.
+    """Return how many trials reached each rung and the full budget.
 
     Returns:
-        `model`, `epoch` (1 rung after the other, then the full budget), `trials` that ended that epoch with an
-        accuracy, and `share` of the model's trials.
+        `model`, `epoch` (0 for the start, then the rungs and the full budget), `trials` that had an accuracy after that
+        epoch, and their `share` of the model's trials.
     """
-    rungs = [int(name.removeprefix(RUNG_METRIC)) for name in trials.columns if name.startswith(RUNG_METRIC)]
+    rungs = rung_epochs(trials.columns)
     rows = []
-    for model, some in trials.groupby("model"):
-        reached = {rung: int(some[f"{RUNG_METRIC}{rung}"].notna().sum()) for rung in rungs}
-        reached[int(some["epochs"].iloc[0])] = int((some["status"] == "completed").sum())
-        rows += [(model, 0, len(some), 1.0)]
-        rows += [(model, epoch, count, count / len(some)) for epoch, count in sorted(reached.items())]
+    for model, model_trials in trials.groupby("model"):
+        reached = {rung: int(model_trials[f"{RUNG_METRIC}{rung}"].notna().sum()) for rung in rungs}
+        reached[int(model_trials["epochs"].iloc[0])] = int((model_trials["status"] == "completed").sum())
+        rows += [(model, 0, len(model_trials), 1.0)]
+        rows += [(model, epoch, number, number / len(model_trials)) for epoch, number in sorted(reached.items())]
     return pd.DataFrame(rows, columns=["model", "epoch", "trials", "share"])
 
 
 def draw_funnel(funnel: pd.DataFrame) -> str:
-    """Draw how many trials of each model came how far."""
+    """Draw how many trials of each model reached each rung and the full budget."""
     models = list(funnel["model"].unique())
     stages = sorted(funnel["epoch"].unique())
     with mpl.rc_context(STYLE):
         figure, axes = _figure(1.0 + 0.22 * len(stages) * len(models))
         height = 0.8 / len(models)
-        for number, (model, colour) in enumerate(zip(models, (BLUE, ORANGE, GREEN), strict=False)):
-            some = funnel[funnel["model"] == model]
-            places = [stages.index(epoch) + (number - (len(models) - 1) / 2) * height for epoch in some["epoch"]]
-            axes.barh(places, some["trials"], height=0.9 * height, color=colour, label=model)
-            for place, count, share in zip(places, some["trials"], some["share"], strict=True):
-                axes.text(count, place, f" {count:,}  {share:.0%}", va="center", color=INK, fontsize=8)
-        names = ["begun" if epoch == 0 else f"after epoch {epoch}" for epoch in stages]
+        for number, model in enumerate(models):
+            rows = funnel[funnel["model"] == model]
+            places = [stages.index(epoch) + (number - (len(models) - 1) / 2) * height for epoch in rows["epoch"]]
+            axes.barh(places, rows["trials"], height=0.9 * height, label=model, **_fill(number))
+            for place, trials, share in zip(places, rows["trials"], rows["share"], strict=True):
+                axes.text(trials, place, f" {trials:,}  {share:.0%}", va="center", color=INK, fontsize=8)
+        names = ["started" if epoch == 0 else f"after epoch {epoch}" for epoch in stages]
         axes.set_yticks(range(len(stages)), names)
         axes.invert_yaxis()
         axes.set_xlim(0, 1.2 * funnel["trials"].max())
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("trials")
-        figure.legend(loc="outside lower center", ncols=len(models))
-        return _svg(figure, "how many trials came how far")
+        figure.legend(loc="outside lower center", ncols=min(len(models), LEGEND_COLUMNS))
+        return _svg(figure, "how far trials got")
 
 
 def effect_rows(levels: pd.DataFrame) -> pd.DataFrame:
-    """Return the levels as they are drawn: the factor with the widest range first, its best level first.
+    """Return the levels in drawing order: factors by falling range of their effects, levels by falling effect.
 
     Args:
         levels: `analysis.effects.Effects.levels`.
@@ -151,14 +155,14 @@ def draw_main_effects(rows: pd.DataFrame, name: str = "effects of all levels") -
 
     Args:
         rows: From `effect_rows`.
-        name: Of the figure; another one for each on a page.
+        name: Of the figure; unique on a page.
     """
     with mpl.rc_context(STYLE):
         figure, axes = _figure(0.55 + 0.19 * (len(rows) + 1.4 * rows["factor"].nunique()))
         place, ticks = 0.0, {}
-        for factor, some in rows.groupby("factor", sort=False):
+        for factor, levels in rows.groupby("factor", sort=False):
             ticks[place] = str(factor), "bold"
-            for row in some.to_dict("records"):
+            for row in levels.to_dict("records"):
                 place += 1
                 ends = [[100 * (row["effect"] - row["low"])], [100 * (row["high"] - row["effect"])]]
                 colour, shape = (BLUE, "o") if row["effect"] >= 0 else (ORANGE, "s")
@@ -179,14 +183,14 @@ def draw_main_effects(rows: pd.DataFrame, name: str = "effects of all levels") -
 
 
 def variance_bars(variance: pd.DataFrame, count: int = 12) -> pd.DataFrame:
-    """Return the terms that explain most, and all the others as one, and what is left.
+    """Return the terms that explain most, all other terms as one, and the residual.
 
     Args:
         variance: `analysis.effects.Effects.variance`.
-        count: Terms that are named.
+        count: How many terms are named.
 
     Returns:
-        `term`, `share`; 0 if all accuracies are equal.
+        `term`, `share` (0 if all accuracies are equal).
     """
     variance = variance.fillna({"share": 0.0})
     terms = variance[variance["term"] != "residual"]
@@ -197,7 +201,7 @@ def variance_bars(variance: pd.DataFrame, count: int = 12) -> pd.DataFrame:
 
 
 def draw_variance(bars: pd.DataFrame) -> str:
-    """Draw which terms explain how much of the variance."""
+    """Draw how much of the variance each term explains."""
     with mpl.rc_context(STYLE):
         figure, axes = _figure(0.45 + 0.2 * len(bars))
         axes.barh(range(len(bars)), 100 * bars["share"], color=[_term_colour(term) for term in bars["term"]])
@@ -211,29 +215,29 @@ def draw_variance(bars: pd.DataFrame) -> str:
 
 
 def strongest_interactions(variance: pd.DataFrame, count: int = HEAT_MAPS) -> list[tuple[str, str]]:
-    """Return the pairs of factors whose interaction explains most."""
-    pairs = [tuple(term.split(" x ")) for term in variance["term"] if " x " in term]
-    return [(one, other) for one, other in pairs[:count]]
+    """Return the pairs of factors whose interactions explain most."""
+    pairs = [term.split(" x ") for term in variance["term"] if " x " in term]
+    return [(first, second) for first, second in pairs[:count]]
 
 
 def interaction_map(interactions: pd.DataFrame, pair: tuple[str, str]) -> pd.DataFrame:
-    """Return the interaction effects of two factors, one in the rows, the other in the columns, each axis named."""
-    some = interactions[(interactions["factor"] == pair[0]) & (interactions["other_factor"] == pair[1])]
-    wide = some.pivot_table(index="level", columns="other_level", values="effect", sort=False)
+    """Return the interaction effects of two factors, levels of one in the rows and of the other in the columns."""
+    rows = interactions[(interactions["factor"] == pair[0]) & (interactions["other_factor"] == pair[1])]
+    wide = rows.pivot_table(index="level", columns="other_level", values="effect", sort=False)
     wide = wide.rename_axis(index=pair[0], columns=pair[1])
     return wide.T if len(wide.columns) > len(wide) else wide
 
 
-def draw_interaction(effects: pd.DataFrame, pair: tuple[str, str], most: float | None = None) -> str:
+def draw_interaction(effects: pd.DataFrame, pair: tuple[str, str], largest: float | None = None) -> str:
     """Draw a heat map of interaction effects in percentage points.
 
     Args:
         effects: From `interaction_map`.
-        pair: Of factors.
-        most: Largest effect of all maps that stand together, as a fraction; its colour is the darkest. None: of this.
+        pair: The two factors.
+        largest: Largest absolute effect, as a fraction, of all maps that share a colour scale; None for this map's own.
     """
     values = 100 * effects.to_numpy()
-    darkest = 130 * max(np.abs(effects.to_numpy()).max() if most is None else most, 1e-9)
+    darkest = 130 * max(np.abs(effects.to_numpy()).max() if largest is None else largest, 1e-9)
     with mpl.rc_context(STYLE):
         figure, axes = _figure(0.8 + 0.3 * len(effects), width=1.35 + 0.66 * len(effects.columns))
         axes.imshow(values, cmap="PuOr_r", vmin=-darkest, vmax=darkest, aspect="auto")
@@ -254,7 +258,7 @@ def draw_finalists(cells: pd.DataFrame, names: Sequence[str]) -> str:
 
     Args:
         cells: Finalists of `analysis.rank.rank_cells`.
-        names: What they are called.
+        names: Their names, in the same order.
     """
     with mpl.rc_context(STYLE):
         figure, axes = _figure(0.85 + 0.42 * len(cells))
@@ -278,17 +282,23 @@ def draw_finalists(cells: pd.DataFrame, names: Sequence[str]) -> str:
 
 
 def cost_table(trials: pd.DataFrame) -> pd.DataFrame:
-    """Return what the trials took.
+    """Return what the trials cost.
 
     Returns:
-        `model`, `trials`, one column of counts per status, `epochs_run`, and `hours` (of all trials in turn: epochs
-        run x seconds of the last epoch).
+        `model`, `trials`, a count of trials per status, `epochs_run`, and `hours` (summed over trials: epochs run x
+        seconds of the last epoch).
     """
     hours = trials["epochs_run"] * trials["epoch_seconds"] / 3600
     grouped = trials.assign(hours=hours).groupby("model")
     counts = pd.crosstab(trials["model"], trials["status"]).reindex(columns=list(STATUSES), fill_value=0)
     sums = pd.DataFrame({"epochs_run": grouped["epochs_run"].sum(), "hours": grouped["hours"].sum()})
     return pd.concat([grouped.size().rename("trials"), counts, sums], axis=1).reset_index()
+
+
+def _fill(number: int) -> dict[str, Any]:
+    """Return how the bars of the `number`-th model are filled: hatched once its colour has been used before."""
+    repeats, colour = divmod(number, len(PALETTE))
+    return {"color": PALETTE[colour], "hatch": "//" * repeats, "edgecolor": "white", "lw": 0}
 
 
 def _term_colour(term: str) -> str:
@@ -303,7 +313,7 @@ def _figure(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """Return a figure as an SVG element; its ids are its own, so that several may stand on a page."""
+    """Return a figure as an SVG element; its ids start with its name, so that a page can hold several figures."""
     text = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}):
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Title": name})

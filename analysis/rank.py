@@ -1,57 +1,64 @@
 """Ranks the cells of a grid: `python -m analysis.rank --experiment smoke-glyphs`.
 
-Finalists first, then cells that had the full budget, then the stopped ones by rung (`grid.ranking` has the rule), each
-with an interval and with the cells that it can't be told apart from. Diverged and failed trials have no rank; they are
-counted.
+Finalists come first, then cells with the full budget, then stopped ones by rung (`grid.ranking` has the rule). Each
+cell has an interval and a letter that it shares with the cells it is tied with. Diverged and failed trials are counted,
+not ranked.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from string import ascii_lowercase
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from analysis.store import Experiment, read_experiment
-from grid.arguments import Parser
+from grid.arguments import Parser, add_experiment, add_store, run_command
 from grid.config import FACTORS, InputError, cell_name
-from grid.metrics import RUNG_METRIC, STATUSES
+from grid.metrics import RUNG_METRIC, STATUSES, rung_epochs
 from grid.ranking import RankedCell, TrialSummary
 from grid.ranking import rank_cells as rank_summaries
+from grid.wording import count
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
 RANK_COLUMNS = ("rank", "tier", "group", *FACTORS, "epochs_run", "epochs", "seeds", "lr_scale", "val_accuracy")
 INTERVAL_COLUMNS = ("spread", "low", "high", "test_accuracy")
+Measured = tuple[RankedCell, float]
+"""A cell and the standard error of its mean."""
+SHOWN_PER_MODEL = 3
+Item = TypeVar("Item")
 
 
 def rank_cells(
     trials: pd.DataFrame, finalists: pd.DataFrame | None = None, *, val_images: int | None = None
 ) -> pd.DataFrame:
-    """Rank cells by the best evidence there is.
+    """Rank cells by the strongest evidence available for each.
 
     Args:
         trials: `analysis.store.Experiment.trials`.
         finalists: `.finalists` of the same experiment; None or empty before `grid.confirm`.
-        val_images: Images behind each accuracy; None if unknown.
+        val_images: Number of validation images; None if unknown.
 
     Returns:
-        A row per ranked cell, best first: `rank`, `tier` (finalist, completed, stopped), `group` (cells of a tier and a
-        number of epochs that can't be told apart from the best of them; from 1; NaN if nothing is known of the noise),
-        the factors, `epochs_run` (that all replicates had), `epochs` (full budget), `seeds`, `lr_scale`,
-        `val_accuracy` (mean), `spread` (standard deviation over the seeds; NaN for one), `low` and `high` (95 %
-        interval of the mean), `test_accuracy` (mean; NaN unless tested).
+        A row per ranked cell, best first: `rank`, `tier` (finalist, completed, stopped), `group` (from 1; cells of the
+        same tier and number of epochs that are tied with the best of the group; NaN if the noise is unknown), the
+        factors, `epochs_run` (reached by all replicates), `epochs` (full budget), `seeds`, `lr_scale`, `val_accuracy`
+        (mean), `spread` (standard deviation over the seeds; NaN for one seed), `low` and `high` (95% interval of the
+        mean), `test_accuracy` (mean; NaN unless tested).
 
     Raises:
-        InputError: The trials are of several budgets.
+        InputError: The trials have different budgets.
     """
     confirmed = _rank_finalists(finalists) if finalists is not None and len(finalists) else _no_cells()
     cells = rank_summaries(_summaries(trials))
-    known = {tuple(row) for row in confirmed[list(FACTORS)].itertuples(index=False)}
-    rest = _rank_trials([cell for cell in cells if tuple(cell.cell.values()) not in known], cells, val_images)
-    ranked = pd.concat([part for part in (confirmed, rest) if len(part)] or [rest], ignore_index=True)
+    finalist_cells = {tuple(row) for row in confirmed[list(FACTORS)].itertuples(index=False)}
+    others = [cell for cell in cells if tuple(cell.cell.values()) not in finalist_cells]
+    rest = _rank_trials(others, cells, val_images)
+    ranked = pd.concat([table for table in (confirmed, rest) if len(table)] or [rest], ignore_index=True)
     ranked.insert(0, "rank", range(1, len(ranked) + 1))
     return ranked[[*RANK_COLUMNS, *INTERVAL_COLUMNS]]
 
@@ -59,18 +66,19 @@ def rank_cells(
 def bootstrap_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Return the expanded percentile bootstrap interval of a mean; NaN for fewer than two values.
 
-    The plain percentile interval of few values is too narrow; its level is raised so that for normal values it is as
-    wide as Student's. No resample leaves the range of the values, which under five of them is too narrow at any level
-    (two values hold their mean between them half of the time), so each end is Student's where that lies farther out.
+    The plain percentile interval is too narrow for few values; its level is raised so that for normal values it is as
+    wide as Student's. Resampled means stay within the range of the values, and with fewer than five values that range
+    is too narrow at any level (the range of two values covers their mean half of the time). Each end is therefore
+    Student's where that lies farther out.
 
-    Reference: Hesterberg 2015, https://arxiv.org/abs/1411.5279 (section 4.1.1, 5.3)
+    Reference: Hesterberg 2015, https://arxiv.org/abs/1411.5279 (sections 4.1.1 and 5.3)
     """
-    count = len(values)
-    if count < 2:
+    size = len(values)
+    if size < 2:
         return np.nan, np.nan
     if np.ptp(values) == 0:
         return float(values[0]), float(values[0])
-    quantile = np.sqrt(count / (count - 1)) * stats.t.ppf((1 - confidence) / 2, count - 1)
+    quantile = np.sqrt(size / (size - 1)) * stats.t.ppf((1 - confidence) / 2, size - 1)
     interval = stats.bootstrap(
         (np.asarray(values),),
         np.mean,
@@ -80,12 +88,12 @@ def bootstrap_interval(values: Sequence[float], confidence: float = CONFIDENCE) 
         rng=np.random.default_rng(0),
     ).confidence_interval
     mean = float(np.mean(values))
-    half = stats.t.ppf((1 + confidence) / 2, count - 1) * float(np.std(values, ddof=1)) / np.sqrt(count)
+    half = stats.t.ppf((1 + confidence) / 2, size - 1) * float(np.std(values, ddof=1)) / np.sqrt(size)
     return float(min(interval.low, mean - half)), float(max(interval.high, mean + half))
 
 
 def _summaries(trials: pd.DataFrame) -> Iterable[TrialSummary]:
-    rungs = [name for name in trials.columns if name.startswith(RUNG_METRIC)]
+    rungs = rung_epochs(trials.columns)
     for row in trials.to_dict("records"):
         best = row["best_val_accuracy"]
         yield TrialSummary(
@@ -96,14 +104,14 @@ def _summaries(trials: pd.DataFrame) -> Iterable[TrialSummary]:
             status=row["status"],
             epochs_run=row["epochs_run"],
             best_val_accuracy=None if pd.isna(best) else best,
-            rung_accuracies={int(name.removeprefix(RUNG_METRIC)): row[name] for name in rungs},
+            rung_accuracies={rung: row[f"{RUNG_METRIC}{rung}"] for rung in rungs},
         )
 
 
 def _rank_finalists(finalists: pd.DataFrame) -> pd.DataFrame:
-    """Return the finalists, best first; those whose paired difference to the best may be 0 are of one group.
+    """Return the finalists, best first, in groups by their differences on shared seeds.
 
-    The noise is that of cells x seeds beyond the sum of both, pooled over all finalists.
+    The noise is what cells and seeds, added up, leave unexplained, pooled over all finalists.
     """
     tested = finalists.groupby(list(FACTORS))["test_accuracy"].mean()
     ranked = [cell for cell in rank_summaries(_summaries(finalists)) if cell.epochs_run == cell.epochs]
@@ -116,88 +124,99 @@ def _rank_finalists(finalists: pd.DataFrame) -> pd.DataFrame:
     error, degrees = _paired_error(ranked)
     reach = _reach(len(ranked), degrees)
 
-    def differ(one: RankedCell, other: RankedCell) -> bool:
-        shared = one.accuracies.keys() & other.accuracies.keys()
-        differences = [one.accuracies[seed] - other.accuracies[seed] for seed in shared]
+    def differ(best: RankedCell, cell: RankedCell) -> bool:
+        shared = best.accuracies.keys() & cell.accuracies.keys()
+        differences = [best.accuracies[seed] - cell.accuracies[seed] for seed in shared]
         return bool(shared) and abs(np.mean(differences)) > reach * error * np.sqrt(2 / len(shared))
 
     return table.assign(group=_group(ranked, differ) if degrees else np.nan)
 
 
 def _rank_trials(cells: Sequence[RankedCell], all_cells: Sequence[RankedCell], val_images: int | None) -> pd.DataFrame:
-    rows, groups = [], []
+    """Return cells of the grid, best first; the noise is that of all cells, finalists' included."""
+    rows = []
     for epochs_run in sorted({cell.epochs_run for cell in cells}, reverse=True):
-        some = [cell for cell in cells if cell.epochs_run == epochs_run]
-        errors, degrees = _standard_errors(
-            some, [cell for cell in all_cells if cell.epochs_run == epochs_run], val_images
-        )
-        quantile, reach = stats.t.ppf((1 + CONFIDENCE) / 2, degrees), _reach(len(some), degrees)
-        for cell in some:
-            half = quantile * errors[id(cell)]
-            tier = "completed" if epochs_run == cell.epochs else "stopped"
-            rows.append(_row(cell, tier) | {"low": cell.mean - half, "high": cell.mean + half})
-        found = _group(some, _farther_apart(reach, errors))
-        groups += [group if np.isfinite(errors[id(cell)]) else np.nan for group, cell in zip(found, some, strict=True)]
-    return pd.DataFrame(rows, columns=list(_no_cells().columns)).assign(group=groups)
+        same_epochs = [cell for cell in cells if cell.epochs_run == epochs_run]
+        variance = _seed_variance([cell for cell in all_cells if cell.epochs_run == epochs_run])
+        rows += _rank_same_epochs(same_epochs, variance, val_images)
+    return pd.DataFrame(rows, columns=list(_no_cells().columns))
 
 
-def _farther_apart(reach: float, errors: Mapping[int, float]) -> Callable[[RankedCell, RankedCell], bool]:
-    """Return the test whether two cells differ by more than `reach` standard errors."""
-    return lambda one, other: abs(one.mean - other.mean) > reach * float(np.hypot(errors[id(one)], errors[id(other)]))
+def _rank_same_epochs(
+    cells: Sequence[RankedCell], variance: tuple[float | None, float], val_images: int | None
+) -> list[dict[str, object]]:
+    """Return a row for each of the cells of one number of epochs, with its interval and its group."""
+    between_seeds, degrees = variance
+    measured = [(cell, _standard_error(cell, between_seeds, val_images)) for cell in cells]
+    quantile, reach = stats.t.ppf((1 + CONFIDENCE) / 2, degrees), _reach(len(cells), degrees)
+
+    def differ(best: Measured, other: Measured) -> bool:
+        return abs(best[0].mean - other[0].mean) > reach * float(np.hypot(best[1], other[1]))
+
+    rows = []
+    for (cell, error), group in zip(measured, _group(measured, differ), strict=True):
+        tier = "completed" if cell.epochs_run == cell.epochs else "stopped"
+        interval = {"low": cell.mean - quantile * error, "high": cell.mean + quantile * error}
+        rows.append(_row(cell, tier) | interval | {"group": group if np.isfinite(error) else np.nan})
+    return rows
 
 
-def _reach(count: int, degrees: float) -> float:
-    """Return how many standard errors of a difference tell two of `count` cells apart, whichever two are looked at.
+def _reach(cells: int, degrees: float) -> float:
+    """Return how many standard errors of a difference separate two of so many cells, whichever pair is compared.
 
-    The best of many equal cells is best by luck, and the more there are, the farther ahead: at 1.96 errors, 300 equal
-    cells fall into several groups each time. At Tukey's quantile equal cells do so in one ranking of twenty.
+    The best of many equal cells is best by luck, and the more cells, the larger its lead: at 1.96 standard errors, 300
+    equal cells always fall into several groups. At Tukey's quantile they do in one ranking of twenty.
 
     Reference: Tukey 1953; Kramer 1956, https://doi.org/10.2307/3001469
     """
-    if count < 2 or not degrees:
+    if cells < 2 or not degrees:
         return np.inf
-    return float(stats.studentized_range.ppf(CONFIDENCE, count, degrees) / np.sqrt(2))
+    return float(stats.studentized_range.ppf(CONFIDENCE, cells, degrees) / np.sqrt(2))
 
 
-def _standard_errors(
-    cells: Sequence[RankedCell], as_far: Sequence[RankedCell], val_images: int | None
-) -> tuple[dict[int, float], float]:
-    """Return the standard error of each cell's mean, by its id, and the degrees of freedom that it is known with.
+def _seed_variance(cells: Sequence[RankedCell]) -> tuple[float | None, float]:
+    """Return the variance between seeds, pooled over the cells, and its degrees of freedom.
 
-    From the spread between seeds, pooled over the cells of as many epochs; where no cell has two seeds, that of a share
-    of `val_images` images, which leaves out what another seed would change.
+    None and infinity where no cell has two seeds.
     """
-    degrees = sum(len(cell.accuracies) - 1 for cell in as_far)
-    if not degrees:
-        return {
-            id(cell): float(np.sqrt(cell.mean * (1 - cell.mean) / (val_images or np.nan))) for cell in cells
-        }, np.inf
-    squares = sum(float(np.sum((np.array(list(cell.accuracies.values())) - cell.mean) ** 2)) for cell in as_far)
-    return {id(cell): float(np.sqrt(squares / degrees / len(cell.accuracies))) for cell in cells}, degrees
+    degrees = sum(len(cell.accuracies) - 1 for cell in cells)
+    squares = sum(float(np.sum((np.array(list(cell.accuracies.values())) - cell.mean) ** 2)) for cell in cells)
+    return (squares / degrees, degrees) if degrees else (None, np.inf)
+
+
+def _standard_error(cell: RankedCell, seed_variance: float | None, val_images: int | None) -> float:
+    """Return the standard error of a cell's mean; NaN if it is unknown.
+
+    Without a variance between seeds it is that of a share of `val_images`, which ignores how another seed would differ.
+    """
+    if seed_variance is not None:
+        return float(np.sqrt(seed_variance / len(cell.accuracies)))
+    return float(np.sqrt(cell.mean * (1 - cell.mean) / (val_images or np.nan)))
 
 
 def _paired_error(cells: Sequence[RankedCell]) -> tuple[float, int]:
-    """Return the residual standard deviation of cells x seeds, some perhaps missing, and its degrees of freedom."""
-    known = [(cell, seed) for cell in range(len(cells)) for seed in cells[cell].accuracies]
-    values = np.array([cells[cell].accuracies[seed] for cell, seed in known])
-    seeds = sorted({seed for _, seed in known})
-    design = np.zeros((len(known), len(cells) + len(seeds)))
-    for row, (cell, seed) in enumerate(known):
-        design[row, cell] = design[row, len(cells) + seeds.index(seed)] = 1
-    degrees = len(known) - int(np.linalg.matrix_rank(design)) if known else 0
+    """Return the residual standard deviation of cells x seeds, possibly incomplete, and its degrees of freedom."""
+    observed = [(number, seed) for number, cell in enumerate(cells) for seed in cell.accuracies]
+    values = np.array([cells[number].accuracies[seed] for number, seed in observed])
+    seeds = sorted({seed for _, seed in observed})
+    # 2 cells x 2 seeds, a row per accuracy: [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1]; its rank is 3
+    design = np.zeros((len(observed), len(cells) + len(seeds)))
+    for row, (number, seed) in enumerate(observed):
+        design[row, number] = design[row, len(cells) + seeds.index(seed)] = 1
+    degrees = len(observed) - int(np.linalg.matrix_rank(design)) if observed else 0
     if not degrees:
         return np.nan, 0
     residuals = values - design @ np.linalg.lstsq(design, values)[0]
     return float(np.sqrt(residuals @ residuals / degrees)), degrees
 
 
-def _group(cells: Sequence[RankedCell], differ: Callable[[RankedCell, RankedCell], bool]) -> list[float]:
-    """Number the cells: one that can't be told apart from the best of the current group belongs to it."""
+def _group(ranked: Sequence[Item], differ: Callable[[Item, Item], bool]) -> list[float]:
+    """Number the groups of a ranking from 1: a new one starts with each item that differs from the best of the last."""
     groups: list[float] = []
     best = None
-    for cell in cells:
-        if best is None or differ(best, cell):
-            best = cell
+    for item in ranked:
+        if best is None or differ(best, item):
+            best = item
             groups.append(groups[-1] + 1 if groups else 1)
         else:
             groups.append(groups[-1])
@@ -226,53 +245,64 @@ def _no_cells() -> pd.DataFrame:
     return pd.DataFrame(columns=[*RANK_COLUMNS[1:], *INTERVAL_COLUMNS])
 
 
-def format_ranking(cells: pd.DataFrame, experiment: Experiment, count: int) -> str:
-    """Return the first `count` cells and the best of each model as text, and what could not be ranked."""
+def format_ranking(cells: pd.DataFrame, experiment: Experiment, top: int) -> str:
+    """Return the finalists, the `top` cells of the grid and the best of each model as text, with notes.
+
+    Args:
+        cells: From `rank_cells`.
+        experiment: That the cells are of.
+        top: How many cells of the grid to show.
+    """
     trials = experiment.trials
     finalists = cells[cells["tier"] == "finalist"]
     blocks = []
     if len(finalists):
         blocks.append(f"finalists, trained again on new seeds\n{_table(finalists, 'test')}")
     others = cells[cells["tier"] != "finalist"]
-    blocks.append(f"cells of the grid\n{_table(others.head(count), 'epochs')}")
+    blocks.append(f"cells of the grid\n{_table(others.head(top), 'epochs')}")
     counts = trials["status"].value_counts()
     by_status = ", ".join(f"{counts[status]:,} {status}" for status in STATUSES if status in counts)
-    blocks.append(f"{min(count, len(others)):,} of {len(others):,} cells shown; {len(trials):,} trials: {by_status}")
+    shown = f"{min(top, len(others)):,} of {count(len(others), 'cell')} shown"
+    blocks.append(f"{shown}; {count(len(trials), 'trial')}: {by_status}")
     if not len(cells):
-        blocks.append("no trial reached an accuracy: all diverged or failed; try --lr-scales 0.1")
+        blocks.append("no trial has an accuracy: all diverged or failed; try --lr-scales 0.1")
     models = cells["model"].unique()
     if len(models) > 1:
-        best = [f"best {model}\n{_table(cells[cells['model'] == model].head(3), 'epochs')}" for model in models]
-        blocks += best
+        of_models = [cells[cells["model"] == model].head(SHOWN_PER_MODEL) for model in models]
+        blocks += [f"best {model}\n{_table(best, 'epochs')}" for model, best in zip(models, of_models, strict=True)]
     return "\n\n".join([*blocks, "\n".join([*_doubts(cells, experiment.val_images), *experiment.notes])]).rstrip()
 
 
 def _doubts(cells: pd.DataFrame, val_images: int | None) -> list[str]:
-    """Say how much of the order is sure."""
+    """Return lines on how certain the order is."""
     grid = cells[cells["tier"] != "finalist"]
     if not len(grid):
         return []
     leader = grid.iloc[0]
     if grid["seeds"].max() > 1:
-        return ["+-: 95 % interval from the spread between seeds; one letter under tie: can't be told apart"]
+        return [
+            "+-: 95% interval from the spread between seeds",
+            "tie: cells that share a letter are tied with the best of them",
+        ]
     more = "add replicates with grid.run --seeds 3, or run grid.confirm"
     if val_images is None:
         return [f"one seed per cell and no count of images in the store: ties are unknown; {more}"]
     tied = int(((grid["group"] == leader["group"]) & (grid["epochs_run"] == leader["epochs_run"])).sum())
     error = np.sqrt(leader["val_accuracy"] * (1 - leader["val_accuracy"]) / val_images)
     return [
-        f"one seed per cell: the best {tied} can't be told apart (tie a); +- is the error of a",
-        f"share of {val_images:,} images (standard error {100 * error:.2f} points), not that of a seed;",
+        f"one seed per cell: {f'the best {tied} are tied (a)' if tied > 1 else 'no cell is tied with the best'}; "
+        "+- is the sampling error of",
+        f"{val_images:,} images (standard error {100 * error:.2f} points), without the spread between seeds;",
         more,
     ]
 
 
 def _table(cells: pd.DataFrame, last: str) -> str:
-    """Return cells as lines of at most 80 columns, with the usual levels.
+    """Return cells as lines of at most 80 columns, unless a cell has many levels that are not the default.
 
     Args:
         cells: From `rank_cells`.
-        last: What the column before the cell shows: `epochs`, or `test` accuracy.
+        last: What the column before the cell shows: `epochs` or `test` accuracy.
     """
     lines = [f"{'rank':>4} {'tie':<3} {'val acc':>7} {'+-':>5} {'seeds':>5} {last:>6}  cell"]
     for row in cells.to_dict("records"):
@@ -289,7 +319,7 @@ def _table(cells: pd.DataFrame, last: str) -> str:
 
 
 def tie_letters(group: float) -> str:
-    """Return group 1 as a, 26 as z, 27 as aa; nothing for NaN."""
+    """Return group 1 as a, 26 as z, 27 as aa, and NaN as an empty string."""
     letters, group = "", 0 if pd.isna(group) else int(group)
     while group:
         group, letter = divmod(group - 1, len(ascii_lowercase))
@@ -299,24 +329,26 @@ def tie_letters(group: float) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the ranking and return the exit code: 0, or 2 for wrong input."""
-    parser = Parser(prog="python -m analysis.rank", description="Rank the cells of a grid.")
-    parser.add_argument("--experiment", required=True, metavar="NAME", help="MLflow experiment")
-    parser.add_argument("--store", metavar="URI", help="MLflow tracking URI (sqlite:///mlflow.db)")
-    parser.add_argument("--top", type=int, default=20, metavar="N", help="cells to print (20)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write all cells to a file")
+    parser = Parser(
+        prog="python -m analysis.rank", description="Rank the cells of a grid, with intervals and ties between cells."
+    )
+    add_experiment(parser)
+    add_store(parser)
+    parser.add_argument("--top", type=int, default=20, metavar="N", help="cells of the grid to print (20)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write all ranked cells to FILE")
     options = parser.parse_args(arguments)
-    try:
+
+    def rank() -> int:
         if options.top < 1:
             raise InputError(f"--top must be 1 or more, got {options.top}")
         experiment = read_experiment(options.store, options.experiment)
         cells = rank_cells(experiment.trials, experiment.finalists, val_images=experiment.val_images)
         if options.csv:
             cells.to_csv(options.csv, index=False)
-    except (InputError, OSError) as error:
-        print(f"analysis.rank: {error}", file=sys.stderr)
-        return 2
-    print(format_ranking(cells, experiment, options.top))
-    return 0
+        print(format_ranking(cells, experiment, options.top))
+        return 0
+
+    return run_command(parser.name, rank, errors=(InputError, OSError))
 
 
 if __name__ == "__main__":

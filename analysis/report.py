@@ -1,4 +1,4 @@
-"""Writes the verdict as one HTML file that needs no network: `python -m analysis.report --experiment smoke-glyphs`."""
+"""Writes all results as one HTML file that needs no network: `python -m analysis.report --experiment smoke-glyphs`."""
 
 import sys
 from collections.abc import Sequence
@@ -13,10 +13,15 @@ from grid.config import InputError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report and return the exit code: 0, or 2 for wrong input."""
-    parser = Parser(prog="python -m analysis.report", description="Write the verdict as one HTML file.")
+    parser = Parser(
+        prog="python -m analysis.report",
+        description="Write ranking, effects and the audit of early stopping as one HTML file.",
+    )
     add_experiment(parser)
     add_store(parser)
-    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="(report.html)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("report.html"), metavar="FILE", help="file to write (report.html)"
+    )
     options = parser.parse_args(arguments)
 
     def report() -> int:

@@ -1,7 +1,7 @@
-"""The only MLflow reader: one experiment becomes one table with a row per trial.
+"""The only reader of MLflow: an experiment becomes a table with a row per trial.
 
-Relies on what docs/store.md promises and on nothing else: a store that another program wrote by that contract is read
-just as well. What can't be used is counted and reported.
+It relies on the contract in docs/store.md alone, so that it also reads a store that another program wrote by that
+contract. Runs that can't be used are counted and reported.
 """
 
 import gc
@@ -26,9 +26,9 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from grid.config import FACTORS, InputError, TrialConfig
-from grid.metrics import RUNG_METRIC, STATUSES, TEST_METRICS
+from grid.metrics import RUNG_METRIC, STATUSES, TEST_METRICS, rung_epochs
 from grid.store_uri import check_store_uri, mask, slug
-from grid.wording import first_line
+from grid.wording import count, first_line
 
 PAGE_SIZE = 5000
 HISTORY_THREADS = 4
@@ -48,51 +48,51 @@ COLUMNS = {
     "best_val_accuracy": "float64",
     "epoch_seconds": "float64",
 }
-"""Columns of every table of trials, with their types; NaN where there is no value."""
+"""Columns of every table of trials, with their types; NaN marks a missing value. `control`: an unstopped control."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment as the store has it."""
+    """One experiment, as read from the store."""
 
     uri: str
     name: str
     parent_id: str
     """The run with tag `kind=grid`; empty if there is none."""
     trials: pd.DataFrame
-    """A row per trial that has ended: `COLUMNS`, and a `val_accuracy_at_<epoch>` (float) for each rung, rising."""
+    """A row per ended trial: `COLUMNS` and `val_accuracy_at_<epoch>` (float) for each rung, in rising order."""
     finalists: pd.DataFrame
-    """A row per confirm run that has ended: `COLUMNS` and `TEST_METRICS` (NaN before the test)."""
+    """A row per ended training of a finalist: `COLUMNS` and `TEST_METRICS` (NaN before the test)."""
     manifest: Mapping[str, Any]
     """`grid.json`; empty if there is none."""
     notes: tuple[str, ...]
-    """A sentence on each kind of run that is not in the tables."""
+    """One sentence for each kind of run that the tables leave out."""
 
     def described(self, part: str) -> Mapping[str, Any]:
-        """Return an object of the manifest; empty if it has none, or something else there."""
+        """Return an object in the manifest; empty if it is missing or not an object."""
         found = self.manifest.get(part)
         return found if isinstance(found, Mapping) else {}
 
     @property
     def val_images(self) -> int | None:
-        """Images that every validation accuracy is a share of; None if the store does not say."""
-        return _whole(self.described("data").get("val_images"), least=1)
+        """Number of validation images; None if the store does not say."""
+        return _whole(self.described("data").get("val_images"), at_least=1)
 
     @property
     def rung_factor(self) -> int | None:
-        """One trial in this many goes on at a rung; None if the store does not say."""
-        return _whole(self.described("rungs").get("factor"), least=2)
+        """One trial in this many continues at a rung; None if the store does not say."""
+        return _whole(self.described("rungs").get("factor"), at_least=2)
 
 
 def read_experiment(uri: str | None, name: str) -> Experiment:
     """Read an experiment with one (paged) search.
 
     Args:
-        uri: MLflow tracking URI; None for the `mlflow.db` of this folder.
+        uri: MLflow tracking URI; None for `mlflow.db` in the current folder.
         name: Of the experiment.
 
     Raises:
-        InputError: The store does not answer, or has no such experiment, or no trial in it that has ended.
+        InputError: The store does not answer or has no such experiment, or none of its trials has ended.
     """
     uri = check_store_uri(uri, must_exist=True)
     with _answering(uri) as client:
@@ -114,43 +114,43 @@ def read_experiment(uri: str | None, name: str) -> Experiment:
     finalists, more_notes = _tabulate(by_kind["confirm"], "finalist")
     parent_id = by_kind["grid"][0].info.run_id if by_kind["grid"] else ""
     notes += more_notes + _lost_finalists(finalists)
-    notes += [f"{_count(foreign, 'run')} left out: no tag kind=trial, confirm or grid"] if foreign else []
-    notes += [f"{_count(deleted, 'run')} left out: deleted"] if deleted else []
+    notes += [f"{count(foreign, 'run')} left out: no tag kind=trial, kind=confirm or kind=grid"] if foreign else []
+    notes += [f"{count(deleted, 'run')} left out: deleted"] if deleted else []
     manifest, problem = _parse_manifest(read_artifact(uri, parent_id, "grid.json") or b"{}")
     notes += [problem] if problem else []
     return Experiment(uri, name, parent_id, trials, finalists, manifest, tuple(notes))
 
 
 def _lost_finalists(finalists: pd.DataFrame) -> list[str]:
-    """Say how many trainings of finalists have no accuracy, for no table of cells shows them."""
-    lost = finalists["status"].value_counts()
+    """Return notes on finalists' trainings that have no accuracy; no table of cells shows them."""
+    trainings = finalists["status"].value_counts()
     cells = finalists.groupby("status")["cell_key"].nunique()
     return [
-        f"{_count(int(lost[status]), 'training')} of finalists {status}, of {_count(int(cells[status]), 'cell')}: "
-        "their means are of the other seeds alone"
+        f"{count(int(trainings[status]), 'training')} of {count(int(cells[status]), 'finalist')} {status}: "
+        "their means are over the remaining seeds"
         for status in ("diverged", "failed")
-        if status in lost
+        if status in trainings
     ]
 
 
 def _parse_manifest(content: bytes) -> tuple[Mapping[str, Any], str]:
-    """Return the manifest, and why it could not be read."""
+    """Return the manifest and the reason why it could not be read, if any."""
     try:
         manifest = json.loads(content)
     except ValueError as error:
-        return {}, f"the manifest (grid.json) is damaged and not used: {first_line(error)}"
+        return {}, f"the manifest (grid.json) is damaged and was ignored: {first_line(error)}"
     if not isinstance(manifest, dict):
-        return {}, "the manifest (grid.json) is no object and not used"
+        return {}, "the manifest (grid.json) is not a JSON object and was ignored"
     return manifest, ""
 
 
-def _whole(value: object, *, least: int) -> int | None:
-    """Return a whole number that another program may have written; None for anything else."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= least else None
+def _whole(value: object, *, at_least: int) -> int | None:
+    """Return a value if it is a whole number in range; another program may have written anything."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= at_least else None
 
 
 def read_artifact(uri: str, run_id: str, path: str) -> bytes | None:
-    """Return a file of a run; None if it has no such file.
+    """Return the content of a run's artifact; None if there is no such artifact.
 
     Raises:
         InputError: The store does not answer.
@@ -165,18 +165,18 @@ def read_artifact(uri: str, run_id: str, path: str) -> bytes | None:
 
 
 def read_curves(experiment: Experiment, run_ids: Iterable[str], metric: str = "val_accuracy") -> pd.DataFrame:
-    """Return what trials or finalists reported epoch by epoch.
+    """Return a metric's values epoch by epoch.
 
-    MLflow gives histories run by run, which is slow, so they are kept as parquet in the user's cache folder: a run is
-    asked for again only after it went further.
+    MLflow returns the history of one run at a time, which is slow, so histories are cached as parquet in the user's
+    cache folder; a run is read again only after it has trained further.
 
     Args:
         experiment: From `read_experiment`.
-        run_ids: Of rows of `experiment.trials` or `.finalists`.
+        run_ids: Of trials or finalists of the experiment.
         metric: One of `grid.metrics.EPOCH_METRICS`.
 
     Returns:
-        `run_id`, `epoch` (from 1), and a column named by the metric, rising by run and epoch.
+        `run_id`, `epoch` (from 1) and a column named after the metric, sorted by run and epoch.
 
     Raises:
         InputError: The store does not answer.
@@ -209,13 +209,13 @@ def _read_cache(path: Path, metric: str) -> pd.DataFrame:
     types = {"run_id": "str", "epochs_run": "int64", "epoch": "int64", metric: "float64"}
     try:
         return pd.read_parquet(path)[list(types)].astype(types)
-    except (OSError, KeyError, ValueError):  # ValueError: of pyarrow, for a damaged file
+    except (OSError, KeyError, ValueError):  # pyarrow raises ValueError for a damaged file
         return pd.DataFrame(columns=list(types)).astype(types)
 
 
 def _write_cache(path: Path, curves: pd.DataFrame) -> None:
     unfinished = path.with_suffix(f".{os.getpid()}")
-    with suppress(OSError):  # a cache that can't be written costs time, not the answer
+    with suppress(OSError):  # without a writable cache the answer is the same, only later
         path.parent.mkdir(parents=True, exist_ok=True)
         curves.to_parquet(unfinished, index=False)
         unfinished.replace(path)
@@ -252,7 +252,7 @@ def _search(client: MlflowClient, experiment_id: str, view: int) -> Iterator[Run
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Collect no garbage: among the 45 objects that MLflow makes of a run, looking for it takes most of the time."""
+    """Pause garbage collection: MLflow creates 45 objects per run, and scanning them takes most of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -263,33 +263,33 @@ def _no_collection() -> Iterator[None]:
 
 
 def _tabulate(runs: list[Run], noun: str) -> tuple[pd.DataFrame, list[str]]:
-    """Return the table of the runs that have ended and can be read, and a sentence on each kind of the others."""
+    """Return the runs that have ended and are readable as a table, and a sentence on each kind of the others."""
     rows = [_row(run) for run in runs]
     read = [row for row in rows if row is not None]
     ended = [row for row in read if row["status"] in STATUSES]
-    metrics = {name for row in ended for name in row if name.startswith(RUNG_METRIC)}
-    rungs = sorted(metrics, key=lambda metric: int(metric.removeprefix(RUNG_METRIC)))
+    rungs = [f"{RUNG_METRIC}{epoch}" for epoch in rung_epochs({name for row in ended for name in row})]
     extra = rungs if noun == "trial" else [*rungs, *TEST_METRICS]
     table = pd.DataFrame(ended, columns=[*COLUMNS, *extra]).astype(COLUMNS | dict.fromkeys(extra, "float64"))
-    # Of the runs of one trial the one that went furthest counts.
+    # If a trial has several runs, the longest counts.
     table = table.sort_values(["epochs_run", "run_id"], kind="stable")
     unique = table.drop_duplicates("trial_key", keep="last").sort_values("trial_key", ignore_index=True)
     left_out = {
         "not ended yet": len(read) - len(ended),
-        "parameters that are not a trial's": len(rows) - len(read),
-        "another run of the same trial went further": len(table) - len(unique),
+        "parameters are not a trial's": len(rows) - len(read),
+        "another run of the same trial trained longer": len(table) - len(unique),
     }
-    return unique, [f"{_count(number, noun)} left out: {why}" for why, number in left_out.items() if number]
+    return unique, [f"{count(number, noun)} left out: {why}" for why, number in left_out.items() if number]
 
 
 def _row(run: Run) -> dict[str, Any] | None:
-    """Return a run as a row; None if its parameters are not those of a trial."""
+    """Return a run as a row; None if its parameters are not a trial's."""
     params, tags, metrics = run.data.params, run.data.tags, run.data.metrics
     wanted = ("seed", "lr_scale", "epochs", *FACTORS)
     try:
         config = TrialConfig.from_params({"learning_rate": "1"} | {name: params[name] for name in wanted})
     except (KeyError, InputError):
         return None
+    recorded = {*TEST_METRICS, *(f"{RUNG_METRIC}{epoch}" for epoch in rung_epochs(metrics))}
     return {
         "run_id": run.info.run_id,
         "trial_key": tags.get("trial_key", run.info.run_id),
@@ -304,17 +304,9 @@ def _row(run: Run) -> dict[str, Any] | None:
         "epochs_run": int(metrics.get("epochs_run", 0)),
         "best_val_accuracy": metrics.get("best_val_accuracy", nan),
         "epoch_seconds": metrics.get("epoch_seconds", nan),
-        **{name: value for name, value in metrics.items() if _is_rung(name) or name in TEST_METRICS},
+        **{name: value for name, value in metrics.items() if name in recorded},
     }
-
-
-def _is_rung(metric: str) -> bool:
-    return metric.startswith(RUNG_METRIC) and metric.removeprefix(RUNG_METRIC).isdecimal()
 
 
 def _epoch(tag: str) -> float:
     return float(tag) if tag.isdecimal() else nan
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -1,8 +1,8 @@
-"""All that the analysis has to say of one experiment, and its headline: what won, what matters, what stopping cost."""
+"""All results of an experiment, and its headline: what won, what matters, what stopping cost."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -11,9 +11,11 @@ from analysis.effects import Effects, measure_effects, measure_final_effects
 from analysis.rank import rank_cells
 from analysis.store import Experiment
 from grid.config import FACTORS, InputError, cell_name
+from grid.wording import count
 
 SIGNIFICANT = 0.05
-"""Of p values (after Holm) above it the headline says that the effect may be noise."""
+"""The headline says that an effect may be noise if its p value (after Holm's correction) is not below this."""
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -26,63 +28,68 @@ class Fact:
 
 
 @dataclass(frozen=True)
+class Unavailable:
+    """Stands for a result that the trials do not yield."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """An experiment and what follows from it."""
+    """An experiment and its results."""
 
     experiment: Experiment
     cells: pd.DataFrame
     """From `analysis.rank.rank_cells`."""
-    effects: Effects | None = None
-    """At the first rung, of all trials."""
-    effects_at_end: Effects | None = None
-    """After the full budget, of the controls; None where the first rung is the end."""
-    audit: Audit | None = None
-    problems: dict[str, str] = field(default_factory=dict)
-    """`effects`, `effects_at_end` or `audit` -> why it could not be had."""
+    effects: Effects | Unavailable = Unavailable("not measured")
+    """At the first rung, from all trials."""
+    effects_at_end: Effects | Unavailable | None = None
+    """After the full budget, from the unstopped controls; None if `effects` are already at the end, or unavailable."""
+    audit: Audit | Unavailable = Unavailable("not audited")
 
 
 def analyse(experiment: Experiment) -> Verdict:
-    """Rank, measure and audit an experiment.
+    """Rank the cells, measure the effects and audit early stopping.
 
     Raises:
-        InputError: Its trials are of several budgets.
+        InputError: The trials have different budgets.
     """
-    trials, problems = experiment.trials, {}
+    trials = experiment.trials
     cells = rank_cells(trials, experiment.finalists, val_images=experiment.val_images)
-    effects = effects_at_end = audit = None
+    effects = _attempt(lambda: measure_effects(trials))
+    at_end = None
+    if isinstance(effects, Effects) and effects.epoch < trials["epochs"].max():
+        at_end = _attempt(lambda: measure_final_effects(trials))
+    audit = _attempt(lambda: audit_stopping(trials, factor=experiment.rung_factor or FACTOR))
+    return Verdict(experiment, cells, effects, at_end, audit)
+
+
+def _attempt(measure: Callable[[], Result]) -> Result | Unavailable:
     try:
-        effects = measure_effects(trials)
-        if effects.epoch < trials["epochs"].max():
-            effects_at_end = measure_final_effects(trials)
+        return measure()
     except InputError as error:
-        problems["effects" if effects is None else "effects_at_end"] = str(error)
-    try:
-        audit = audit_stopping(trials, factor=experiment.rung_factor or FACTOR)
-    except InputError as error:
-        problems["audit"] = str(error)
-    return Verdict(experiment, cells, effects, effects_at_end, audit, problems)
+        return Unavailable(str(error))
 
 
 def headline(verdict: Verdict) -> Iterator[Fact]:
-    """Yield the answers that a reader in a hurry takes along."""
+    """Yield the main results, each in a sentence or two."""
     yield _winner(verdict.cells)
-    if verdict.effects is not None:
+    if isinstance(verdict.effects, Effects):
         yield _what_matters(verdict.effects, "")
-    if verdict.effects_at_end is not None:
-        controls = f" of the {verdict.effects_at_end.observations:,} controls"
-        yield _what_matters(verdict.effects_at_end, controls)
-    if verdict.audit is not None:
+    if isinstance(at_end := verdict.effects_at_end, Effects):
+        yield _what_matters(at_end, f" among {count(at_end.observations, 'unstopped control')}")
+    if isinstance(verdict.audit, Audit):
         yield _what_stopping_cost(verdict.audit)
 
 
 def name_of(cell: Mapping[Any, Any]) -> str:
-    """Format a row of the ranking."""
+    """Return the name of a cell, given as a row of the ranking or of the trials."""
     return cell_name({factor: str(cell[factor]) for factor in FACTORS})
 
 
 def _winner(cells: pd.DataFrame) -> Fact:
     if not len(cells):
-        return Fact("Best cell", "none", "No trial reached an accuracy: all diverged or failed.")
+        return Fact("Best cell", "none", "No trial has an accuracy: all diverged or failed.")
     best = cells.iloc[0]
     seeds = "one seed" if best["seeds"] == 1 else f"{best['seeds']} seeds"
     accuracy = f"{best['val_accuracy']:.2%} of the validation images ({seeds})"
@@ -92,22 +99,22 @@ def _winner(cells: pd.DataFrame) -> Fact:
 
 
 def _lead(cells: pd.DataFrame) -> str:
-    """Say how sure the first place is."""
+    """Say how certain the first place is."""
     best = cells.iloc[0]
     if len(cells) == 1:
-        return "It is the only one."
+        return "It is the only cell."
     if pd.isna(best["group"]):
-        return "How sure the order is can't be said: one seed, and no count of images in the store."
+        return "How certain the order is remains unknown: one seed, and no count of images in the store."
     rivals = cells[(cells["tier"] == best["tier"]) & (cells["epochs_run"] == best["epochs_run"])]
     tied = int((rivals["group"] == best["group"]).sum())
     if tied > 1:
-        return f"It can't be told apart from {tied - 1:,} other{'s' * (tied > 2)}."
+        return f"It is tied with {count(tied - 1, 'other')}."
     if len(rivals) == 1:
-        return "No other went as far."
+        return "No other cell trained for as many epochs."
     return f"It is {100 * (best['val_accuracy'] - rivals['val_accuracy'].iloc[1]):.2f} points ahead of the next."
 
 
-def _what_matters(effects: Effects, whose: str) -> Fact:
+def _what_matters(effects: Effects, sample: str) -> Fact:
     question = f"Matters most after epoch {effects.epoch}"
     first = effects.variance[effects.variance["term"].isin(effects.factors)].iloc[0]
     if not first["share"] > 0:
@@ -117,16 +124,16 @@ def _what_matters(effects: Effects, whose: str) -> Fact:
     return Fact(
         question,
         str(first["term"]),
-        f"It explains {first['share']:.0%} of the variance{whose}: {best['level']} is "
-        f"{100 * (best['effect'] - worst['effect']):.1f} points above {worst['level']}, averaged over all the rest."
-        f"{_doubt(first['p_holm'])}",
+        f"It explains {first['share']:.0%} of the variance{sample}: {best['level']} is "
+        f"{100 * (best['effect'] - worst['effect']):.1f} points above {worst['level']}, averaged over the "
+        f"other factors.{_doubt(first['p_holm'])}",
     )
 
 
 def _doubt(p: float) -> str:
-    """Say whether an effect may be noise; nothing if it hardly can."""
+    """Say whether an effect may be noise; nothing if that is unlikely."""
     if pd.isna(p):
-        return " Too few trials to say whether that is more than noise."
+        return " There are too few trials to say whether that is more than noise."
     return "" if p < SIGNIFICANT else f" It may be noise (p = {p:.2f})."
 
 
@@ -136,8 +143,8 @@ def _what_stopping_cost(audit: Audit) -> Fact:
     savings = audit.savings
     saved = (savings["saved"] * savings["epochs_full"]).sum() / max(1, savings["epochs_full"].sum())
     stopped, above = (int(audit.false_stops[name].sum()) for name in ("stopped", "beat_winner"))
-    remark = "What it cost is unknown: no control that would have been stopped."
+    remark = "What it cost is unknown: it would have stopped no unstopped control."
     if stopped:
-        controls = "1 control" if stopped == 1 else f"{stopped} controls"
-        remark = f"Of {controls} that it would have stopped, {above} ended above the best that it let go on."
+        controls = count(stopped, "unstopped control")
+        remark = f"Of {controls} that it would have stopped, {above} ended above the best trial that it did not stop."
     return Fact("Early stopping", f"saved {saved:.0%} of the epochs", remark)

@@ -120,7 +120,7 @@ def simulate(
         accuracy = min(0.99, max(0.02, best * (1 - math.exp(-pace * epoch)) + rng.gauss(0, 0.003)))
         accuracies.append(round(accuracy * VAL_IMAGES) / VAL_IMAGES)
         key, group = config.trial_key, config.model
-        if not asha.goes_on(key, group=group, epoch=epoch, value=accuracies[-1], control=control):
+        if not asha.decide(key, group=group, epoch=epoch, value=accuracies[-1], control=control):
             status = "stopped"
             break
     epochs_run = len(accuracies) + (status == "diverged")

@@ -97,8 +97,8 @@ def wrong_decisions(trials: list[Recorded]) -> int:
     wrong = 0
     for _, epoch, value, trial in sorted(arrivals, key=lambda arrival: arrival[0]):
         config, control = trial.config, trial.tags["control"] == "true"
-        goes_on = asha.goes_on(config.trial_key, group=config.model, epoch=epoch, value=value, control=control)
-        wrong += goes_on == (trial.tags.get("stopped_at_epoch") == str(epoch))
+        continues = asha.decide(config.trial_key, group=config.model, epoch=epoch, value=value, control=control)
+        wrong += continues == (trial.tags.get("stopped_at_epoch") == str(epoch))
     return wrong
 
 

@@ -175,7 +175,7 @@ def stop(unstopped: pd.DataFrame, diverged_at: Array, rng: np.random.Generator) 
                 asha.diverge(str(trial), group=models[trial], epoch=int(diverged_at[trial]))
                 break
             value, control = values[trial], controls[trial]
-            if not asha.goes_on(str(trial), group=models[trial], epoch=rung, value=value, control=control):
+            if not asha.decide(str(trial), group=models[trial], epoch=rung, value=value, control=control):
                 allowed[trial] = rung
                 break
     return allowed

@@ -4,6 +4,7 @@ Standard library only. A metric is one field of `EpochReport`; its value comes f
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 
@@ -54,3 +55,9 @@ RANKED_STATUSES = ("completed", "stopped")
 
 FINAL_STATUSES = ("completed", "stopped", "diverged")
 """Statuses of trials that are not run again."""
+
+
+def rung_epochs(names: Iterable[str]) -> list[int]:
+    """Return the epochs of the rung metrics among the names, rising."""
+    suffixes = (name.removeprefix(RUNG_METRIC) for name in names if name.startswith(RUNG_METRIC))
+    return sorted(int(suffix) for suffix in suffixes if suffix.isdecimal())

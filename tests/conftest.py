@@ -1,4 +1,7 @@
-"""Shape checks for everything the tests call, and one thread, as a trial has on a CPU."""
+"""Fixtures that several files share: glyphs, an empty store, a finished grid.
+
+Everything that the tests call has its tensor shapes checked, and torch has one thread, as in a trial on a CPU.
+"""
 
 import json
 import math
@@ -32,8 +35,8 @@ from grid.train.evaluation import confused_pairs, per_class  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _own_token() -> Iterator[None]:
-    """Let no module inherit the token that Ray has read for another: Ray keeps it as long as a process lives."""
+def _fresh_ray_token() -> Iterator[None]:
+    """Make Ray forget its access token after each file of tests; it would keep the first one until the process ends."""
     mode = os.environ.get("RAY_AUTH_MODE")
     yield
     if "ray" in sys.modules:
@@ -47,7 +50,7 @@ def _own_token() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def glyphs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder with glyphs in it, rendered once."""
+    """A data folder with the glyphs in it, rendered once; tests do not write to it."""
     folder = tmp_path_factory.mktemp("data")
     render_if_missing(folder)
     return folder
@@ -55,6 +58,7 @@ def glyphs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def _migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database, for copying: MLflow takes seconds to create one."""
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     Store(f"sqlite:///{path}", "unused").create()
     return path
@@ -62,25 +66,30 @@ def _migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store_uri(_migrated_database: Path, tmp_path: Path) -> str:
-    """A new sqlite store of one's own; copied, because MLflow takes seconds to make one."""
+    """URI of an empty sqlite store, one for each test."""
     shutil.copy(_migrated_database, tmp_path / "mlflow.db")
     return f"sqlite:///{tmp_path}/mlflow.db"
 
 
 @pytest.fixture
 def store(store_uri: str) -> Store:
-    """An experiment in a new store."""
+    """An experiment without trials in a store of its own."""
     store = Store(store_uri, "some grid")
     store.create()
     return store
 
 
 POINTS_GAINED = {"cnn": 6, "adam": 8, "asgd": -4, "gelu": 2, "on": 5}
+"""Level -> percentage points that it adds to the accuracy of `play`."""
 CHARACTERS = tuple("0123456789AB")
+"""The classes of `finished_store`."""
 
 
 def play(recorder: Recorder, config: TrialConfig, asha: Asha, *, control: bool = False) -> None:
-    """Record a trial that learns by formula; `asgd` with `gelu` and an odd seed diverges in its second epoch."""
+    """Record a trial that learns by formula: better levels gain points, and ASHA stops the others.
+
+    With `asgd`, `gelu` and an odd seed it diverges in its second epoch.
+    """
     gained = sum(POINTS_GAINED.get(level, 0) for level in config.cell.values())
     luck = random.Random(config.trial_key).gauss(0, 0.5)
     recorder.started(config, control=control)
@@ -90,8 +99,8 @@ def play(recorder: Recorder, config: TrialConfig, asha: Asha, *, control: bool =
         diverged = epoch == 2 and (config.optimizer, config.activation, config.seed % 2) == ("asgd", "gelu", 1)
         accuracy = math.nan if diverged else (60 + gained + luck) / 100 * epoch / (epoch + 0.5)
         accuracies.append(accuracy)
-        goes_on = asha.goes_on(config.trial_key, group=config.model, epoch=epoch, value=accuracy, control=control)
-        status = "diverged" if diverged else "" if goes_on else "stopped"
+        continues = asha.decide(config.trial_key, group=config.model, epoch=epoch, value=accuracy, control=control)
+        status = "diverged" if diverged else "" if continues else "stopped"
         status = status or ("completed" if epoch == config.epochs else "")
         report = EpochReport(epoch=epoch, val_accuracy=accuracy, epoch_seconds=2.0, diverged=diverged)
         recorder.epoch_ended(config, report, is_rung=epoch in asha.rungs, stopped=status == "stopped")
@@ -99,14 +108,14 @@ def play(recorder: Recorder, config: TrialConfig, asha: Asha, *, control: bool =
 
 
 def finalist_files() -> Mapping[str, bytes]:
-    """What `grid.confirm` attaches to a finalist, of a net that takes every tenth character for the next one."""
+    """Return what `grid.confirm` attaches to a finalist; this net reads every tenth character as the next one."""
     count = len(CHARACTERS)
     confusion = np.eye(count, dtype=np.int64) * 90 + np.roll(np.eye(count, dtype=np.int64), 1, axis=1) * 10
     images = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
-    some, none = np.arange(6), np.full(6, 7)
+    labels, predictions = np.arange(6), np.full(6, 7)
     return {
         "test/confusion.png": confusion_picture(confusion, CHARACTERS, "a net"),
-        "test/mistakes.png": mistake_sheet(images, some, none, np.linspace(0.9, 0.4, 6), CHARACTERS),
+        "test/mistakes.png": mistake_sheet(images, labels, predictions, np.linspace(0.9, 0.4, 6), CHARACTERS),
         "test/per_class.csv": pd.DataFrame(per_class(confusion, CHARACTERS)).to_csv(index=False).encode(),
         "test/confused_pairs.csv": pd.DataFrame(confused_pairs(confusion, CHARACTERS, 9)).to_csv(index=False).encode(),
     }
@@ -114,29 +123,43 @@ def finalist_files() -> Mapping[str, bytes]:
 
 @pytest.fixture(scope="session")
 def finished_store(_migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """A grid of 48 trials with all that can happen to one, and its finalists, tested; for reading only."""
+    """The experiment `finished`, with everything that a grid and its finalists leave in a store. Tests only read it.
+
+    48 trials of 9 epochs with rungs after 1 and 3: two models, two activations, three optimizers, batch norm off and
+    on, two seeds. Some are stopped, some diverge, every fourth is an unstopped control. The parent run has `grid.json`
+    and `samples.png`. All cells with `adam` are finalists, with three seeds each, tested, with the files of
+    `finalist_files`. No image is real and nothing is trained.
+    """
     folder = tmp_path_factory.mktemp("finished")
     shutil.copy(_migrated_database, folder / "mlflow.db")
+    store = Store(f"sqlite:///{folder}/mlflow.db", "finished")
+    store.create()
+    configs = _shuffled_configs()
+    _record_grid(store, folder, configs)
+    _confirm(store, folder, [config for config in configs if config.optimizer == "adam" and config.seed == 0])
+    return store
+
+
+def _shuffled_configs() -> list[TrialConfig]:
     crossed = product(("mlp", "cnn"), ("relu", "gelu"), ("sgd", "adam", "asgd"), (False, True), range(2))
-    configs = [
-        TrialConfig(model=m, activation=a, optimizer=o, batch_norm=b, seed=s, learning_rate=0.1, epochs=9)
-        for m, a, o, b, s in crossed
-    ]
+    names = ("model", "activation", "optimizer", "batch_norm", "seed")
+    settings = [dict(zip(names, levels, strict=True)) for levels in crossed]
+    configs = [TrialConfig(learning_rate=0.1, epochs=9, **levels) for levels in settings]
     random.Random(0).shuffle(configs)
+    return configs
+
+
+def _record_grid(store: Store, folder: Path, configs: list[TrialConfig]) -> None:
     data = {"name": "glyphs", "train_images": 1200, "val_images": 600}
     manifest = {"data": data, "rungs": {"epochs": [1, 3], "factor": 3}, "commit": "0123456789ab"}
     images = np.random.default_rng(0).integers(0, 256, (60, 28, 28), dtype=np.uint8)
     samples = sample_sheet(images, np.arange(60) % len(CHARACTERS), CHARACTERS)
     asha = Asha((1, 3))
-    store = Store(f"sqlite:///{folder}/mlflow.db", "finished")
-    store.create()
     recorder = Recorder(store, Spool(folder / "grid.jsonl"))
     recorder.begin({"grid.json": json.dumps(manifest).encode(), "samples.png": samples}, {})
     for number, config in enumerate(configs):
         play(recorder, config, asha, control=number % 4 == 0)
     assert recorder.close(finished=True)
-    _confirm(store, folder, [config for config in configs if config.optimizer == "adam" and config.seed == 0])
-    return store
 
 
 def _confirm(store: Store, folder: Path, finalists: list[TrialConfig]) -> None:

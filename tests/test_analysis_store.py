@@ -52,7 +52,7 @@ def test_the_manifest_is_read_with_the_trials(store: Store, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("content", [b'{"data": {"val', b"\xff\xfe\x00", b"[1, 2]"])
-def test_a_damaged_manifest_is_none_and_is_told(store: Store, tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_manifest_is_ignored_with_a_note(store: Store, tmp_path: Path, content: bytes) -> None:
     record(store, tmp_path, "stopped")
     store.attach(store.parent_id, {"grid.json": content})
     experiment = read_experiment(store.uri, "some grid")
@@ -77,7 +77,7 @@ def test_a_manifest_of_another_program_may_hold_anything(store: Store, tmp_path:
     assert (experiment.val_images, experiment.rung_factor) == (None, None)
 
 
-def test_tags_and_metrics_that_are_no_epochs_are_passed_over(store: Store, tmp_path: Path) -> None:
+def test_tags_and_metrics_without_an_epoch_are_ignored(store: Store, tmp_path: Path) -> None:
     record(store, tmp_path, "stopped")
     run_id = store.run_ids()[CONFIG.trial_key]
     store.client.log_metric(run_id, "val_accuracy_at_best", 0.5)
@@ -87,27 +87,27 @@ def test_tags_and_metrics_that_are_no_epochs_are_passed_over(store: Store, tmp_p
     assert [name for name in row if name.startswith("val_accuracy_at_")] == ["val_accuracy_at_1"]
 
 
-def test_finalists_that_diverged_are_told(store: Store, tmp_path: Path) -> None:
+def test_a_note_counts_diverged_finalists(store: Store, tmp_path: Path) -> None:
     record(store, tmp_path, "stopped")
     record(store, tmp_path, "diverged", kind="confirm")
     (note,) = read_experiment(store.uri, "some grid").notes
-    assert note == "1 training of finalists diverged, of 1 cell: their means are of the other seeds alone"
+    assert note == "1 training of 1 finalist diverged: their means are over the remaining seeds"
 
 
-def test_an_artifact_that_is_not_there_is_none(store: Store) -> None:
+def test_a_missing_artifact_is_none(store: Store) -> None:
     assert read_artifact(store.uri, store.parent_id, "no/such.json") is None
     assert read_artifact(store.uri, "", "grid.json") is None
 
 
-def test_of_two_runs_of_a_trial_the_longer_counts_and_the_other_is_told(store: Store, tmp_path: Path) -> None:
+def test_of_two_runs_of_a_trial_the_longer_counts_with_a_note_on_the_other(store: Store, tmp_path: Path) -> None:
     record(store, tmp_path, "stopped", epochs_run=1)
     record(store, tmp_path, "stopped", epochs_run=3)
     experiment = read_experiment(store.uri, "some grid")
     assert list(experiment.trials["epochs_run"]) == [3]
-    assert experiment.notes == ("1 trial left out: another run of the same trial went further",)
+    assert experiment.notes == ("1 trial left out: another run of the same trial trained longer",)
 
 
-def test_deleted_foreign_unfinished_and_unreadable_runs_are_told(store: Store, tmp_path: Path) -> None:
+def test_notes_count_deleted_foreign_unfinished_and_unreadable_runs(store: Store, tmp_path: Path) -> None:
     record(store, tmp_path, "stopped")
     make = store.client.create_run
     store.client.delete_run(make(store.experiment_id, tags={"kind": "trial"}).info.run_id)
@@ -120,13 +120,13 @@ def test_deleted_foreign_unfinished_and_unreadable_runs_are_told(store: Store, t
     assert len(experiment.trials) == 1
     assert set(experiment.notes) == {
         "1 trial left out: not ended yet",
-        "1 trial left out: parameters that are not a trial's",
-        "1 run left out: no tag kind=trial, confirm or grid",
+        "1 trial left out: parameters are not a trial's",
+        "1 run left out: no tag kind=trial, kind=confirm or kind=grid",
         "1 run left out: deleted",
     }
 
 
-def test_a_store_of_another_program_reads_with_the_contract_alone(store: Store) -> None:
+def test_a_store_that_another_program_wrote_by_the_contract_is_read(store: Store) -> None:
     run_id = store.client.create_run(store.experiment_id, tags={"kind": "trial", "status": "completed"}).info.run_id
     for name in (*FACTORS, "seed", "lr_scale", "epochs"):
         store.client.log_param(run_id, name, CONFIG.to_params()[name])
@@ -142,7 +142,9 @@ def test_more_runs_than_a_page_are_all_read(store: Store, monkeypatch: pytest.Mo
     record(store, tmp_path, "stopped")
     for _ in range(5):
         store.client.create_run(store.experiment_id)
-    assert read_experiment(store.uri, "some grid").notes == ("5 runs left out: no tag kind=trial, confirm or grid",)
+    assert read_experiment(store.uri, "some grid").notes == (
+        "5 runs left out: no tag kind=trial, kind=confirm or kind=grid",
+    )
 
 
 def test_curves_are_what_was_reported(store: Store, tmp_path: Path) -> None:
@@ -161,7 +163,7 @@ def test_curves_are_read_from_the_store_once(store: Store, tmp_path: Path, monke
     assert read_curves(experiment, experiment.trials["run_id"]).equals(first)
 
 
-def test_a_curve_that_went_on_is_read_again(store: Store, tmp_path: Path) -> None:
+def test_a_curve_that_has_grown_is_read_again(store: Store, tmp_path: Path) -> None:
     record(store, tmp_path, "failed", epochs_run=1)
     before = read_experiment(store.uri, "some grid")
     assert len(read_curves(before, before.trials["run_id"])) == 1
@@ -171,7 +173,7 @@ def test_a_curve_that_went_on_is_read_again(store: Store, tmp_path: Path) -> Non
     assert len(read_curves(after, after.trials["run_id"])) == 2
 
 
-def test_a_damaged_or_forbidden_cache_costs_nothing_but_time(store: Store, tmp_path: Path) -> None:
+def test_a_damaged_or_read_only_cache_costs_only_time(store: Store, tmp_path: Path) -> None:
     record(store, tmp_path, "stopped")
     experiment = read_experiment(store.uri, "some grid")
     read_curves(experiment, experiment.trials["run_id"])
@@ -180,35 +182,35 @@ def test_a_damaged_or_forbidden_cache_costs_nothing_but_time(store: Store, tmp_p
     assert len(read_curves(experiment, experiment.trials["run_id"])) == 1
     cached.unlink()
     cached.parent.rmdir()
-    cached.parent.write_text("no folder")
+    cached.parent.write_text("not a folder")
     assert len(read_curves(experiment, experiment.trials["run_id"])) == 1
 
 
-def test_an_empty_experiment_is_told(store: Store) -> None:
+def test_an_empty_experiment_is_an_error(store: Store) -> None:
     with pytest.raises(
         InputError, match="^experiment 'some grid' in .* has no trial yet; run python -m grid.run first$"
     ):
         read_experiment(store.uri, "some grid")
 
 
-def test_an_experiment_whose_trials_still_run_is_told(store: Store, tmp_path: Path) -> None:
+def test_an_experiment_without_an_ended_trial_is_an_error(store: Store, tmp_path: Path) -> None:
     record(store, tmp_path, None)
     with pytest.raises(InputError, match="^no trial of experiment 'some grid' in .* has ended yet"):
         read_experiment(store.uri, "some grid")
 
 
-def test_an_unknown_experiment_is_told_with_the_choices(store: Store) -> None:
+def test_an_unknown_experiment_is_an_error_with_the_choices(store: Store) -> None:
     with pytest.raises(InputError, match=r"^no experiment 'other' in sqlite.*; it has Default, some grid"):
         read_experiment(store.uri, "other")
 
 
-def test_a_deleted_experiment_is_told(store: Store) -> None:
+def test_a_deleted_experiment_is_an_error(store: Store) -> None:
     store.client.delete_experiment(store.experiment_id)
     with pytest.raises(InputError, match="^experiment 'some grid' is deleted in sqlite"):
         read_experiment(store.uri, "some grid")
 
 
-def test_a_broken_database_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_broken_database_is_an_error_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "broken.db").write_bytes(b"SQLite format 3\0" + b"garbage" * 1000)
     with pytest.raises(InputError, match=r"^can't read the store sqlite:.*; pass another --store$"):
         read_experiment(f"sqlite:///{tmp_path}/broken.db", "some grid")

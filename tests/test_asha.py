@@ -12,8 +12,7 @@ values = st.lists(st.floats(0, 1), min_size=1, max_size=60)
 
 def arrive(asha: Asha, accuracies: list[float], epoch: int = 1, group: str = "mlp") -> list[bool]:
     return [
-        asha.goes_on(f"{group} {index}", group=group, epoch=epoch, value=value)
-        for index, value in enumerate(accuracies)
+        asha.decide(f"{group} {index}", group=group, epoch=epoch, value=value) for index, value in enumerate(accuracies)
     ]
 
 
@@ -41,9 +40,9 @@ def test_a_random_order_keeps_about_a_third() -> None:
 
 @given(values)
 def test_a_trial_continues_if_it_is_among_the_best_third_on_arrival(accuracies: list[float]) -> None:
-    for count, (value, goes_on) in enumerate(zip(accuracies, arrive(Asha((1,)), accuracies), strict=True), start=1):
+    for count, (value, continues) in enumerate(zip(accuracies, arrive(Asha((1,)), accuracies), strict=True), start=1):
         better = sum(earlier > value for earlier in accuracies[:count])
-        assert goes_on == (better < math.ceil(count / 3))
+        assert continues == (better < math.ceil(count / 3))
 
 
 @given(values)
@@ -58,8 +57,8 @@ def test_a_resumed_driver_decides_like_an_uninterrupted_one(accuracies: list[flo
     cut = data.draw(st.integers(0, len(accuracies)))
     uninterrupted, resumed = Asha((1,)), Asha((1,))
     decisions = arrive(uninterrupted, accuracies)
-    for index, (value, went_on) in enumerate(zip(accuracies[:cut], decisions[:cut], strict=True)):
-        resumed.restore(f"mlp {index}", group="mlp", epoch=1, value=value, went_on=went_on)
+    for index, (value, continued) in enumerate(zip(accuracies[:cut], decisions[:cut], strict=True)):
+        resumed.restore(f"mlp {index}", group="mlp", epoch=1, value=value, continued=continued)
     assert arrive(resumed, accuracies) == decisions  # the first trials arrive again, as resumed trials do
     assert resumed == uninterrupted
 
@@ -72,9 +71,9 @@ def test_between_rungs_every_trial_continues_and_nothing_is_recorded() -> None:
 
 def test_a_second_arrival_of_a_trial_gets_the_same_answer_and_is_not_counted() -> None:
     asha = Asha((1,))
-    assert asha.goes_on("a", group="mlp", epoch=1, value=0.5)
+    assert asha.decide("a", group="mlp", epoch=1, value=0.5)
     arrive(asha, [0.9, 0.8])
-    assert asha.goes_on("a", group="mlp", epoch=1, value=0.5)
+    assert asha.decide("a", group="mlp", epoch=1, value=0.5)
     assert asha.arrivals("mlp", 1) == (0.5, 0.8, 0.9)
 
 
@@ -87,7 +86,7 @@ def test_models_are_not_compared_with_each_other() -> None:
 def test_unstopped_controls_continue_and_count_for_the_others() -> None:
     asha = Asha((1,))
     arrive(asha, [0.9])
-    assert asha.goes_on("control", group="mlp", epoch=1, value=0.1, control=True)
+    assert asha.decide("control", group="mlp", epoch=1, value=0.1, control=True)
     assert asha.arrivals("mlp", 1) == (0.1, 0.9)
 
 

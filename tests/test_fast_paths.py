@@ -1,4 +1,4 @@
-"""Every fast path beside the plain one: float32, contiguous, pooling last, penalties as terms of the loss."""
+"""Compares every fast path with the plain way: float32, contiguous, pooling last, penalties as terms of the loss."""
 
 import statistics
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.fast_paths import CELLS, compare, configs
+from benchmarks.fast_paths import CELLS, compare, configs, main
 from grid.config import TrialConfig
 from grid.data.load import load
 from grid.train import trial as trial_module
@@ -22,18 +22,18 @@ from nets.pooling import PooledActivation
 
 STEPS, BATCH = 200, 32
 TOLERANCES = {"float32": 0.005, "bfloat16": 0.05}
-"""Allowed difference of the mean losses of 20 steps, in nats; they begin near log 47 = 3.85."""
+"""Largest difference between mean losses of 20 steps, in nats; a loss starts near log 47 = 3.85."""
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> DeviceData:
-    """Glyphs: 40 steps of 32 images are an epoch."""
+    """Glyphs; an epoch has 40 steps of 32 images."""
     dataset = load("glyphs", tmp_path_factory.mktemp("glyphs"), per_class=28)
     return DeviceData.from_dataset(dataset)
 
 
 def config(precision: str, **levels: object) -> TrialConfig:
-    """Return a small net in the settings of `grid.run`, at a fifth of the base rate: rounding errors grow slowly."""
+    """Return a small net with the settings that `grid.run` chooses, at a fifth of the base rate."""
     rate = OPTIMIZERS[str(levels.get("optimizer", "adam"))].base_learning_rate / 5
     small = {"hidden_sizes": "64-32", "channels": "6-8", "dense_size": 32, "batch_size": BATCH, "epochs": 5}
     strengths = {"l1_strength": 1e-3, "l2_strength": 1e-2}
@@ -59,7 +59,7 @@ def losses_recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 
 
 def plain_layers(net: nn.Module) -> Iterator[nn.Module]:
-    """Yield the layers with torch's own norm, activation and pooling, in the textbook order."""
+    """Yield the layers with torch's own norm, activation and pooling, in this order."""
     for layer in net.layers:
         if isinstance(layer, PooledActivation):
             yield from filter(None, (layer.norm, layer.activation, nn.MaxPool2d(2)))
@@ -68,7 +68,7 @@ def plain_layers(net: nn.Module) -> Iterator[nn.Module]:
 
 
 def plain_losses(config: TrialConfig, data: DeviceData) -> list[float]:
-    """Train with a textbook loop, from the same weights, with the same batches and masks."""
+    """Train the way a textbook does, from the same weights and with the same batches and dropout masks."""
     trial = Trial(config, data)
     net = trial.net.to(memory_format=torch.contiguous_format)
     layers, weights = list(plain_layers(net)), penalised_weights(net)
@@ -78,13 +78,13 @@ def plain_losses(config: TrialConfig, data: DeviceData) -> list[float]:
     losses = []
     for _ in range(config.epochs):
         order = torch.randperm(len(data.train_labels), generator=trial._order)
-        for rows in order.split(BATCH)[:steps]:
-            features = (data.train_images[rows].float() - data.mean) / data.std
+        for batch in order.split(BATCH)[:steps]:
+            features = (data.train_images[batch].float() - data.mean) / data.std
             for layer in layers:
                 if isinstance(layer, SeededDropout) and features.ndim == 4:  # masks are drawn in the order of memory
                     features = features.contiguous(memory_format=torch.channels_last)
                 features = layer(features).contiguous()
-            loss = F.cross_entropy(features, data.train_labels[rows])
+            loss = F.cross_entropy(features, data.train_labels[batch])
             penalty = 0.0
             if config.regularization in ("l1", "elastic"):
                 penalty = penalty + config.l1_strength * sum(weight.abs().sum() for weight in weights)
@@ -98,10 +98,9 @@ def plain_losses(config: TrialConfig, data: DeviceData) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("precision", TOLERANCES)
-@pytest.mark.parametrize(
-    "levels",
-    [
+@pytest.fixture(
+    scope="module",
+    params=[
         {"model": "mlp"},
         {"model": "mlp", "batch_norm": True, "dropout": True, "activation": "gelu", "regularization": "elastic"},
         {"model": "mlp", "optimizer": "rmsprop", "regularization": "l1", "lr_schedule": "one_cycle"},
@@ -113,16 +112,22 @@ def plain_losses(config: TrialConfig, data: DeviceData) -> list[float]:
     ],
     ids=lambda levels: " ".join(map(str, levels.values())),
 )
-def test_the_loss_curve_of_200_steps_equals_the_plain_one(levels, precision, data, monkeypatch):
-    chosen = config(precision, **levels)
+def plain(request: pytest.FixtureRequest, data: DeviceData) -> tuple[dict[str, object], list[float]]:
+    """Levels, and the losses of the plain way, which are those of both precisions."""
+    return request.param, plain_losses(config("float32", **request.param), data)
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_the_loss_curve_of_200_steps_equals_the_plain_one(plain, precision, data, monkeypatch):
+    levels, plain_curve = plain
+    fast = config(precision, **levels)
     with losses_recorded(monkeypatch) as losses:
-        trial = Trial(chosen, data)
-        for _ in range(chosen.epochs):
+        trial = Trial(fast, data)
+        for _ in range(fast.epochs):
             trial.run_epoch()
-    plain = plain_losses(chosen, data)
-    assert len(losses) == len(plain) >= STEPS
-    ours, theirs = ([statistics.mean(chunk) for chunk in chunks(curve)] for curve in (losses, plain))
-    assert theirs[-1] < theirs[0] - 0.2  # it learns, so that there is something to compare
+    assert len(losses) == len(plain_curve) >= STEPS
+    ours, theirs = ([statistics.mean(chunk) for chunk in chunks(curve)] for curve in (losses, plain_curve))
+    assert theirs[-1] < theirs[0] - 0.2  # the loss falls, so there is something to compare
     assert ours == pytest.approx(theirs, abs=TOLERANCES[precision])
 
 
@@ -130,7 +135,7 @@ def chunks(losses: list[float], size: int = 20) -> list[list[float]]:
     return [losses[begin : begin + size] for begin in range(0, len(losses), size)]
 
 
-def test_the_benchmark_compares_trials_that_differ_in_their_numerics_only():
+def test_the_benchmark_compares_trials_that_differ_only_in_their_numerics():
     plain, fast = configs(CELLS[0], seed=3, epochs=2, precision="bfloat16", name="glyphs")
     assert (plain.precision, plain.memory_format, plain.fused) == ("float32", "contiguous", False)
     assert (fast.precision, fast.memory_format, fast.fused) == ("bfloat16", "channels_last", True)
@@ -138,9 +143,22 @@ def test_the_benchmark_compares_trials_that_differ_in_their_numerics_only():
     assert plain.seed == fast.seed == 3
 
 
-def test_the_benchmark_finds_a_difference_where_there_is_one(data):
+def test_the_benchmark_finds_a_difference_where_there_is_one():
     same = compare([0.5, 0.6, 0.55], [0.51, 0.59, 0.55])
-    other = compare([0.5, 0.6, 0.55], [0.4, 0.5, 0.451])
+    different = compare([0.5, 0.6, 0.55], [0.4, 0.5, 0.451])
     assert same.within_noise
-    assert not other.within_noise
-    assert other.mean == pytest.approx(-0.0997, abs=1e-4)
+    assert not different.within_noise
+    assert different.mean == pytest.approx(-0.0997, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--data", "cifar"], "unknown data set 'cifar'; choose from"),
+        (["--seeds", "1"], "--seeds must be at least 2, got 1"),
+    ],
+)
+def test_a_wrong_argument_is_reported_in_one_line_with_exit_code_2(arguments, problem, capsys):
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"benchmarks.fast_paths: {problem}")

@@ -1,6 +1,5 @@
 """The command as a user gives it, with Ray, sqlite, real trainings and a real registry."""
 
-import json
 import os
 import re
 import shutil
@@ -143,19 +142,6 @@ def check_registered(store_uri: str, glyphs_dir: Path) -> None:
 
 
 @pytest.mark.slow
-def test_images_that_differ_from_the_grids_are_refused(
-    arguments: list[str], store_uri: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    store = Store(store_uri, "tiny")
-    store.create(missing=False)
-    manifest = store.manifest()
-    manifest["data"]["per_class"] = 30
-    store.attach(store.parent_id, {"grid.json": json.dumps(manifest).encode()})
-    assert confirm(arguments) == 2
-    assert "are not those of the grid; pass its --data-dir" in capfd.readouterr().err
-
-
-@pytest.mark.slow
 def test_lost_weights_are_reported_and_nothing_is_tested(
     arguments: list[str], store_uri: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,11 +167,8 @@ def test_a_second_command_is_refused_while_the_first_one_tests(
     assert "grid.confirm: can't record the test results of the finalists: the cable is cut" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("manifest", [b"{}", b'{"data": {"na', b'{"data": {"name": "glyphs"}}', b'{"data": null}'])
-def test_a_grid_whose_manifest_does_not_name_its_images_can_not_be_confirmed(
-    manifest: bytes, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def record_ended_trial(store: Store, manifest: bytes) -> None:
+    """Write what `grid.confirm` reads, as another program might."""
     store.attach(store.parent_id, {"grid.json": manifest})
     tags = {"kind": "trial", "status": "completed", "trial_key": CONFIG.trial_key}
     run_id = store.client.create_run(store.experiment_id, tags=tags).info.run_id
@@ -193,5 +176,23 @@ def test_a_grid_whose_manifest_does_not_name_its_images_can_not_be_confirmed(
         store.client.log_param(run_id, name, value)
     for name, value in {"best_val_accuracy": 0.5, "epochs_run": 9}.items():
         store.client.log_metric(run_id, name, value)
+
+
+def test_images_that_differ_from_the_grids_are_refused(
+    store: Store, glyphs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    record_ended_trial(store, b'{"data": {"name": "glyphs", "per_class": 20}, "order_seed": 0}')
+    shared = ["--experiment", "some grid", "--store", store.uri]
+    assert confirm([*shared, "--data-dir", str(glyphs_dir)]) == 2
+    assert "are not those of the grid; pass its --data-dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("manifest", [b"{}", b'{"data": {"na', b'{"data": {"name": "glyphs"}}', b'{"data": null}'])
+def test_a_grid_whose_manifest_does_not_name_its_images_can_not_be_confirmed(
+    manifest: bytes, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    record_ended_trial(store, manifest)
     assert confirm(["--experiment", "some grid", "--store", store.uri]) == 2
     assert "does not say what it was trained on" in capsys.readouterr().err

@@ -18,12 +18,12 @@ from analysis.formatting import Format, chance, format_table, hundredths, number
         (hundredths, -0.7, "-0.70"),
     ],
 )
-def test_numbers_are_spelled_for_people(style: Format, value: float, text: str) -> None:
+def test_numbers_are_formatted_for_people(style: Format, value: float, text: str) -> None:
     assert style(value) == text
 
 
 @pytest.mark.parametrize("style", [percent, points, number, chance, hundredths])
-def test_what_is_not_known_is_left_empty(style: Format) -> None:
+def test_unknown_numbers_are_left_empty(style: Format) -> None:
     assert style(float("nan")) == ""
 
 
@@ -31,27 +31,27 @@ def test_what_is_not_known_is_left_empty(style: Format) -> None:
     ("remark", "text"),
     [
         ("2 trials left out: deleted", "2 trials left out: deleted."),
-        ("incomplete: some are missing", "Incomplete: some are missing."),
+        ("incomplete: 3 are missing", "Incomplete: 3 are missing."),
         ("cnn: no control has an end", "cnn: no control has an end."),
         ("it ends with a stop.", "It ends with a stop."),
     ],
 )
-def test_a_remark_becomes_a_sentence(remark: str, text: str) -> None:
+def test_a_note_becomes_a_sentence(remark: str, text: str) -> None:
     assert sentence(remark) == text
 
 
-def test_a_table_is_spelled_by_column() -> None:
+def test_a_table_is_formatted_by_column() -> None:
     table = pd.DataFrame({"winner_kept": [True], "rate": [0.5], "epochs_run": [1200], "effect": [0.01], "low": [0.2]})
     assert format_table(table).to_dict("list") == {
         "winner kept": ["yes"],
         "rate": ["50.00%"],
         "epochs run": ["1,200"],
         "effect": ["+1.00"],
-        "95 % from": ["0.2"],
+        "95% from": ["0.2"],
     }
 
 
-def test_headers_and_spellings_of_one_table_come_first() -> None:
+def test_headers_and_formats_of_a_call_override_the_defaults() -> None:
     assert format_table(pd.DataFrame({"low": [0.2]}), {"low": "at least"}, low=percent).to_dict("list") == {
         "at least": ["20.00%"]
     }

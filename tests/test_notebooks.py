@@ -63,7 +63,7 @@ def test_every_look_is_introduced(notebook: NotebookNode) -> None:
 
 @pytest.fixture(scope="module")
 def store_uri(_migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store with a grid in it as ASHA leaves one: stopped, completed and diverged trials, controls, finalists."""
+    """Return a store with a grid of stopped, completed and diverged trials, unstopped controls, and finalists."""
     folder = tmp_path_factory.mktemp("planted")
     shutil.copy(_migrated_database, folder / "mlflow.db")
     uri = f"sqlite:///{folder}/mlflow.db"

@@ -73,7 +73,7 @@ DRAWINGS: dict[str, Callable[[], str]] = {
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Axes]]:
-    """The axes of every figure that is drawn, before they become SVG."""
+    """Collect the axes of every figure that is drawn, before they become SVG."""
     axes: list[Axes] = []
     make = plot._svg
 
@@ -101,18 +101,18 @@ def test_every_figure_is_xml_with_a_size_and_a_title(draw: Callable[[], str]) ->
     assert root.find(f"{SVG}title").text
 
 
-def test_ids_are_unique_among_the_figures_of_a_page_and_references_meet_one() -> None:
+def test_ids_are_unique_among_the_figures_of_a_page_and_every_reference_resolves() -> None:
     page = "".join(draw() for draw in DRAWINGS.values())
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', page)) <= set(ids)
 
 
-def test_the_same_table_is_the_same_picture() -> None:
+def test_the_same_table_yields_the_same_picture() -> None:
     assert DRAWINGS["curves"]() == DRAWINGS["curves"]()
 
 
-def test_a_figure_refers_to_nothing_outside() -> None:
+def test_a_figure_needs_no_other_file() -> None:
     page = "".join(draw() for draw in DRAWINGS.values())
     assert not re.findall(r'href="(?!#|data:)', page)
     assert set(re.findall(r'([\w:]+)="https?://', page)) == {"xmlns", "xmlns:xlink"}
@@ -122,11 +122,11 @@ def test_diverged_trials_have_no_curve() -> None:
     assert set(plot.curve_sample(TRIALS)["run_id"]) == {"a", "b", "c", "d", "e"}
 
 
-def test_of_many_curves_some_are_drawn_at_random_and_how_many_there_are_is_kept() -> None:
+def test_of_many_curves_a_random_sample_is_drawn_and_their_number_is_kept() -> None:
     many = pd.DataFrame([trial(f"{number}", "stopped") for number in range(400)])
     sample = plot.curve_sample(many)
     assert len(sample) == plot.CURVES_PER_MODEL
-    assert set(sample["of"]) == {400}
+    assert set(sample["available"]) == {400}
     assert set(sample["run_id"]) != set(many["run_id"][: plot.CURVES_PER_MODEL])
 
 
@@ -136,14 +136,14 @@ def test_the_table_of_curves_has_their_spread() -> None:
     assert table.loc[("mlp", "stopped", 1), "trials"] == 2
 
 
-def test_curves_are_drawn_one_by_one(drawn: list[Axes]) -> None:
+def test_every_curve_is_a_line(drawn: list[Axes]) -> None:
     DRAWINGS["curves"]()
     lines = [line for line in drawn[0].lines if line.get_linestyle() == "-" and len(line.get_xdata())]
     assert sorted(tuple(line.get_ydata()) for line in lines) == [(10,), (20,), (20, 40), (30, 60)]
     assert legend_of(drawn[0]) == {"stopped (2)", "completed (2)"}
 
 
-def test_the_funnel_counts_who_ended_each_rung_and_the_budget() -> None:
+def test_the_funnel_counts_the_trials_that_reached_each_rung_and_the_budget() -> None:
     funnel = plot.funnel_table(TRIALS).set_index(["model", "epoch"])
     assert funnel.loc["mlp", "trials"].to_dict() == {0: 4, 1: 4, 3: 3, 9: 2}
     assert funnel.loc["cnn", "share"].to_dict() == {0: 1.0, 1: 1.0, 3: 0.5, 9: 0.5}
@@ -152,11 +152,20 @@ def test_the_funnel_counts_who_ended_each_rung_and_the_budget() -> None:
 def test_the_funnel_has_a_bar_per_model_and_stage(drawn: list[Axes]) -> None:
     DRAWINGS["funnel"]()
     assert [bar.get_width() for bar in drawn[0].patches] == [2, 2, 1, 1, 4, 4, 3, 2]
-    assert labels_of(drawn[0]) == ["begun", "after epoch 1", "after epoch 3", "after epoch 9"]
+    assert labels_of(drawn[0]) == ["started", "after epoch 1", "after epoch 3", "after epoch 9"]
     assert legend_of(drawn[0]) == {"mlp", "cnn"}
 
 
-def test_the_factor_with_the_widest_range_comes_first_and_its_best_level() -> None:
+@pytest.mark.parametrize("models", [4, 15])
+def test_any_number_of_models_is_drawn_and_can_be_distinguished(drawn: list[Axes], models: int) -> None:
+    trials = [trial(f"{number}", model=f"model {number}") for number in range(models)]
+    plot.draw_funnel(plot.funnel_table(pd.DataFrame(trials)))
+    bars = [container.patches[0] for container in drawn[0].containers]
+    assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in bars}) == models
+    assert legend_of(drawn[0]) == {f"model {number}" for number in range(models)}
+
+
+def test_the_factor_with_the_widest_range_comes_first_with_its_best_level_first() -> None:
     assert plot.effect_rows(LEVELS)["level"].tolist() == ["adam", "sgd", "asgd", "mlp", "cnn"]
 
 
@@ -173,7 +182,7 @@ def test_an_interval_reaches_from_low_to_high(drawn: list[Axes]) -> None:
     assert segment[:, 0] == pytest.approx([-2, 2])
 
 
-def test_terms_beyond_the_named_ones_are_one_and_nothing_is_lost() -> None:
+def test_terms_that_are_not_named_are_added_up() -> None:
     bars = plot.variance_bars(VARIANCE, count=2)
     assert list(bars["term"]) == ["optimizer", "model x optimizer", "2 other terms", "residual"]
     assert list(bars["share"]) == pytest.approx([0.5, 0.3, 0.16, 0.04])
@@ -190,7 +199,7 @@ def test_factors_pairs_and_the_rest_differ_in_colour(drawn: list[Axes]) -> None:
     assert [text.get_text().strip() for text in drawn[0].texts] == ["50.0%", "30.0%", "16.0%", "4.0%"]
 
 
-def test_the_strongest_interactions_are_pairs_and_no_factors() -> None:
+def test_the_strongest_interactions_are_pairs_of_factors() -> None:
     assert plot.strongest_interactions(VARIANCE, 1) == [("model", "optimizer")]
     assert plot.strongest_interactions(VARIANCE) == [("model", "optimizer"), ("model", "dropout")]
 
@@ -201,19 +210,19 @@ def test_a_map_has_the_effects_of_its_pair_and_more_rows_than_columns() -> None:
     assert MAP.loc["adam"].to_dict() == {"mlp": 0.02, "cnn": -0.02}
 
 
-def test_every_effect_stands_in_its_field(drawn: list[Axes]) -> None:
+def test_every_field_of_a_map_shows_its_effect(drawn: list[Axes]) -> None:
     DRAWINGS["interaction"]()
     assert [text.get_text() for text in drawn[0].texts] == ["+2.0", "-2.0"] * 3
     assert labels_of(drawn[0]) == ["sgd", "adam", "asgd"]
     assert (drawn[0].get_xlabel(), drawn[0].get_ylabel()) == ("model", "optimizer")
 
 
-def test_maps_that_stand_together_share_their_colours(drawn: list[Axes]) -> None:
-    plot.draw_interaction(MAP, ("model", "optimizer"), most=0.5)
+def test_maps_can_share_a_colour_scale(drawn: list[Axes]) -> None:
+    plot.draw_interaction(MAP, ("model", "optimizer"), largest=0.5)
     assert drawn[0].images[0].get_clim() == (-65, 65)
 
 
-def test_a_map_without_any_effect_is_drawn_pale(drawn: list[Axes]) -> None:
+def test_a_map_without_any_effect_can_be_drawn(drawn: list[Axes]) -> None:
     plot.draw_interaction(MAP * -0.0, ("model", "optimizer"))
     assert {text.get_text() for text in drawn[0].texts} == {"+0.0"}
 
@@ -224,7 +233,7 @@ def test_finalists_show_validation_and_test(drawn: list[Axes]) -> None:
     assert legend_of(drawn[0]) == {"validation", "test"}
 
 
-def test_untested_finalists_have_no_mark_for_it(drawn: list[Axes]) -> None:
+def test_untested_finalists_have_no_mark_for_a_test(drawn: list[Axes]) -> None:
     plot.draw_finalists(CELLS.assign(test_accuracy=np.nan), ["one", "two"])
     assert legend_of(drawn[0]) == {"validation"}
 

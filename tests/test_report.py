@@ -48,7 +48,7 @@ def finished_page(finished_store: Store, tmp_path_factory: pytest.TempPathFactor
 
 
 def report(store: Store, folder: Path) -> str:
-    """The words of the page on an experiment."""
+    """Return the page of an experiment."""
     out = folder / "page.html"
     assert main(["--experiment", store.experiment, "--store", store.uri, "--out", str(out)]) == 0
     return out.read_text(encoding="utf-8")
@@ -80,75 +80,81 @@ def browse(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def complaints(browsed: subprocess.CompletedProcess[str]) -> list[str]:
+def console_messages(browsed: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in browsed.stderr.splitlines() if "CONSOLE" in line]
 
 
-def test_the_headline_is_printed_too(finished_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_headline_is_also_printed(
+    finished_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     report(finished_store, tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[:4]] == QUESTIONS
     assert lines[4].startswith(f"{tmp_path}/page.html  0.")
 
 
-def test_what_was_trained_stands_at_the_head(finished_page: Path) -> None:
-    told = "24 cells; 48 trials of at most 9 epochs; glyphs: 1,200 training and 600 validation images"
-    assert f"finished {told}; commit 0123456789ab" in words(finished_page.read_text(encoding="utf-8"))
+def test_the_page_starts_with_what_was_trained(finished_page: Path) -> None:
+    subtitle = "24 cells; 48 trials of at most 9 epochs; glyphs: 1,200 training and 600 validation images"
+    assert f"finished {subtitle}; commit 0123456789ab" in words(finished_page.read_text(encoding="utf-8"))
 
 
-def test_the_page_refers_to_nothing_outside(finished_page: Path) -> None:
+def test_the_page_needs_no_other_file(finished_page: Path) -> None:
     page = finished_page.read_text(encoding="utf-8")
     assert not re.findall(r'(?:src|href|action)="(?!#|data:)[^"]*"', page)
     assert not re.findall(r"url\((?!#)|@import", page)
     assert set(re.findall(r'([\w:]+)="https?://', page)) == {"xmlns", "xmlns:xlink"}
 
 
-def test_ids_are_unique_and_every_link_meets_one(finished_page: Path) -> None:
+def test_ids_are_unique_and_every_link_resolves(finished_page: Path) -> None:
     page = finished_page.read_text(encoding="utf-8")
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', page)) <= set(ids)
 
 
-def test_numbers_end_at_the_right_and_words_start_at_the_left(finished_page: Path) -> None:
+def test_numbers_are_aligned_right_and_words_left(finished_page: Path) -> None:
     page = finished_page.read_text(encoding="utf-8")
     assert '<td class="text">cnn constant gelu adam batch_norm</td><td>76.' in page
 
 
-def test_one_trial_is_a_page(store: Store, tmp_path: Path) -> None:
+def test_a_single_trial_has_a_page(store: Store, tmp_path: Path) -> None:
     fill(store, tmp_path, ("relu", "completed", GOOD))
     text = words(report(store, tmp_path))
     assert "1 cell; 1 trial of at most 3 epochs; 900 validation images; commit 0123456" in text
-    assert "60.00% of the validation images (one seed). It is the only one." in text
+    assert "60.00% of the validation images (one seed). It is the only cell." in text
     assert "Every factor has an accuracy at one level only; run a grid with two levels of a factor." in text
 
 
-def test_one_level_in_several_seeds_is_a_page(store: Store, tmp_path: Path) -> None:
+def test_a_single_cell_with_several_seeds_has_a_page(store: Store, tmp_path: Path) -> None:
     fill(store, tmp_path, *[("relu", "completed", [accuracy]) for accuracy in (0.5, 0.5, 0.6, 0.6)])
     text = words(report(store, tmp_path))
-    assert "55.00% of the validation images (2 seeds). It is the only one." in text
+    assert "55.00% of the validation images (2 seeds). It is the only cell." in text
     assert "Every factor has an accuracy at one level only" in text
 
 
-def test_a_grid_that_all_diverged_is_a_page(store: Store, tmp_path: Path) -> None:
+def test_a_grid_whose_trials_all_diverged_has_a_page(store: Store, tmp_path: Path) -> None:
     fill(store, tmp_path, ("relu", "diverged", []), ("gelu", "diverged", []))
     text = words(report(store, tmp_path))
-    assert text.count("No trial reached an accuracy: all diverged or failed") == 3
+    assert text.count("No trial has an accuracy: all diverged or failed") == 3
     assert "2 of 2 trials diverged (their loss was not finite)." in text
     assert "nan" not in text
 
 
-def test_a_grid_without_controls_says_what_it_cannot_know(store: Store, tmp_path: Path) -> None:
+def test_a_grid_without_controls_says_what_is_unknown(store: Store, tmp_path: Path) -> None:
     fill(store, tmp_path, ("relu", "completed", GOOD), ("gelu", "stopped", [0.2]))
     text = words(report(store, tmp_path))
-    assert "What it cost is unknown: no control that would have been stopped." in text
-    assert "No controls: what stopping cost can't be known; run grid.run with --controls 0.05 next time." in text
+    assert "What it cost is unknown: it would have stopped no unstopped control." in text
+    assert (
+        "No unstopped controls: the cost of stopping is unknown; run grid.run with --controls 0.05 next time." in text
+    )
 
 
 def test_before_the_finalists_the_page_says_how_to_get_them(store: Store, tmp_path: Path) -> None:
     fill(store, tmp_path, ("relu", "completed", GOOD), ("gelu", "completed", GOOD))
-    told = "Finalists None yet. This trains the best cells again, on new seeds: python -m grid.confirm --experiment"
-    assert f"{told} 'some grid'" in words(report(store, tmp_path))
+    hint = (
+        "Finalists None yet. This command trains the best cells again on new seeds: python -m grid.confirm --experiment"
+    )
+    assert f"{hint} 'some grid'" in words(report(store, tmp_path))
 
 
 def test_a_store_of_another_program_has_a_page_without_a_manifest(store: Store, tmp_path: Path) -> None:
@@ -157,10 +163,10 @@ def test_a_store_of_another_program_has_a_page_without_a_manifest(store: Store, 
     text = words(report(store, tmp_path))
     assert "The store has no manifest (grid.json) of this experiment" in text
     assert "The store has no picture of the images." in text
-    assert "1 run left out: no tag kind=trial, confirm or grid." in text
+    assert "1 run left out: no tag kind=trial, kind=confirm or kind=grid." in text
 
 
-def test_a_name_is_no_markup(store_uri: str, tmp_path: Path) -> None:
+def test_a_name_is_not_markup(store_uri: str, tmp_path: Path) -> None:
     store = Store(store_uri, "<script>alert(1)</script>")
     store.create()
     fill(store, tmp_path, ("relu", "completed", GOOD))
@@ -175,18 +181,18 @@ def wrong(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return line
 
 
-def test_an_empty_experiment_is_one_line(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_experiment_is_reported_in_one_line(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     line = wrong(capsys, "--experiment", "some grid", "--store", store.uri)
     assert line.startswith("analysis.report: experiment 'some grid' in sqlite:")
     assert line.endswith("has no trial yet; run python -m grid.run first")
 
 
-def test_an_unknown_experiment_is_one_line(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_experiment_is_reported_in_one_line(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     line = wrong(capsys, "--experiment", "other", "--store", store.uri)
     assert line.startswith("analysis.report: no experiment 'other' in sqlite:")
 
 
-def test_a_page_that_cannot_be_written_is_one_line(
+def test_a_page_that_cannot_be_written_is_reported_in_one_line(
     store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(store, tmp_path, ("relu", "completed", GOOD))
@@ -196,7 +202,7 @@ def test_a_page_that_cannot_be_written_is_one_line(
 
 @pytest.fixture
 def framed(finished_page: Path, tmp_path: Path) -> Callable[[int], dict[str, object]]:
-    """Measures the page in a browser whose window has a width that headless ones refuse."""
+    """Measure the page in an iframe: a headless browser refuses windows as narrow as a phone."""
 
     def measure(width: int) -> dict[str, object]:
         probed = tmp_path / "probed.html"
@@ -204,7 +210,7 @@ def framed(finished_page: Path, tmp_path: Path) -> Callable[[int], dict[str, obj
         frame = tmp_path / "frame.html"
         frame.write_text(FRAME.format(page=probed.as_uri(), width=width), encoding="utf-8")
         browsed = browse(frame, "--window-size=1400,1000", "--virtual-time-budget=5000", "--dump-dom")
-        assert complaints(browsed) == []
+        assert console_messages(browsed) == []
         found = re.search(r"<pre>(.+?)</pre>", browsed.stdout)
         assert found, browsed.stderr
         return json.loads(found[1])
@@ -224,14 +230,14 @@ def test_in_a_browser_all_figures_are_drawn_and_nothing_is_wider_than_the_window
 
 
 @needs_browser
-def test_a_complaint_of_the_browser_would_be_seen(tmp_path: Path) -> None:
+def test_a_message_of_the_browsers_console_is_seen(tmp_path: Path) -> None:
     (tmp_path / "broken.html").write_text("<script>missing()</script>")
-    assert "missing is not defined" in complaints(browse(tmp_path / "broken.html", "--dump-dom"))[0]
+    assert "missing is not defined" in console_messages(browse(tmp_path / "broken.html", "--dump-dom"))[0]
 
 
 @needs_browser
 def test_the_page_prints(finished_page: Path, tmp_path: Path) -> None:
     printed = tmp_path / "page.pdf"
-    assert complaints(browse(finished_page, f"--print-to-pdf={printed}")) == []
+    assert console_messages(browse(finished_page, f"--print-to-pdf={printed}")) == []
     pages = re.findall(rb"/Type\s*/Page\b", printed.read_bytes())
     assert 4 <= len(pages) <= 12

@@ -4,11 +4,12 @@ from pathlib import Path
 import pytest
 
 from analysis import plot
+from analysis.audit import WORDING
 from analysis.formatting import percent
 from analysis.page import sections
 from analysis.page.sections import Section
 from analysis.store import read_experiment
-from analysis.verdict import Verdict, analyse
+from analysis.verdict import Unavailable, Verdict, analyse
 from grid.record.store import Store
 
 TITLES = (
@@ -29,7 +30,7 @@ def page(verdict: Verdict, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         return {section.title: section for section in sections.sections(verdict)}
 
 
-def test_every_section_is_there_in_order_with_its_own_anchor(page: dict[str, Section]) -> None:
+def test_every_section_is_present_in_order_with_its_own_anchor(page: dict[str, Section]) -> None:
     assert tuple(page) == TITLES
     assert len({section.anchor for section in page.values()}) == len(TITLES)
     assert page["Main effects"].anchor == "main-effects"
@@ -45,7 +46,7 @@ def test_the_leaders_are_those_of_the_ranking(page: dict[str, Section], verdict:
 
 def test_each_model_has_its_leaders(page: dict[str, Section]) -> None:
     _, cnn, mlp = page["Leaderboard"].tables
-    assert (cnn.caption, mlp.caption) == ("The best cnn", "The best mlp")
+    assert (cnn.caption, mlp.caption) == ("Best cnn cells", "Best mlp cells")
     assert all(cell.startswith("mlp") for cell in mlp.rows["cell"])
 
 
@@ -56,12 +57,12 @@ def test_columns_without_a_value_are_left_out(verdict: Verdict) -> None:
     assert not any("tie" in text for text in section.text)
 
 
-def test_other_learning_rates_are_told(verdict: Verdict) -> None:
+def test_scaled_learning_rates_are_shown(verdict: Verdict) -> None:
     rows = sections.leaderboard(replace(verdict, cells=verdict.cells.assign(lr_scale=0.1))).tables[0].rows
     assert set(rows["lr"]) == {"x0.1"}
 
 
-def test_notes_of_the_store_stand_over_the_ranking(verdict: Verdict) -> None:
+def test_notes_of_the_store_precede_the_ranking(verdict: Verdict) -> None:
     noted = replace(verdict, experiment=replace(verdict.experiment, notes=("1 run left out: deleted",)))
     assert sections.leaderboard(noted).text[-1] == "1 run left out: deleted."
 
@@ -69,26 +70,26 @@ def test_notes_of_the_store_stand_over_the_ranking(verdict: Verdict) -> None:
 def test_the_effects_have_a_row_per_level_and_a_line_per_term(page: dict[str, Section], verdict: Verdict) -> None:
     first, last, variance = page["Main effects"].figures
     assert len(first.table) == len(last.table) == len(verdict.effects.levels)
-    assert "after epoch 9, from the " in last.caption
+    assert "after epoch 9, from 10 unstopped controls alone" in last.caption
     assert list(variance.table["term"]) == list(verdict.effects.variance["term"])
 
 
 def test_interactions_name_their_factors(page: dict[str, Section]) -> None:
     figures = page["Interactions"].figures
     assert len(figures) == plot.HEAT_MAPS
-    one, other = figures[0].caption.split(" x ")
-    assert list(figures[0].table)[:2] == [one, other]
+    first, second = figures[0].caption.split(" x ")
+    assert list(figures[0].table)[:2] == [first, second]
 
 
-def test_without_interactions_a_sentence_stands_there(verdict: Verdict) -> None:
-    found = sections.interactions(replace(verdict, effects=None))
-    assert found == Section("Interactions", ["No two factors vary here whose interaction could be estimated."])
+def test_without_interactions_a_sentence_says_so(verdict: Verdict) -> None:
+    found = sections.interactions(replace(verdict, effects=Unavailable("one level only")))
+    assert found == Section("Interactions", ["No interaction of two factors could be estimated."])
 
 
 def test_each_model_has_its_curves_and_all_have_a_funnel(page: dict[str, Section]) -> None:
     captions = [figure.caption for figure in page["Learning curves"].figures]
     assert [caption.split(":")[0] for caption in captions] == [
-        *("Learning curves, cnn", "Learning curves, mlp", "How many trials came how far")
+        *("Learning curves, cnn", "Learning curves, mlp", "How far trials got")
     ]
 
 
@@ -110,17 +111,17 @@ def test_the_cost_has_a_row_per_model(page: dict[str, Section]) -> None:
     assert list(page["Cost"].tables[0].rows["model"]) == ["cnn", "mlp"]
 
 
-def test_the_tables_of_stopping_are_in_words(page: dict[str, Section]) -> None:
+def test_the_tables_of_stopping_have_captions_remarks_and_plain_headers(page: dict[str, Section]) -> None:
     tables = {table.caption: table for table in page["Early stopping"].tables}
-    assert len(tables) == len(sections.AUDIT_TABLES)
+    assert len(tables) == len(WORDING)
     assert all(table.remark.endswith(".") for table in tables.values())
     assert not [header for table in tables.values() for header in table.rows if "_" in header]
-    assert "Would a plain rule have done as well: all until epoch 1, then the best K to the end?" in tables
+    assert "Would a simpler rule do: train all to epoch 1, then the best K to the end?" in tables
 
 
 def test_the_tables_of_stopping_have_the_figures_of_the_audit(page: dict[str, Section], verdict: Verdict) -> None:
     _, correlations, false_stops, _, baseline = (table.rows for table in page["Early stopping"].tables)
-    assert list(correlations["95 % from"]) == [f"{low:.2f}" for low in verdict.audit.correlations["low"]]
+    assert list(correlations["95% from"]) == [f"{low:.2f}" for low in verdict.audit.correlations["low"]]
     assert list(false_stops["to"]) == [f"{high:.2%}" for high in verdict.audit.false_stops["high"]]
     first = verdict.audit.baseline.iloc[0]
     assert baseline["best survivors kept"][0] == f"{first['top_kept']} of {first['top']}"
@@ -128,13 +129,13 @@ def test_the_tables_of_stopping_have_the_figures_of_the_audit(page: dict[str, Se
 
 def test_tables_of_stopping_without_a_row_are_left_out(verdict: Verdict) -> None:
     audit = replace(verdict.audit, correlations=verdict.audit.correlations[:0], baseline=verdict.audit.baseline[:0])
-    assert len(sections.stopping(replace(verdict, audit=audit)).tables) == len(sections.AUDIT_TABLES) - 2
+    assert len(sections.stopping(replace(verdict, audit=audit)).tables) == len(WORDING) - 2
 
 
-def test_finalists_come_with_what_their_best_net_misread(page: dict[str, Section]) -> None:
+def test_finalists_come_with_the_mistakes_of_their_best_net(page: dict[str, Section]) -> None:
     accuracies, pairs, mistakes = page["Finalists"].figures
     assert list(accuracies.table["seeds"]) == [3] * 8
-    assert pairs.caption.startswith("Who is taken for whom: cnn constant gelu adam batch_norm, seed 100")
+    assert pairs.caption.startswith("Which characters are confused: cnn constant gelu adam batch_norm, seed 100")
     assert list(pairs.table)[:2] == ["true", "read as"]
     assert mistakes.table["character"].tolist()[0] == "0"
 
@@ -143,12 +144,12 @@ def test_characters_that_look_like_numbers_stay_characters(page: dict[str, Secti
     assert list(page["Finalists"].figures[1].table["read as"][:3]) == ["1", "2", "3"]
 
 
-def test_pictures_are_in_the_page_itself(page: dict[str, Section]) -> None:
+def test_pictures_are_embedded(page: dict[str, Section]) -> None:
     (sheet,) = page["Samples"].figures
     assert sheet.picture.startswith('<img alt="sample images" src="data:image/png;base64,iVBOR')
 
 
-def test_untested_finalists_have_no_readings(verdict: Verdict) -> None:
+def test_untested_finalists_have_no_mistakes(verdict: Verdict) -> None:
     untested = verdict.experiment.finalists.assign(test_accuracy=float("nan"))
     changed = replace(verdict, experiment=replace(verdict.experiment, finalists=untested))
     assert len(sections.finalists(changed).figures) == 1
@@ -156,8 +157,8 @@ def test_untested_finalists_have_no_readings(verdict: Verdict) -> None:
 
 def test_the_command_that_confirms_can_be_pasted(verdict: Verdict) -> None:
     named = replace(verdict.experiment, name="it's <mine>")
-    nothing = replace(verdict, experiment=named, cells=verdict.cells[verdict.cells["tier"] != "finalist"])
-    (text,) = sections.finalists(nothing).text
+    unconfirmed = replace(verdict, experiment=named, cells=verdict.cells[verdict.cells["tier"] != "finalist"])
+    (text,) = sections.finalists(unconfirmed).text
     assert "--experiment &#39;it&#39;&#34;&#39;&#34;&#39;s &lt;mine&gt;&#39;</code>" in text
 
 

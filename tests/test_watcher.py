@@ -208,9 +208,9 @@ def test_rungs_after_a_resume_equal_the_rungs_before() -> None:
             before.diverge(config.trial_key, group="mlp", epoch=1)
             known[config.trial_key] = stored(config, "diverged", epochs_run=1)
             continue
-        went_on = before.goes_on(config.trial_key, group="mlp", epoch=1, value=accuracy)
-        trial = stored(config, "completed" if went_on else "stopped")
+        continued = before.decide(config.trial_key, group="mlp", epoch=1, value=accuracy)
+        trial = stored(config, "completed" if continued else "stopped")
         trial.metrics["val_accuracy_at_1"] = accuracy  # type: ignore[index]
-        known[config.trial_key] = replace(trial, stopped_at=None if went_on else 1)
+        known[config.trial_key] = replace(trial, stopped_at=None if continued else 1)
     restore_rungs(after, known)
     assert after == before

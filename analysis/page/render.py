@@ -12,7 +12,7 @@ from grid.config import FACTORS
 from grid.wording import count
 
 TEXTS = frozenset({*FACTORS, "cell", "character", "level", "factor", "read as", "status", "term", "tie", "true"})
-"""Columns of words, which start at the left; numbers end at the right."""
+"""Columns of text, aligned left; numbers are aligned right."""
 SPLITS = {"train": "training", "val": "validation"}
 
 
@@ -36,14 +36,14 @@ def render(verdict: Verdict) -> str:
 
 
 def _subtitle(experiment: Experiment) -> str:
-    """Say what was trained; a manifest that another program wrote may lack anything."""
+    """Say what was trained; any entry may be missing from a manifest that another program wrote."""
     trials, manifest = experiment.trials, experiment.manifest
     epochs = count(int(trials["epochs"].max()), "epoch")
     parts = [count(trials["cell_key"].nunique(), "cell"), f"{count(len(trials), 'trial')} of at most {epochs}"]
     data = experiment.described("data")
     sizes = {name: data.get(f"{split}_images") for split, name in SPLITS.items()}
     images = [f"{size:,} {name}" for name, size in sizes.items() if isinstance(size, int)]
-    named = f"{data['name']}: " if "name" in data else ""
-    parts += [f"{named}{' and '.join(images)} images"] if images else []
+    data_name = f"{data['name']}: " if "name" in data else ""
+    parts += [f"{data_name}{' and '.join(images)} images"] if images else []
     parts += [f"commit {manifest['commit']}"] if "commit" in manifest else []
     return "; ".join(parts)

@@ -140,7 +140,7 @@ def strip(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def caption(true: str, predicted: str, confidence: float) -> str:
-    """Return such as `4 read as 9, 99 %`; rounded down, so that 100 % is none that could have been more."""
+    """Return a caption such as `4 read as 9, 99 %`, the confidence rounded down."""
     return f"{true} read as {predicted}, {int(100 * confidence)} %"
 
 

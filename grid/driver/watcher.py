@@ -180,7 +180,7 @@ def restore_rungs(asha: Asha, stored: Mapping[str, StoredTrial]) -> None:
         for epoch in asha.rungs:
             value = trial.metrics.get(f"{RUNG_METRIC}{epoch}")
             if value is not None:
-                asha.restore(key, group=group, epoch=epoch, value=value, went_on=trial.stopped_at != epoch)
+                asha.restore(key, group=group, epoch=epoch, value=value, continued=trial.stopped_at != epoch)
         if trial.status == "diverged":
             asha.diverge(key, group=group, epoch=int(trial.metrics["epochs_run"]))
         elif trial.val_accuracies and math.isnan(trial.val_accuracies[-1]):

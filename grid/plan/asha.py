@@ -39,7 +39,7 @@ class Asha:
     _values: dict[tuple[str, int], list[float]] = field(default_factory=lambda: defaultdict(list))
     _decisions: dict[tuple[str, int], bool] = field(default_factory=dict)
 
-    def goes_on(self, trial_key: str, *, group: str, epoch: int, value: float, control: bool = False) -> bool:
+    def decide(self, trial_key: str, *, group: str, epoch: int, value: float, control: bool = False) -> bool:
         """Record that a trial has ended an epoch, and return whether it continues.
 
         A trial that reaches a rung a second time, resumed after a crash, gets the same answer and is not counted again.
@@ -62,9 +62,9 @@ class Asha:
     def diverge(self, trial_key: str, *, group: str, epoch: int) -> None:
         """Record at the next rung that a trial diverged in `epoch`."""
         if coming := [rung for rung in self.rungs if rung >= epoch]:
-            self.goes_on(trial_key, group=group, epoch=coming[0], value=math.nan)
+            self.decide(trial_key, group=group, epoch=coming[0], value=math.nan)
 
-    def restore(self, trial_key: str, *, group: str, epoch: int, value: float, went_on: bool) -> None:
+    def restore(self, trial_key: str, *, group: str, epoch: int, value: float, continued: bool) -> None:
         """Restore a recorded arrival with the decision of that time, even if it would differ today.
 
         Args:
@@ -72,10 +72,10 @@ class Asha:
             group: Trials are compared within a group only.
             epoch: The rung.
             value: Validation accuracy; NaN for a trial that diverged before it.
-            went_on: Whether the trial continued.
+            continued: Whether the trial continued.
         """
         insort(self._values[group, epoch], -math.inf if math.isnan(value) else value)
-        self._decisions[trial_key, epoch] = went_on
+        self._decisions[trial_key, epoch] = continued
 
     def arrivals(self, group: str, epoch: int) -> tuple[float, ...]:
         """Return the values recorded at a rung, lowest first."""

@@ -111,7 +111,7 @@ def forecast(
 
 def _simulate(trial: TrialConfig, asha: Asha, value: float, control: bool) -> int:
     for epoch in asha.rungs:
-        if not asha.goes_on(trial.trial_key, group=trial.model, epoch=epoch, value=value, control=control):
+        if not asha.decide(trial.trial_key, group=trial.model, epoch=epoch, value=value, control=control):
             return epoch
     return trial.epochs
 

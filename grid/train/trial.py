@@ -129,15 +129,12 @@ class Trial:
         self.epoch = 0
         self._order = _generator(config.seed, "order", "cpu")
         self._dropout = _generator(config.seed, "dropout", config.device)
-        self._layout = getattr(
-            torch, "channels_last" if config.memory_format == "channels_last" else "contiguous_format"
-        )
+        self._layout = torch.channels_last if config.memory_format == "channels_last" else torch.contiguous_format
         self.net = build_net(config, data, self._dropout).to(device=config.device)
         self.net = self.net.to(memory_format=self._layout)
         self._weights = penalised_weights(self.net)
-        count = len(data.train_labels)
-        self._batch_size = min(config.batch_size, count)
-        self._steps = count // self._batch_size
+        self._batch_size = min(config.batch_size, len(data.train_labels))
+        self._steps = len(data.train_labels) // self._batch_size
         self._optimizer = build_optimizer(
             config.optimizer,
             self.net.parameters(),

@@ -173,14 +173,14 @@ class AshaScheduler(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         """Return whether a trial continues: at a rung, only if it is among the best."""
         config = _config(trial)
-        goes_on = self._asha.goes_on(
+        continues = self._asha.decide(
             config.trial_key,
             group=config.model,
             epoch=result["report"].epoch,
             value=result["report"].val_accuracy,
             control=config.trial_key in self._controls,
         )
-        return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
+        return str(TrialScheduler.CONTINUE if continues else TrialScheduler.STOP)
 
     def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
         """Tell ASHA of a diverged trial, which never arrives at its next rung."""

@@ -1,0 +1,120 @@
+"""docs/store.md names everything that a recorded grid holds, and nothing else."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
+from analysis.store import COLUMNS
+from grid.config import TrialConfig
+from grid.metrics import EPOCH_METRICS, RUNG_METRIC, TEST_METRICS
+from grid.record.store import Store
+
+PAGE = (Path(__file__).parents[1] / "docs" / "store.md").read_text()
+OURS = re.compile(r"(?!mlflow\.)")
+"""MLflow adds names of its own."""
+
+
+def documented(kind: str, column: str) -> set[str]:
+    """Return the names in the first column of the tables of a section, such as the column `tag` of the kind `trial`."""
+    _, _, rest = PAGE.partition(f"\n## Runs of kind `{kind}`\n")
+    section = re.split(r"^## ", rest, flags=re.M)[0]
+    tables = re.findall(rf"^\| {column}[^|]* \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", section, re.M)
+    names = {
+        name for table in tables for row in table.splitlines() for name in re.findall(r"`([^`]+)`", row.split("|")[1])
+    }
+    return names | (documented("trial", column) if kind == "confirm" else set())
+
+
+def runs_of(store: Store, kind: str) -> list[Run]:
+    return list(store.client.search_runs([store.experiment_id], f"tags.kind = '{kind}'"))
+
+
+def tags_of(runs: Iterable[Run]) -> set[str]:
+    return {name for run in runs for name in run.data.tags if OURS.match(name)}
+
+
+def metrics_of(runs: Iterable[Run]) -> set[str]:
+    rung = f"{RUNG_METRIC}<epoch>"
+    return {re.sub(rf"^{RUNG_METRIC}\d+$", rung, name) for run in runs for name in run.data.metrics}
+
+
+def artifacts_of(client: MlflowClient, runs: Iterable[Run]) -> set[str]:
+    found: set[str] = set()
+    for run in runs:
+        for artifact in client.list_artifacts(run.info.run_id):
+            files = client.list_artifacts(run.info.run_id, artifact.path) if artifact.is_dir else [artifact]
+            found |= {file.path for file in files}
+    return found
+
+
+@pytest.mark.parametrize("kind", ["grid", "trial", "confirm"])
+def test_a_finished_grid_holds_nothing_that_is_not_documented(kind: str, finished_store: Store) -> None:
+    runs = runs_of(finished_store, kind)
+    assert runs
+    assert tags_of(runs) <= documented(kind, "tag")
+    assert metrics_of(runs) <= documented(kind, "metric")
+    assert artifacts_of(finished_store.client, runs) <= documented(kind, "artifact")
+
+
+def test_parameters_are_the_fields_of_a_configuration() -> None:
+    assert documented("trial", "parameter") == {field.name for field in fields(TrialConfig)}
+
+
+def test_metrics_are_those_that_the_code_records() -> None:
+    assert documented("trial", "metric with history") == set(EPOCH_METRICS)
+    without = {f"{RUNG_METRIC}<epoch>", "best_val_accuracy", "epochs_run"}
+    assert documented("trial", "metric without history") == without
+    assert documented("confirm", "metric without history") == without | set(TEST_METRICS)
+
+
+def test_analysis_reads_only_documented_names() -> None:
+    names = documented("trial", "tag") | documented("trial", "parameter") | documented("trial", "metric")
+    assert set(COLUMNS) - {"run_id"} <= names
+
+
+@pytest.fixture(scope="module")
+def real_store(glyphs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A tiny grid with early stopping, and its finalists, by the commands."""
+    folder = tmp_path_factory.mktemp("real")
+    uri, shared = f"sqlite:///{folder}/mlflow.db", ["--data-dir", str(glyphs_dir), "--address", "local"]
+    small = ["--only", "model=mlp", "--only", "optimizer=adam", "--only", "dropout=off", "--per-class", "20"]
+    grid = ["grid.run", "--grid", "smoke", *small, "--epochs", "2", "--controls", "0"]
+    for command in (grid, ["grid.confirm", "--top", "1", "--seeds", "1"]):
+        arguments = [*command, *shared, "--store", uri, "--experiment", "tiny"]
+        subprocess.run([sys.executable, "-m", *arguments], cwd=folder, check=True, capture_output=True)
+    store = Store(uri, "tiny")
+    store.create()
+    return store
+
+
+@pytest.mark.slow
+def test_the_commands_record_exactly_what_is_documented(real_store: Store) -> None:
+    grid, trials, finalists = (runs_of(real_store, kind) for kind in ("grid", "trial", "confirm"))
+    assert tags_of(grid) == documented("grid", "tag")
+    assert artifacts_of(real_store.client, grid) == documented("grid", "artifact")
+    assert tags_of(trials) == documented("trial", "tag") - {"error"}  # none failed
+    assert {name for run in trials for name in run.data.params} == documented("trial", "parameter")
+    assert metrics_of(trials) == documented("trial", "metric")
+    assert tags_of(finalists) == documented("confirm", "tag") - {"error", "stopped_at_epoch"}
+    assert metrics_of(finalists) == documented("confirm", "metric")
+    assert artifacts_of(real_store.client, finalists) == documented("confirm", "artifact") - {"traceback.txt"}
+
+
+@pytest.mark.slow
+def test_the_manifest_has_the_documented_keys(real_store: Store) -> None:
+    section = PAGE.partition("\n## The manifest\n")[2]
+    rows = [row.split("|") for row in section.splitlines() if row.startswith("| `")]
+    manifest = real_store.manifest()
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row[1])} == set(manifest)
+    for row in rows:
+        parts = manifest[row[1].strip(" `")] if row[1].strip() in ("`rungs`", "`data`") else {}
+        assert set(re.findall(r"`(\w+)`", row[2])) == set(parts), row
+    assert json.dumps(manifest)
