@@ -1,7 +1,7 @@
 """What does each touch of Ray's private parts save? Times a tiny grid from start to exit, without each touch in turn.
 
     python -m benchmarks.start_speed                                   # every touch, 5 repeats: half an hour
-    python -m benchmarks.start_speed --without poll,agent --repeats 9
+    python -m benchmarks.start_speed --without poll,preload --repeats 9
 
 In every repeat, each contender runs next to a grid with all touches of `grid.tune.private_ray` on,
 so that other load on the machine slows down both; a saving is the median of the differences within these pairs.

@@ -30,13 +30,13 @@ connection.disconnect()
 UNTOUCHED = """
 import sys
 import ray
-from ray._private import node, services, utils
+from ray._private import node, services
 from ray.tune.execution import class_cache
 from grid.tune import private_ray
 
 def parts():
     starts = [getattr(node.Node, name) for name in dir(node.Node) if name.startswith("start_")]
-    return [*starts, services.get_node, utils.get_dashboard_dependency_error, class_cache.DEFAULT_ENV_VARS]
+    return [*starts, services.get_node, class_cache.DEFAULT_ENV_VARS]
 
 before = parts()
 with private_ray.fast_start(), private_ray.fast_trials():
@@ -54,7 +54,7 @@ def run_python(*arguments: str, cwd: Path, **environment: str) -> subprocess.Com
 
 @pytest.mark.parametrize(
     ("switch", "changed"),
-    [("", "6"), ("1", "0"), ("poll", "5"), ("poll,environment", "4"), (",".join(private_ray.TOUCHES), "0")],
+    [("", "5"), ("1", "0"), ("poll", "4"), ("poll,environment", "3"), (",".join(private_ray.TOUCHES), "0")],
 )
 def test_the_switch_turns_off_all_touches_or_some_by_name_and_none_outlives_its_block(
     switch: str, changed: str, tmp_path: Path
@@ -72,7 +72,7 @@ def test_the_environment_is_as_before_after_a_fast_start(monkeypatch: pytest.Mon
 
 
 def test_a_ray_that_lacks_every_private_part_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ray._private", "ray._private.node", "ray._private.services", "ray._private.utils", "ray._raylet"):
+    for name in ("ray._private", "ray._private.node", "ray._private.services", "ray._raylet"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "ray.tune.execution.class_cache", None)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")

@@ -48,12 +48,6 @@ def _skip(server: str) -> AbstractContextManager[None]:
     return _replaced("ray._private.node.Node", f"start_{server}", lambda start: lambda node, **settings: None)
 
 
-def _minimal_agent() -> AbstractContextManager[None]:
-    """Start the agent of the node without what only a dashboard needs."""
-    missing = ImportError("not needed")
-    return _replaced("ray._private.utils", "get_dashboard_dependency_error", lambda check: lambda: missing)
-
-
 def _quick_poll() -> AbstractContextManager[None]:
     """Notice within `POLL_SECONDS` that Ray is up."""
     return _replaced("ray._private.services", "get_node", lambda get_node: partial(_await_node, get_node))
@@ -119,7 +113,6 @@ START: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "monitor": partial(_skip, "monitor"),
     "log_monitor": partial(_skip, "log_monitor"),
     "api_server": partial(_skip, "api_server"),
-    "agent": _minimal_agent,
     "poll": _quick_poll,
     "preload": _preloaded_workers,
 }
