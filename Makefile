@@ -22,7 +22,7 @@ run: setup  ## run the quick grid offline: 32 trials, a ranked table in minutes
 	$(BIN)/python -m grid.run --grid smoke
 
 test: setup  ## run the fast tests, one real Ray run and one real kill among them (minutes)
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not slow"
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m "not slow"
 
 test-all: test  ## run all tests: clusters, failures, browser, notebooks, wheel (half an hour)
 	$(BIN)/python -m pytest -m slow

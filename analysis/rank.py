@@ -7,6 +7,7 @@ not ranked.
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from string import ascii_lowercase
 from typing import TypeVar
@@ -161,6 +162,7 @@ def _rank_same_epochs(
     return rows
 
 
+@cache  # half a second for each new pair
 def _reach(cells: int, degrees: float) -> float:
     """Return how many standard errors of a difference separate two of so many cells, whichever pair is compared.
 

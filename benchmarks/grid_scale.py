@@ -32,10 +32,10 @@ from mlflow.tracking import MlflowClient
 from grid.arguments import Parser
 from grid.config import TrialConfig
 from grid.data.dataset import Dataset
+from grid.driver.experiment import Training, train_left
 from grid.driver.watcher import Watcher, restore_rungs
 from grid.metrics import FINAL_STATUSES, EpochReport
 from grid.plan.asha import Asha, rung_epochs
-from grid.plan.packing import Packing
 from grid.plan.request import Request
 from grid.plan.space import GRIDS, cross
 from grid.plan.trials import Plan, make_plan
@@ -45,7 +45,7 @@ from grid.record.spool import open_spool
 from grid.record.store import Store
 from grid.train.checkpoints import Checkpoints
 from grid.train.trial import DeviceData, Trial
-from grid.tune import connection, tuner
+from grid.tune import connection
 
 SIZES = (100, 1_000, 10_000)
 QUICK = (60,)
@@ -208,7 +208,9 @@ def measure(trials: int, folder: Path) -> Cost:
             watcher = Stopwatch(plan, recorder, checkpoints, rungs=asha.rungs, concurrency=packing.concurrency)
             watcher.resume({})
             planned = time.perf_counter()
-            run_trials(plan, watcher, dataset, asha, packing, checkpoints)
+            with contextlib.redirect_stdout(sys.stderr):
+                train_left(plan, watcher, dataset, asha, Training(packing, checkpoints), begin=RecordedTrial)
+                checkpoints.clear()
             ended = time.perf_counter()
             assert recorder.close(finished=True), recorder.error
             delivered = time.perf_counter()
@@ -257,29 +259,6 @@ def cut(plan: Plan, trials: int) -> Plan:
     """Return a plan of only the first trials."""
     kept = plan.trials[:trials]
     return replace(plan, trials=kept, controls=plan.controls & {trial.trial_key for trial in kept})
-
-
-def run_trials(
-    plan: Plan,
-    watcher: Watcher,
-    dataset: Dataset,
-    asha: Asha,
-    packing: Packing,
-    checkpoints: Checkpoints,
-) -> None:
-    """Run the trials as `grid.driver.experiment` does, but with `RecordedTrial`."""
-    with contextlib.redirect_stdout(sys.stderr):
-        tuner.run_trials(
-            watcher.todo,
-            dataset,
-            watcher,
-            asha=asha,
-            controls=plan.controls,
-            packing=packing,
-            checkpoints=checkpoints,
-            begin=RecordedTrial,
-        )
-        checkpoints.clear()
 
 
 def check_store(store: Store, plan: Plan) -> None:

@@ -346,7 +346,7 @@ def test_mlflow_is_started_once_and_again_only_after_it_has_died(tmp_path: Path)
         run_bash(command, tmp_path, PATH=path)
         assert len(starts.read_text().split()) == 1
         os.kill(int(starts.read_text()), signal.SIGKILL)
-        subprocess.run(["flock", tmp_path / "mlflow/server.lock", "true"], check=True, timeout=10)  # the lock is free
+        subprocess.run(["flock", tmp_path / "mlflow/server.lock", "true"], check=True, timeout=100)  # the lock is free
         run_bash(command, tmp_path, PATH=path)
         assert len(starts.read_text().split()) == 2
         assert (

@@ -2,12 +2,13 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from grid.config import TrialConfig
 from grid.data.dataset import Dataset
 from grid.data.load import load
 from grid.driver.messages import conclude, describe_packing, describe_plan, print_facts
@@ -23,6 +24,7 @@ from grid.record.recorder import Recorder
 from grid.record.spool import Spool, open_spool
 from grid.record.store import MANIFEST, Store, StoredTrial
 from grid.train.checkpoints import Checkpoints
+from grid.train.trial import DeviceData, Trial
 from grid.tune import tuner
 
 
@@ -142,7 +144,7 @@ def train_all(
     print_facts({**facts, **describe_packing(packing), "runs": f"{len(watcher.todo)} left to run, {packing}"})
     with watcher.until_interrupted():
         if watcher.todo:
-            _train_left(plan, watcher, dataset, asha, training)
+            train_left(plan, watcher, dataset, asha, training)
         finished = len(watcher.summaries) == watcher.total
         if finished and not training.keep_weights:
             checkpoints.clear()
@@ -150,7 +152,25 @@ def train_all(
     return watcher, delivered
 
 
-def _train_left(plan: Plan, watcher: Watcher, dataset: Dataset, asha: Asha, training: Training) -> None:
+def train_left(
+    plan: Plan,
+    watcher: Watcher,
+    dataset: Dataset,
+    asha: Asha,
+    training: Training,
+    *,
+    begin: Callable[[TrialConfig, DeviceData], Trial] = Trial,
+) -> None:
+    """Train the trials that a watcher has left to do; see `train_all`.
+
+    Args:
+        plan: What is to be trained.
+        watcher: Hears of every event.
+        dataset: What is trained on.
+        asha: With the arrivals of earlier runs.
+        training: Where trials are trained.
+        begin: Makes a trial in a worker; `benchmarks.grid_scale` passes one that replays a recorded curve.
+    """
     tuner.run_trials(
         watcher.todo,
         dataset,
@@ -160,6 +180,7 @@ def _train_left(plan: Plan, watcher: Watcher, dataset: Dataset, asha: Asha, trai
         packing=training.packing,
         checkpoints=training.checkpoints,
         keep_weights=training.keep_weights,
+        begin=begin,
     )
     watcher.progress.show(last=True)
 
