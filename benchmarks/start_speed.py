@@ -66,7 +66,10 @@ def measure(contenders: Mapping[str, str], repeats: int) -> dict[str, list[tuple
                 order = (switched_off, "") if repeat % 2 else ("", switched_off)
                 seconds = {value: run_grid(Path(folder), value) for value in order}
                 pairs[name].append((seconds[switched_off], seconds[""]))
-                print(f"repeat {repeat + 1}, without {name}: {pairs[name][-1][0]:.2f} s", file=sys.stderr, flush=True)
+                slow, fast = pairs[name][-1]
+                print(
+                    f"repeat {repeat + 1}: {slow:.2f} s without {name}, {fast:.2f} s with", file=sys.stderr, flush=True
+                )
     return pairs
 
 

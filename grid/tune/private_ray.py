@@ -109,14 +109,17 @@ def _find(module: str, name: str) -> Any:
         return None
 
 
+# With the seconds that each saves of a tiny grid on two idle cores; `python -m benchmarks.start_speed` measures them.
 START: dict[str, Callable[[], AbstractContextManager[None]]] = {
-    "monitor": partial(_skip, "monitor"),
-    "log_monitor": partial(_skip, "log_monitor"),
-    "api_server": partial(_skip, "api_server"),
-    "poll": _quick_poll,
-    "preload": _preloaded_workers,
+    "monitor": partial(_skip, "monitor"),  # 0.8: the autoscaler, which has no nodes to add
+    "log_monitor": partial(_skip, "log_monitor"),  # 0.8: copies the workers' output to the driver, which ignores it
+    "api_server": partial(_skip, "api_server"),  # 0.8: serves statistics that are not requested
+    "poll": _quick_poll,  # 0.6
+    "preload": _preloaded_workers,  # 2.1, with "environment"
 }
-TRIALS: dict[str, Callable[[], AbstractContextManager[None]]] = {"environment": _plain_environment}
+TRIALS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "environment": _plain_environment,  # without it, "preload" saves nothing
+}
 TOUCHES = (*START, *TRIALS)
 
 
