@@ -67,9 +67,8 @@ def measure(contenders: Mapping[str, str], repeats: int) -> dict[str, list[tuple
                 seconds = {value: run_grid(Path(folder), value) for value in order}
                 pairs[name].append((seconds[switched_off], seconds[""]))
                 slow, fast = pairs[name][-1]
-                print(
-                    f"repeat {repeat + 1}: {slow:.2f} s without {name}, {fast:.2f} s with", file=sys.stderr, flush=True
-                )
+                note = f"repeat {repeat + 1}: {slow:.2f} s without {name}, {fast:.2f} s with"
+                print(note, file=sys.stderr, flush=True)
     return pairs
 
 

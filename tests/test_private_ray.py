@@ -81,6 +81,11 @@ def test_a_ray_that_lacks_every_private_part_is_left_as_it_is(monkeypatch: pytes
         private_ray.require_token()
 
 
+def test_a_ray_with_another_client_is_not_polled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray._raylet.GcsClient", lambda: None)
+    assert private_ray._await_node(lambda *arguments: arguments, "127.0.0.1:1", "id") == ("127.0.0.1:1", "id")
+
+
 def test_a_mode_that_the_user_has_chosen_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     private_ray.require_token()

@@ -8,7 +8,7 @@ public call returns.
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -45,7 +45,7 @@ def _applied(touches: Mapping[str, Callable[[], AbstractContextManager[None]]]) 
 
 def _skip(server: str) -> AbstractContextManager[None]:
     """Leave a server process out."""
-    return _replaced("ray._private.node.Node", f"start_{server}", lambda start: lambda node, **settings: None)
+    return _replaced("ray._private.node.Node", f"start_{server}", lambda start: lambda *arguments, **settings: None)
 
 
 def _quick_poll() -> AbstractContextManager[None]:
@@ -54,11 +54,11 @@ def _quick_poll() -> AbstractContextManager[None]:
 
 
 def _await_node(get_node: Callable[[str, str], Any], gcs_address: str, node_id: str) -> Any:
-    make_client = _find("ray._raylet", "GcsClient")
-    client = None if make_client is None else make_client(address=gcs_address)
     deadline = time.monotonic() + START_SECONDS
-    while client is not None and not client.get_all_node_info() and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
+    with suppress(AttributeError, TypeError):  # a Ray with another client, or none, is not polled
+        client = _find("ray._raylet", "GcsClient")(address=gcs_address)
+        while not client.get_all_node_info() and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
     return get_node(gcs_address, node_id)
 
 
@@ -109,10 +109,10 @@ def _find(module: str, name: str) -> Any:
         return None
 
 
-# With the seconds that each saves of a tiny grid on two idle cores; `python -m benchmarks.start_speed` measures them.
+# Beside each the seconds that it saves of a tiny grid on two idle cores (LOG.md; `python -m benchmarks.start_speed`).
 START: dict[str, Callable[[], AbstractContextManager[None]]] = {
-    "monitor": partial(_skip, "monitor"),  # 0.8: the autoscaler, which has no nodes to add
-    "log_monitor": partial(_skip, "log_monitor"),  # 0.8: copies the workers' output to the driver, which ignores it
+    "monitor": partial(_skip, "monitor"),  # 1.6, with "log_monitor": the autoscaler, which has no nodes to add
+    "log_monitor": partial(_skip, "log_monitor"),  # copies the workers' output to the driver, which ignores it
     "api_server": partial(_skip, "api_server"),  # 0.8: serves statistics that are not requested
     "poll": _quick_poll,  # 0.6
     "preload": _preloaded_workers,  # 2.1, with "environment"
