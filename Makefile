@@ -5,7 +5,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-all check lint types imports format clean
+.PHONY: help setup run test test-all compat check lint types imports format clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ test: setup  ## run the fast tests, one real Ray run and one real kill among the
 
 test-all: test  ## run all tests: clusters, failures, browser, notebooks, wheel (half an hour)
 	$(BIN)/python -m pytest -m slow
+
+compat: setup  ## prove the lower bounds of all dependencies, and the newest Ray (half an hour, 1 GB)
+	$(BIN)/python -m tests.compat
 
 check: lint types imports  ## lint, types, imports
 

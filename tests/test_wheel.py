@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("analysis", "grid", "nets")
+NOT_INSTALLED = ("benchmarks", "examples", "tests")
 TINY = (
     "--grid=smoke",
     "--only=model=mlp",
@@ -26,21 +27,11 @@ TINY = (
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel that the tree builds."""
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in PACKAGES:
+    for name in (*PACKAGES, *NOT_INSTALLED):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    build = [
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        str(folder),
-        str(source),
-    ]
+    build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", f"--wheel-dir={folder}", str(source)]
     subprocess.run([sys.executable, *build], check=True, timeout=600)
     (found,) = folder.glob("*.whl")
     return found

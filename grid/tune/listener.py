@@ -22,7 +22,7 @@ class Listener(Protocol):
         """A trial was interrupted before its end; another run may resume it."""
 
     def tick(self) -> None:
-        """Nothing in particular; called often."""
+        """Called often, between the events: keeps a progress line alive."""
 
     def give_up(self, problem: str) -> None:
         """A node that has joined can't train what the others train; no more trials should start."""

@@ -148,7 +148,7 @@ def own_cluster() -> str | None:
 
 
 def servers() -> list[psutil.Process]:
-    """Return the processes without which the private Ray of this process can't go on."""
+    """Return the server processes that the private Ray of this process depends on."""
     children = psutil.Process().children(recursive=True)
     return [process for process in children if process.name() in ("gcs_server", "raylet")]
 
