@@ -206,6 +206,7 @@ def test_the_token_gives_access_and_mlflow_and_the_dashboard_answer_on_the_head_
     assert ask(cluster, "head", page, (*page, token), mlflow) == ["401", "200", "200"]
 
 
+@pytest.mark.timeout(2400)
 def test_a_grid_survives_the_loss_of_a_worker_host_and_of_the_head(cluster: Cluster) -> None:
     command = f"python -m grid.run --grid smoke --seeds {SEEDS} --data-dir ~/data --storage ~/storage"
     log = cluster.hosts.folder / "grid.log"
@@ -223,7 +224,7 @@ def test_a_grid_survives_the_loss_of_a_worker_host_and_of_the_head(cluster: Clus
     cluster.hosts.start("head")
     cluster.up()
     deadline = time.monotonic() + 200
-    while (again := cluster.execute(command)).returncode and "is being run by" in again.stdout:
+    while (again := cluster.execute(command, 1200)).returncode and "is being run by" in again.stdout:
         assert time.monotonic() < deadline
         time.sleep(5)  # until the lease of the dead driver expires
     assert again.returncode == 0, again.stdout[-3000:]
