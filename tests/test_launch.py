@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,9 @@ def test_preloading_leaves_the_garbage_collector_on_and_does_not_touch_the_gpu(t
 @pytest.mark.slow
 def test_ctrl_c_during_preparation_ends_at_once_and_the_same_command_continues(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "grid.run", "--grid", "smoke", "--per-class", "10", "--address", "local"]
-    started = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    # As in a terminal: a shell without job control starts background commands, such as this test, with SIGINT ignored.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    started = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     time.sleep(1.5)
     started.send_signal(signal.SIGINT)
     _, said = started.communicate(timeout=120)
