@@ -18,9 +18,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
+settings.register_profile("busy machine", deadline=None)  # other work must not fail an example
+settings.load_profile("busy machine")
 install_import_hook(["nets", "grid.train"], "beartype.beartype")
 
 from grid.config import TrialConfig  # noqa: E402
