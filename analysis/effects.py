@@ -128,6 +128,12 @@ def measure_final_effects(trials: pd.DataFrame, *, confidence: float = 0.95) -> 
     controls = trials[trials["control"]]
     if controls.empty:
         raise InputError("no unstopped controls, so effects at the end are unknown; run grid.run with --controls 0.05")
+    needed = 1 + sum(trials[factor].nunique() - 1 for factor in FACTORS)
+    if len(controls) < needed:
+        raise InputError(
+            f"{count(len(controls), 'unstopped control')}, too few to estimate effects at the end, which takes "
+            f"{needed} or more; run grid.run with more --controls in another --experiment"
+        )
     rungs = [f"{RUNG_METRIC}{rung}" for rung in rung_epochs(trials.columns)]
     effects = measure_effects(controls.drop(columns=rungs), confidence=confidence)
     lead = (

@@ -364,6 +364,13 @@ def test_without_controls_the_effects_at_the_end_are_unknown() -> None:
         measure_final_effects(grid())
 
 
+def test_too_few_controls_are_named_instead_of_the_grid() -> None:
+    trials = grid(seeds=1)
+    trials["control"] = trials.index == trials.index[0]
+    with pytest.raises(InputError, match=r"^1 unstopped control, too few to estimate effects .* takes \d+ or more; run"):
+        measure_final_effects(trials)
+
+
 def test_a_note_says_what_the_residual_of_one_seed_mixes() -> None:
     note = "one seed: the residual mixes noise with interactions of three or more factors"
     assert note in measure_effects(grid(seeds=1)).notes
