@@ -367,7 +367,7 @@ def test_without_controls_the_effects_at_the_end_are_unknown() -> None:
 def test_too_few_controls_are_named_instead_of_the_grid() -> None:
     trials = grid(seeds=1)
     trials["control"] = trials.index == trials.index[0]
-    with pytest.raises(InputError, match=r"^1 unstopped control, too few to estimate effects .* takes \d+ or more; run"):
+    with pytest.raises(InputError, match=r"^1 unstopped control, too few to estimate effects .* takes \d+ or more;"):
         measure_final_effects(trials)
 
 

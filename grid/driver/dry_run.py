@@ -60,4 +60,4 @@ def _count_train_images(request: Request) -> tuple[int, str]:
     if is_on_disk(request.data, request.data_dir):
         dataset = load(request.data, request.data_dir, per_class=request.per_class, split_seed=ORDER_SEED)
         return len(dataset.train_images), "on this disk"
-    return DATASETS[request.data].split_sizes(request.per_class)[0], "as published (not on this disk yet)"
+    return DATASETS[request.data].split_sizes(request.per_class)[0], "(not on this disk yet)"

@@ -3,7 +3,6 @@
 Validation data choose; test data only report: a net that has been tested is never tested again.
 """
 
-import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
@@ -16,7 +15,7 @@ from grid.data.dataset import Dataset
 from grid.data.load import load, load_test
 from grid.driver.experiment import Prepared, Training, train_all
 from grid.driver.final_test import FinalTest
-from grid.driver.messages import print_facts
+from grid.driver.messages import experiment_options, print_facts
 from grid.driver.watcher import summarise_trial
 from grid.metrics import FINAL_STATUSES
 from grid.plan.asha import Asha, rung_epochs
@@ -198,7 +197,7 @@ def _conclude(request: Confirmation, store: Store, trials: Sequence[TrialConfig]
         best = _best_replicate(ranked[0], tested)
         version = register(store.client, best.tags["model_id"], request.register)
         print_facts({"registered": f"models:/{request.register}/{version}, {best.config.name}"})
-    where = shlex.join(["--experiment", request.experiment, "--store", mask(request.store)])
+    where = experiment_options(request)
     print_facts({"ranking": f"python -m analysis.rank {where}", "report": f"python -m analysis.report {where}"})
     if len(tested) < len(trials):
         print(f"{len(trials) - len(tested)} of {len(trials)} trainings diverged or failed; see MLflow", file=sys.stderr)

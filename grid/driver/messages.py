@@ -11,7 +11,7 @@ from grid.driver.watcher import Watcher
 from grid.plan.asha import FACTOR, rung_epochs
 from grid.plan.forecast import Forecast
 from grid.plan.packing import Packing
-from grid.plan.request import Request, resume_command
+from grid.plan.request import Place, Request, resume_command
 from grid.plan.trials import Plan
 from grid.store_uri import mask
 from grid.wording import count, format_seconds
@@ -100,9 +100,11 @@ def conclude(request: Request, watcher: Watcher, undelivered: str) -> Conclusion
     return Conclusion(exit_code, table, complaints, _next_commands(request))
 
 
-def experiment_options(request: Request) -> str:
-    """Return the options that name an experiment on the command line, without secrets."""
-    return shlex.join(["--experiment", request.experiment, "--store", mask(request.store)])
+def experiment_options(place: Place) -> str:
+    """Return the options that name an experiment in this folder, without secrets and without the default store."""
+    is_default = place.store == f"sqlite:///{Path('mlflow.db').absolute()}"
+    store = [] if is_default else ["--store", mask(place.store)]
+    return shlex.join(["--experiment", place.experiment, *store])
 
 
 def _undelivered(request: Request, reason: str) -> list[str]:

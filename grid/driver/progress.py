@@ -104,6 +104,8 @@ def top_table(summaries: Sequence[TrialSummary], count: int = 10) -> str:
         summaries: Trials that have ended, all with the same budget.
         count: Rows.
     """
+    if not summaries:
+        return "no trial has ended yet"
     ranked = rank_cells(summaries)
     lines = [f"{'rank':>4}  {'val acc':>7}  {'epochs':<8}  cell"]
     for rank, cell in enumerate(ranked[:count], start=1):
@@ -111,7 +113,7 @@ def top_table(summaries: Sequence[TrialSummary], count: int = 10) -> str:
     counts = Counter(summary.status for summary in summaries)
     by_status = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
     shown = f"{min(count, len(ranked))} of {len(ranked)} cells shown"
-    return "\n".join([*lines, f"{shown}; {len(summaries)} trials: {by_status or 'none'}"])
+    return "\n".join([*lines, f"{shown}; {len(summaries)} trials: {by_status}"])
 
 
 def _name(ranked: RankedCell) -> str:

@@ -20,7 +20,27 @@ NO_RAY = "start one with `ray up` or `ray start --head`, or leave --address out"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class Place:
+    """Where trials run and are recorded."""
+
+    store: str
+    """MLflow tracking URI, absolute."""
+    experiment: str
+    """Name of the MLflow experiment."""
+    data_dir: Path
+    """Holds, or is to hold, the files of all data sets."""
+    storage: str
+    """Folder or URI for checkpoints that all nodes reach."""
+    spool: Path
+    """Local folder for reports that have not reached the store yet."""
+    address: str | None
+    """`HOST:PORT`, `auto` or `local`; None joins the cluster of this machine if there is one, else starts Ray."""
+    concurrency: int | None
+    """Trials at once; None for as many as the machine holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(Place):
     """A grid, its training settings, and where it runs and is recorded.
 
     Raises:
@@ -33,8 +53,6 @@ class Request:
     """The levels to cross: the grid's own, narrowed by `--only`."""
     data: str
     """Name in `DATASETS`."""
-    data_dir: Path
-    """Holds, or is to hold, the files of all data sets."""
     per_class: int | None
     """Training images per class; None for all."""
     epochs: int
@@ -45,18 +63,6 @@ class Request:
     """Nuisance levels."""
     controls: float
     """Share of trials that are unstopped controls, exempt from early stopping, in [0, 1]."""
-    store: str
-    """MLflow tracking URI, absolute."""
-    experiment: str
-    """Name of the MLflow experiment."""
-    storage: str
-    """Folder or URI for checkpoints that all nodes reach."""
-    spool: Path
-    """Local folder for reports that have not reached the store yet."""
-    address: str | None
-    """`HOST:PORT`, `auto` or `local`; None joins the cluster of this machine if there is one, else starts Ray."""
-    concurrency: int | None
-    """Trials at once; None for as many as the machine holds."""
     precision: str
     """`auto`, `float32` or `bfloat16`."""
     price_per_hour: float | None
@@ -79,33 +85,19 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Confirmation:
-    """Which cells to confirm, and where.
+class Confirmation(Place):
+    """Which cells of the grid in `experiment` to confirm, and where.
 
     Raises:
         InputError: A value is out of its range.
     """
 
-    experiment: str
-    """MLflow experiment that holds the grid."""
     top: int
     """Finalists of each model."""
     seeds: int
     """Replicates of each finalist; all finalists share their seeds."""
     register: str | None
     """Name under which the winner is put into MLflow's registry; None to register nothing."""
-    store: str
-    """MLflow tracking URI, absolute."""
-    data_dir: Path
-    """Holds, or is to hold, the files of all data sets."""
-    storage: str
-    """Folder or URI for checkpoints that all nodes reach."""
-    spool: Path
-    """Local folder for reports that have not reached the store yet."""
-    address: str | None
-    """`HOST:PORT`, `auto` or `local`; None joins the cluster of this machine if there is one, else starts Ray."""
-    concurrency: int | None
-    """Trials at once; None for as many as the machine holds."""
 
     def __post_init__(self) -> None:
         for name, value in (("top", self.top), ("seeds", self.seeds)):
