@@ -48,7 +48,7 @@ class FinalTest:
     """`[image]`, from 0."""
 
     @classmethod
-    def of(
+    def prepare(
         cls,
         trials: Sequence[TrialConfig],
         store: Store,

@@ -75,7 +75,7 @@ def confirm(request: Confirmation) -> int:
         if exit_code:
             return exit_code
         try:
-            test = FinalTest.of(trials, store, dataset, checkpoints, test_images, test_labels)
+            test = FinalTest.prepare(trials, store, dataset, checkpoints, test_images, test_labels)
             for trial in _untested(store, trials):
                 test.run(trial)
             return _conclude(request, store, trials)

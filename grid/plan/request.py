@@ -32,7 +32,7 @@ class Place:
     storage: str
     """Folder or URI for checkpoints that all nodes reach."""
     spool: Path
-    """Local folder for reports that have not reached the store yet."""
+    """Local folder for events that have not reached the store yet."""
     address: str | None
     """`HOST:PORT`, `auto` or `local`; None joins the cluster of this machine if there is one, else starts Ray."""
     concurrency: int | None
