@@ -27,7 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from grid.config import FACTORS, InputError, TrialConfig
 from grid.metrics import RUNG_METRIC, STATUSES, TEST_METRICS, rung_epochs
-from grid.store_uri import check_store_uri, mask, slug
+from grid.store_uri import check_store_uri, mask, missing_experiment, slug
 from grid.wording import count, first_line
 
 PAGE_SIZE = 5000
@@ -234,8 +234,7 @@ def _answering(uri: str) -> Iterator[MlflowClient]:
 def _find(client: MlflowClient, uri: str, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
-        names = sorted(other.name for other in client.search_experiments())
-        raise InputError(f"no experiment '{name}' in {mask(uri)}; it has {', '.join(names)}")
+        raise missing_experiment(name, uri, (other.name for other in client.search_experiments()))
     if found.lifecycle_stage == "deleted":
         raise InputError(f"experiment '{name}' is deleted in {mask(uri)}; restore it or name another --experiment")
     return str(found.experiment_id)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from grid.arguments import Options, Parser, add_data_dir, add_debug, add_store, add_workers, run_command
-from grid.config import InputError
+from grid.config import FACTORS, InputError
 from grid.data.catalogue import NAMES
 from grid.plan.request import Request, check_address, check_folder_name, check_storage
 from grid.plan.space import GRIDS, cross, find_grid, restrict
@@ -141,7 +141,7 @@ def _default_name(options: argparse.Namespace, data: str) -> str:
 def _split_only(text: str) -> tuple[str, tuple[str, ...]]:
     factor, equals, levels = text.partition("=")
     if not equals:
-        raise InputError(f"--only takes FACTOR=LEVEL[,LEVEL], got '{text}'")
+        raise InputError(f"--only takes FACTOR=LEVEL[,LEVEL], got '{text}'; factors: {', '.join(FACTORS)}")
     return factor, tuple(levels.split(","))
 
 

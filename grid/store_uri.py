@@ -4,6 +4,7 @@ import os
 import re
 import socket
 import tempfile
+from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -32,6 +33,12 @@ def check_store_uri(uri: str | None, *, must_exist: bool = False) -> str:
         if isinstance(error, InputError):
             raise
         raise InputError(f"can't open the store '{mask(uri)}': {first_line(error)}; pass another --store") from error
+
+
+def missing_experiment(name: str, uri: str, others: Iterable[str]) -> InputError:
+    """Return the error of an experiment that its store lacks; MLflow's own empty one is not offered."""
+    offered = ", ".join(sorted(set(others) - {"Default"})) or "none"
+    return InputError(f"no experiment '{name}' in {mask(uri)}; it has {offered}")
 
 
 def mask(text: str) -> str:

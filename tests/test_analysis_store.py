@@ -200,7 +200,7 @@ def test_an_experiment_without_an_ended_trial_is_an_error(store: Store, tmp_path
 
 
 def test_an_unknown_experiment_is_an_error_with_the_choices(store: Store) -> None:
-    with pytest.raises(InputError, match=r"^no experiment 'other' in sqlite.*; it has Default, some grid"):
+    with pytest.raises(InputError, match=r"^no experiment 'other' in sqlite.*; it has some grid"):
         read_experiment(store.uri, "other")
 
 

@@ -41,7 +41,7 @@ def test_an_experiment_that_is_not_there_is_not_made(store_uri: str, capsys: pyt
     for _ in range(2):
         assert main(["--experiment", "other", "--store", store_uri]) == ENDED
         assert (
-            capsys.readouterr().err == f"grid.confirm: no experiment 'other' in {store_uri}; it has Default, unused\n"
+            capsys.readouterr().err == f"grid.confirm: no experiment 'other' in {store_uri}; it has unused\n"
         )
 
 

@@ -299,7 +299,7 @@ def apply(diff: str, tree: Path) -> None:
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the code and its tests, with all recipes applied."""
     folder = tmp_path_factory.mktemp("recipes") / "copy"
-    for name in ("analysis", "grid", "nets", "tests"):
+    for name in ("analysis", "docs", "grid", "nets", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     for part in RECIPES:

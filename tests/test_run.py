@@ -24,7 +24,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["--grid", "x"], "unknown grid 'x'; choose from cnn, full, mlp, smoke, techniques"),
         (["--only", "x=1"], "unknown factor 'x'; choose from activation, batch_norm"),
         (["--only", "activation=rely"], "unknown activation 'rely'; choose from elu, gelu"),
-        (["--only", "activation"], "--only takes FACTOR=LEVEL[,LEVEL], got 'activation'"),
+        (["--only", "activation"], "--only takes FACTOR=LEVEL[,LEVEL], got 'activation'; factors: model, lr_schedule"),
         (["--only", "activation="], "unknown activation ''"),
         (["--only", "model=mlp", "--only", "model=cnn"], "--only leaves no cell: no model is left"),
         (["--only", "optimizer=adamw", "--only", "regularization=l2"], "--only leaves no cell: all are excluded"),

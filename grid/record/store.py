@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from grid.config import InputError, TrialConfig
-from grid.store_uri import artifact_location, mask
+from grid.store_uri import artifact_location, mask, missing_experiment
 from grid.wording import first_line
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -85,8 +85,8 @@ class Store:
         with self.answering():
             found = self.client.get_experiment_by_name(self.experiment)
             if found is None and not missing:
-                names = ", ".join(sorted(other.name for other in self.client.search_experiments()))
-                raise InputError(f"no experiment '{self.experiment}' in {mask(self.uri)}; it has {names}")
+                others = (other.name for other in self.client.search_experiments())
+                raise missing_experiment(self.experiment, self.uri, others)
             if found is None:
                 location = artifact_location(self.uri, self.experiment)
                 tags = {"mlflow.experimentKind": "custom_model_development"}  # the UI's view for trainings
