@@ -1,106 +1,220 @@
-"""Which base learning rate suits each optimizer? A sweep over a 1-2-5 ladder, the source of `grid.train.optimizers`.
+"""Which base learning rate suits each optimizer, and what would fewer rates cost? The source of `grid.train.optimizers`.
 
-    python -m benchmarks.base_rates --data emnist-bymerge --data-dir DIR     # 16 minutes on two cores
+    python -m benchmarks.base_rates --data emnist-bymerge --data-dir DIR --csv rates.csv     # adds what is not in it yet
+    python -m benchmarks.base_rates --report rates.csv                                       # prints its tables again
 
-For each optimizer and rate it trains four cells of each model (batch norm on and off, activation relu and gelu) and
-prints the mean of their best validation accuracies. The base rate is the one whose worse model is closest to that
-model's own best: both models share one rate, so that an optimizer means the same in every cell.
+Trains each optimizer over a 1-2-5 ladder of rates around its present base rate, in cells that cross the rules of initial
+weights, models and their sizes, batch norm, activations and schedules that are asked for. Accuracy is that of the
+validation images after the last epoch; a training that diverges counts as zero. Tables of different budgets are not
+mixed: keep them in files of their own.
 """
 
 import argparse
+import csv
 import os
-import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
 
+import pandas as pd
 import torch
 
 from grid.arguments import Parser, add_data_dir, run_command
-from grid.config import TrialConfig
+from grid.config import CHOICES, LEVELS, InputError, Params, TrialConfig
 from grid.data.catalogue import NAMES, check_name
 from grid.data.dataset import Dataset
 from grid.data.load import load
-from grid.train.hardware import numeric_settings
-from grid.train.optimizers import OPTIMIZERS
-from grid.train.trial import DeviceData, train
+from grid.train.hardware import keep_freed_memory, numeric_settings
+from grid.train.optimizers import OPTIMIZERS, base_learning_rate
+from grid.train.trial import DeviceData, Trial
+from grid.wording import count
 
-Job = tuple[str, float, str, int]
-"""Optimizer, learning rate, model, epochs."""
-RATES = [mantissa * 10.0**exponent for exponent in (-4, -3, -2, -1) for mantissa in (1, 2, 5)]
-MODELS = ("mlp", "cnn")
+LADDER = [mantissa * 10.0**exponent for exponent in (-4, -3, -2, -1) for mantissa in (1, 2, 5)]
+CROSSED = {
+    "initialization": (CHOICES["initialization"], CHOICES["initialization"][:1]),
+    "model": (LEVELS["model"], LEVELS["model"]),
+    "batch_norm": (LEVELS["batch_norm"], LEVELS["batch_norm"]),
+    "dropout": (LEVELS["dropout"], ("off",)),
+    "activation": (LEVELS["activation"], ("relu", "gelu")),
+    "lr_schedule": (LEVELS["lr_schedule"], ("cosine",)),
+    "channels": (None, (TrialConfig.channels,)),
+    "dense_size": (None, (str(TrialConfig.dense_size),)),
+}
+"""Setting -> the values that may be asked for (None: any), and those that are crossed by default."""
+SETTINGS = (*CROSSED, "optimizer", "learning_rate", "seed", "epochs")
+RESULTS = ("val_accuracy", "epoch_seconds", "weights")
+GROUPS = {
+    "one rate for each optimizer": [],
+    "... and model": ["model"],
+    "... and batch norm": ["batch_norm"],
+    "... and model and batch norm": ["model", "batch_norm"],
+    "... and schedule": ["lr_schedule"],
+    "... and activation": ["activation"],
+}
+"""What may have a rate of its own."""
 _data: DeviceData
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the sweep, print its tables, and return the exit code."""
-    parser = Parser(prog="python -m benchmarks.base_rates", description=__doc__.splitlines()[0])
+    """Run the command and return its exit code: 2 if an argument is wrong."""
+    options = _parser().parse_args(arguments)
+    return run_command("benchmarks.base_rates", lambda: _report(options.report) if options.report else _sweep(options))
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m benchmarks.base_rates", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="where trainings are added")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="print the tables of this file; train nothing")
     parser.add_argument("--data", default="glyphs", metavar="NAME", help=f"{', '.join(NAMES)} (glyphs)")
     add_data_dir(parser)
-    parser.add_argument("--per-class", type=int, default=100, metavar="N", help="training images per class (100)")
+    parser.add_argument("--per-class", type=int, metavar="N", help="training images per class (all)")
     parser.add_argument("--epochs", type=int, default=3, metavar="N", help="epochs of each training (3)")
-    parser.add_argument(
-        "--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS), help="optimizers to sweep (all)"
-    )
-    options = parser.parse_args(arguments)
-    return run_command("benchmarks.base_rates", lambda: _sweep(options))
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="trainings of each cell and rate (1)")
+    parser.add_argument("--below", type=int, default=2, metavar="N", help="rates below the base rate (2)")
+    parser.add_argument("--above", type=int, default=2, metavar="N", help="rates above the base rate (2)")
+    parser.add_argument("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS), help="(all)")
+    for name, (choices, chosen) in CROSSED.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, nargs="+", choices=choices, default=chosen, help=f"({' '.join(chosen)})")
+    return parser
 
 
 def _sweep(options: argparse.Namespace) -> int:
     check_name(options.data)
+    if options.csv is None:
+        raise InputError("name the file that trainings are added to: --csv FILE")
     dataset = load(options.data, options.data_dir, per_class=options.per_class)
+    done = _settings_in(options.csv)
+    wanted = [params for params in plan(options) if tuple(params[name] for name in SETTINGS) not in done]
     begun = time.monotonic()
-    print(f"{'optimizer':<10} {'rate':>7}  " + "  ".join(f"{model:>7}" for model in MODELS) + "  behind the best rate")
     with get_context("spawn").Pool(len(os.sched_getaffinity(0)), _set_up, (dataset,)) as pool:
-        for optimizer in options.optimizers:
-            jobs = [(optimizer, rate, model, options.epochs) for rate in RATES for model in MODELS]
-            _print_optimizer(optimizer, dict(zip(jobs, pool.map(_accuracy, jobs, chunksize=1), strict=True)))
-    print(f"{time.monotonic() - begun:.0f} s")
-    return 0
+        for number, row in enumerate(pool.imap_unordered(_train, wanted, chunksize=1), start=1):
+            _append(options.csv, row)
+            if number % 50 == 0 or number == len(wanted):
+                print(f"{number:,} of {len(wanted):,} in {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+    return _report(options.csv)
+
+
+def plan(options: argparse.Namespace) -> Iterator[Params]:
+    """Yield the settings of each training that is asked for."""
+    crossed = product(*(getattr(options, name) for name in CROSSED))
+    for (optimizer, seed), values in product(product(options.optimizers, range(options.seeds)), crossed):
+        cell = {**dict(zip(CROSSED, values, strict=True)), "optimizer": optimizer}
+        for rate in around(base_learning_rate(cell), options.below, options.above):
+            yield {**cell, "learning_rate": repr(rate), "seed": str(seed), "epochs": str(options.epochs)}
+
+
+def around(rate: float, below: int, above: int) -> list[float]:
+    """Return the rates of the ladder from so many below the one that is nearest to `rate` to so many above it."""
+    nearest = min(range(len(LADDER)), key=lambda place: abs(LADDER[place] - rate))
+    return LADDER[max(0, nearest - below) : nearest + above + 1]
+
+
+def _settings_in(file: Path) -> set[tuple[str, ...]]:
+    if not file.exists():
+        return set()
+    with file.open(newline="") as lines:
+        return {tuple(line[name] for name in SETTINGS) for line in csv.DictReader(lines)}
+
+
+def _append(file: Path, row: Params) -> None:
+    new = not file.exists()
+    with file.open("a", newline="") as lines:
+        writer = csv.DictWriter(lines, (*SETTINGS, *RESULTS))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def _set_up(dataset: Dataset) -> None:
     global _data
     torch.set_num_threads(1)
+    keep_freed_memory()  # as a worker does
     _data = DeviceData.from_dataset(dataset)
 
 
-def _accuracy(job: Job) -> float:
-    optimizer, rate, model, epochs = job
-    numeric = numeric_settings("cpu")
-    accuracies = []
-    for batch_norm, activation in product(("off", "on"), ("relu", "gelu")):
-        config = TrialConfig.from_params(
-            {
-                **numeric,
-                "model": model,
-                "optimizer": optimizer,
-                "batch_norm": batch_norm,
-                "activation": activation,
-                "learning_rate": repr(rate),
-                "epochs": str(epochs),
-            }
-        )
-        accuracies.append(
-            train(config, _data).best_val_accuracy or 0.0
-        )  # diverged in its first epoch: the worst result
-    return statistics.mean(accuracies)
+def _train(params: Params) -> Params:
+    config = TrialConfig.from_params({**numeric_settings("cpu"), **params})
+    trial = Trial(config, _data)
+    reports = [trial.run_epoch()]
+    while not reports[-1].diverged and trial.epoch < config.epochs:
+        reports.append(trial.run_epoch())
+    return {
+        **params,
+        "val_accuracy": "0" if reports[-1].diverged else repr(reports[-1].val_accuracy),
+        "epoch_seconds": f"{median(report.epoch_seconds for report in reports):.3f}",
+        "weights": str(sum(parameter.numel() for parameter in trial.net.parameters())),
+    }
 
 
-def _print_optimizer(optimizer: str, accuracies: dict[Job, float]) -> None:
-    table: dict[float, dict[str, float]] = {rate: {} for rate in RATES}
-    for (_, rate, model, _), accuracy in accuracies.items():
-        table[rate][model] = accuracy
-    best = {model: max(row[model] for row in table.values()) for model in MODELS}
-    behind = {rate: max(best[model] - row[model] for model in MODELS) for rate, row in table.items()}
-    chosen = min(behind, key=behind.__getitem__)
-    for rate, row in table.items():
-        figures = "  ".join(f"{row[model]:>7.2%}" for model in MODELS)
-        mark = "  <- best for both" if rate == chosen else ""
-        mark += "  (base rate)" if rate == OPTIMIZERS[optimizer].base_learning_rate else ""
-        print(f"{optimizer:<10} {rate:>7.4g}  {figures}  {behind[rate]:>7.2%}{mark}", flush=True)
+def _report(file: Path) -> int:
+    if not file.exists():
+        raise InputError(f"there is no file {file}")
+    trained = pd.read_csv(file)
+    columns = [name for name in CROSSED if trained[name].nunique() > 1 and name not in ("activation", "lr_schedule")]
+    print(f"{count(len(trained), 'training')} of {', '.join(map(str, sorted(trained['epochs'].unique())))} epochs")
+    for optimizer, rows in trained.groupby("optimizer", sort=False):
+        print(f"\n{optimizer}: validation accuracy in %, mean over {_varied(rows, columns)}\n{rate_table(rows, columns)}")
+    costs = pd.concat({rule: cost_table(rows) for rule, rows in trained.groupby("initialization", sort=False)}, axis=1)
+    print(f"\npoints lost to the best rate of each cell, mean over cells (worst in ten)\n{costs.to_string()}")
+    print(f"\naccuracy in % at the best rate, and the rate\n{best_table(trained, columns)}")
+    return 0
+
+
+def rate_table(rows: pd.DataFrame, columns: Sequence[str]) -> str:
+    """Return the accuracy of each rate of one optimizer, one column for each combination of `columns`."""
+    table = 100 * rows.pivot_table("val_accuracy", "learning_rate", list(columns) or ["model"])
+    base = rows["learning_rate"].map("{:g}".format)
+    table.index = pd.Index(sorted(base.unique(), key=float), name="rate")
+    return table.to_string(float_format="{:.2f}".format)
+
+
+def regrets(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the points that each rate loses to the best rate of its cell, both means over seeds."""
+    cell = [*CROSSED, "optimizer"]
+    means = rows.groupby([*cell, "learning_rate"], as_index=False)["val_accuracy"].mean()
+    best = means.groupby(cell)["val_accuracy"].transform("max")
+    return means.assign(points=100 * (best - means["val_accuracy"]))
+
+
+def cost_table(rows: pd.DataFrame) -> pd.Series:
+    """Return what each rule of `GROUPS` loses if every group has the rate that loses least on average."""
+    lost = regrets(rows)
+    costs = {}
+    for rule, factors in GROUPS.items():
+        of_cells = []
+        for _, group in lost.groupby(["optimizer", *factors]):
+            table = group.pivot_table("points", [*CROSSED, "optimizer"], "learning_rate").dropna(axis=1)
+            of_cells.append(table[table.mean().idxmin()])
+        points = pd.concat(of_cells)
+        costs[rule] = f"{points.mean():.2f} ({points.quantile(0.9):.2f})"
+    return pd.Series(costs)
+
+
+def best_table(trained: pd.DataFrame, columns: Sequence[str]) -> str:
+    """Return the accuracy at the rate that suits each combination of optimizer and `columns` best."""
+    keys = [*columns, "optimizer"]
+    means = trained.groupby([*keys, "learning_rate"], as_index=False)[["val_accuracy", "epoch_seconds", "weights"]].mean()
+    best = means.loc[means.groupby(keys)["val_accuracy"].idxmax()]
+    shown = best.assign(val_accuracy=100 * best["val_accuracy"])
+    return shown.to_string(
+        index=False,
+        formatters={
+            "val_accuracy": "{:.2f}".format,
+            "learning_rate": "{:g}".format,
+            "epoch_seconds": "{:.2f}".format,
+            "weights": "{:,.0f}".format,
+        },
+    )
+
+
+def _varied(rows: pd.DataFrame, columns: Sequence[str]) -> str:
+    averaged = [name for name in (*CROSSED, "seed") if name not in columns and rows[name].nunique() > 1]
+    return ", ".join(f"{name} {' '.join(map(str, rows[name].unique()))}" for name in averaged) or "one training"
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@ Measures the wall time of whole processes from start to exit, and divides it by 
 in a new folder with a new MLflow store, which says what was trained. All train the same cells on the same images, with
 the same learning rates, batch size and rule of early stopping (the best third continues). What differs:
 
-- The scripts of the peers (`benchmarks/peers`) get from us the split into train and validation and, unless
-  `--peer-init torch` is given, the standard deviations of the initial weights. Torch's own standard deviations are
-  smaller, and the peers are worse by points with them after a few epochs.
-- The peers train in float32; the contender `ours_f32` is our grid in float32.
+- The scripts of the peers (`benchmarks/peers`) get from us the split into train and validation; their initial weights
+  are torch's own.
+- The peers train in float32, we in bfloat16 where the processor has it; the contender `ours_f32` is our grid in float32.
 - The peers evaluate the current weights of `asgd`, we evaluate the averaged ones.
 - Each repeat changes the order of the contenders and the seed of the peers; our seed stays the same.
 
@@ -87,7 +86,6 @@ class Job:
     epochs: int
     seeds: int
     """Trials of each cell."""
-    peer_init: str
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,7 +108,7 @@ def _run(options: argparse.Namespace) -> int:
             images = prepare(options, Path(name))
             for model in options.models:
                 factors = QUICK_CELLS if options.quick else CELLS[model]
-                job = Job(model, factors, images, options.epochs, options.seeds, options.peer_init)
+                job = Job(model, factors, images, options.epochs, options.seeds)
                 rows += run_job(job, contenders, options.repeats, rows, options.csv)
     except subprocess.CalledProcessError as error:
         print(f"{error.output}\nbenchmarks.grid_speed: {error}", file=sys.stderr)
@@ -209,7 +207,6 @@ def run(name: str, job: Job, repeat: int) -> Row:
         data=job.images.name,
         train_images=job.images.train_count,
         val_images=job.images.val_count,
-        peer_init=job.peer_init,
         slots=slots,
         commit=describe_code()["commit"],
     )
@@ -232,7 +229,7 @@ def peer_arguments(job: Job, slots: int, repeat: int) -> list[str]:
     seeds = range(repeat * job.seeds, (repeat + 1) * job.seeds)
     levels = (word for factor, names in job.factors.items() for word in (f"--{factor}s", ",".join(names)))
     return [
-        *("--model", job.model, *levels, "--init", job.peer_init),
+        *("--model", job.model, *levels),
         *("--data", job.images.name, "--data-dir", str(job.images.folder), "--split", str(job.images.split)),
         *("--epochs", str(job.epochs), "--slots", str(slots), "--seeds", ",".join(map(str, seeds))),
     ]
@@ -299,12 +296,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--per-class", type=int, metavar="N", help="training images per class (all)")
     parser.add_argument("--epochs", type=int, default=3, metavar="N", help="budget of a trial that is not stopped (3)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="trials of each cell (1)")
-    parser.add_argument(
-        "--peer-init",
-        choices=("ours", "torch"),
-        default="ours",
-        help="standard deviations of the peers' initial weights (ours)",
-    )
     parser.add_argument("--quick", action="store_true", help="try it out: 2 cells, 20 images per class, 1 repeat")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="add a line per run to this file")
     parser.add_argument("--report", type=Path, metavar="FILE", help="print the tables of such a file, run nothing")

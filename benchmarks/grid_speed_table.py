@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
+
+from scipy.stats import t as student
 
 from grid.config import InputError
 from grid.wording import count
@@ -57,8 +59,6 @@ class Row:
     data: str
     train_images: int
     val_images: int
-    peer_init: str
-    """Whose initial weights the peers have: `ours` or `torch`."""
     slots: int
     commit: str
 
@@ -66,7 +66,7 @@ class Row:
     def setting(self) -> tuple[object, ...]:
         """The settings that all rows of one table share."""
         data = self.data, self.train_images, self.val_images
-        return self.cells, self.seeds, self.budget, *data, self.peer_init, self.slots
+        return self.cells, self.seeds, self.budget, *data, self.slots
 
     @property
     def seconds_per_epoch(self) -> float:
@@ -171,7 +171,7 @@ def table(rows: Sequence[Row]) -> str:
     size = f"{first.cells} cells{_seeds(first.seeds)}, {count(first.budget, 'epoch')}"
     lines = [
         f"{first.model}: {size}, {first.slots} at once",
-        f"{first.data}: {counts}; peers' init: {first.peer_init}",
+        f"{first.data}: {counts}",
         f"{'contender':<9} {'wall s':>6} {'(min-max)':<13} {'trials':>6} {'epochs':>6} {'s/epoch':>7} "
         f"{'samples/s':>9} {'overhead':>8} {'best':>7}",
     ]
@@ -200,7 +200,18 @@ def compare(name: str, pairs: Sequence[tuple[Row, Row]]) -> list[str]:
         f"  as fast, per trained epoch  {_spread(fast, '{:.2f}')} times",
         f"  as fast, start to exit      {_spread(whole, '{:.2f}')} times",
         f"  best validation accuracy    {_spread(better, '{:+.2f}')} points",
+        f"  not slower to learn         {_learning(better)}",
     ]
+
+
+def _learning(better: Sequence[float]) -> str:
+    """Say whether the best accuracy of ours is at least theirs, by Student's interval over the repeats."""
+    if len(better) < 2:
+        return "not known from one repeat"
+    half = float(student.ppf(0.975, len(better) - 1)) * stdev(better) / len(better) ** 0.5
+    low, high = mean(better) - half, mean(better) + half
+    verdict = "yes" if low >= 0 else "no" if high < 0 else "open"
+    return f"{verdict} (mean {mean(better):+.2f}, 95% interval {low:+.2f} to {high:+.2f})"
 
 
 def _line(name: str, rows: Sequence[Row]) -> str:

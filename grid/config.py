@@ -24,7 +24,15 @@ LEVELS: dict[str, tuple[str, ...]] = {
 
 FACTORS = tuple(LEVELS)
 
-NUMERICS_VERSION = 3
+CHOICES: dict[str, tuple[str, ...]] = {
+    "initialization": ("norm_aware", "he", "torch"),
+    "device": ("cpu", "cuda"),
+    "precision": ("float32", "bfloat16"),
+    "memory_format": ("contiguous", "channels_last"),
+}
+"""Every setting that takes one of a few names, with these names."""
+
+NUMERICS_VERSION = 4
 """Raised by hand whenever a code change alters the numbers that a trial yields; part of every trial key."""
 
 Params = dict[str, str]
@@ -81,6 +89,8 @@ class TrialConfig:
     """Output channels of the CNN's convolutions, joined by '-'."""
     dense_size: int = 128
     """Width of the CNN's dense layer. 1 or more."""
+    initialization: str = "norm_aware"
+    """How the initial weights are drawn; a name in `CHOICES["initialization"]`."""
 
     device: str = "cpu"
     """Kind of device to train on: `cpu` or `cuda`."""
@@ -119,9 +129,7 @@ class TrialConfig:
             ("hidden_sizes", "whole numbers above 0 joined by '-'", _are_sizes(self.hidden_sizes)),
             ("channels", "whole numbers above 0 joined by '-'", _are_sizes(self.channels)),
             ("dense_size", "1 or more", self.dense_size >= 1),
-            ("device", "cpu or cuda", self.device in ("cpu", "cuda")),
-            ("precision", "float32 or bfloat16", self.precision in ("float32", "bfloat16")),
-            ("memory_format", "contiguous or channels_last", self.memory_format in ("contiguous", "channels_last")),
+            *((name, " or ".join(choices), getattr(self, name) in choices) for name, choices in CHOICES.items()),
         ]
 
     @cached_property

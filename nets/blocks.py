@@ -1,6 +1,5 @@
 """Building blocks; the order layer -> norm -> activation -> pool -> dropout is defined here and nowhere else."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -9,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from nets.activations import ACTIVATIONS, gain
+from nets.activations import ACTIVATIONS
 from nets.dropout import SeededDropout
+from nets.initialization import draw
 from nets.pooling import PooledActivation
 
 
@@ -23,6 +23,8 @@ class Techniques:
     batch_norm: bool
     dropout_rate: float
     """Share of units dropped while training, in [0, 1); 0 leaves the dropout layers out."""
+    initialization: str = "norm_aware"
+    """A name in `INITIALIZATIONS`."""
 
 
 class FlattenPixels(nn.Module):
@@ -33,22 +35,20 @@ class FlattenPixels(nn.Module):
         return maps.permute(0, 2, 3, 1).flatten(start_dim=1)
 
 
-def linear(in_features: int, out_features: int, *, gain: float, bias: bool, generator: torch.Generator) -> nn.Linear:
-    """Build a linear layer, its weights drawn from `generator` with standard deviation gain / sqrt(fan_in)."""
+def linear(in_features: int, out_features: int, *, bias: bool) -> nn.Linear:
+    """Build a linear layer; `initialization.draw` fills it."""
     layer: nn.Linear = skip_init(nn.Linear, in_features, out_features, bias=bias)
-    _draw(layer, gain, generator)
     return layer
 
 
-def conv3x3(in_channels: int, out_channels: int, *, gain: float, bias: bool, generator: torch.Generator) -> nn.Conv2d:
-    """Build a 3x3 convolution that keeps the size of the maps, its weights drawn like those of `linear`."""
+def conv3x3(in_channels: int, out_channels: int, *, bias: bool) -> nn.Conv2d:
+    """Build a 3x3 convolution that keeps the size of the maps; `initialization.draw` fills it."""
     layer: nn.Conv2d = skip_init(nn.Conv2d, in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
-    _draw(layer, gain, generator)
     return layer
 
 
 def block(
-    layer: Callable[..., nn.Module],
+    layer: Callable[..., nn.Linear | nn.Conv2d],
     in_size: int,
     out_size: int,
     techniques: Techniques,
@@ -72,7 +72,15 @@ def block(
 
     Reference: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167 (norm before activation, no bias)
     """
-    yield layer(in_size, out_size, gain=gain(techniques.activation), bias=not techniques.batch_norm, generator=weights)
+    built = layer(in_size, out_size, bias=not techniques.batch_norm)
+    draw(
+        built,
+        techniques.initialization,
+        activation=techniques.activation,
+        norm=techniques.batch_norm,
+        weights=weights,
+    )
+    yield built
     if pooled:
         yield PooledActivation(techniques.activation, nn.BatchNorm2d(out_size) if techniques.batch_norm else None)
     else:
@@ -83,9 +91,15 @@ def block(
         yield SeededDropout(techniques.dropout_rate, masks)
 
 
-def _draw(layer: nn.Linear | nn.Conv2d, gain: float, generator: torch.Generator) -> None:
-    fan_in = layer.weight[0].numel()
-    with torch.no_grad():
-        layer.weight.normal_(0, gain / math.sqrt(fan_in), generator=generator)
-        if layer.bias is not None:
-            layer.bias.zero_()
+def output(in_size: int, classes: int, techniques: Techniques, weights: torch.Generator) -> nn.Linear:
+    """Build the last layer, which returns the logits.
+
+    Args:
+        in_size: Input features.
+        classes: Number of logits.
+        techniques: Of these, the initialization alone.
+        weights: Draws the initial weights; on the CPU.
+    """
+    layer = linear(in_size, classes, bias=True)
+    draw(layer, techniques.initialization, activation=None, norm=False, weights=weights)
+    return layer

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nets.blocks import FlattenPixels, Techniques, block, conv3x3, linear
+from nets.blocks import FlattenPixels, Techniques, block, conv3x3, linear, output
 
 
 class CNN(nn.Module):
@@ -41,7 +41,7 @@ class CNN(nn.Module):
         pixels = (side >> len(channels)) ** 2
         layers.append(FlattenPixels())
         layers += block(linear, channels[-1] * pixels, dense_size, techniques, weights, masks)
-        layers.append(linear(dense_size, classes, gain=1.0, bias=True, generator=weights))
+        layers.append(output(dense_size, classes, techniques, weights))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Float[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch classes"]:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nets.blocks import Techniques, block, linear
+from nets.blocks import Techniques, block, linear, output
 
 
 class MLP(nn.Module):
@@ -36,7 +36,7 @@ class MLP(nn.Module):
         layers: list[nn.Module] = [nn.Flatten()]
         for in_size, out_size in pairwise((pixels, *hidden_sizes)):
             layers += block(linear, in_size, out_size, techniques, weights, masks)
-        layers.append(linear(hidden_sizes[-1], classes, gain=1.0, bias=True, generator=weights))
+        layers.append(output(hidden_sizes[-1], classes, techniques, weights))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Float[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch classes"]:

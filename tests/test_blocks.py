@@ -1,12 +1,12 @@
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from nets.blocks import FlattenPixels, Techniques, block, conv3x3, linear
+from nets.blocks import FlattenPixels, Techniques, block, conv3x3, linear, output
 from nets.dropout import SeededDropout
+from nets.initialization import INITIALIZATIONS, Surroundings
 from nets.pooling import PooledActivation
 
 LAYERS = {"linear": linear, "conv3x3": conv3x3}
@@ -65,11 +65,14 @@ def test_a_block_changes_the_size_of_features_only(layer):
     assert built(layer, FULL)(inputs).shape == (6, 5, *inputs.shape[2:])
 
 
-@pytest.mark.parametrize(("layer", "fan_in"), [("linear", 400), ("conv3x3", 9 * 400)])
-def test_weights_have_the_standard_deviation_of_their_gain_and_fan_in(layer, fan_in):
-    weight = LAYERS[layer](400, 100, gain=3.0, bias=True, generator=torch.Generator().manual_seed(0)).weight
-    assert weight.std().item() == pytest.approx(3 / math.sqrt(fan_in), rel=0.02)
-    assert abs(weight.mean().item()) < 0.02 * weight.std().item()
+@pytest.mark.parametrize("rule", INITIALIZATIONS)
+def test_a_block_and_an_output_draw_their_weights_by_the_rule(rule):
+    techniques = replace(PLAIN, activation="gelu", initialization=rule)
+    layer, *_ = block(linear, 400, 300, techniques, torch.Generator().manual_seed(0), DRAWS)
+    last = output(400, 300, techniques, torch.Generator().manual_seed(0))
+    for built, activation in ((layer, "gelu"), (last, None)):
+        ranges = INITIALIZATIONS[rule](Surroundings(400, activation, norm=False))
+        assert built.weight.abs().max().item() == pytest.approx(ranges.weight, rel=0.001)
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -32,8 +32,6 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
     "gelu": nn.GELU,
 }
-GAINS = {"relu": 1.4142, "leaky_relu": 1.4141, "elu": 1.2452, "gelu": 1.5335}
-"""Equal to those of `nets.activations`; a test compares them."""
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
     "sgd": lambda parameters: SGD(parameters, lr=0.05, momentum=0.9),
     "adam": lambda parameters: Adam(parameters, lr=2e-3),
@@ -69,8 +67,6 @@ class Task:
     """Trials at once."""
     seeds: tuple[int, ...]
     """Each cell is trained once with each seed."""
-    init: str
-    """Initial weights: `torch` for torch's defaults, `ours` for the standard deviations of `nets.blocks`."""
     store: str
     """MLflow tracking URI."""
 
@@ -87,7 +83,6 @@ def read_task() -> Task:
     parser.add_argument("--epochs", required=True, type=int)
     parser.add_argument("--slots", required=True, type=int)
     parser.add_argument("--seeds", required=True, type=_numbers)
-    parser.add_argument("--init", required=True, choices=("torch", "ours"))
     parser.add_argument("--store", required=True)
     return Task(**vars(parser.parse_args()))
 
@@ -117,21 +112,14 @@ def load_data(task: Task) -> tuple["DataLoader[Tensor]", "DataLoader[Tensor]", i
     return train, val, len(dataset.classes)
 
 
-def build_net(model: str, activation: str, classes: int, init: str) -> nn.Sequential:
-    """Build the net and initialise its weights as `init` says."""
+def build_net(model: str, activation: str, classes: int) -> nn.Sequential:
+    """Build the net; torch draws its initial weights."""
     act = ACTIVATIONS[activation]
     if model == "mlp":
         layers = [nn.Flatten(), *_dense(28 * 28, 512, act), *_dense(512, 256, act), *_dense(256, 128, act)]
     else:
         layers = [*_convolution(1, 32, act), *_convolution(32, 64, act), nn.Flatten(), *_dense(64 * 7 * 7, 128, act)]
-    last = nn.Linear(128, classes)
-    if init == "ours":
-        for layer in layers:
-            if isinstance(layer, nn.Linear | nn.Conv2d):
-                nn.init.normal_(layer.weight, std=GAINS[activation] / layer.weight[0].numel() ** 0.5)
-        nn.init.normal_(last.weight, std=128**-0.5)
-        nn.init.zeros_(last.bias)
-    return nn.Sequential(*layers, last)
+    return nn.Sequential(*layers, nn.Linear(128, classes))
 
 
 def run_epoch(

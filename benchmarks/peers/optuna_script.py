@@ -42,7 +42,7 @@ def work(task: Task, ready: Event) -> None:
         torch.manual_seed(trial.suggest_categorical("seed", task.seeds))
         train, val, classes = load_data(task)
         activation = trial.suggest_categorical("activation", task.activations)
-        net = build_net(task.model, activation, classes, task.init)
+        net = build_net(task.model, activation, classes)
         optimizer = OPTIMIZERS[trial.suggest_categorical("optimizer", task.optimizers)](net.parameters())
         accuracy = 0.0
         for epoch in range(1, task.epochs + 1):

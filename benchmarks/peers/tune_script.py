@@ -20,7 +20,7 @@ def train_net(config: dict[str, Any], task: Task) -> None:
     """Train one trial until it ends or Tune stops it."""
     torch.manual_seed(config["seed"])
     train, val, classes = load_data(task)
-    net = build_net(task.model, config["activation"], classes, task.init)
+    net = build_net(task.model, config["activation"], classes)
     optimizer = OPTIMIZERS[config["optimizer"]](net.parameters())
     for _ in range(task.epochs):
         tune.report(run_epoch(net, optimizer, train, val))

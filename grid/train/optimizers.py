@@ -1,6 +1,6 @@
 """The optimizers under study and their base learning rates."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -44,6 +44,11 @@ References:
     adamw: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101
     nadam: Dozat 2016, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ
 """
+
+
+def base_learning_rate(cell: Mapping[str, str]) -> float:
+    """Return the peak learning rate of a cell at `lr_scale` 1."""
+    return OPTIMIZERS[cell["optimizer"]].base_learning_rate
 
 
 def build_optimizer(

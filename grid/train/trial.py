@@ -274,6 +274,7 @@ def assemble_net(config: TrialConfig, *, side: int, classes: int, dropout: torch
             activation=config.activation,
             batch_norm=config.batch_norm,
             dropout_rate=config.dropout_rate if config.dropout else 0.0,
+            initialization=config.initialization,
         ),
         weights=_generator(config.seed, "weights", "cpu"),
         masks=dropout,

@@ -1,0 +1,84 @@
+"""The rules by which initial weights are drawn, all uniformly: names, and how far from zero each rule goes."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from nets.activations import gain
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a rule knows of a layer."""
+
+    fan_in: int
+    """Inputs of each of its units."""
+    activation: str | None
+    """The name in `ACTIVATIONS` of what follows; None behind the last layer."""
+    norm: bool
+    """Whether a norm stands between the layer and its activation."""
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Largest absolute values of what is drawn."""
+
+    weight: float
+    bias: float
+
+
+def he(layer: Surroundings) -> Ranges:
+    """Keep the second moment of the features at 1 from layer to layer, with or without a norm; biases are zero."""
+    factor = 1.0 if layer.activation is None else gain(layer.activation)
+    return Ranges(factor * math.sqrt(3 / layer.fan_in), 0.0)
+
+
+def torch_default(layer: Surroundings) -> Ranges:
+    """Do what torch's own layers do: a standard deviation of sqrt(1 / 3 / fan_in), and biases as large as weights."""
+    return Ranges(1 / math.sqrt(layer.fan_in), 1 / math.sqrt(layer.fan_in))
+
+
+def norm_aware(layer: Surroundings) -> Ranges:
+    """Draw as `he` does, but smaller where only the direction of the weights counts, and for the last layer.
+
+    A norm takes out the length of the weights in front of it, so that length sets nothing but how far a step turns
+    them: the shorter they start, the sooner they settle at the length that suits the learning rate. Small weights in
+    the last layer make all classes equally likely at the start.
+    """
+    if layer.norm or layer.activation is None:
+        return Ranges(1 / math.sqrt(layer.fan_in), 0.0)
+    return he(layer)
+
+
+INITIALIZATIONS: dict[str, Callable[[Surroundings], Ranges]] = {
+    "norm_aware": norm_aware,
+    "he": he,
+    "torch": torch_default,
+}
+"""Name -> rule. `python -m benchmarks.base_rates --initializations ...` compares them (LOG.md).
+
+References:
+    norm_aware: Arora et al. 2019, https://arxiv.org/abs/1812.03981 (the length of weights in front of a norm)
+    he: He et al. 2015, https://arxiv.org/abs/1502.01852
+    torch: LeCun et al. 1998, https://doi.org/10.1007/3-540-49430-8_2; torch.nn.Linear.reset_parameters
+"""
+
+
+def draw(layer: nn.Linear | nn.Conv2d, rule: str, *, activation: str | None, norm: bool, weights: torch.Generator) -> None:
+    """Draw the weights of a layer, and its biases if it has some.
+
+    Args:
+        layer: The layer to fill.
+        rule: A name in `INITIALIZATIONS`.
+        activation: The name in `ACTIVATIONS` of what follows; None behind the last layer.
+        norm: Whether a norm stands between the layer and its activation.
+        weights: Draws the values; on the CPU.
+    """
+    ranges = INITIALIZATIONS[rule](Surroundings(layer.weight[0].numel(), activation, norm))
+    with torch.no_grad():
+        layer.weight.uniform_(-ranges.weight, ranges.weight, generator=weights)
+        if layer.bias is not None:
+            layer.bias.uniform_(-ranges.bias, ranges.bias, generator=weights)
