@@ -84,10 +84,9 @@ class PooledActivation(nn.Module):
 
 
 def _suits_fast_path(maps: Maps) -> bool:
-    """Return whether pooling first is faster here: on a CPU, channels last in memory, height and width even."""
-    height, width = maps.shape[2:]
+    """Return whether pooling first is faster here: on a CPU, channels last in memory, with something to pool."""
     channels_last = maps.is_contiguous(memory_format=torch.channels_last)
-    return maps.device.type == "cpu" and channels_last and height % 2 == width % 2 == 0
+    return maps.device.type == "cpu" and channels_last and min(maps.shape[2:]) > 1
 
 
 class _LargestPixel(torch.autograd.Function):
@@ -112,7 +111,7 @@ class _LargestPixel(torch.autograd.Function):
             low_rows, smallest = _pool(maps, torch.minimum)
             takes_smallest = _ones_where_negative(activate(chosen) - activate(smallest))
             _replace(chosen, smallest, takes_smallest)
-            for column, low_column in zip(_columns(rows, maps), _columns(low_rows, maps), strict=True):
+            for column, low_column in zip(_columns(rows), _columns(low_rows), strict=True):
                 _replace(column, low_column, takes_smallest.permute(PIXELS_FIRST))
         ctx.save_for_backward(maps, rows, chosen)
         return chosen
@@ -120,10 +119,12 @@ class _LargestPixel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Pooled) -> tuple[Maps, None]:
         maps, rows, chosen = (_bits(tensor) for tensor in ctx.saved_tensors)
-        maps_gradient, rows_gradient = torch.empty_like(maps), torch.empty_like(rows)
+        odd = maps.shape[2] % 2 or maps.shape[3] % 2
+        maps_gradient = torch.zeros_like(maps) if odd else torch.empty_like(maps)
+        rows_gradient = torch.empty_like(rows)
         pixels, chosen_pixels = _bits(gradient).permute(PIXELS_FIRST), chosen.permute(PIXELS_FIRST)
-        left, _ = _columns(rows, maps)
-        _route(pixels, left, chosen_pixels, out=_columns(rows_gradient, maps))
+        left, _ = _columns(rows)
+        _route(pixels, left, chosen_pixels, out=_columns(rows_gradient))
         upper, _ = _rows(maps)
         _route(rows_gradient, upper, rows, out=_rows(maps_gradient))
         return maps_gradient.view(gradient.dtype), None
@@ -183,9 +184,9 @@ def _affine(values: Maps, weight: Channels, bias: Channels, mean: Channels, vari
 
 
 def _pool(maps: Maps, extreme: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Pooled]:
-    """Return the extremes of every two rows, `[batch, half height, width x channel]`, and of every 2x2 pixels."""
+    """Return the extremes of every two rows, `[batch, half height, even width, channel]`, and of every 2x2 pixels."""
     rows = extreme(*_rows(maps))
-    return rows, extreme(*_columns(rows, maps)).permute(PIXELS_LAST)
+    return rows, extreme(*_columns(rows)).permute(PIXELS_LAST)
 
 
 def _replace(values: Tensor, others: Tensor, mask: Bits) -> None:
@@ -215,21 +216,17 @@ def _route(gradient: Bits, first: Bits, chosen: Bits, out: tuple[Bits, Bits]) ->
 
 
 def _rows(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Return views of the even and of the odd rows, both `[batch, half height, width x channel]`."""
-    batch, channels, height, width = maps.shape
-    pairs = maps.permute(PIXELS_FIRST).view(batch, height // 2, 2, width * channels)
-    return pairs[:, :, 0], pairs[:, :, 1]
+    """Return views of the even and of the odd rows, `[batch, half height, even width, channel]`, in pairs only."""
+    half_height, half_width = maps.shape[2] // 2, maps.shape[3] // 2
+    pixels = maps.permute(PIXELS_FIRST)[:, : 2 * half_height, : 2 * half_width]
+    upper, lower = pixels.unflatten(1, (half_height, 2)).unbind(2)
+    return upper, lower
 
 
-def _columns(rows: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Return views of the even and of the odd columns of `rows`, both `[batch, half height, half width, channel]`.
-
-    Args:
-        rows: Rows of `maps`, `[batch, half height, width x channel]`.
-        maps: Gives the number of channels.
-    """
-    pairs = rows.view(*rows.shape[:2], -1, 2, maps.shape[1])  # [batch, half height, half width, 2, channel]
-    return pairs[:, :, :, 0], pairs[:, :, :, 1]
+def _columns(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return views of the even and of the odd columns of `rows`, both `[batch, half height, half width, channel]`."""
+    left, right = rows.unflatten(2, (rows.shape[2] // 2, 2)).unbind(3)
+    return left, right
 
 
 def _ones_where_negative(values: Tensor) -> Bits:

@@ -56,7 +56,7 @@ def test_pixels_are_flattened_without_a_copy_in_channels_last():
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_layer_has_a_bias_only_without_a_norm(layer):
     assert built(layer, FULL)[0].bias is None
-    assert built(layer, PLAIN)[0].bias.tolist() == [0.0] * 5
+    assert built(layer, PLAIN)[0].bias.shape == (5,)
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -132,25 +132,33 @@ def test_any_four_pixels_yield_their_largest_activation_and_pass_the_gradient_to
         assert activated.flatten()[chosen].item() == pytest.approx(outputs.item(), abs=1e-6)
 
 
-def unsuited(name: str) -> Tensor:
-    if name == "odd side":
-        return maps(7)
+def contiguous_maps() -> Tensor:
     return maps(8).detach().contiguous().requires_grad_()
 
 
-@pytest.mark.parametrize("name", ["odd side", "contiguous"])
-def test_other_maps_are_pooled_last(name, pools_first):
-    module, inputs = pool("gelu", batch_norm=True), unsuited(name)
+def test_contiguous_maps_are_pooled_last(pools_first):
+    module, inputs = pool("gelu", batch_norm=True), contiguous_maps()
     fast, slow = results(module, inputs), results(module, inputs, plain)
     assert not pools_first
-    assert fast["outputs"].shape[2:] == (inputs.shape[2] // 2, inputs.shape[2] // 2)
     for name, value in fast.items():
         assert torch.equal(value, slow[name])
 
 
+@pytest.mark.parametrize("batch_norm", [True, False])
+@pytest.mark.parametrize("activation", ["elu", "gelu"])
+@pytest.mark.parametrize(("height", "width"), [(7, 7), (6, 7), (7, 6), (3, 2)])
+def test_an_odd_last_row_or_column_counts_in_the_statistics_only(height, width, activation, batch_norm, pools_first):
+    module = pool(activation, batch_norm=batch_norm)
+    inputs = maps(8).detach()[:, :, :height, :width].contiguous(memory_format=torch.channels_last).requires_grad_()
+    fast, slow = results(module, inputs), results(module, inputs, plain)
+    assert pools_first
+    assert fast["outputs"].shape[2:] == (height // 2, width // 2)
+    torch.testing.assert_close(fast, slow)
+
+
 @pytest.mark.parametrize("activation", sorted(RISING))
 def test_pooling_last_equals_the_plain_layers_for_rising_activations(activation):
-    module, inputs = pool(activation, batch_norm=True), unsuited("contiguous")
+    module, inputs = pool(activation, batch_norm=True), contiguous_maps()
     torch.testing.assert_close(results(module, inputs), results(module, inputs, plain))
 
 
