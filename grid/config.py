@@ -85,9 +85,9 @@ class TrialConfig:
     """Weight of the sum of w^2 / 2 in the loss if `regularization` is l2 or elastic. 0 or more."""
     hidden_sizes: str = "512-256-128"
     """Widths of the MLP's hidden layers, joined by '-'."""
-    channels: str = "32-64"
+    channels: str = "32-64-128"
     """Output channels of the CNN's convolutions, joined by '-'."""
-    dense_size: int = 128
+    dense_size: int = 256
     """Width of the CNN's dense layer. 1 or more."""
     initialization: str = "norm_aware"
     """How the initial weights are drawn; a name in `CHOICES["initialization"]`."""
