@@ -1,12 +1,12 @@
-"""Which base learning rate suits each optimizer, and what would fewer rates cost? The source of `grid.train.optimizers`.
+"""Which base learning rate suits each optimizer, and what would fewer rates cost? Source of `grid.train.optimizers`.
 
-    python -m benchmarks.base_rates --data emnist-bymerge --data-dir DIR --csv rates.csv     # adds what is not in it yet
+    python -m benchmarks.base_rates --data emnist-bymerge --data-dir DIR --csv rates.csv     # adds what it lacks
     python -m benchmarks.base_rates --report rates.csv                                       # prints its tables again
 
-Trains each optimizer over a 1-2-5 ladder of rates around its present base rate, in cells that cross the rules of initial
-weights, models and their sizes, batch norm, activations and schedules that are asked for. Accuracy is that of the
-validation images after the last epoch; a training that diverges counts as zero. Tables of different budgets are not
-mixed: keep them in files of their own.
+Trains each optimizer over a 1-2-5 ladder of rates around its present base rate, in cells that cross the rules of
+initial weights, models and their sizes, batch norm, activations and schedules that are asked for. Accuracy is that of
+the validation images after the last epoch; a training that diverges counts as zero. Different budgets or amounts of
+data are not told apart: keep them in files of their own.
 """
 
 import argparse
@@ -158,7 +158,8 @@ def _report(file: Path) -> int:
     columns = [name for name in CROSSED if trained[name].nunique() > 1 and name not in ("activation", "lr_schedule")]
     print(f"{count(len(trained), 'training')} of {', '.join(map(str, sorted(trained['epochs'].unique())))} epochs")
     for optimizer, rows in trained.groupby("optimizer", sort=False):
-        print(f"\n{optimizer}: validation accuracy in %, mean over {_varied(rows, columns)}\n{rate_table(rows, columns)}")
+        print(f"\n{optimizer}: validation accuracy in %, mean over {_varied(rows, columns)}")
+        print(rate_table(rows, columns))
     costs = pd.concat({rule: cost_table(rows) for rule, rows in trained.groupby("initialization", sort=False)}, axis=1)
     print(f"\npoints lost to the best rate of each cell, mean over cells (worst in ten)\n{costs.to_string()}")
     print(f"\naccuracy in % at the best rate, and the rate\n{best_table(trained, columns)}")
@@ -198,7 +199,7 @@ def cost_table(rows: pd.DataFrame) -> pd.Series:
 def best_table(trained: pd.DataFrame, columns: Sequence[str]) -> str:
     """Return the accuracy at the rate that suits each combination of optimizer and `columns` best."""
     keys = [*columns, "optimizer"]
-    means = trained.groupby([*keys, "learning_rate"], as_index=False)[["val_accuracy", "epoch_seconds", "weights"]].mean()
+    means = trained.groupby([*keys, "learning_rate"], as_index=False)[list(RESULTS)].mean()
     best = means.loc[means.groupby(keys)["val_accuracy"].idxmax()]
     shown = best.assign(val_accuracy=100 * best["val_accuracy"])
     return shown.to_string(

@@ -9,7 +9,7 @@ the same learning rates, batch size and rule of early stopping (the best third c
 
 - The scripts of the peers (`benchmarks/peers`) get from us the split into train and validation; their initial weights
   are torch's own.
-- The peers train in float32, we in bfloat16 where the processor has it; the contender `ours_f32` is our grid in float32.
+- The peers train in float32, we in bfloat16 where the processor has it; `ours_f32` is our grid in float32.
 - The peers evaluate the current weights of `asgd`, we evaluate the averaged ones.
 - Each repeat changes the order of the contenders and the seed of the peers; our seed stays the same.
 

@@ -9,7 +9,6 @@ from torch import nn
 
 from nets.activations import gain
 
-
 SHORT = 0.2
 """Standard deviation of weights in front of a norm, as a share of sqrt(1 / fan_in)."""
 
@@ -73,8 +72,12 @@ References:
 """
 
 
-def draw(layer: nn.Linear | nn.Conv2d, rule: str, *, activation: str | None, norm: bool, weights: torch.Generator) -> None:
+def draw(
+    layer: nn.Linear | nn.Conv2d, rule: str, *, activation: str | None, norm: bool, weights: torch.Generator
+) -> None:
     """Draw the weights of a layer, and its biases if it has some.
+
+    Biases are drawn even if it has none, so that nets with and without a norm start from the same draws.
 
     Args:
         layer: The layer to fill.
@@ -84,7 +87,7 @@ def draw(layer: nn.Linear | nn.Conv2d, rule: str, *, activation: str | None, nor
         weights: Draws the values; on the CPU.
     """
     ranges = INITIALIZATIONS[rule](Surroundings(layer.weight[0].numel(), activation, norm))
+    biases = torch.empty(len(layer.weight)) if layer.bias is None else layer.bias
     with torch.no_grad():
         layer.weight.uniform_(-ranges.weight, ranges.weight, generator=weights)
-        if layer.bias is not None:
-            layer.bias.uniform_(-ranges.bias, ranges.bias, generator=weights)
+        biases.uniform_(-ranges.bias, ranges.bias, generator=weights)

@@ -77,11 +77,9 @@ def test_a_sweep_goes_on_where_it_was_interrupted(
 
 @pytest.mark.parametrize(
     ("arguments", "problem"),
-    [([], "name the file that trainings are added to"), (["--report", "/nowhere.csv"], "there is no file /nowhere.csv")],
+    [([], "name the file that trainings are added to"), (["--report", "/no.csv"], "there is no file /no.csv")],
 )
-def test_a_wrong_argument_is_one_line(
-    arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_argument_is_one_line(arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"benchmarks.base_rates: {problem}")

@@ -11,7 +11,8 @@ from nets.cnn import CNN
 from nets.pooling import PooledActivation
 
 DEFAULTS = TrialConfig(learning_rate=1.0, epochs=1)
-PLAIN_COUNT = (9 * 32 + 32) + (32 * 9 * 64 + 64) + (64 * 7 * 7 * 128 + 128) + (128 * 47 + 47)
+CONVOLUTIONS = (9 * 32 + 32) + (32 * 9 * 64 + 64) + (64 * 9 * 128 + 128)
+PLAIN_COUNT = CONVOLUTIONS + (128 * 3 * 3 * 256 + 256) + (256 * 47 + 47)
 
 
 def cnn(channels=None, *, side=28, classes=47, dense_size=None, activation="relu", batch_norm=False, seed=0) -> CNN:
@@ -34,8 +35,8 @@ def count(net: nn.Module) -> int:
     ("changes", "expected"),
     [
         ({}, PLAIN_COUNT),
-        ({"batch_norm": True}, PLAIN_COUNT + 32 + 64 + 128),  # a scale and a shift per unit instead of a bias
-        ({"activation": "prelu"}, PLAIN_COUNT + 3),
+        ({"batch_norm": True}, PLAIN_COUNT + 32 + 64 + 128 + 256),  # a scale and a shift per unit instead of a bias
+        ({"activation": "prelu"}, PLAIN_COUNT + 4),
     ],
 )
 def test_default_net_has_the_parameters_of_the_formula(changes, expected):
@@ -58,7 +59,7 @@ def test_any_sizes_give_their_parameters_and_outputs(channels, side, dense_size)
 
 def test_every_convolution_block_pools_and_the_dense_one_does_not():
     kinds = [type(module) for module in cnn().layers]
-    assert kinds.count(PooledActivation) == kinds.count(nn.Conv2d) == 2
+    assert kinds.count(PooledActivation) == kinds.count(nn.Conv2d) == 3
     assert PooledActivation not in kinds[kinds.index(FlattenPixels) :]
 
 

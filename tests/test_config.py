@@ -47,6 +47,7 @@ def test_every_field_changes_the_trial_key(name: str) -> None:
         "device": "cuda",
         "hidden_sizes": "8",
         "channels": "8",
+        "initialization": "he",
     }
     value = getattr(plain, name)
     changed = other.get(name, not value if isinstance(value, bool) else f"{value}x" if value == "" else None)

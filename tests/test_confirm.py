@@ -40,9 +40,7 @@ def test_a_store_that_is_not_there_is_not_made(tmp_path: Path, capsys: pytest.Ca
 def test_an_experiment_that_is_not_there_is_not_made(store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         assert main(["--experiment", "other", "--store", store_uri]) == ENDED
-        assert (
-            capsys.readouterr().err == f"grid.confirm: no experiment 'other' in {store_uri}; it has unused\n"
-        )
+        assert capsys.readouterr().err == f"grid.confirm: no experiment 'other' in {store_uri}; it has unused\n"
 
 
 def test_a_grid_without_trials_is_told_to_run_first(store_uri: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,9 +117,9 @@ def build_net(model: str, activation: str, classes: int) -> nn.Sequential:
     act = ACTIVATIONS[activation]
     if model == "mlp":
         layers = [nn.Flatten(), *_dense(28 * 28, 512, act), *_dense(512, 256, act), *_dense(256, 128, act)]
-    else:
-        layers = [*_convolution(1, 32, act), *_convolution(32, 64, act), nn.Flatten(), *_dense(64 * 7 * 7, 128, act)]
-    return nn.Sequential(*layers, nn.Linear(128, classes))
+        return nn.Sequential(*layers, nn.Linear(128, classes))
+    layers = [*_convolution(1, 32, act), *_convolution(32, 64, act), *_convolution(64, 128, act)]
+    return nn.Sequential(*layers, nn.Flatten(), *_dense(128 * 3 * 3, 256, act), nn.Linear(256, classes))
 
 
 def run_epoch(

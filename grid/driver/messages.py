@@ -28,7 +28,7 @@ def describe_plan(request: Request, plan: Plan) -> dict[str, str]:
         f"{count(len(request.lr_scales), 'lr scale')}; {count(len(plan.controls), 'unstopped control')}"
     )
     rungs = ", ".join(map(str, rung_epochs(request.epochs))) or "none"
-    facts["budget"] = f"{count(request.epochs, 'epoch')}; the best 1/{FACTOR} of a model's trials continue after epoch {rungs}"
+    facts["budget"] = f"{count(request.epochs, 'epoch')}; a model's best 1/{FACTOR} continue after epoch {rungs}"
     return facts
 
 
