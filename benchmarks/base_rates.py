@@ -177,7 +177,7 @@ def rate_table(rows: pd.DataFrame, columns: Sequence[str]) -> str:
 def regrets(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the points that each rate loses to the best rate of its cell, both means over seeds."""
     cell = [*CROSSED, "optimizer"]
-    means = rows.groupby([*cell, "learning_rate"], as_index=False)["val_accuracy"].mean()
+    means = rows.groupby([*cell, "learning_rate"], as_index=False)[["val_accuracy"]].mean()
     best = means.groupby(cell)["val_accuracy"].transform("max")
     return means.assign(points=100 * (best - means["val_accuracy"]))
 

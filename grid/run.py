@@ -5,6 +5,7 @@ import gc
 import io
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -80,9 +81,10 @@ def read_request(options: argparse.Namespace) -> Request:
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m grid.run",
-        description="Train every combination of techniques with ASHA early stopping and log every trial to MLflow. "
-        "Run the same command again to continue.",
-        epilog="grids: " + "; ".join(f"{name}: {grid.question}" for name, grid in GRIDS.items()),
+        description="Train every combination of techniques with ASHA early stopping and log every\n"
+        "trial to MLflow. Run the same command again to continue.",
+        epilog="grids:\n" + "\n".join(_describe(name, grid.question) for name, grid in GRIDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_training(parser.add_argument_group("what is trained"))
     _add_place(parser.add_argument_group("where it runs and is recorded"))
@@ -136,6 +138,10 @@ def _default_name(options: argparse.Namespace, data: str) -> str:
     parts += [] if options.per_class is None else [f"{options.per_class}-per-class"]
     parts += [] if options.epochs is None else [f"{options.epochs}-epochs"]
     return "-".join(parts)
+
+
+def _describe(grid: str, question: str) -> str:
+    return textwrap.fill(question, 79, initial_indent=f"  {grid:<12}", subsequent_indent=" " * 14)
 
 
 def _split_only(text: str) -> tuple[str, tuple[str, ...]]:

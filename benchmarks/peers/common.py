@@ -36,8 +36,8 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
     "sgd": lambda parameters: SGD(parameters, lr=0.05, momentum=0.9),
     "adam": lambda parameters: Adam(parameters, lr=2e-3),
     "rmsprop": lambda parameters: RMSprop(parameters, lr=1e-3),
-    "asgd": lambda parameters: ASGD(parameters, lr=0.2, lambd=0.0),
-    "adagrad": lambda parameters: Adagrad(parameters, lr=1e-2),
+    "asgd": lambda parameters: ASGD(parameters, lr=0.5, lambd=0.0),
+    "adagrad": lambda parameters: Adagrad(parameters, lr=2e-2),
 }
 """With the learning rates of `grid.train.optimizers`, measured for these nets; `lambd` is ASGD's own weight decay."""
 

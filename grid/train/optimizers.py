@@ -24,10 +24,10 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     "sgd": OptimizerSpec(partial(SGD, momentum=0.9), 0.05, fused=True),
     "adam": OptimizerSpec(Adam, 2e-3, fused=True),
     "rmsprop": OptimizerSpec(RMSprop, 1e-3, fused=False),
-    "asgd": OptimizerSpec(partial(ASGD, lambd=0.0), 0.2, fused=False),
-    "adagrad": OptimizerSpec(Adagrad, 1e-2, fused=True),
+    "asgd": OptimizerSpec(partial(ASGD, lambd=0.0), 0.5, fused=False),
+    "adagrad": OptimizerSpec(Adagrad, 2e-2, fused=True),
     "adamw": OptimizerSpec(partial(AdamW, weight_decay=1e-2), 2e-3, fused=True),
-    "nadam": OptimizerSpec(NAdam, 5e-3, fused=False),
+    "nadam": OptimizerSpec(NAdam, 2e-3, fused=False),
 }
 """Name -> factory and base learning rate.
 
