@@ -6,7 +6,7 @@
 Trains each optimizer over a 1-2-5 ladder of rates around its present base rate, in cells that cross the rules of
 initial weights, models and their sizes, batch norm, activations and schedules that are asked for. Accuracy is that of
 the validation images after the last epoch; a training that diverges counts as zero. Different budgets or amounts of
-data are not told apart: keep them in files of their own.
+data are not distinguished: keep them in files of their own.
 """
 
 import argparse

@@ -21,11 +21,11 @@ def test_the_work_of_an_mlp_is_that_of_its_matrix_products():
 
 
 def test_the_work_of_a_cnn_is_that_of_its_convolutions_and_matrix_products():
-    first, second = 2 * 9 * 1 * 32 * 28**2, 2 * 9 * 32 * 64 * 14**2
-    dense, last = 2 * 64 * 7**2 * 128, 2 * 128 * 47
+    first, second, third = 2 * 9 * 1 * 32 * 28**2, 2 * 9 * 32 * 64 * 14**2, 2 * 9 * 64 * 128 * 7**2
+    dense, last = 2 * 128 * 3**2 * 256, 2 * 256 * 47
     data = step_speed.random_images(64, "cpu")
     config = TrialConfig(model="cnn", learning_rate=1e-3, epochs=1, batch_size=32)
-    assert step_speed.flops_per_image(config, data) == 3 * (first + second + dense + last) - first
+    assert step_speed.flops_per_image(config, data) == 3 * (first + second + third + dense + last) - first
 
 
 def test_the_measured_peak_is_above_100_mflops(monkeypatch):

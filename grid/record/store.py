@@ -17,6 +17,7 @@ from grid.store_uri import artifact_location, mask, missing_experiment
 from grid.wording import first_line
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # else on stderr where tqdm is installed
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the recorder retries, after checking what has arrived
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
