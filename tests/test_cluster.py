@@ -23,7 +23,7 @@ BIN = ROOT / ".venv" / "bin"
 
 
 def _is_set_up() -> bool:
-    """Return whether `make setup` has nothing left to do: a host would do it in this checkout's .venv, which it shares."""
+    """Return whether `make setup` has nothing left to do; a host would do it in the .venv of this checkout."""
     ready, wanted = ROOT / ".venv" / "ready", ROOT / "pyproject.toml"
     return ready.exists() and ready.stat().st_mtime >= wanted.stat().st_mtime
 
