@@ -5,12 +5,11 @@
 
 Trains each optimizer over a 1-2-5 ladder of rates around its present base rate, in cells that cross the rules of
 initial weights, models and their sizes, batch norm, activations and schedules that are asked for. Accuracy is that of
-the validation images after the last epoch; a training that diverges counts as zero. Different budgets or amounts of
-data are not distinguished: keep them in files of their own.
+the validation images after the last epoch; a training that diverges counts as zero. A file holds one budget and one set
+of images: others are refused.
 """
 
 import argparse
-import csv
 import os
 import sys
 import time
@@ -31,7 +30,7 @@ from grid.data.load import load
 from grid.train.hardware import keep_freed_memory, numeric_settings
 from grid.train.optimizers import OPTIMIZERS, base_learning_rate
 from grid.train.trial import DeviceData, Trial
-from grid.wording import count
+from grid.wording import count, first_line
 
 LADDER = [mantissa * 10.0**exponent for exponent in (-4, -3, -2, -1) for mantissa in (1, 2, 5)]
 CROSSED = {
@@ -45,7 +44,9 @@ CROSSED = {
     "dense_size": (None, (str(TrialConfig.dense_size),)),
 }
 """Setting -> the values that may be asked for (None: any), and those that are crossed by default."""
-SETTINGS = (*CROSSED, "optimizer", "learning_rate", "seed", "epochs")
+BUDGET = ("data", "data_fingerprint", "epochs")
+"""What all trainings of a file share."""
+SETTINGS = (*CROSSED, "optimizer", "learning_rate", "seed", *BUDGET)
 RESULTS = ("val_accuracy", "epoch_seconds", "weights")
 GROUPS = {
     "one rate for each optimizer": [],
@@ -88,24 +89,30 @@ def _sweep(options: argparse.Namespace) -> int:
     if options.csv is None:
         raise InputError("name the file that trainings are added to: --csv FILE")
     dataset = load(options.data, options.data_dir, per_class=options.per_class)
-    done = _settings_in(options.csv)
-    wanted = [params for params in plan(options) if tuple(params[name] for name in SETTINGS) not in done]
+    budget = {"data": options.data, "data_fingerprint": dataset.fingerprint, "epochs": str(options.epochs)}
+    done = trained_before(options.csv, budget)
+    wanted = [params for params in plan(options, budget) if tuple(params[name] for name in SETTINGS) not in done]
     begun = time.monotonic()
     with get_context("spawn").Pool(len(os.sched_getaffinity(0)), _set_up, (dataset,)) as pool:
         for number, row in enumerate(pool.imap_unordered(_train, wanted, chunksize=1), start=1):
-            _append(options.csv, row)
+            pd.DataFrame([row]).to_csv(options.csv, mode="a", header=not options.csv.exists(), index=False)
             if number % 50 == 0 or number == len(wanted):
                 print(f"{number:,} of {len(wanted):,} in {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
     return _report(options.csv)
 
 
-def plan(options: argparse.Namespace) -> Iterator[Params]:
-    """Yield the settings of each training that is asked for."""
+def plan(options: argparse.Namespace, budget: Params) -> Iterator[Params]:
+    """Yield the settings of each training that is asked for.
+
+    Args:
+        options: The command line.
+        budget: A value for each name in `BUDGET`.
+    """
     crossed = product(*(getattr(options, name) for name in CROSSED))
     for (optimizer, seed), values in product(product(options.optimizers, range(options.seeds)), crossed):
         cell = {**dict(zip(CROSSED, values, strict=True)), "optimizer": optimizer}
         for rate in around(base_learning_rate(cell), options.below, options.above):
-            yield {**cell, "learning_rate": repr(rate), "seed": str(seed), "epochs": str(options.epochs)}
+            yield {**cell, "learning_rate": repr(rate), "seed": str(seed), **budget}
 
 
 def around(rate: float, below: int, above: int) -> list[float]:
@@ -114,20 +121,34 @@ def around(rate: float, below: int, above: int) -> list[float]:
     return LADDER[max(0, nearest - below) : nearest + above + 1]
 
 
-def _settings_in(file: Path) -> set[tuple[str, ...]]:
+def trained_before(file: Path, budget: Params) -> set[tuple[str, ...]]:
+    """Return the settings of the trainings in a file, which need not exist.
+
+    Raises:
+        InputError: The file is none of this command's, or of another budget or other images.
+    """
     if not file.exists():
         return set()
-    with file.open(newline="") as lines:
-        return {tuple(line[name] for name in SETTINGS) for line in csv.DictReader(lines)}
+    rows = read(file)[list(SETTINGS)].astype(str)
+    for name in BUDGET:
+        if others := set(rows[name]) - {budget[name]}:
+            raise InputError(f"{file} has trainings with {name} {min(others)}, not {budget[name]}; use another --csv")
+    return set(rows.itertuples(index=False, name=None))
 
 
-def _append(file: Path, row: Params) -> None:
-    new = not file.exists()
-    with file.open("a", newline="") as lines:
-        writer = csv.DictWriter(lines, (*SETTINGS, *RESULTS))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+def read(file: Path) -> pd.DataFrame:
+    """Read a file of trainings.
+
+    Raises:
+        InputError: It can't be read, or is none of this command's.
+    """
+    try:
+        rows = pd.read_csv(file, dtype=dict.fromkeys(SETTINGS, str))
+    except (OSError, ValueError) as error:  # pandas' errors of parsing are ValueErrors
+        raise InputError(f"can't read {file}: {first_line(error)}") from error
+    if list(rows.columns) != [*SETTINGS, *RESULTS]:
+        raise InputError(f"{file} was not written by --csv: its header line differs")
+    return rows
 
 
 def _set_up(dataset: Dataset) -> None:
@@ -152,11 +173,9 @@ def _train(params: Params) -> Params:
 
 
 def _report(file: Path) -> int:
-    if not file.exists():
-        raise InputError(f"there is no file {file}")
-    trained = pd.read_csv(file)
+    trained = read(file).astype({"learning_rate": float})
     columns = [name for name in CROSSED if trained[name].nunique() > 1 and name not in ("activation", "lr_schedule")]
-    print(f"{count(len(trained), 'training')} of {', '.join(map(str, sorted(trained['epochs'].unique())))} epochs")
+    print(f"{count(len(trained), 'training')} of {trained['epochs'].iloc[0]} epochs on {trained['data'].iloc[0]}")
     for optimizer, rows in trained.groupby("optimizer", sort=False):
         print(f"\n{optimizer}: validation accuracy in %, mean over {_varied(rows, columns)}")
         print(rate_table(rows, columns))
@@ -183,10 +202,15 @@ def regrets(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def cost_table(rows: pd.DataFrame) -> pd.Series:
-    """Return what each rule of `GROUPS` loses if every group has the rate that loses least on average."""
+    """Return what each rule of `GROUPS` loses if every group has the rate that loses least on average.
+
+    A rule is left out if one of its factors has a single level.
+    """
     lost = regrets(rows)
     costs = {}
     for rule, factors in GROUPS.items():
+        if any(rows[factor].nunique() < 2 for factor in factors):
+            continue  # the groups would be those of another rule
         of_cells = []
         for _, group in lost.groupby(["optimizer", *factors]):
             table = group.pivot_table("points", [*CROSSED, "optimizer"], "learning_rate").dropna(axis=1)

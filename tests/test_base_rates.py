@@ -39,7 +39,7 @@ def test_the_ladder_is_cut_around_the_base_rate():
 
 def test_a_plan_crosses_what_is_asked_for():
     options = _parser().parse_args(["--optimizers", "adam", "--seeds", "2", "--model", "mlp", "--below", "0"])
-    planned = list(plan(options))
+    planned = list(plan(options, {"data": "glyphs", "data_fingerprint": "abc", "epochs": "3"}))
     assert len(planned) == 2 * 2 * 2 * 3  # seeds, batch norm, activations, rates
     assert {params["model"] for params in planned} == {"mlp"}
     for params in planned:
@@ -49,7 +49,7 @@ def test_a_plan_crosses_what_is_asked_for():
 def test_a_common_rate_costs_what_it_loses_to_the_rate_of_each_group():
     costs = cost_table(TWO_OPTIMA)
     assert costs["one rate for each optimizer"].startswith("1.00 ")  # 0 and 2 points at 0.01
-    assert costs["... and model"].startswith("1.00 ")
+    assert list(costs.index) == ["one rate for each optimizer", "... and batch norm"]  # all else has one level
     assert costs["... and batch norm"].startswith("0.00 ")
 
 
@@ -71,15 +71,27 @@ def test_a_sweep_goes_on_where_it_was_interrupted(
     assert csv.read_text().startswith(before)
     assert len(csv.read_text().splitlines()) == 3
     capsys.readouterr()
+    assert main([*few, "--above", "1", "--epochs", "2"]) == 2
+    assert capsys.readouterr().err.endswith(f"{csv} has trainings with epochs 1, not 2; use another --csv\n")
     assert main(["--report", str(csv)]) == 0
     assert "one rate for each optimizer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "problem"),
-    [([], "name the file that trainings are added to"), (["--report", "/no.csv"], "there is no file /no.csv")],
+    [([], "name the file that trainings are added to"), (["--report", "/no.csv"], "can't read /no.csv")],
 )
 def test_a_wrong_argument_is_one_line(arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"benchmarks.base_rates: {problem}")
+
+
+@pytest.mark.parametrize(("text", "problem"), [("a,b\n1,2\n", "was not written by --csv"), ("", "No columns")])
+def test_a_file_of_something_else_is_refused(
+    text: str, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rates.csv").write_text(text)
+    assert main(["--report", str(tmp_path / "rates.csv")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert problem in line

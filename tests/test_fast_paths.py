@@ -33,7 +33,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DeviceData:
 
 
 def config(precision: str, **levels: object) -> TrialConfig:
-    """Return a small net with the settings that `grid.run` chooses, at a fifth of the base rate unless given."""
+    """Return a small net with the settings that `grid.run` chooses, at a fifth of the base rate unless given.
+
+    A rate is given where the loss falls so steeply at a fifth that rounding alone moves it by the tolerance.
+    """
     rate = OPTIMIZERS[str(levels.get("optimizer", "adam"))].base_learning_rate / 5
     small = {"hidden_sizes": "64-32", "channels": "6-8", "dense_size": 32, "batch_size": BATCH, "epochs": 5}
     strengths = {"l1_strength": 1e-3, "l2_strength": 1e-2}

@@ -103,7 +103,7 @@ def test_every_figure_is_xml_with_a_size_and_a_title(draw: Callable[[], str]) ->
 
 def test_ids_are_unique_among_the_figures_of_a_page_and_every_reference_resolves() -> None:
     page = "".join(draw() for draw in DRAWINGS.values())
-    ids = re.findall(r'\bid="([^"]+)"', page)
+    ids = re.findall(r'\sid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', page)) <= set(ids)
 

@@ -107,7 +107,7 @@ def test_the_page_needs_no_other_file(finished_page: Path) -> None:
 
 def test_ids_are_unique_and_every_link_resolves(finished_page: Path) -> None:
     page = finished_page.read_text(encoding="utf-8")
-    ids = re.findall(r'\bid="([^"]+)"', page)
+    ids = re.findall(r'\sid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', page)) <= set(ids)
 

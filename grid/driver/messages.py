@@ -27,8 +27,9 @@ def describe_plan(request: Request, plan: Plan) -> dict[str, str]:
         f"{len(plan.trials):,} = cells x {count(request.seeds, 'seed')} x "
         f"{count(len(request.lr_scales), 'lr scale')}; {count(len(plan.controls), 'unstopped control')}"
     )
-    rungs = ", ".join(map(str, rung_epochs(request.epochs))) or "none"
-    facts["budget"] = f"{count(request.epochs, 'epoch')}; a model's best 1/{FACTOR} continue after epoch {rungs}"
+    rungs = ", ".join(map(str, rung_epochs(request.epochs)))
+    stopping = f"a model's best 1/{FACTOR} continue after epoch {rungs}" if rungs else "too short for early stopping"
+    facts["budget"] = f"{count(request.epochs, 'epoch')}; {stopping}"
     return facts
 
 
