@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
-from analysis.audit import FACTOR, Audit, audit_stopping
 from analysis.effects import Effects, measure_effects, measure_final_effects
 from analysis.rank import rank_cells
+from analysis.stopping import FACTOR, Audit, audit_stopping
 from analysis.store import Experiment
 from grid.config import FACTORS, InputError, cell_name
 from grid.wording import count

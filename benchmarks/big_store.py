@@ -26,9 +26,9 @@ import pandas as pd
 from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlMetric, SqlParam, SqlRun, SqlTag
 from sqlalchemy import create_engine, insert
 
-from analysis.audit import audit_stopping
 from analysis.effects import measure_effects
 from analysis.rank import rank_cells
+from analysis.stopping import audit_stopping
 from analysis.store import Experiment, read_curves, read_experiment
 from grid.arguments import Parser
 from grid.config import FACTORS, LEVELS, TrialConfig

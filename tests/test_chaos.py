@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos import FAILURES, draw_schedule, main, print_table
-from benchmarks.chaos_audit import Audit, audit
+from benchmarks.chaos.__main__ import FAILURES, draw_schedule, main, print_table
+from benchmarks.chaos.audit import Audit, audit
 from grid.config import TrialConfig
 from grid.metrics import EPOCH_METRICS, EpochReport
 from grid.record.recorder import Recorder

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos_audit import audit
+from benchmarks.chaos.audit import audit
 from tests.cluster_hosts import Hosts, hosts, missing
 
 ROOT = Path(__file__).parents[1]

@@ -250,7 +250,13 @@ def test_the_project_the_token_and_the_versions_arrive_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    wanted = ["grid/run.py", "nets/cnn.py", "analysis/rank.py", "benchmarks/chaos.py", "analysis/notebooks/a.ipynb"]
+    wanted = [
+        "grid/run.py",
+        "nets/cnn.py",
+        "analysis/rank.py",
+        "benchmarks/chaos/audit.py",
+        "analysis/notebooks/a.ipynb",
+    ]
     wanted += ["LICENSE", "Makefile", "README.md", "pyproject.toml"]
     left = [".venv/bin/python", ".git/HEAD", "data/EMNIST/raw/x", "storage/a", "spool/a", "mlflow.db", "mlartifacts/a"]
     left += ["grid/__pycache__/run.pyc", "analysis/notebooks/.ipynb_checkpoints/a.ipynb", "tests/test_run.py"]

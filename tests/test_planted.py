@@ -6,24 +6,10 @@ import pandas as pd
 import pytest
 
 from analysis.effects import measure_effects
-from benchmarks import planted
-from benchmarks.planted import (
-    COUNTS,
-    EPOCHS,
-    LEVEL_NAMES,
-    POINTS,
-    RUNGS,
-    Grid,
-    Plan,
-    compare,
-    examine,
-    format_summary,
-    least_squares,
-    plant,
-    summarise,
-    tally_ranking,
-    true_false_stops,
-)
+from benchmarks.planted import coverage
+from benchmarks.planted.__main__ import main
+from benchmarks.planted.coverage import compare, examine, format_summary, least_squares, summarise, tally_ranking
+from benchmarks.planted.grids import COUNTS, EPOCHS, LEVEL_NAMES, POINTS, RUNGS, Grid, Plan, plant, true_false_stops
 from grid.config import FACTORS
 
 NOISELESS = Plan(noise_sd=0)
@@ -154,7 +140,7 @@ def test_a_diverged_cell_ranked_above_a_completed_one_would_be_noticed(monkeypat
     assert tally_ranking(trials)[2] == 0
     upside_down = trials.sort_values("status", ascending=False, ignore_index=True)
     upside_down.insert(0, "rank", range(1, len(trials) + 1))  # stopped, diverged, completed
-    monkeypatch.setattr(planted, "rank_cells", lambda _: upside_down)
+    monkeypatch.setattr(coverage, "rank_cells", lambda _: upside_down)
     assert tally_ranking(trials)[2] == (trials["status"] == "diverged").sum()
 
 
@@ -195,7 +181,7 @@ def test_the_text_is_narrow_whatever_the_number_of_grids(summary: pd.DataFrame) 
 
 @pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_command_prints_the_table_and_returns_it(jobs: int, capsys: pytest.CaptureFixture[str]) -> None:
-    found = planted.main(["--grids", "2", "--seed", "3", "--jobs", str(jobs)])
+    found = main(["--grids", "2", "--seed", "3", "--jobs", str(jobs)])
     expected = summarise([examine(index, seed=3) for index in range(2)])
     pd.testing.assert_frame_equal(found, expected)
     assert capsys.readouterr().out.startswith("2 grids of 216 cells")

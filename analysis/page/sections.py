@@ -10,10 +10,11 @@ import pandas as pd
 from markupsafe import Markup
 
 from analysis import plot
-from analysis.audit import WORDING, Audit, caption_of
+from analysis.audit import WORDING, caption_of
 from analysis.effects import Effects
 from analysis.formatting import INTERVAL, format_table, hundredths, number, percent, points, sentence
 from analysis.rank import tie_letters
+from analysis.stopping import Audit
 from analysis.store import read_artifact, read_curves
 from analysis.verdict import Unavailable, Verdict, name_of
 from grid.wording import count

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.chaos_audit import Audit, audit
+from benchmarks.chaos.audit import Audit, audit
 from grid.arguments import Parser
 from grid.wording import count
 

@@ -1,0 +1,1 @@
+"""Injects failures into real grids, and compares what they record with an undisturbed grid."""

@@ -1,0 +1,1 @@
+"""Simulates grids with known effects, and counts how often the analysis finds them."""
