@@ -27,7 +27,7 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from grid.config import FACTORS, InputError, TrialConfig
-from grid.metrics import RUNG_METRIC, STATUSES, TEST_METRICS, rung_epochs
+from grid.metrics import FINAL_METRIC, RUNG_METRIC, STATUSES, TEST_METRICS, rung_epochs
 from grid.store_uri import check_store_uri, mask, missing_experiment, slug
 from grid.wording import count, first_line
 
@@ -44,12 +44,21 @@ COLUMNS = {
     "epochs": "int64",
     "status": "str",
     "control": "bool",
+    "control_chance": "float64",
     "stopped_at_epoch": "float64",
+    "stop_epoch": "float64",
     "epochs_run": "int64",
+    "final_val_accuracy": "float64",
     "best_val_accuracy": "float64",
     "epoch_seconds": "float64",
+    "val_correct": "str",
 }
-"""Columns of every table of trials, with their types; NaN marks a missing value. `control`: an unstopped control."""
+"""Columns of every table of trials, with their types; NaN marks a missing value.
+
+`control`: whether the trial is an unstopped control; `control_chance`: the chance with which it was drawn to be one, or
+not; `stop_epoch`: the rung at which ASHA stopped it or, if it is a control, would have; `final_val_accuracy`: of the
+weights at the end of the full budget, completed trials only; `val_correct`: base64 of `EpochReport.val_correct`.
+"""
 
 
 @dataclass(frozen=True)
@@ -300,12 +309,29 @@ def _row(run: Run) -> dict[str, Any] | None:
         "epochs": config.epochs,
         "status": tags.get("status", ""),
         "control": tags.get("control") == "true",
+        "control_chance": _chance(tags.get("control_chance", "")),
         "stopped_at_epoch": _epoch(tags.get("stopped_at_epoch", "")),
+        "stop_epoch": _epoch(tags.get("would_stop_at_epoch", tags.get("stopped_at_epoch", ""))),
         "epochs_run": int(metrics.get("epochs_run", 0)),
+        "final_val_accuracy": _final(tags.get("status", ""), metrics),
         "best_val_accuracy": metrics.get("best_val_accuracy", nan),
         "epoch_seconds": metrics.get("epoch_seconds", nan),
+        "val_correct": tags.get("val_correct", ""),
         **{name: value for name, value in metrics.items() if name in recorded},
     }
+
+
+def _final(status: str, metrics: Mapping[str, float]) -> float:
+    """Return the accuracy at the end of the budget; MLflow keeps the last value of every metric, also in older stores."""
+    return metrics.get(FINAL_METRIC, metrics.get("val_accuracy", nan)) if status == "completed" else nan
+
+
+def _chance(tag: str) -> float:
+    try:
+        chance = float(tag)
+    except ValueError:
+        return nan
+    return chance if 0 <= chance <= 1 else nan
 
 
 def _epoch(tag: str) -> float:

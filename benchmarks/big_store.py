@@ -114,7 +114,7 @@ def simulate(
     status = ""
     for epoch in range(1, EPOCHS + 1):
         if epoch == diverges_in:
-            asha.diverge(config.trial_key, group=config.model, epoch=epoch)
+            asha.diverge(config.trial_key, group=asha.rule.group_of(config.cell), epoch=epoch)
             status = "diverged"
             break
         accuracy = min(0.99, max(0.02, best * (1 - math.exp(-pace * epoch)) + rng.gauss(0, 0.003)))

@@ -35,7 +35,7 @@ from grid.data.dataset import Dataset
 from grid.driver.experiment import Training, train_left
 from grid.driver.watcher import Watcher, restore_rungs
 from grid.metrics import FINAL_STATUSES, EpochReport
-from grid.plan.asha import Asha, rung_epochs
+from grid.plan.asha import Asha
 from grid.plan.request import Request
 from grid.plan.space import GRIDS, cross
 from grid.plan.trials import Plan, make_plan
@@ -149,12 +149,12 @@ class Stopwatch(Watcher):
         self.to_next_trial: list[float] = []
         self.to_next_epoch: list[float] = []
 
-    def epoch_ended(self, config: TrialConfig, report: EpochReport, *, stopped: bool) -> None:
+    def epoch_ended(self, config: TrialConfig, report: EpochReport, *, stopped: bool, spared: bool = False) -> None:
         """Note the times, then do what a watcher does."""
         if math.isnan(self.first_report_at):
             self.first_report_at = time.perf_counter()
         (self.to_next_trial if report.epoch == 1 else self.to_next_epoch).append(report.train_loss)
-        super().epoch_ended(config, report, stopped=stopped)
+        super().epoch_ended(config, report, stopped=stopped, spared=spared)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -202,7 +202,7 @@ def measure(trials: int, folder: Path) -> Cost:
             recorder = Recorder(store, spool)
             recorder.recover()
             plan = cut(make_plan(request, packing=packing, fingerprint=dataset.fingerprint), trials)
-            asha = Asha(rung_epochs(request.epochs))
+            asha = Asha.of(plan.rule, request.epochs)
             restore_rungs(asha, store.trials())
             recorder.begin({"grid.json": b"{}"}, {})
             watcher = Stopwatch(plan, recorder, checkpoints, rungs=asha.rungs, concurrency=packing.concurrency)

@@ -32,7 +32,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """Every setting that takes one of a few names, with these names."""
 
-NUMERICS_VERSION = 4
+NUMERICS_VERSION = 5
 """Raised by hand whenever a code change alters the numbers that a trial yields; part of every trial key."""
 
 Params = dict[str, str]
@@ -68,6 +68,8 @@ class TrialConfig:
 
     seed: int = 0
     """Replicate: seeds the initial weights, the order of the images and the dropout masks. 0 or more."""
+    shared_seed: bool = False
+    """Whether all cells draw the same from a seed, as finalists do; otherwise every cell draws its own."""
     lr_scale: float = 1.0
     """Nuisance: factor on the optimizer's base learning rate. More than 0."""
 

@@ -30,6 +30,9 @@ class EpochReport:
     """Wall time of training and validation."""
     samples_per_second: float = math.nan
     """Training images per second of training time, validation excluded."""
+    val_correct: bytes = b""
+    """After the full budget: which validation images were classified correctly, 8 in a byte, the first in its highest
+    bit; empty before."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -43,6 +46,9 @@ EPOCH_METRICS = tuple(field.name for field in fields(EpochReport) if field.type 
 
 RUNG_METRIC = "val_accuracy_at_"
 """Followed by the epoch of a rung: the metric that holds the accuracy there, without history."""
+
+FINAL_METRIC = "final_val_accuracy"
+"""Validation accuracy of the weights at the end of the full budget, without history: what is ranked."""
 
 TEST_METRICS = ("test_accuracy", "test_loss", "test_images", "parameters", "inference_ms_per_image")
 """Metrics that only runs of `kind=confirm` have, once they are tested."""

@@ -15,6 +15,7 @@ from typing import NoReturn
 from grid.arguments import Options, Parser, add_data_dir, add_debug, add_store, add_workers, run_command
 from grid.config import FACTORS, InputError
 from grid.data.catalogue import NAMES
+from grid.plan.asha import NO_STOPPING, StoppingRule
 from grid.plan.request import Request, check_address, check_folder_name, check_storage
 from grid.plan.space import GRIDS, cross, find_grid, restrict
 from grid.store_uri import check_store_uri
@@ -67,6 +68,7 @@ def read_request(options: argparse.Namespace) -> Request:
         seeds=options.seeds,
         lr_scales=_split_numbers(options.lr_scales),
         controls=options.controls,
+        rule=_read_rule(options),
         store=check_store_uri(options.store),
         experiment=_default_name(options, data) if options.experiment is None else options.experiment,
         storage=check_storage(options.storage),
@@ -76,6 +78,13 @@ def read_request(options: argparse.Namespace) -> Request:
         precision=options.precision,
         price_per_hour=options.price_per_hour,
     )
+
+
+def _read_rule(options: argparse.Namespace) -> StoppingRule:
+    if options.no_stopping:
+        return NO_STOPPING
+    within = tuple(name for name in options.stop_within.split(",") if name)
+    return StoppingRule(factor=options.stop_factor, grace=options.grace, within=within)
 
 
 def _parser() -> Parser:
@@ -114,6 +123,15 @@ def _add_training(what: Options) -> None:
         metavar="SHARE",
         help="unstopped controls: trials drawn at random and exempt from early stopping (0.03)",
     )
+    what.add_argument("--stop-factor", type=int, default=3, metavar="N", help="one trial in N continues at a rung (3)")
+    what.add_argument("--grace", type=int, default=1, metavar="N", help="epochs before any trial is stopped (1)")
+    what.add_argument(
+        "--stop-within",
+        default="model",
+        metavar="FACTOR[,FACTOR]",
+        help="compare trials only if they share the levels of these factors; '' for none (model)",
+    )
+    what.add_argument("--no-stopping", action="store_true", help="train every trial to the end")
     what.add_argument(
         "--precision",
         default="auto",
@@ -137,6 +155,7 @@ def _default_name(options: argparse.Namespace, data: str) -> str:
     parts = [options.grid, data]
     parts += [] if options.per_class is None else [f"{options.per_class}-per-class"]
     parts += [] if options.epochs is None else [f"{options.epochs}-epochs"]
+    parts += ["no-stopping"] if options.no_stopping else []
     return "-".join(parts)
 
 

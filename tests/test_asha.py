@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grid.plan.asha import Asha, rung_epochs
+from grid.plan.asha import Asha, StoppingRule, rung_epochs
 
 values = st.lists(st.floats(0, 1), min_size=1, max_size=60)
 
@@ -58,7 +58,7 @@ def test_a_resumed_driver_decides_like_an_uninterrupted_one(accuracies: list[flo
     uninterrupted, resumed = Asha((1,)), Asha((1,))
     decisions = arrive(uninterrupted, accuracies)
     for index, (value, continued) in enumerate(zip(accuracies[:cut], decisions[:cut], strict=True)):
-        resumed.restore(f"mlp {index}", group="mlp", epoch=1, value=value, continued=continued)
+        resumed.restore(f"mlp {index}", group="mlp", epoch=1, value=value, stop_epoch=None if continued else 1)
     assert arrive(resumed, accuracies) == decisions  # the first trials arrive again, as resumed trials do
     assert resumed == uninterrupted
 
@@ -88,6 +88,41 @@ def test_unstopped_controls_continue_and_count_for_the_others() -> None:
     arrive(asha, [0.9])
     assert asha.decide("control", group="mlp", epoch=1, value=0.1, control=True)
     assert asha.arrivals("mlp", 1) == (0.1, 0.9)
+
+
+def test_a_control_that_would_have_been_stopped_counts_for_nobody_at_later_rungs() -> None:
+    asha = Asha((1, 3))
+    arrive(asha, [0.9])
+    assert asha.decide("control", group="mlp", epoch=1, value=0.1, control=True)
+    assert asha.stop_epoch("control") == 1
+    assert asha.decide("control", group="mlp", epoch=3, value=0.99, control=True)
+    assert asha.arrivals("mlp", 3) == ()
+    assert asha.stop_epoch("control") == 1
+
+
+def test_the_verdict_on_a_control_is_that_on_any_other_trial() -> None:
+    rng = random.Random(1)
+    values = [rng.random() for _ in range(200)]
+    plain, controlled = Asha((1,)), Asha((1,))
+    stopped = [not passes for passes in arrive(plain, values)]
+    for index, value in enumerate(values):
+        controlled.decide(f"mlp {index}", group="mlp", epoch=1, value=value, control=index % 3 == 0)
+    assert [controlled.stop_epoch(f"mlp {index}") == 1 for index in range(200)] == stopped
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_about_one_in_factor_continues(factor: int) -> None:
+    rng = random.Random(0)
+    rule = StoppingRule(factor=factor)
+    kept = [sum(arrive(Asha((1,), rule), rng.sample(range(80), 80))) for _ in range(200)]
+    assert 80 / factor <= sum(kept) / len(kept) <= 80 / factor + 4
+
+
+def test_a_rule_says_its_rungs_and_groups() -> None:
+    rule = StoppingRule(grace=2, within=("model", "lr_schedule"))
+    assert rule.rungs(27) == (2, 6, 18)
+    assert rule.group_of({"model": "cnn", "lr_schedule": "step", "dropout": "on"}) == "cnn step"
+    assert StoppingRule(within=()).group_of({"model": "cnn"}) == ""
 
 
 def test_a_diverged_trial_counts_as_the_worst_at_the_rung_it_does_not_reach() -> None:

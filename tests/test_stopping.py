@@ -16,7 +16,7 @@ from analysis.stopping import (
     stop_epochs,
 )
 from grid.config import FACTORS, LEVELS, InputError
-from grid.plan.asha import Asha
+from grid.plan.asha import Asha, StoppingRule
 
 CELL = {factor: LEVELS[factor][0] for factor in FACTORS}
 NAN = math.nan
@@ -60,7 +60,7 @@ def test_one_trial_in_three_continues() -> None:
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1) | st.just(NAN), min_size=1, max_size=40), st.integers(2, 4))
 def test_the_replay_decides_as_asha_does_about_the_last_arrival(values: list[float], factor: int) -> None:
-    asha = Asha((1,), factor)
+    asha = Asha((1,), StoppingRule(factor=factor))
     decisions = [asha.decide(str(i), group="mlp", epoch=1, value=value) for i, value in enumerate(values)]
     trials = pd.DataFrame([trial(value, status="diverged" if math.isnan(value) else "stopped") for value in values])
     continues = values[-1] >= rung_thresholds(trials, (1,), factor)["mlp", 1]

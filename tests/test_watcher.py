@@ -29,7 +29,7 @@ def report(epoch: int, val_accuracy: float = 0.5) -> EpochReport:
 
 def stored(config: TrialConfig, status: str, epochs_run: int = 9, accuracies: tuple[float, ...] = ()) -> StoredTrial:
     metrics = {"epochs_run": epochs_run, "best_val_accuracy": 0.7}
-    return StoredTrial("id", status, config, metrics, False, None, accuracies)
+    return StoredTrial("id", status, config, metrics, False, val_accuracies=accuracies)
 
 
 @pytest.fixture
@@ -211,6 +211,6 @@ def test_rungs_after_a_resume_equal_the_rungs_before() -> None:
         continued = before.decide(config.trial_key, group="mlp", epoch=1, value=accuracy)
         trial = stored(config, "completed" if continued else "stopped")
         trial.metrics["val_accuracy_at_1"] = accuracy  # type: ignore[index]
-        known[config.trial_key] = replace(trial, stopped_at=None if continued else 1)
+        known[config.trial_key] = replace(trial, was_stopped=not continued, stop_epoch=None if continued else 1)
     restore_rungs(after, known)
     assert after == before

@@ -97,8 +97,10 @@ def wrong_decisions(trials: list[Recorded]) -> int:
     wrong = 0
     for _, epoch, value, trial in sorted(arrivals, key=lambda arrival: arrival[0]):
         config, control = trial.config, trial.tags["control"] == "true"
-        continues = asha.decide(config.trial_key, group=config.model, epoch=epoch, value=value, control=control)
-        wrong += continues == (trial.tags.get("stopped_at_epoch") == str(epoch))
+        group = asha.rule.group_of(config.cell)
+        asha.decide(config.trial_key, group=group, epoch=epoch, value=value, control=control)
+        recorded = trial.tags.get("would_stop_at_epoch" if control else "stopped_at_epoch")
+        wrong += (asha.stop_epoch(config.trial_key) == epoch) != (recorded == str(epoch))
     return wrong
 
 

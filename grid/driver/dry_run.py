@@ -34,6 +34,7 @@ def run(request: Request) -> int:
     cost = forecast.forecast(
         plan.trials,
         plan.controls,
+        plan.rule,
         seconds_per_image=seconds_per_image,
         spread=spread,
         train_images=train_images,

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from grid.config import TrialConfig
+from grid.config import InputError, TrialConfig
 from grid.data.dataset import Dataset
 from grid.data.load import load
 from grid.driver.messages import conclude, describe_packing, describe_plan, print_facts
 from grid.driver.watcher import Watcher, restore_rungs
-from grid.plan.asha import Asha, rung_epochs
+from grid.plan.asha import Asha
 from grid.plan.packing import Packing
 from grid.plan.request import Request
 from grid.plan.space import ORDER_SEED, settings_of
@@ -94,8 +94,10 @@ def run(request: Request, prepared: Prepared, training: Training) -> int:
     begun = {key: trial.control for key, trial in stored.items()}
     plan = make_plan(request, packing=training.packing, fingerprint=dataset.fingerprint, begun=begun)
     check_comparable(plan.trials, [trial.config for trial in stored.values()], request.experiment)
-    asha = Asha(rung_epochs(request.epochs))
+    asha = Asha.of(plan.rule, request.epochs)
     restore_rungs(asha, stored)
+    if stored:
+        _check_same_rule(store.manifest(), plan, asha, request.experiment)
     manifest = json.dumps(_manifest(request, plan, asha, dataset), indent=2).encode()
     recorder.begin({MANIFEST: manifest, "samples.png": prepared.samples}, stored)
     watcher, delivered = train_all(plan, stored, dataset, recorder, asha, training, describe_plan(request, plan))
@@ -192,6 +194,21 @@ def _complain_of_dropped(recorder: Recorder) -> list[str]:
     return [f"{lost} had no run to go to (was it deleted in MLflow?); run the same command to train these again"]
 
 
+def _describe_rule(plan: Plan, asha: Asha) -> dict[str, Any]:
+    rule = plan.rule
+    return {"epochs": list(asha.rungs), "factor": rule.factor, "compared_within": ",".join(rule.within)}
+
+
+def _check_same_rule(manifest: Mapping[str, Any], plan: Plan, asha: Asha, experiment: str) -> None:
+    before, now = manifest.get("rungs"), _describe_rule(plan, asha)
+    if isinstance(before, Mapping) and before != now:
+        changed = "; ".join(
+            f"{name} {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]
+        )
+        hint = "ask for the same --grace, --stop-factor, --stop-within and --no-stopping, or pick another --experiment"
+        raise InputError(f"experiment '{experiment}' was stopped early by another rule ({changed}); {hint}")
+
+
 def _manifest(request: Request, plan: Plan, asha: Asha, dataset: Dataset) -> dict[str, Any]:
     """Return what is trained, on what, by which code, in JSON's types; see docs/store.md."""
     return {
@@ -201,7 +218,7 @@ def _manifest(request: Request, plan: Plan, asha: Asha, dataset: Dataset) -> dic
         "cells": len(plan.cells),
         "trials": len(plan.trials),
         "order_seed": ORDER_SEED,
-        "rungs": {"epochs": list(asha.rungs), "factor": asha.factor, "compared_within": "model"},
+        "rungs": _describe_rule(plan, asha),
         "seeds": request.seeds,
         "lr_scales": list(request.lr_scales),
         "controls": request.controls,

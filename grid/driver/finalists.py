@@ -18,7 +18,7 @@ from grid.driver.final_test import FinalTest
 from grid.driver.messages import experiment_options, print_facts
 from grid.driver.watcher import summarise_trial
 from grid.metrics import FINAL_STATUSES
-from grid.plan.asha import Asha, rung_epochs
+from grid.plan.asha import NO_STOPPING, Asha
 from grid.plan.packing import Packing
 from grid.plan.request import Confirmation
 from grid.plan.trials import Plan
@@ -119,7 +119,8 @@ def finalist_trials(
     if any(template.device != packing.device for template in templates):
         settings = numeric_settings(packing.device, bfloat16=packing.bfloat16)
         templates = [TrialConfig.from_params(template.to_params() | settings) for template in templates]
-    return [replace(template, seed=FIRST_SEED + seed) for seed in range(seeds) for template in templates]
+    replicates = range(FIRST_SEED, FIRST_SEED + seeds)
+    return [replace(template, seed=seed, shared_seed=True) for seed in replicates for template in templates]
 
 
 def _load_as_before(manifest: Mapping[str, Any], trained: Sequence[TrialConfig], request: Confirmation) -> Dataset:
@@ -163,8 +164,8 @@ def _train_left(trials: Sequence[TrialConfig], prepared: Prepared, training: Tra
     recorder.recover()
     stored = store.trials(KIND)
     recorder.begin({}, stored)
-    plan = Plan([], {}, list(trials), frozenset(trial.trial_key for trial in trials))
-    asha = Asha(rung_epochs(trials[0].epochs))
+    plan = Plan([], {}, list(trials), frozenset(trial.trial_key for trial in trials), NO_STOPPING)
+    asha = Asha.of(plan.rule, trials[0].epochs)
     watcher, delivered = train_all(plan, stored, prepared.dataset, recorder, asha, training, _describe(trials))
     if watcher.interrupted:
         reason = watcher.problem or watcher.unusable_node

@@ -8,7 +8,7 @@ from pathlib import Path
 from grid.config import FACTORS
 from grid.driver.progress import top_table
 from grid.driver.watcher import Watcher
-from grid.plan.asha import FACTOR, rung_epochs
+from grid.plan.asha import StoppingRule
 from grid.plan.forecast import Forecast
 from grid.plan.packing import Packing
 from grid.plan.request import Place, Request, resume_command
@@ -27,10 +27,18 @@ def describe_plan(request: Request, plan: Plan) -> dict[str, str]:
         f"{len(plan.trials):,} = cells x {count(request.seeds, 'seed')} x "
         f"{count(len(request.lr_scales), 'lr scale')}; {count(len(plan.controls), 'unstopped control')}"
     )
-    rungs = ", ".join(map(str, rung_epochs(request.epochs)))
-    stopping = f"a model's best 1/{FACTOR} continue after epoch {rungs}" if rungs else "too short for early stopping"
-    facts["budget"] = f"{count(request.epochs, 'epoch')}; {stopping}"
+    facts["budget"] = f"{count(request.epochs, 'epoch')}; {_describe_rule(plan.rule, request.epochs)}"
     return facts
+
+
+def _describe_rule(rule: StoppingRule, epochs: int) -> str:
+    if rule.factor == 1:
+        return "no early stopping"
+    rungs = ", ".join(map(str, rule.rungs(epochs)))
+    if not rungs:
+        return "too short for early stopping"
+    whose = f"of each {' x '.join(rule.within)} the best" if rule.within else "the best"
+    return f"{whose} 1/{rule.factor} continue after epoch {rungs}"
 
 
 def describe_packing(packing: Packing) -> dict[str, str]:

@@ -54,6 +54,7 @@ class Watcher:
         self._accuracies: dict[str, list[float]] = {}
         self._running: set[str] = set()
         self._controls = plan.controls
+        self._rule = plan.rule
         self._recorder = recorder
         self._checkpoints = checkpoints
         self._rungs = rungs
@@ -70,7 +71,7 @@ class Watcher:
         self._take_over_ended(known)
         self._end_what_was_over(known)
         self.todo = [trial for trial in self.todo if trial.trial_key not in self.summaries]
-        self.progress.expected_epochs = expected_epochs(self.todo, self._controls) if self.todo else {}
+        self.progress.expected_epochs = expected_epochs(self.todo, self._controls, self._rule) if self.todo else {}
 
     def started(self, config: TrialConfig) -> None:
         """Record the start of a trial."""
@@ -78,14 +79,16 @@ class Watcher:
         self._accuracies.setdefault(config.trial_key, [])
         self._record(lambda: self._recorder.started(config, control=config.trial_key in self._controls))
 
-    def epoch_ended(self, config: TrialConfig, report: EpochReport, *, stopped: bool) -> None:
+    def epoch_ended(self, config: TrialConfig, report: EpochReport, *, stopped: bool, spared: bool = False) -> None:
         """Record an epoch, once: a trial that was resumed reports some epochs again."""
         accuracies = self._accuracies[config.trial_key]
         if report.epoch <= len(accuracies):
             return
         accuracies.append(report.val_accuracy)
         is_rung = report.epoch in self._rungs
-        self._record(lambda: self._recorder.epoch_ended(config, report, is_rung=is_rung, stopped=stopped))
+        self._record(
+            lambda: self._recorder.epoch_ended(config, report, is_rung=is_rung, stopped=stopped, spared=spared)
+        )
         self.progress.epoch_ended(config.cell, report.epoch_seconds, report.metrics.get("val_accuracy"))
 
     def ended(self, config: TrialConfig, status: str, error: str) -> None:
@@ -174,13 +177,13 @@ class Watcher:
 
 
 def restore_rungs(asha: Asha, stored: Mapping[str, StoredTrial]) -> None:
-    """Restore the rungs that earlier runs recorded: every arrival, with the decision that was made."""
+    """Restore the rungs that earlier runs recorded: every arrival, with the verdict of that time."""
     for key, trial in stored.items():
-        group = trial.config.model
+        group = asha.rule.group_of(trial.config.cell)
         for epoch in asha.rungs:
             value = trial.metrics.get(f"{RUNG_METRIC}{epoch}")
             if value is not None:
-                asha.restore(key, group=group, epoch=epoch, value=value, continued=trial.stopped_at != epoch)
+                asha.restore(key, group=group, epoch=epoch, value=value, stop_epoch=trial.stop_epoch)
         if trial.status == "diverged":
             asha.diverge(key, group=group, epoch=int(trial.metrics["epochs_run"]))
         elif trial.val_accuracies and math.isnan(trial.val_accuracies[-1]):
@@ -207,7 +210,7 @@ def _status_of_unrecorded_end(trial: StoredTrial) -> str:
     accuracies = trial.val_accuracies
     if trial.status or not accuracies:
         return ""
-    if trial.stopped_at is not None:
+    if trial.was_stopped:
         return "stopped"
     if math.isnan(accuracies[-1]):
         return "diverged"

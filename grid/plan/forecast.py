@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from grid.config import TrialConfig
-from grid.plan.asha import Asha, rung_epochs
+from grid.plan.asha import DEFAULT_RULE, Asha, StoppingRule
 from grid.train.trial import DeviceData, Trial
 
 SIMULATIONS = 20
@@ -35,7 +35,9 @@ class Forecast:
     """Standard deviation of the timed trials of a model, as a share of their mean."""
 
 
-def expected_epochs(trials: Sequence[TrialConfig], controls: Collection[str], seed: int = 0) -> dict[str, float]:
+def expected_epochs(
+    trials: Sequence[TrialConfig], controls: Collection[str], rule: StoppingRule = DEFAULT_RULE, seed: int = 0
+) -> dict[str, float]:
     """Return the epochs that the trials of each model are expected to take under ASHA.
 
     The order of the trials is random and ASHA compares ranks only, so any distribution without ties gives the same
@@ -44,12 +46,13 @@ def expected_epochs(trials: Sequence[TrialConfig], controls: Collection[str], se
     Args:
         trials: In the order in which they start.
         controls: Keys of the unstopped controls, the trials that are exempt from stopping.
+        rule: Which trials are stopped.
         seed: Seed of the simulation.
     """
     rng = random.Random(seed)  # noqa: S311  (a simulation)
     epochs: dict[str, float] = defaultdict(float)
     for _ in range(SIMULATIONS):
-        asha = Asha(rung_epochs(trials[0].epochs))
+        asha = Asha.of(rule, trials[0].epochs)
         for trial in trials:
             epochs[trial.model] += _simulate(trial, asha, rng.random(), trial.trial_key in controls) / SIMULATIONS
     return dict(epochs)
@@ -83,6 +86,7 @@ def calibrate(trials: Sequence[TrialConfig], classes: int, side: int = 28) -> Ca
 def forecast(
     trials: Sequence[TrialConfig],
     controls: Collection[str],
+    rule: StoppingRule,
     *,
     seconds_per_image: Mapping[str, float],
     spread: float,
@@ -94,12 +98,13 @@ def forecast(
     Args:
         trials: In the order in which they start.
         controls: Keys of the unstopped controls.
+        rule: Which trials are stopped.
         seconds_per_image: By model, from `calibrate`.
         spread: From `calibrate`.
         train_images: Training images per epoch.
         slots: Trials that run at full speed at once: more trials than CPUs are no faster.
     """
-    epochs = expected_epochs(trials, controls)
+    epochs = expected_epochs(trials, controls, rule)
     busy = sum(count * train_images * seconds_per_image[model] for model, count in epochs.items())
     return Forecast(
         epochs=sum(epochs.values()),
@@ -111,7 +116,8 @@ def forecast(
 
 def _simulate(trial: TrialConfig, asha: Asha, value: float, control: bool) -> int:
     for epoch in asha.rungs:
-        if not asha.decide(trial.trial_key, group=trial.model, epoch=epoch, value=value, control=control):
+        group = asha.rule.group_of(trial.cell)
+        if not asha.decide(trial.trial_key, group=group, epoch=epoch, value=value, control=control):
             return epoch
     return trial.epochs
 

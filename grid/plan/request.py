@@ -7,8 +7,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from grid.config import InputError
+from grid.config import FACTORS, InputError
 from grid.data.catalogue import DATASETS, check_name, check_per_class
+from grid.plan.asha import DEFAULT_RULE, StoppingRule
 from grid.plan.space import Levels
 from grid.store_uri import mask, write_problem
 
@@ -63,6 +64,8 @@ class Request(Place):
     """Nuisance levels."""
     controls: float
     """Share of trials that are unstopped controls, exempt from early stopping, in [0, 1]."""
+    rule: StoppingRule = DEFAULT_RULE
+    """Which of the other trials are stopped early."""
     precision: str
     """`auto`, `float32` or `bfloat16`."""
     price_per_hour: float | None
@@ -74,6 +77,12 @@ class Request(Place):
         for name, value in (("epochs", self.epochs), ("seeds", self.seeds), ("concurrency", self.concurrency)):
             if value is not None and not 1 <= value <= LIMITS[name]:
                 raise InputError(f"--{name} must be 1 to {LIMITS[name]:,}, got {value}")
+        for name, value in (("grace", self.rule.grace), ("stop-factor", self.rule.factor)):
+            if not 1 <= value <= LIMITS["epochs"]:
+                raise InputError(f"--{name} must be 1 to {LIMITS['epochs']:,}, got {value}")
+        if unknown := set(self.rule.within) - set(FACTORS):
+            hint = f"choose from {', '.join(FACTORS)}"
+            raise InputError(f"--stop-within takes factors joined by commas, got '{min(unknown)}'; {hint}")
         if not 0 <= self.controls <= 1:
             raise InputError(f"--controls must be a share between 0 and 1, got {self.controls:g}")
         if not all(0 < scale < float("inf") for scale in self.lr_scales):

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from grid.config import InputError, TrialConfig
+from grid.plan.asha import DEFAULT_RULE, StoppingRule
 from grid.plan.packing import Packing
 from grid.plan.request import Request
 from grid.plan.space import ORDER_SEED, Cell, cross, draw_controls, expand, settings_of
@@ -28,6 +29,8 @@ class Plan:
     """In the order in which they start."""
     controls: frozenset[str]
     """Keys of the unstopped controls, the trials that are exempt from stopping."""
+    rule: StoppingRule = DEFAULT_RULE
+    """Which of the other trials are stopped."""
 
 
 def make_plan(request: Request, *, packing: Packing, fingerprint: str, begun: Mapping[str, bool] | None = None) -> Plan:
@@ -56,7 +59,8 @@ def make_plan(request: Request, *, packing: Packing, fingerprint: str, begun: Ma
         return TrialConfig.from_params({**shared, **cell, **varying})
 
     trials = expand(cells, seeds=request.seeds, lr_scales=request.lr_scales, order_seed=ORDER_SEED, configure=configure)
-    return Plan(cells, excluded, trials, draw_controls(trials, request.controls, ORDER_SEED, begun))
+    controls = draw_controls(trials, request.controls, ORDER_SEED, begun)
+    return Plan(cells, excluded, trials, controls, request.rule)
 
 
 def check_comparable(planned: Sequence[TrialConfig], recorded: Sequence[TrialConfig], experiment: str) -> None:

@@ -8,13 +8,14 @@ left behind is delivered by the next run, or by
 
 import threading
 import time
+from base64 import b64encode
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from mlflow.entities import Metric, Param, RunTag
 
 from grid.config import InputError, TrialConfig
-from grid.metrics import RUNG_METRIC, EpochReport
+from grid.metrics import FINAL_METRIC, RUNG_METRIC, EpochReport
 from grid.record.events import Ended, EpochEnded, Event, Started, Suspended, from_json, to_json
 from grid.record.spool import Spool
 from grid.record.store import UNREACHABLE, Store, StoredTrial
@@ -111,19 +112,32 @@ class Recorder:
             )
         )
 
-    def epoch_ended(self, config: TrialConfig, report: EpochReport, *, is_rung: bool, stopped: bool = False) -> None:
-        """Record what an epoch yielded and, in the same event, whether ASHA stopped the trial after it.
+    def epoch_ended(
+        self,
+        config: TrialConfig,
+        report: EpochReport,
+        *,
+        is_rung: bool,
+        stopped: bool = False,
+        spared: bool = False,
+    ) -> None:
+        """Record what an epoch yielded and, in the same event, what ASHA decided after it.
 
         Args:
             config: Which trial.
             report: Of the epoch.
             is_rung: Whether ASHA decides at this epoch.
-            stopped: What it decided.
+            stopped: Whether it stopped the trial.
+            spared: Whether it would have stopped it here, were it not an unstopped control.
         """
         metrics = report.metrics
         if is_rung and "val_accuracy" in metrics:
             metrics[f"{RUNG_METRIC}{report.epoch}"] = metrics["val_accuracy"]
+        if report.epoch == config.epochs and "val_accuracy" in metrics:
+            metrics[FINAL_METRIC] = metrics["val_accuracy"]
         tags = {"stopped_at_epoch": str(report.epoch)} if stopped else {}
+        tags |= {"would_stop_at_epoch": str(report.epoch)} if spared else {}
+        tags |= {"val_correct": b64encode(report.val_correct).decode()} if report.val_correct else {}
         self._append(
             EpochEnded(trial_key=config.trial_key, time=self._now(), epoch=report.epoch, metrics=metrics, tags=tags)
         )

@@ -43,8 +43,10 @@ class StoredTrial:
     metrics: Mapping[str, float]
     """Last value of each."""
     control: bool
-    stopped_at: int | None = None
-    """Epoch after which ASHA stopped it."""
+    was_stopped: bool = False
+    """Whether ASHA stopped it."""
+    stop_epoch: int | None = None
+    """Rung at which ASHA stopped it or, if it is a control, would have."""
     val_accuracies: tuple[float, ...] = ()
     """After each recorded epoch of a trial that has to continue, NaN for a diverged epoch; empty for other trials."""
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -200,7 +202,8 @@ class Store:
             metrics=run.data.metrics,
             control=tags.get("control") == "true",
             tags=tags,
-            stopped_at=int(tags["stopped_at_epoch"]) if "stopped_at_epoch" in tags else None,
+            was_stopped="stopped_at_epoch" in tags,
+            stop_epoch=_first_epoch(tags.get("would_stop_at_epoch"), tags.get("stopped_at_epoch")),
             val_accuracies=self._accuracies(run.info.run_id) if status in ("", "failed") else (),
         )
 
@@ -208,3 +211,7 @@ class Store:
         epochs = [point.step for point in self.client.get_metric_history(run_id, "epoch_seconds")]
         accuracies = {point.step: point.value for point in self.client.get_metric_history(run_id, "val_accuracy")}
         return tuple(accuracies.get(epoch, nan) for epoch in sorted(epochs))
+
+
+def _first_epoch(*tags: str | None) -> int | None:
+    return next((int(tag) for tag in tags if tag), None)

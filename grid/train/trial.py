@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from grid.config import TrialConfig
@@ -127,8 +128,8 @@ class Trial:
         self.config = config
         self.data = data
         self.epoch = 0
-        self._order = _generator(config.seed, "order", "cpu")
-        self._dropout = _generator(config.seed, "dropout", config.device)
+        self._order = _generator(config, "order", "cpu")
+        self._dropout = _generator(config, "dropout", config.device)
         self._layout = torch.channels_last if config.memory_format == "channels_last" else torch.contiguous_format
         self.net = build_net(config, data, self._dropout).to(device=config.device)
         self.net = self.net.to(memory_format=self._layout)
@@ -151,7 +152,7 @@ class Trial:
         begun = time.perf_counter()
         train_loss, train_accuracy, learning_rate, finite = self._train_epoch()
         trained = time.perf_counter()
-        val_loss, val_accuracy = self._validate() if finite else (math.nan, math.nan)
+        val_loss, correct = self._validate() if finite else (math.nan, np.empty(0, dtype=np.bool_))
         finite = finite and math.isfinite(val_loss)
         if finite:
             self._schedule.after_epoch(val_loss)
@@ -161,11 +162,12 @@ class Trial:
             train_loss=train_loss,
             train_accuracy=train_accuracy if finite else math.nan,
             val_loss=val_loss if finite else math.nan,
-            val_accuracy=val_accuracy if finite else math.nan,
+            val_accuracy=float(correct.mean()) if finite else math.nan,
             learning_rate=learning_rate,
             epoch_seconds=time.perf_counter() - begun,
             samples_per_second=self._steps * self._batch_size / (trained - begun),
             diverged=not finite,
+            val_correct=np.packbits(correct).tobytes() if finite and self.epoch == self.config.epochs else b"",
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -220,18 +222,19 @@ class Trial:
         """Return the logits of unscaled images; call it within `evaluating`."""
         return self._logits(self._scaled(images))
 
-    def _validate(self) -> tuple[float, float]:
+    def _validate(self) -> tuple[float, NDArray[np.bool_]]:
+        """Return the mean cross-entropy of the validation images, and which of them are classified correctly."""
         images, labels = self.data.val_images, self.data.val_labels
-        totals = torch.zeros(2, dtype=torch.float64, device=self.config.device)
+        loss = torch.zeros((), dtype=torch.float64, device=self.config.device)
+        correct = []
         with self.evaluating():
             for batch, true in zip(
                 images.split(EVALUATION_BATCH_SIZE), labels.split(EVALUATION_BATCH_SIZE), strict=True
             ):
                 logits = self.logits(batch)
-                correct = (logits.argmax(dim=1) == true).sum()
-                totals += torch.stack((F.cross_entropy(logits, true, reduction="sum"), correct.to(logits.dtype)))
-        loss, accuracy = (totals / len(labels)).tolist()
-        return loss, accuracy
+                correct.append(logits.argmax(dim=1) == true)
+                loss += F.cross_entropy(logits, true, reduction="sum")
+        return loss.item() / len(labels), torch.cat(correct).cpu().numpy()
 
     def _logits(self, images: Float[Tensor, "batch 1 side side"]) -> Float[Tensor, "batch classes"]:
         with torch.autocast(self.config.device, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
@@ -276,7 +279,7 @@ def assemble_net(config: TrialConfig, *, side: int, classes: int, dropout: torch
             dropout_rate=config.dropout_rate if config.dropout else 0.0,
             initialization=config.initialization,
         ),
-        weights=_generator(config.seed, "weights", "cpu"),
+        weights=_generator(config, "weights", "cpu"),
         masks=dropout,
     )
     with torch.random.fork_rng(devices=[]):  # torch's own layers draw from the global generator
@@ -284,7 +287,12 @@ def assemble_net(config: TrialConfig, *, side: int, classes: int, dropout: torch
         return MODELS[config.model](config, spec)
 
 
-def _generator(seed: int, purpose: str, device: str) -> torch.Generator:
-    """Return a generator whose stream differs for every seed and every purpose."""
-    digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
+def _generator(config: TrialConfig, purpose: str, device: str) -> torch.Generator:
+    """Return a generator whose stream differs for every purpose and seed and, unless the seed is shared, every cell.
+
+    If all cells drew the same weights, their deviations would be correlated, and no interval for an effect would cover
+    it. The learning-rate scales of a cell draw the same, so that they are compared on equal terms.
+    """
+    cell = "" if config.shared_seed else f" {config.cell_key}"
+    digest = hashlib.sha256(f"{purpose} {config.seed}{cell}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)

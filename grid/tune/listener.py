@@ -12,8 +12,11 @@ class Listener(Protocol):
     def started(self, config: TrialConfig) -> None:
         """A trial has begun, for the first time or again."""
 
-    def epoch_ended(self, config: TrialConfig, report: EpochReport, *, stopped: bool) -> None:
-        """An epoch has ended; `stopped` if ASHA has decided that it was the last."""
+    def epoch_ended(self, config: TrialConfig, report: EpochReport, *, stopped: bool, spared: bool = False) -> None:
+        """An epoch has ended.
+
+        `stopped` if ASHA has decided that it was the last, `spared` if ASHA would have, but the trial is a control.
+        """
 
     def ended(self, config: TrialConfig, status: str, error: str) -> None:
         """A trial has ended with one of `grid.metrics.STATUSES`; `error` is the traceback of a failed one."""

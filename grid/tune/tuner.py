@@ -24,7 +24,6 @@ from ray.tune.search import Searcher
 
 from grid.config import TrialConfig
 from grid.data.dataset import Dataset
-from grid.metrics import EpochReport
 from grid.plan.asha import Asha
 from grid.plan.packing import Packing
 from grid.train.checkpoints import Checkpoints
@@ -77,7 +76,7 @@ def run_trials(
         tune_config = _tune_config(trials, AshaScheduler(asha, controls), packing.concurrency)
         try:
             with private_ray.fast_trials():
-                tune.Tuner(trainable, tune_config=tune_config, run_config=_run_config(listener, folder)).fit()
+                tune.Tuner(trainable, tune_config=tune_config, run_config=_run_config(listener, asha, folder)).fit()
         finally:
             unmark_storage(checkpoints, mark)
 
@@ -93,12 +92,12 @@ def _tune_config(trials: Sequence[TrialConfig], scheduler: TrialScheduler, concu
     )
 
 
-def _run_config(listener: Listener, folder: str) -> tune.RunConfig:
+def _run_config(listener: Listener, asha: Asha, folder: str) -> tune.RunConfig:
     return tune.RunConfig(
         storage_path=folder,  # of Tune's own files, which nobody reads; it saves no trial
         verbose=0,
         stop=_Interruption(listener),
-        callbacks=[_Bridge(listener)],
+        callbacks=[_Bridge(listener, asha)],
         checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         failure_config=tune.FailureConfig(max_failures=WORKER_RESTARTS),
     )
@@ -175,7 +174,7 @@ class AshaScheduler(FIFOScheduler):
         config = _config(trial)
         continues = self._asha.decide(
             config.trial_key,
-            group=config.model,
+            group=self._asha.rule.group_of(config.cell),
             epoch=result["report"].epoch,
             value=result["report"].val_accuracy,
             control=config.trial_key in self._controls,
@@ -186,7 +185,8 @@ class AshaScheduler(FIFOScheduler):
         """Tell ASHA of a diverged trial, which never arrives at its next rung."""
         if "report" in result and result["report"].diverged:
             config = _config(trial)
-            self._asha.diverge(config.trial_key, group=config.model, epoch=result["report"].epoch)
+            group = self._asha.rule.group_of(config.cell)
+            self._asha.diverge(config.trial_key, group=group, epoch=result["report"].epoch)
 
 
 class _DriverOnly:
@@ -202,8 +202,9 @@ class _DriverOnly:
 class _Bridge(_DriverOnly, tune.Callback):
     """Translates Tune's calls for a `Listener`."""
 
-    def __init__(self, listener: Listener):
+    def __init__(self, listener: Listener, asha: Asha):
         super().__init__(listener)
+        self._asha = asha
         self._running: dict[str, TrialConfig] = {}
 
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
@@ -220,9 +221,11 @@ class _Bridge(_DriverOnly, tune.Callback):
         if "node_problem" in result:
             self._listener.give_up(result["node_problem"])
         elif "error" not in result:
-            report: EpochReport = result["report"]
-            ended = report.diverged or report.epoch == _config(trial).epochs
-            self._listener.epoch_ended(_config(trial), report, stopped=result["done"] and not ended)
+            config, report = _config(trial), result["report"]
+            ended = report.diverged or report.epoch == config.epochs
+            stopped = result["done"] and not ended
+            spared = not stopped and self._asha.stop_epoch(config.trial_key) == report.epoch
+            self._listener.epoch_ended(config, report, stopped=stopped, spared=spared)
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         result = trial.last_result
