@@ -74,7 +74,7 @@ def fit_terms(observed: pd.DataFrame, terms: Sequence[Term]) -> RegressionResult
         observed: A row per observation, with `accuracy`.
         terms: Of the model, coded for these observations; an intercept is added.
     """
-    return OLS(observed["accuracy"].to_numpy(dtype=float), _matrix(terms)).fit()
+    return OLS(observed["accuracy"].to_numpy(dtype=float), coding_matrix(terms)).fit()
 
 
 def estimable_terms(observed: pd.DataFrame, varied: Levels, *, complete: bool) -> list[Term]:
@@ -162,7 +162,8 @@ def _term(name: str, values: "pd.Series[Any]") -> Term:
     return Term((name,), tuple((name, str(label)) for label in labels), codes, np.asarray(helmert(len(labels)).T))
 
 
-def _matrix(terms: Sequence[Term]) -> Array:
+def coding_matrix(terms: Sequence[Term]) -> Array:
+    """Return the design, `[observation, coefficient]`; its first column is the intercept."""
     return np.column_stack([np.ones(len(terms[0].codes)), *(term.coding[term.codes] for term in terms)])
 
 
@@ -173,7 +174,7 @@ def _columns(terms: Sequence[Term]) -> dict[str, slice]:
 
 def _first_aliased(terms: Sequence[Term]) -> Term | None:
     """Return the first term with a column that is a combination of the columns before it."""
-    matrix = _matrix(terms)
+    matrix = coding_matrix(terms)
     diagonal = np.diagonal(np.linalg.qr(matrix, mode="r"))
     added = np.pad(np.abs(diagonal), (0, matrix.shape[1] - len(diagonal)))
     redundant, columns = added < TOLERANCE * sqrt(len(matrix)), _columns(terms)
