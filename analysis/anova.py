@@ -133,7 +133,7 @@ def variance_table(fit: RegressionResults, terms: Sequence[Term]) -> pd.DataFram
         last = pd.DataFrame([["residual", int(fit.df_resid), residual, residual / total]], columns=table.columns[:4])
     table["p"] = stats.f.sf(table["F"], table["df"], fit.df_resid or nan)
     tested = table["p"].notna() & (table["term"] != "seed")
-    table["p_holm"] = _holm(table["p"][tested])
+    table["p_holm"] = holm(table["p"][tested])
     table = table.sort_values("share", ascending=False, kind="stable")
     return pd.concat([table, last], ignore_index=True)
 
@@ -148,6 +148,12 @@ def estimate(fit: RegressionResults, terms: Sequence[Term], confidence: float) -
     names = [(*label, "", "")[:4] for term in shown for label in term.labels]
     table = pd.DataFrame(names, columns=["factor", "level", "other_factor", "other_level"])
     return table.assign(observations=counts, effect=effects, low=effects - margins, high=effects + margins)
+
+
+def effect_weights(terms: Sequence[Term]) -> dict[str, Array]:
+    """Return by the name of each term the weights `[label, observation]` that turn observations into its effects."""
+    inverse, columns = np.linalg.pinv(coding_matrix(terms)), _columns(terms)
+    return {term.name: np.asarray(term.coding @ inverse[columns[term.name]]) for term in terms}
 
 
 def in_order(name: str, values: "pd.Series[Any]") -> tuple[Any, ...]:
@@ -181,7 +187,8 @@ def _first_aliased(terms: Sequence[Term]) -> Term | None:
     return next((term for term in terms if redundant[columns[term.name]].any()), None)
 
 
-def _holm(p: "pd.Series[float]") -> "pd.Series[float]":
+def holm(p: "pd.Series[float]") -> "pd.Series[float]":
+    """Return p values corrected for their number (Holm 1979)."""
     # statsmodels' own collects garbage at each call, which takes longer than the whole analysis of a small grid.
     return (p.sort_values() * np.arange(len(p), 0, -1)).cummax().clip(upper=1)
 

@@ -139,7 +139,7 @@ def effect_rows(levels: pd.DataFrame) -> pd.DataFrame:
     """Return the levels in drawing order: factors by falling range of their effects, levels by falling effect.
 
     Args:
-        levels: `analysis.effects.Effects.levels`.
+        levels: `analysis.final_effects.FinalEffects.levels`, or those after a rung.
     """
     effects = levels.groupby("factor")["effect"]
     widest = (effects.transform("max") - effects.transform("min")).fillna(0)
@@ -148,6 +148,43 @@ def effect_rows(levels: pd.DataFrame) -> pd.DataFrame:
         ["widest", "place", "effect"], ascending=[False, True, False]
     )
     return levels.loc[order.index].reset_index(drop=True)
+
+
+def difference_rows(differences: pd.DataFrame) -> pd.DataFrame:
+    """Return the largest difference of each factor in drawing order: sure ones first, larger ones first.
+
+    Args:
+        differences: `analysis.final_effects.FinalEffects.differences`.
+    """
+    largest = differences.drop_duplicates("factor")
+    return largest.sort_values(["sure", "difference"], ascending=False, kind="stable").reset_index(drop=True)
+
+
+def draw_differences(rows: pd.DataFrame) -> str:
+    """Draw the largest difference of each factor with its interval.
+
+    Args:
+        rows: From `difference_rows`.
+    """
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure(0.75 + 0.4 * len(rows))
+        for place, row in enumerate(rows.to_dict("records")):
+            ends = [[100 * (row["difference"] - row["low"])], [100 * (row["high"] - row["difference"])]]
+            colour, shape = (BLUE, "o") if row["sure"] else (MUTED, "s")
+            axes.errorbar(100 * row["difference"], place, xerr=ends, fmt=shape, ms=5, color=colour, capsize=2, lw=1.5)
+            name = f"{row['factor']}: {row['level']} over {row['other_level']}"
+            axes.text(0, place - 0.36, name, transform=axes.get_yaxis_transform(), fontsize=8, va="center")
+        axes.axvline(0, color=MUTED, lw=0.8)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.set_ylim(len(rows) - 0.5, -0.6)
+        axes.grid(axis="x", color=RULE, lw=0.5)
+        axes.set_axisbelow(True)
+        axes.set_xlabel("percentage points at the end of training")
+        for shape, colour, label in (("o", BLUE, "sure"), ("s", MUTED, "may be chance")):
+            axes.plot([], [], shape, color=colour, ls="-", label=label)
+        figure.legend(loc="outside lower center", ncols=2)
+        return _svg(figure, "the largest difference of each factor")
 
 
 def draw_main_effects(rows: pd.DataFrame, name: str = "effects of all levels") -> str:
@@ -186,7 +223,7 @@ def variance_bars(variance: pd.DataFrame, count: int = 12) -> pd.DataFrame:
     """Return the terms that explain most, all other terms as one, and the residual.
 
     Args:
-        variance: `analysis.effects.Effects.variance`.
+        variance: `analysis.rung_effects.RungEffects.variance`.
         count: How many terms are named.
 
     Returns:
@@ -214,10 +251,17 @@ def draw_variance(bars: pd.DataFrame) -> str:
         return _svg(figure, "shares of the variance")
 
 
-def strongest_interactions(variance: pd.DataFrame, count: int = HEAT_MAPS) -> list[tuple[str, str]]:
-    """Return the pairs of factors whose interactions explain most."""
-    pairs = [term.split(" x ") for term in variance["term"] if " x " in term]
-    return [(first, second) for first, second in pairs[:count]]
+def strongest_interactions(interactions: pd.DataFrame, count: int = HEAT_MAPS) -> list[tuple[str, str]]:
+    """Return the pairs of factors with the strongest pair of levels that stands out, the strongest first.
+
+    Args:
+        interactions: `analysis.final_effects.FinalEffects.interactions`.
+        count: How many at most.
+    """
+    found = interactions[interactions["stands_out"].astype(bool)]
+    found = found.sort_values("effect", key=abs, ascending=False, kind="stable")
+    pairs = found.drop_duplicates(["factor", "other_factor"]).head(count)
+    return list(pairs[["factor", "other_factor"]].itertuples(index=False, name=None))
 
 
 def interaction_map(interactions: pd.DataFrame, pair: tuple[str, str]) -> pd.DataFrame:

@@ -89,6 +89,12 @@ class Experiment:
         return _whole(self.described("data").get("val_images"), at_least=1)
 
     @property
+    def classes(self) -> int | None:
+        """Number of classes of the data set; None if the store does not say."""
+        names = self.described("data").get("classes")
+        return len(names) if isinstance(names, list) and names else None
+
+    @property
     def rung_factor(self) -> int | None:
         """One trial in this many continues at a rung; None if the store does not say."""
         return _whole(self.described("rungs").get("factor"), at_least=2)
@@ -322,7 +328,7 @@ def _row(run: Run) -> dict[str, Any] | None:
 
 
 def _final(status: str, metrics: Mapping[str, float]) -> float:
-    """Return the accuracy at the end of the budget; MLflow keeps the last value of every metric, also in older stores."""
+    """Return the accuracy at the end of the budget: in older stores the last value, which MLflow keeps."""
     return metrics.get(FINAL_METRIC, metrics.get("val_accuracy", nan)) if status == "completed" else nan
 
 

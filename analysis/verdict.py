@@ -1,20 +1,25 @@
-"""All results of an experiment, and its headline: what won, what matters, what stopping cost."""
+"""All results of an experiment, and its headline: what to use, what matters at the end, what stopping cost."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import pandas as pd
 
-from analysis.effects import Effects, measure_effects, measure_final_effects
+from analysis.final_effects import FinalEffects, measure_final_effects
 from analysis.rank import rank_cells
-from analysis.stopping import FACTOR, Audit, audit_stopping
+from analysis.rung_effects import RungEffects, measure_rung_effects
+from analysis.stopping import Audit, audit_stopping
 from analysis.store import Experiment
 from grid.config import FACTORS, InputError, cell_name
+from grid.metrics import rung_epochs
 from grid.wording import count
 
-SIGNIFICANT = 0.05
-"""The headline says that an effect may be noise if its p value (after Holm's correction) is not below this."""
+SHOWN_SHIFTS = 2
+"""Factors whose change between the first rung and the end is named."""
+ALIKE = 0.8
+"""Correlation of the effects after the first rung with those at the end from which on the two look alike."""
 Result = TypeVar("Result")
 
 
@@ -25,6 +30,8 @@ class Fact:
     question: str
     answer: str
     remark: str
+    details: tuple[str, ...] = ()
+    """One sentence each, shown as a list."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +48,10 @@ class Verdict:
     experiment: Experiment
     cells: pd.DataFrame
     """From `analysis.rank.rank_cells`."""
-    effects: Effects | Unavailable = Unavailable("not measured")
-    """At the first rung, from all trials."""
-    effects_at_end: Effects | Unavailable | None = None
-    """After the full budget, from the unstopped controls; None if `effects` are already at the end, or unavailable."""
+    effects: FinalEffects | Unavailable = Unavailable("not measured")
+    """At the end of training, from all trials."""
+    first: RungEffects | Unavailable | None = None
+    """After the first rung: who learns fast. None if there is no rung below the budget."""
     audit: Audit | Unavailable = Unavailable("not audited")
 
 
@@ -56,12 +63,12 @@ def analyse(experiment: Experiment) -> Verdict:
     """
     trials = experiment.trials
     cells = rank_cells(trials, experiment.finalists, val_images=experiment.val_images)
-    effects = _attempt(lambda: measure_effects(trials))
-    at_end = None
-    if isinstance(effects, Effects) and effects.epoch < trials["epochs"].max():
-        at_end = _attempt(lambda: measure_final_effects(trials))
-    audit = _attempt(lambda: audit_stopping(trials, factor=experiment.rung_factor or FACTOR))
-    return Verdict(experiment, cells, effects, at_end, audit)
+    effects = _attempt(lambda: measure_final_effects(trials, classes=experiment.classes))
+    has_rung = any(rung < trials["epochs"].max() for rung in rung_epochs(trials.columns))
+    first = _attempt(lambda: measure_rung_effects(trials)) if has_rung else None
+    return Verdict(
+        experiment, cells, effects, first, _attempt(lambda: audit_stopping(trials, factor=experiment.rung_factor or 3))
+    )
 
 
 def _attempt(measure: Callable[[], Result]) -> Result | Unavailable:
@@ -72,14 +79,15 @@ def _attempt(measure: Callable[[], Result]) -> Result | Unavailable:
 
 
 def headline(verdict: Verdict) -> Iterator[Fact]:
-    """Yield the main results, each in a sentence or two."""
+    """Yield the main results, each in a few sentences."""
     yield _winner(verdict.cells)
-    if isinstance(verdict.effects, Effects):
-        yield _what_matters(verdict.effects, "")
-    if isinstance(at_end := verdict.effects_at_end, Effects):
-        yield _what_matters(at_end, f" among {count(at_end.observations, 'unstopped control')}")
+    if isinstance(verdict.effects, FinalEffects):
+        yield what_matters(verdict.effects)
+        if isinstance(verdict.first, RungEffects):
+            yield _who_learns_fast(verdict.first, verdict.effects)
     if isinstance(verdict.audit, Audit):
         yield _what_stopping_cost(verdict.audit)
+    yield _scope(verdict.experiment)
 
 
 def name_of(cell: Mapping[Any, Any]) -> str:
@@ -89,13 +97,23 @@ def name_of(cell: Mapping[Any, Any]) -> str:
 
 def _winner(cells: pd.DataFrame) -> Fact:
     if not len(cells):
-        return Fact("Best cell", "none", "No trial has an accuracy: all diverged or failed.")
+        return Fact("Use", "nothing yet", "No trial has an accuracy: all diverged or failed.")
     best = cells.iloc[0]
-    seeds = "one seed" if best["seeds"] == 1 else f"{best['seeds']} seeds"
-    accuracy = f"{best['val_accuracy']:.2%} of the validation images ({seeds})"
+    seeds = "one seed" if best["seeds"] == 1 else f"{best['seeds']} {'new ' * (best['tier'] == 'finalist')}seeds"
+    accuracy = f"{best['val_accuracy']:.2%} of the validation images ({seeds}{_margins(best, '')})"
     if not pd.isna(best["test_accuracy"]):
-        accuracy += f", {best['test_accuracy']:.2%} of the test images"
-    return Fact("Best cell", name_of(best.to_dict()), f"{accuracy}. {_lead(cells)}")
+        margins = _margins(best, "test_").removeprefix("; ")
+        accuracy += f", {best['test_accuracy']:.2%} of the test images" + (f" ({margins})" if margins else "")
+    return Fact("Use", name_of(best.to_dict()), f"{accuracy}. {_lead(cells)}")
+
+
+def _margins(best: "pd.Series[Any]", prefix: str) -> str:
+    """Return how far an accuracy may be off for another seed and for other images."""
+    kinds = {"seed_half": "for another seed", "image_half": "for other images"}
+    known = [
+        f"±{100 * best[prefix + name]:.1f} {kind}" for name, kind in kinds.items() if not pd.isna(best[prefix + name])
+    ]
+    return "; " + ", ".join(known) if known else ""
 
 
 def _lead(cells: pd.DataFrame) -> str:
@@ -103,38 +121,73 @@ def _lead(cells: pd.DataFrame) -> str:
     best = cells.iloc[0]
     if len(cells) == 1:
         return "It is the only cell."
-    if pd.isna(best["group"]):
-        return "How certain the order is remains unknown: one seed, and no count of images in the store."
     rivals = cells[(cells["tier"] == best["tier"]) & (cells["epochs_run"] == best["epochs_run"])]
-    tied = int((rivals["group"] == best["group"]).sum())
-    if tied > 1:
-        return f"It is tied with {count(tied - 1, 'other')}."
     if len(rivals) == 1:
         return "No other cell trained for as many epochs."
-    return f"It is {100 * (best['val_accuracy'] - rivals['val_accuracy'].iloc[1]):.2f} points ahead of the next."
+    ahead = f"It is {100 * (best['val_accuracy'] - rivals['val_accuracy'].iloc[1]):.2f} points above the next"
+    tied = int(rivals["tied"].sum()) - 1
+    if tied > 0:
+        return f"{ahead}; {count(tied, 'other')} may be as good."
+    return f"{ahead}, more than chance explains."
 
 
-def _what_matters(effects: Effects, sample: str) -> Fact:
-    question = f"Matters most after epoch {effects.epoch}"
-    first = effects.variance[effects.variance["term"].isin(effects.factors)].iloc[0]
-    if not first["share"] > 0:
-        return Fact(question, "nothing", "All cells have the same accuracy.")
-    levels = effects.levels[effects.levels["factor"] == first["term"]].dropna(subset="effect")
-    best, worst = levels.loc[levels["effect"].idxmax()], levels.loc[levels["effect"].idxmin()]
-    return Fact(
-        question,
-        str(first["term"]),
-        f"It explains {first['share']:.0%} of the variance{sample}: {best['level']} is "
-        f"{100 * (best['effect'] - worst['effect']):.1f} points above {worst['level']}, averaged over the "
-        f"other factors.{_doubt(first['p_holm'])}",
+def what_matters(effects: FinalEffects) -> Fact:
+    """Return which factors matter at the end of training, the largest difference first, and which do not."""
+    largest = effects.differences.drop_duplicates("factor")
+    sure = largest[largest["sure"]].sort_values("difference", ascending=False)
+    rest = largest[~largest["sure"]]
+    lines = [_difference(effects, row) for row in sure.to_dict("records")]
+    bounds = effects.differences.groupby("factor")["high"].max()
+    for factor in sorted(rest["factor"], key=lambda name: bounds[name]):
+        lines.append(f"{factor}: less than {100 * bounds[factor]:.1f} points between any two levels")
+    lines += _pairs(effects)
+    question = f"Matters at the end ({count(effects.epochs, 'epoch')})"
+    return Fact(question, ", ".join(sure["factor"]) or "nothing for sure", "", tuple(lines))
+
+
+def _difference(effects: FinalEffects, row: Mapping[Any, Any]) -> str:
+    """Say how the best level of a factor compares with the worst one, and which others may be as good."""
+    half = 50 * (row["high"] - row["low"])
+    text = (
+        f"{row['factor']}: {row['level']} over {row['other_level']}, {100 * row['difference']:.1f} ±{half:.1f} points"
     )
+    of_factor = effects.differences[effects.differences["factor"] == row["factor"]]
+    of_best = of_factor[(of_factor["level"] == row["level"]) & ~of_factor["sure"]]
+    others = ", ".join(of_best.sort_values("difference")["other_level"])
+    return f"{text}; {others} may be as good as {row['level']}" if others else text
 
 
-def _doubt(p: float) -> str:
-    """Say whether an effect may be noise; nothing if that is unlikely."""
-    if pd.isna(p):
-        return " There are too few trials to say whether that is more than noise."
-    return "" if p < SIGNIFICANT else f" It may be noise (p = {p:.2f})."
+def _pairs(effects: FinalEffects) -> list[str]:
+    found = effects.interactions[effects.interactions["stands_out"].astype(bool)]
+    if found.empty:
+        return ["no pair of levels stands out beyond the sum of its two effects"] if len(effects.interactions) else []
+    best = found.loc[found["effect"].abs().idxmax()]
+    others = len(found.drop_duplicates(["factor", "other_factor"])) - 1
+    more = f"; {count(others, 'weaker interaction')} more" if others else ""
+    return [
+        f"{best['factor']}={best['level']} with {best['other_factor']}={best['other_level']}: "
+        f"{100 * best['effect']:+.1f} points beyond the sum of both{more}"
+    ]
+
+
+def _who_learns_fast(first: RungEffects, end: FinalEffects) -> Fact:
+    """Compare the effects after the first rung with those at the end."""
+    both = first.levels.merge(end.levels, on=["factor", "level"], suffixes=("_first", "_end"))
+    both = both.dropna(subset=["effect_first", "effect_end"])
+    spread = both[["effect_first", "effect_end"]].std().min()
+    correlation = float(np.corrcoef(both["effect_first"], both["effect_end"])[0, 1]) if spread > 0 else np.nan
+    moved = both.assign(change=(both["effect_first"] - both["effect_end"]).abs())
+    widest = moved.sort_values("change", ascending=False).drop_duplicates("factor").head(SHOWN_SHIFTS)
+    shifts = [
+        f"{row['factor']}={row['level']} {100 * row['effect_first']:+.1f} points then, "
+        f"{100 * row['effect_end']:+.1f} at the end"
+        for row in widest.to_dict("records")
+    ]
+    alike = correlation >= ALIKE
+    lesson = "" if alike else " Who learns fast is not who ends well."
+    remark = f"Correlation of the effects then with those at the end: {correlation:.2f}.{lesson}"
+    answer = "it looked much the same" if alike else "it looked different"
+    return Fact(f"After epoch {first.epoch}", answer, remark, tuple(shifts))
 
 
 def _what_stopping_cost(audit: Audit) -> Fact:
@@ -142,9 +195,18 @@ def _what_stopping_cost(audit: Audit) -> Fact:
         return Fact("Early stopping", "none", "Every trial had the full budget.")
     savings = audit.savings
     saved = (savings["saved"] * savings["epochs_full"]).sum() / max(1, savings["epochs_full"].sum())
-    stopped, above = (int(audit.false_stops[name].sum()) for name in ("stopped", "beat_winner"))
-    remark = "What it cost is unknown: it would have stopped no unstopped control."
-    if stopped:
-        controls = count(stopped, "unstopped control")
-        remark = f"Of {controls} that it would have stopped, {above} ended above the best trial that it did not stop."
-    return Fact("Early stopping", f"saved {saved:.0%} of the epochs", remark)
+    return Fact("Early stopping", f"saved {saved:.0%} of the epochs", "")
+
+
+def _scope(experiment: Experiment) -> Fact:
+    """Say what the results hold for, and what may not be concluded."""
+    data = experiment.described("data")
+    per_class = data.get("per_class")
+    images = f"{per_class} images per class" if isinstance(per_class, int) else "all training images"
+    epochs = count(int(experiment.trials["epochs"].max()), "epoch")
+    name = data.get("name")
+    answer = f"{name}, {images}, {epochs}" if isinstance(name, str) else f"these images, {epochs}"
+    scales = experiment.trials["lr_scale"].nunique()
+    rates = f"the best of {scales} learning-rate scales per cell" if scales > 1 else "one base rate per optimizer"
+    remark = f"With {rates}. Other data, longer training or other learning rates may turn the order around."
+    return Fact("Holds for", answer, remark)

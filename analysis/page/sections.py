@@ -11,7 +11,6 @@ from markupsafe import Markup
 
 from analysis import plot
 from analysis.audit import WORDING, caption_of
-from analysis.effects import Effects
 from analysis.formatting import INTERVAL, format_table, hundredths, number, percent, points, sentence
 from analysis.rank import tie_letters
 from analysis.stopping import Audit
@@ -21,6 +20,13 @@ from grid.wording import count
 
 LEADERS, LEADERS_PER_MODEL = 20, 5
 PAIRS, HARDEST = 12, 12
+DIFFERENCES = {
+    "factor": "factor",
+    "level": "level",
+    "other_level": "over",
+    "difference": "points",
+    "sure": "sure",
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ def sections(verdict: Verdict) -> Iterator[Section]:
     yield leaderboard(verdict)
     yield effects(verdict)
     yield interactions(verdict)
+    yield first_rung(verdict)
     yield curves(verdict)
     yield divergence(verdict)
     yield cost(verdict)
@@ -94,47 +101,75 @@ def leaderboard(verdict: Verdict) -> Section:
 
 
 def effects(verdict: Verdict) -> Section:
-    """Return the effect of each level."""
-    found, at_end = verdict.effects, verdict.effects_at_end
+    """Return the effect of each level at the end of training."""
+    found = verdict.effects
     if isinstance(found, Unavailable):
-        return Section("Main effects", [sentence(found.reason)])
+        return Section("Effects at the end", [sentence(found.reason)])
     lead = (
-        f"Accuracies are those after epoch {found.epoch}, before any cell was stopped, so all levels are compared "
-        "fairly. The effect of a level is averaged over all combinations of the other factors. Techniques that start "
-        "slowly look worse here than they are; effects at the end are estimated from the unstopped controls alone, "
-        "trials drawn at random and exempt from early stopping."
+        f"What each level does to the validation accuracy after {count(found.epochs, 'epoch')}, averaged over all "
+        "combinations of the other factors. "
     )
-    figures = [_level_figure(found, "")]
-    notes = list(found.notes)
-    if isinstance(at_end, Unavailable):
-        notes.append(at_end.reason)
-    elif at_end is not None:
-        figures.append(_level_figure(at_end, f", from {count(at_end.observations, 'unstopped control')} alone"))
-        notes += [f"unstopped controls: {note}" for note in at_end.notes[1:]]
-    figures.append(
+    if found.stopped:
+        lead += (
+            f"{count(found.stopped, 'trial')} of {found.trials:,} were stopped early. Their ends are estimated from "
+            f"what they showed before, and corrected by {count(found.probed, 'unstopped control')}: trials that early "
+            "stopping would have ended and that, drawn at random, were trained on. So slow starters are compared fairly."
+        )
+    rows = plot.effect_rows(found.levels)
+    picture = Markup(plot.draw_main_effects(rows, "effects at the end"))  # noqa: S704  (drawn here)
+    caption = "Effect of each level at the end, each with its own 95% interval"
+    figures = [Figure(caption, picture, format_table(rows, low=points, high=points))]
+    tables = [
+        Table(
+            "Differences between levels",
+            format_table(found.differences, DIFFERENCES, low=points, high=points),
+            "Intervals hold for all differences of a factor at once (Tukey).",
+        )
+    ]
+    return Section("Effects at the end", [lead, *map(sentence, found.notes)], figures, tables)
+
+
+def first_rung(verdict: Verdict) -> Section:
+    """Return what the levels do after the first rung: who learns fast."""
+    found = verdict.first
+    if found is None:
+        return Section("Who learns fast", ["There is no rung before the end of the budget."])
+    if isinstance(found, Unavailable):
+        return Section("Who learns fast", [sentence(found.reason)])
+    lead = (
+        f"Accuracies after epoch {found.epoch}, before any trial was stopped. This is another question than who ends "
+        "well: techniques that start slowly look worse here than they are."
+    )
+    rows = plot.effect_rows(found.levels)
+    picture = Markup(plot.draw_main_effects(rows, f"effects after epoch {found.epoch}"))  # noqa: S704
+    shares = Markup(plot.draw_variance(plot.variance_bars(found.variance)))  # noqa: S704
+    figures = [
+        Figure(
+            f"Effect of each level after epoch {found.epoch}, with 95% intervals",
+            picture,
+            format_table(rows, low=points, high=points),
+        ),
         Figure(
             f"What explains the differences after epoch {found.epoch} (blue: factors, orange: pairs of factors)",
-            Markup(plot.draw_variance(plot.variance_bars(found.variance))),  # noqa: S704  (drawn here)
+            shares,
             format_table(found.variance),
-        )
-    )
-    return Section("Main effects", [lead, *map(sentence, notes)], figures)
-
-
-def _level_figure(found: Effects, sample: str) -> Figure:
-    rows = plot.effect_rows(found.levels)
-    caption = f"Effect of each level on the validation accuracy after epoch {found.epoch}{sample}, with 95% intervals"
-    picture = Markup(plot.draw_main_effects(rows, f"effects after epoch {found.epoch}"))  # noqa: S704
-    return Figure(caption, picture, format_table(rows, low=points, high=points))
+        ),
+    ]
+    return Section("Who learns fast", [lead, *map(sentence, found.notes)], figures)
 
 
 def interactions(verdict: Verdict) -> Section:
-    """Return the pairs of factors whose levels help or hinder each other most."""
+    """Return the pairs of factors whose levels help or hinder each other most at the end."""
     found = verdict.effects
-    pairs = [] if isinstance(found, Unavailable) else plot.strongest_interactions(found.variance)
-    if isinstance(found, Unavailable) or not pairs:
+    if isinstance(found, Unavailable) or found.interactions.empty:
         return Section("Interactions", ["No interaction of two factors could be estimated."])
-    text = ["Percentage points beyond the sum of the two levels' effects: orange helps, purple hinders."]
+    pairs = plot.strongest_interactions(found.interactions)
+    if not pairs:
+        return Section("Interactions", ["No pair of levels stands out beyond the sum of its two effects."])
+    text = [
+        "Percentage points at the end, beyond the sum of the two levels' effects: orange helps, purple hinders. Shown are "
+        "the factors with the strongest pairs of levels that stand out (after Holm's correction over all pairs)."
+    ]
     maps = [plot.interaction_map(found.interactions, pair) for pair in pairs]
     largest = max(float(effects.abs().to_numpy().max()) for effects in maps)
     figures = []
