@@ -201,10 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json:
             print(json.dumps(describe(effects, experiment), indent=1))
             return 0
-        if isinstance(effects, FinalEffects):
-            text = format_final_effects(effects)
-        else:
-            text = format_rung_effects(effects)
+        text = format_final_effects(effects) if isinstance(effects, FinalEffects) else format_rung_effects(effects)
         print("\n".join([text, *map(_wrap, experiment.notes)]))
         return 0
 

@@ -161,7 +161,7 @@ def _pairs(effects: FinalEffects) -> list[str]:
     found = effects.interactions[effects.interactions["stands_out"].astype(bool)]
     if found.empty:
         return ["no pair of levels stands out beyond the sum of its two effects"] if len(effects.interactions) else []
-    best = found.loc[found["effect"].abs().idxmax()]
+    best = found.sort_values("effect", key=abs).to_dict("records")[-1]
     others = len(found.drop_duplicates(["factor", "other_factor"])) - 1
     more = f"; {count(others, 'weaker interaction')} more" if others else ""
     return [

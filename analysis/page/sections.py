@@ -113,7 +113,7 @@ def effects(verdict: Verdict) -> Section:
         lead += (
             f"{count(found.stopped, 'trial')} of {found.trials:,} were stopped early. Their ends are estimated from "
             f"what they showed before, and corrected by {count(found.probed, 'unstopped control')}: trials that early "
-            "stopping would have ended and that, drawn at random, were trained on. So slow starters are compared fairly."
+            "stopping would have ended but that, drawn at random, trained on. So slow starters are compared fairly."
         )
     rows = plot.effect_rows(found.levels)
     picture = Markup(plot.draw_main_effects(rows, "effects at the end"))  # noqa: S704  (drawn here)
@@ -167,8 +167,8 @@ def interactions(verdict: Verdict) -> Section:
     if not pairs:
         return Section("Interactions", ["No pair of levels stands out beyond the sum of its two effects."])
     text = [
-        "Percentage points at the end, beyond the sum of the two levels' effects: orange helps, purple hinders. Shown are "
-        "the factors with the strongest pairs of levels that stand out (after Holm's correction over all pairs)."
+        "Percentage points at the end, beyond the sum of the two levels' effects: orange helps, purple hinders. "
+        "Shown are the factors with the strongest pairs that stand out (after Holm's correction over all pairs)."
     ]
     maps = [plot.interaction_map(found.interactions, pair) for pair in pairs]
     largest = max(float(effects.abs().to_numpy().max()) for effects in maps)
