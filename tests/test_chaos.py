@@ -87,13 +87,35 @@ def test_a_second_run_and_a_second_value_are_doubled(auditor: Auditor) -> None:
 
 
 def test_another_value_is_different(auditor: Auditor) -> None:
-    auditor.record({**GOOD, 0: (0.5, 0.6, 0.71)})
+    auditor.record({**GOOD, 0: (0.5, 0.61, 0.7)})
     assert auditor.audit().different == 1
+
+
+def test_another_last_value_is_different_as_that_epochs_and_as_the_final_accuracy(auditor: Auditor) -> None:
+    auditor.record({**GOOD, 0: (0.5, 0.6, 0.71)})
+    assert auditor.audit().different == 2
 
 
 def test_a_stop_that_asha_would_not_make_is_a_wrong_decision(auditor: Auditor) -> None:
     auditor.record({1: (0.4,), 0: GOOD[0]})  # ASHA never stops the first arrival at a rung
     assert auditor.audit().wrong_decisions == 1
+
+
+@pytest.mark.parametrize(("spared_at", "wrong"), [(1, 0), (None, 1)])
+def test_a_control_is_recorded_with_the_rung_at_which_asha_would_have_stopped_it(
+    auditor: Auditor, spared_at: int | None, wrong: int
+) -> None:
+    auditor.record({0: GOOD[0]})
+    recorder = Recorder(Store(auditor.uri, "disturbed"), Spool(auditor.folder / "control.jsonl"))
+    recorder.store.create()
+    recorder.begin({}, {})
+    recorder.started(control := replace(CONFIG, seed=1), control=True)
+    for epoch in (1, 2, 3):
+        report = EpochReport(epoch=epoch, **dict.fromkeys(EPOCH_METRICS, 0.4))
+        recorder.epoch_ended(control, report, is_rung=epoch == 1, spared=epoch == spared_at)
+    recorder.ended(control, "completed", epochs_run=3, best_val_accuracy=0.4)
+    recorder.close(finished=True)
+    assert auditor.audit().wrong_decisions == wrong
 
 
 def test_reports_left_in_the_spool_are_orphans(auditor: Auditor) -> None:

@@ -1,6 +1,7 @@
 import pytest
 
 from grid.config import TrialConfig
+from grid.plan.asha import DEFAULT_RULE, NO_STOPPING, StoppingRule
 from grid.plan.forecast import calibrate, expected_epochs, forecast
 from grid.plan.space import GRIDS, cross, expand
 
@@ -27,6 +28,34 @@ def test_asha_runs_a_third_past_each_rung() -> None:
         assert ideal <= epochs <= 1.06 * ideal  # the first arrivals are compared with few others
 
 
+def test_without_stopping_every_trial_runs_its_full_budget() -> None:
+    quarter = trials()[::4]
+    assert sum(expected_epochs(quarter, (), NO_STOPPING).values()) == pytest.approx(9 * len(quarter))
+
+
+@pytest.mark.parametrize(
+    ("rule", "per_trial", "excess"),
+    [
+        (StoppingRule(factor=2), 1 + 2 / 2 + 6 / 4, 0.1),
+        (StoppingRule(grace=3), 3 + 6 / 3, 0.1),
+        (StoppingRule(within=("model", "lr_schedule")), 1 + 2 / 3 + 6 / 9, 0.25),
+        (StoppingRule(within=()), 1 + 2 / 3 + 6 / 9, 0.1),
+    ],
+    ids=["one in two", "from epoch 3", "by schedule", "all together"],
+)
+def test_another_rule_costs_what_it_lets_continue(rule: StoppingRule, per_trial: float, excess: float) -> None:
+    quarter = trials()[::4]
+    epochs = sum(expected_epochs(quarter, (), rule).values()) / len(quarter)
+    assert per_trial <= epochs <= (1 + excess) * per_trial  # the first of a group are compared with few others
+
+
+def test_a_rule_changes_the_forecast() -> None:
+    speed = {"seconds_per_image": {"mlp": 1e-4, "cnn": 1e-3}, "spread": 0.1, "train_images": 1000, "slots": 2}
+    stopped, whole = (forecast(trials()[::4], (), rule, **speed) for rule in (DEFAULT_RULE, NO_STOPPING))
+    assert whole.epochs == pytest.approx(whole.full_epochs) == stopped.full_epochs
+    assert stopped.seconds < 0.3 * whole.seconds
+
+
 def test_unstopped_controls_run_their_full_budget() -> None:
     smoke = trials(name="smoke")
     assert sum(expected_epochs(smoke, {trial.trial_key for trial in smoke}).values()) == pytest.approx(9 * len(smoke))
@@ -34,7 +63,8 @@ def test_unstopped_controls_run_their_full_budget() -> None:
 
 def test_the_cost_is_epochs_times_images_times_seconds_over_the_slots() -> None:
     smoke = trials(epochs=1, name="smoke")
-    cost = forecast(smoke, (), seconds_per_image={"mlp": 1e-4, "cnn": 1e-3}, spread=0.1, train_images=1000, slots=2)
+    speed = {"seconds_per_image": {"mlp": 1e-4, "cnn": 1e-3}, "spread": 0.1, "train_images": 1000, "slots": 2}
+    cost = forecast(smoke, (), DEFAULT_RULE, **speed)
     assert (cost.epochs, cost.full_epochs) == (pytest.approx(32), 32)
     assert cost.seconds == pytest.approx(16 * 1000 * (1e-4 + 1e-3) / 2)
 

@@ -1,5 +1,7 @@
+import math
 import threading
 import time
+from base64 import b64decode
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -57,6 +59,7 @@ def test_a_trial_becomes_one_run_of_the_contract(store: Store, recorder: Recorde
         **METRICS,
         "val_accuracy": 0.3,
         "val_accuracy_at_1": 0.1,
+        "final_val_accuracy": 0.3,
         "best_val_accuracy": 0.3,
         "epochs_run": 3,
     }
@@ -261,7 +264,7 @@ def test_a_status_comes_with_the_last_of_the_metrics(
     with closing(open_spool(tmp_path, store.uri, store.experiment)) as spool:
         Recorder(store, spool).recover()
     metrics, params, tags = zip(*sent, strict=True)
-    assert (max(metrics), sum(metrics)) == (10, 3 * len(METRICS) + 3)  # 3 epochs, a rung, and 2 at the end
+    assert (max(metrics), sum(metrics)) == (10, 3 * len(METRICS) + 4)  # 3 epochs, a rung, the final one, 2 at the end
     assert params == (len(CONFIG.to_params()), *[0] * (len(sent) - 1))
     assert tags == (*[[]] * (len(sent) - 1), ["status"])
     (run,) = runs(store)
@@ -353,7 +356,54 @@ def test_a_stop_is_known_as_soon_as_its_epoch(store: Store, recorder: Recorder) 
     recorder.epoch_ended(CONFIG, EpochReport(epoch=1, **METRICS), is_rung=True, stopped=True)
     recorder.close(finished=False)
     trial = store.trials()[CONFIG.trial_key]
-    assert (trial.status, trial.stopped_at) == ("", 1)
+    assert (trial.status, trial.was_stopped, trial.stop_epoch) == ("", True, 1)
+
+
+def test_a_control_is_stored_with_the_epoch_at_which_it_would_have_been_stopped(
+    store: Store, recorder: Recorder
+) -> None:
+    recorder.started(CONFIG, control=True)
+    for epoch in (1, 2, 3):
+        recorder.epoch_ended(CONFIG, EpochReport(epoch=epoch, **METRICS), is_rung=epoch == 1, spared=epoch == 1)
+    recorder.ended(CONFIG, "completed", epochs_run=3, best_val_accuracy=0.25)
+    recorder.close(finished=True)
+    (run,) = runs(store)
+    assert run.data.tags["would_stop_at_epoch"] == "1"
+    assert "stopped_at_epoch" not in run.data.tags
+    trial = store.trials()[CONFIG.trial_key]
+    assert (trial.status, trial.control, trial.was_stopped, trial.stop_epoch) == ("completed", True, False, 1)
+
+
+def test_the_final_accuracy_is_that_of_the_last_epoch_of_the_budget_not_the_best(
+    store: Store, recorder: Recorder
+) -> None:
+    recorder.started(CONFIG, control=False)
+    for epoch, accuracy in enumerate((0.5, 0.75, 0.625), start=1):
+        correct = b"\xe0\x80" if epoch == 3 else b""
+        report = EpochReport(epoch=epoch, **METRICS | {"val_accuracy": accuracy}, val_correct=correct)
+        recorder.epoch_ended(CONFIG, report, is_rung=epoch == 1)
+    recorder.ended(CONFIG, "completed", epochs_run=3, best_val_accuracy=0.75)
+    recorder.close(finished=True)
+    (run,) = runs(store)
+    assert run.data.metrics["final_val_accuracy"] == 0.625
+    (final,) = store.client.get_metric_history(run.info.run_id, "final_val_accuracy")
+    assert final.step == 3
+    assert b64decode(run.data.tags["val_correct"]) == b"\xe0\x80"
+
+
+@pytest.mark.parametrize("status", ["stopped", "diverged"])
+def test_a_trial_that_does_not_complete_has_no_final_accuracy(store: Store, recorder: Recorder, status: str) -> None:
+    recorder.started(CONFIG, control=False)
+    recorder.epoch_ended(CONFIG, EpochReport(epoch=1, **METRICS), is_rung=True)
+    last = METRICS | {"val_accuracy": math.nan}
+    recorder.epoch_ended(CONFIG, EpochReport(epoch=2, **METRICS), is_rung=False)
+    if status == "diverged":
+        recorder.epoch_ended(CONFIG, EpochReport(epoch=3, **last, diverged=True), is_rung=False)
+    recorder.ended(CONFIG, status, epochs_run=3, best_val_accuracy=0.25)
+    recorder.close(finished=True)
+    (run,) = runs(store)
+    assert "final_val_accuracy" not in run.data.metrics
+    assert "val_correct" not in run.data.tags
 
 
 def test_reports_of_a_deleted_run_are_dropped_and_counted_and_the_others_arrive(

@@ -129,17 +129,45 @@ def test_a_training_leaves_the_global_generator_alone(data):
 
 
 @pytest.mark.parametrize(("factor", "level"), [(factor, level) for factor, level in CELLS if factor != "model"])
-def test_cells_of_one_seed_start_from_the_same_draws(data, factor, level):
+def test_cells_that_share_a_seed_start_from_the_same_draws(data, factor, level):
     """Weights differ by their range only; the images come in the same order."""
-    base, other = Trial(config(), data), Trial(cell_config(factor, level), data)
+    other = replace(cell_config(factor, level), shared_seed=True)
+    base, other = Trial(config(shared_seed=True), data), Trial(other, data)
     for weights in zip(penalised_weights(base.net), penalised_weights(other.net), strict=True):
         torch.testing.assert_close(*(weight / weight.abs().max() for weight in weights))
     assert_same_bits(images_seen(base), images_seen(other))
 
 
-def test_models_of_one_seed_see_the_images_in_the_same_order(data):
-    mlp, cnn = (Trial(config(model=model), data) for model in ("mlp", "cnn"))
+def test_models_that_share_a_seed_see_the_images_in_the_same_order(data):
+    mlp, cnn = (Trial(config(model=model, shared_seed=True), data) for model in ("mlp", "cnn"))
     assert_same_bits(images_seen(mlp), images_seen(cnn))
+
+
+PLAIN = cell_config("dropout", "off")
+
+
+@pytest.mark.parametrize(
+    ("factor", "level"), [(factor, level) for factor, level in CELLS if PLAIN.cell[factor] != level]
+)
+def test_cells_that_do_not_share_a_seed_draw_other_weights_another_order_and_other_masks(data, factor, level):
+    base, other = Trial(PLAIN, data), Trial(cell_config(factor, level), data)
+    for generator in ("order", "dropout"):
+        assert not torch.equal(base.state_dict()[generator], other.state_dict()[generator])
+    for weights in zip(penalised_weights(base.net), penalised_weights(other.net), strict=factor != "model"):
+        first, second = (weight / weight.abs().max() for weight in weights)
+        assert first.shape != second.shape or not torch.allclose(first, second)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_learning_rate_scales_of_a_cell_start_from_the_same_draws(data, shared):
+    base = Trial(config(shared_seed=shared), data)
+    scaled_up = Trial(config(shared_seed=shared, lr_scale=2.0, learning_rate=0.002), data)
+    for name in ("net", "order", "dropout"):
+        assert_same_bits(base.state_dict()[name], scaled_up.state_dict()[name])
+
+
+def test_a_budget_does_not_change_the_draws_of_a_cell(data):
+    assert_same_bits(Trial(config(), data).state_dict()["net"], Trial(config(epochs=5), data).state_dict()["net"])
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "asgd"])
@@ -253,7 +281,7 @@ def test_dropout_rate_counts_only_where_dropout_is_on(data, dropout):
 
 def frozen_report(data: DeviceData, **changes: object) -> tuple[nn.Module, EpochReport]:
     """Return a net and the report of an epoch of four batches, whose steps are too small to change it."""
-    frozen = {"batch_size": 48, "learning_rate": 1e-30, "batch_norm": False, "dropout": False}
+    frozen = {"batch_size": 48, "learning_rate": 1e-30, "batch_norm": False, "dropout": False, "shared_seed": True}
     trial = Trial(config(**frozen, **changes), data)
     return trial.net, trial.run_epoch()
 
@@ -279,7 +307,7 @@ def test_penalties_are_left_out_of_the_reported_losses(data, regularization):
 
 @pytest.mark.parametrize("regularization", sorted(set(PENALTIES) - {"none"}))
 def test_penalties_shrink_the_weights(data, regularization):
-    strong = {"l1_strength": 0.01, "l2_strength": 0.1, "optimizer": "sgd"}
+    strong = {"l1_strength": 0.01, "l2_strength": 0.1, "optimizer": "sgd", "shared_seed": True}
     free, penalised = Trial(config(**strong), data), Trial(config(**strong, regularization=regularization), data)
     sizes = []
     for trial in (free, penalised):
@@ -296,7 +324,7 @@ def test_learning_rate_is_that_of_the_last_step_of_the_epoch(data):
 
 
 def test_plateau_follows_the_validation_loss_of_every_epoch(data, monkeypatch):
-    monkeypatch.setattr(Trial, "_validate", lambda trial: (1.0, 0.5))
+    monkeypatch.setattr(Trial, "_validate", lambda trial: (1.0, np.ones(4, np.bool_)))
     reports = train(config(lr_schedule="plateau", learning_rate=0.01, epochs=6), data).reports
     assert [report.learning_rate for report in reports] == pytest.approx([0.01] * 3 + [0.003] * 2 + [0.0009])
 
@@ -333,6 +361,26 @@ def test_metrics_are_the_epoch_metrics(data):
     report = Trial(config(), data).run_epoch()
     assert tuple(report.metrics) == EPOCH_METRICS
     assert report.metrics["val_loss"] == report.val_loss
+
+
+@pytest.mark.parametrize("model", LEVELS["model"])
+def test_after_the_last_epoch_a_report_says_which_validation_images_were_right(data, model):
+    trial = Trial(config(model=model, epochs=3), data)
+    first, second, last = (trial.run_epoch() for _ in range(3))
+    assert first.val_correct == second.val_correct == b""
+    images = len(data.val_labels)
+    bits = np.unpackbits(np.frombuffer(last.val_correct, np.uint8))
+    with trial.evaluating():
+        right = (trial.logits(data.val_images).argmax(dim=1) == data.val_labels).numpy()
+    assert bits[:images].tolist() == right.tolist()
+    assert not bits[images:].any()
+    assert len(last.val_correct) == math.ceil(images / 8)
+    assert last.val_accuracy == bits.sum() / images
+
+
+def test_a_training_that_diverges_in_its_last_epoch_says_nothing_about_single_images(data, monkeypatch):
+    monkeypatch.setattr(Trial, "_validate", lambda trial: (math.nan, np.ones(4, np.bool_)))
+    assert Trial(config(epochs=1), data).run_epoch().val_correct == b""
 
 
 def test_best_val_accuracy_is_the_highest_of_all_epochs():
@@ -375,7 +423,7 @@ def test_a_loss_that_is_not_finite_ends_the_training_as_diverged(data, batch_siz
 
 
 def test_an_infinite_validation_loss_is_reported_as_nan(data, monkeypatch):
-    monkeypatch.setattr(Trial, "_validate", lambda trial: (math.inf, 0.5))
+    monkeypatch.setattr(Trial, "_validate", lambda trial: (math.inf, np.ones(4, np.bool_)))
     report = Trial(config(), data).run_epoch()
     assert report.diverged
     assert math.isnan(report.val_loss)

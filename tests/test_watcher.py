@@ -135,13 +135,14 @@ def test_the_first_signal_asks_for_an_end_and_the_handlers_are_put_back(
 
 
 @pytest.mark.parametrize(
-    ("status", "stopped_at", "accuracies"),
+    ("status", "stop_epoch", "accuracies"),
     [("stopped", 1, (0.4,)), ("completed", None, (0.4,) * 9), ("diverged", None, (0.4, math.nan))],
 )
 def test_a_trial_whose_driver_died_before_its_end_is_ended_and_not_run_again(
-    status: str, stopped_at: int | None, accuracies: tuple[float, ...], store: Store, spool: Spool
+    status: str, stop_epoch: int | None, accuracies: tuple[float, ...], store: Store, spool: Spool
 ) -> None:
-    unfinished = replace(stored(CONFIG, "", accuracies=accuracies), stopped_at=stopped_at)
+    unfinished = stored(CONFIG, "", accuracies=accuracies)
+    unfinished = replace(unfinished, was_stopped=stop_epoch is not None, stop_epoch=stop_epoch)
     watcher = watch(store, spool, {CONFIG.trial_key: unfinished})
     assert watcher.todo == [CONTROL]
     (end,) = events(spool, "end")
@@ -154,6 +155,16 @@ def test_a_decision_to_stop_is_recorded_with_the_epoch_it_follows(store: Store, 
     watcher.epoch_ended(CONFIG, report(1), stopped=True)
     (epoch,) = events(spool, "epoch")
     assert epoch["tags"] == {"stopped_at_epoch": "1"}
+
+
+def test_a_control_that_would_have_been_stopped_is_recorded_as_such_and_resumes(store: Store, spool: Spool) -> None:
+    watcher = watch(store, spool)
+    watcher.started(CONTROL)
+    watcher.epoch_ended(CONTROL, report(1), stopped=False, spared=True)
+    (epoch,) = events(spool, "epoch")
+    assert epoch["tags"] == {"would_stop_at_epoch": "1"}
+    spared = replace(stored(CONTROL, "", accuracies=(0.5,)), control=True, stop_epoch=1)
+    assert watch(store, spool, {CONTROL.trial_key: spared}).todo == [CONFIG, CONTROL]
 
 
 def test_a_suspended_trial_is_recorded_and_does_not_count_as_ended(store: Store, spool: Spool) -> None:
@@ -174,7 +185,7 @@ def test_a_trial_that_starts_again_after_its_worker_died_counts_once(store: Stor
 
 
 def test_a_new_watcher_writes_nothing(store: Store, spool: Spool) -> None:
-    over = replace(stored(CONFIG, "", accuracies=(0.4,)), stopped_at=1)
+    over = replace(stored(CONFIG, "", accuracies=(0.4,)), was_stopped=True, stop_epoch=1)
     checkpoints = Checkpoints(str(spool.path.parent), "some grid")
     watcher = Watcher(PLAN, Recorder(store, spool), checkpoints, rungs=(1, 3), concurrency=2)
     assert spool.pending()[0] == []
@@ -214,3 +225,19 @@ def test_rungs_after_a_resume_equal_the_rungs_before() -> None:
         known[config.trial_key] = replace(trial, was_stopped=not continued, stop_epoch=None if continued else 1)
     restore_rungs(after, known)
     assert after == before
+
+
+def test_a_control_that_would_have_been_stopped_counts_after_a_resume_as_before() -> None:
+    before, after = Asha((1, 3)), Asha((1, 3))
+    known = {}
+    for seed, accuracies in enumerate([(0.9, 0.8), (0.1, 0.95), (0.95, 0.7)]):
+        config = replace(CONFIG, seed=seed)
+        for epoch, value in zip((1, 3), accuracies, strict=True):
+            before.decide(config.trial_key, group="mlp", epoch=epoch, value=value, control=True)
+        trial = replace(stored(config, "completed"), control=True, stop_epoch=before.stop_epoch(config.trial_key))
+        rungs = {f"val_accuracy_at_{epoch}": value for epoch, value in zip((1, 3), accuracies, strict=True)}
+        known[config.trial_key] = replace(trial, metrics={**trial.metrics, **rungs})
+    restore_rungs(after, known)
+    assert after == before
+    assert [trial.stop_epoch for trial in known.values()] == [None, 1, 3]
+    assert after.arrivals("mlp", 3) == (0.7, 0.8)
