@@ -15,16 +15,16 @@ import torch
 from mlflow.entities import Run
 
 from analysis.rank import main as rank
-from grid.config import FACTORS, TrialConfig
+from grid.config import FACTORS, InputError, TrialConfig
 from grid.driver import experiment
+from grid.driver.experiment import _check_same_rule, _describe_rule
 from grid.metrics import EPOCH_METRICS, STATUSES
+from grid.plan.asha import Asha
 from grid.plan.trials import Plan, make_plan
 from grid.record.__main__ import main as replay
 from grid.record.recorder import Recorder
 from grid.record.store import Store
-from grid.run import main
-
-pytestmark = pytest.mark.slow
+from grid.run import _parser, main, read_request
 
 TINY = ["--grid", "smoke", "--only", "model=mlp", "--only", "activation=relu", "--per-class", "20", "--epochs", "3"]
 
@@ -41,6 +41,7 @@ def runs(uri: str, kind: str) -> list[Run]:
     return list(store.client.search_runs([store.experiment_id], f"tags.kind = '{kind}'"))
 
 
+@pytest.mark.slow
 def test_a_grid_runs_to_its_table_and_the_store_holds_the_contract(
     arguments: list[str], store_uri: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,7 +56,8 @@ def test_a_grid_runs_to_its_table_and_the_store_holds_the_contract(
     for run in trials:
         check_contract(run, parent.info.run_id)
     manifest = json.loads(next((tmp_path / "mlartifacts").rglob("grid.json")).read_text())
-    assert (manifest["cells"], manifest["trials"], manifest["rungs"]["epochs"]) == (8, 8, [1])
+    assert (manifest["cells"], manifest["trials"]) == (8, 8)
+    assert manifest["rungs"] == {"epochs": [1], "factor": 3, "compared_within": "model"}
     assert manifest["settings"]["data_fingerprint"] == trials[0].data.params["data_fingerprint"]
     assert list(tmp_path.glob("spool/*.jsonl")) == []
 
@@ -70,10 +72,15 @@ def check_contract(run: Run, parent_id: str) -> None:
     assert {*FACTORS, "seed", "lr_scale", "learning_rate", "epochs", "batch_size", "dropout_rate", "precision"} <= set(
         params
     )
-    assert set(metrics) == {*EPOCH_METRICS, "best_val_accuracy", "epochs_run", "val_accuracy_at_1"}
+    final = {"final_val_accuracy"} if tags["status"] == "completed" else set()
+    assert set(metrics) == {*EPOCH_METRICS, "best_val_accuracy", "epochs_run", "val_accuracy_at_1", *final}
+    assert ("val_correct" in tags) == bool(final)
+    assert not final or metrics["final_val_accuracy"] == metrics["val_accuracy"]
+    assert ("stopped_at_epoch" in tags) == (tags["status"] == "stopped")
     assert not [name for name in metrics if "test" in name]
 
 
+@pytest.mark.slow
 def test_the_same_command_again_runs_nothing_twice_and_one_more_seed_only_what_is_missing(
     arguments: list[str], store_uri: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +108,7 @@ def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_run_gracefully_and_a_second_driver_is_refused(
     arguments: list[str], store_uri: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,6 +130,7 @@ def test_ctrl_c_ends_a_run_gracefully_and_a_second_driver_is_refused(
     assert list(tmp_path.glob("spool/*.jsonl")) == []
 
 
+@pytest.mark.slow
 def test_a_grid_of_another_budget_is_refused_and_nothing_changes(
     arguments: list[str], store_uri: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,6 +145,60 @@ def test_a_grid_of_another_budget_is_refused_and_nothing_changes(
     assert (parent.info.status, parent.data.tags["driver"]) == ("FINISHED", "")
 
 
+@pytest.mark.parametrize(
+    ("other", "changed"),
+    [
+        (["--no-stopping"], "factor 3, now 1"),
+        (["--stop-factor", "2"], "factor 3, now 2"),
+        (["--grace", "2"], "epochs [1], now [2]"),
+        (["--stop-within", "model,dropout"], "compared_within 'model', now 'model,dropout'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_another_stopping_rule_for_an_experiment_is_refused(other: list[str], changed: str) -> None:
+    with pytest.raises(InputError) as refused:
+        check_rules([], other)
+    assert str(refused.value) == (
+        f"experiment 'tiny' was stopped early by another rule ({changed}); ask for the same --grace, --stop-factor, "
+        "--stop-within and --no-stopping, or pick another --experiment"
+    )
+
+
+def test_the_same_stopping_rule_and_stores_that_do_not_know_theirs_are_accepted() -> None:
+    check_rules(["--grace", "2"], ["--grace", "2", "--controls", "0.5"])
+    _check_same_rule({}, *planned([]), "tiny")
+    _check_same_rule({"rungs": "unknown"}, *planned([]), "tiny")
+
+
+def check_rules(before: list[str], now: list[str]) -> None:
+    """Check the rule of a command against the manifest of another command."""
+    _check_same_rule({"rungs": _describe_rule(*planned(before))}, *planned(now), "tiny")
+
+
+def planned(options: list[str]) -> tuple[Plan, Asha]:
+    request = read_request(_parser().parse_args([*TINY, "--experiment", "tiny", *options]))
+    return Plan([], {}, [], frozenset(), request.rule), Asha.of(request.rule, request.epochs)
+
+
+@pytest.mark.slow
+def test_a_grid_of_another_rule_is_refused_and_nothing_changes(
+    arguments: list[str], store_uri: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    only = [*arguments, "--only", "batch_norm=on", "--only", "dropout=off"]
+    assert main(only) == 0
+    before = [run.to_dictionary() for run in runs(store_uri, "trial")]
+    assert main([*only, "--seeds", "2", "--no-stopping"]) == 2
+    assert "'smoke-glyphs' was stopped early by another rule (factor 3, now 1)" in capfd.readouterr().err
+    assert [run.to_dictionary() for run in runs(store_uri, "trial")] == before
+
+
+@pytest.mark.slow
+def test_without_stopping_every_trial_completes(arguments: list[str], store_uri: str) -> None:
+    assert main([*arguments, "--no-stopping"]) == 0
+    assert {run.data.tags["status"] for run in runs(store_uri, "trial")} == {"completed"}
+
+
+@pytest.mark.slow
 def test_a_server_that_is_down_at_the_end_is_reported_with_the_command_that_delivers(
     arguments: list[str], store_uri: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,6 +216,7 @@ def test_a_server_that_is_down_at_the_end_is_reported_with_the_command_that_deli
     assert [run.data.tags["status"] in STATUSES for run in runs(store_uri, "trial")] == [True] * 4
 
 
+@pytest.mark.slow
 def test_the_death_of_ray_ends_the_driver_with_the_command_that_continues(
     arguments: list[str], store_uri: str, tmp_path: Path
 ) -> None:
@@ -167,6 +231,7 @@ def test_the_death_of_ray_ends_the_driver_with_the_command_that_continues(
     assert "Ray died during the run; continue with:  python -m grid.run --grid smoke" in log
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the trial fails for lack of a GPU")
 def test_a_failed_trial_is_exit_code_1_and_the_others_are_done(
     arguments: list[str], store_uri: str, monkeypatch: pytest.MonkeyPatch
@@ -185,6 +250,7 @@ def test_a_failed_trial_is_exit_code_1_and_the_others_are_done(
     assert "Error" in failed.data.tags["error"].partition(":")[0]
 
 
+@pytest.mark.slow
 def test_a_dry_run_forecasts_the_full_grid_and_starts_and_writes_nothing(tmp_path: Path) -> None:
     script = (
         "import sys, grid.run, ray\n"
@@ -204,6 +270,7 @@ def test_a_dry_run_forecasts_the_full_grid_and_starts_and_writes_nothing(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("EMNIST_DIR"), reason="needs EMNIST files: set EMNIST_DIR to their folder")
 def test_real_images_are_learned(store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data_dir = Path(os.environ["EMNIST_DIR"]).absolute()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from grid.config import InputError
+from grid.plan.asha import NO_STOPPING, StoppingRule
 from grid.plan.request import check_address, check_storage
 from grid.plan.space import GRIDS
 from grid.run import _parser, main, read_request
@@ -51,6 +52,13 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["--lr-scales", "1,x"], "--lr-scales takes numbers joined by commas, got '1,x'"),
         (["--lr-scales", "1,0"], "--lr-scales must be finite and above 0, got 1.0,0.0"),
         (["--lr-scales", "1,1"], "--lr-scales must differ, got 1.0,1.0"),
+        (["--grace", "0"], "--grace must be 1 to 100,000, got 0"),
+        (["--grace", "one"], "argument --grace: invalid int value: 'one'; see --help"),
+        (["--stop-factor", "0"], "--stop-factor must be 1 to 100,000, got 0"),
+        (["--stop-factor", "1.5"], "argument --stop-factor: invalid int value: '1.5'; see --help"),
+        (["--stop-within", "x"], "--stop-within takes factors joined by commas, got 'x'; choose from model, lr_sched"),
+        (["--stop-within", "model, dropout"], "--stop-within takes factors joined by commas, got ' dropout'"),
+        (["--no-stopping", "yes"], "unrecognized arguments: yes; see --help"),
         (["--concurrency", "0"], "--concurrency must be 1 to 100,000, got 0"),
         (["--experiment", " "], "--experiment must be 1 to 200 printable characters"),
         (["--store", "foo://x"], "can't open the store 'foo://x'"),
@@ -133,6 +141,25 @@ def test_what_the_user_says_beats_the_grid() -> None:
     ]
     request = read_request(_parser().parse_args(arguments))
     assert (request.data, request.per_class, request.epochs, request.experiment) == ("emnist-digits", 7, 2, "mine")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        ([], StoppingRule(factor=3, grace=1, within=("model",))),
+        (["--grace", "3", "--stop-factor", "2"], StoppingRule(factor=2, grace=3, within=("model",))),
+        (["--stop-within", "model,lr_schedule"], StoppingRule(within=("model", "lr_schedule"))),
+        (["--stop-within", ""], StoppingRule(within=())),
+        (["--no-stopping", "--stop-factor", "2"], NO_STOPPING),
+    ],
+)
+def test_the_stopping_rule_is_the_users(arguments: list[str], rule: StoppingRule) -> None:
+    assert read_request(_parser().parse_args(["--grid", "smoke", *arguments])).rule == rule
+
+
+def test_a_grid_without_stopping_is_another_experiment_by_default() -> None:
+    request = read_request(_parser().parse_args(["--grid", "smoke", "--no-stopping"]))
+    assert request.experiment == "smoke-glyphs-no-stopping"
 
 
 def test_another_budget_is_another_experiment_by_default() -> None:

@@ -46,6 +46,7 @@ class Notes:
         self.starts: list[str] = []
         self.reports: dict[str, list[EpochReport]] = {}
         self.ends: dict[str, tuple[str, str]] = {}
+        self.spared_at: dict[str, int] = {}
         self.suspensions: list[str] = []
         self.worker_pids: set[int] = set()
         self.problems: list[str] = []
@@ -54,8 +55,10 @@ class Notes:
     def started(self, config: TrialConfig) -> None:
         self.starts.append(config.trial_key)
 
-    def epoch_ended(self, config: TrialConfig, report: EpochReport, *, stopped: bool) -> None:
+    def epoch_ended(self, config: TrialConfig, report: EpochReport, *, stopped: bool, spared: bool = False) -> None:
         self.reports.setdefault(config.trial_key, []).append(report)
+        if spared:
+            self.spared_at[config.trial_key] = report.epoch
 
     def ended(self, config: TrialConfig, status: str, error: str) -> None:
         self.ends[config.trial_key] = (status, error)
@@ -112,6 +115,8 @@ def test_asha_stops_trials_but_never_unstopped_controls(dataset: Dataset, packin
     statuses = [notes.ends[trial.trial_key][0] for trial in trials]
     assert statuses[-1] == "completed"
     assert "stopped" in statuses
+    verdict = asha.stop_epoch(control)
+    assert notes.spared_at == ({} if verdict is None else {control: verdict})
     assert len(asha.arrivals("mlp", 1)) == 6
     for trial, status in zip(trials, statuses, strict=True):
         assert len(notes.reports[trial.trial_key]) == (1 if status == "stopped" else 3)
@@ -122,6 +127,19 @@ def test_a_diverged_trial_is_neither_stopped_nor_completed(dataset: Dataset, pac
     notes = run([wild, CONFIG], dataset, packing, tmp_path, asha=Asha((1,)))
     assert notes.ends[wild.trial_key] == ("diverged", "")
     assert notes.ends[CONFIG.trial_key][0] in ("completed", "stopped")
+
+
+def test_a_control_that_asha_would_have_stopped_is_reported_as_such_and_the_others_are_not(
+    dataset: Dataset, packing: Packing, tmp_path: Path
+) -> None:
+    good, poor = CONFIG, replace(CONFIG, seed=1, learning_rate=1e-9)
+    asha = Asha((1,))
+    asha.restore("earlier", group="mlp", epoch=1, value=0.99, stop_epoch=None)
+    for seed in range(5):
+        asha.restore(f"poor {seed}", group="mlp", epoch=1, value=0.0, stop_epoch=1)
+    notes = run([good, poor], dataset, packing, tmp_path, asha=asha, controls={poor.trial_key})
+    assert notes.ends == {good.trial_key: ("completed", ""), poor.trial_key: ("completed", "")}
+    assert notes.spared_at == {poor.trial_key: 1}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the trial fails for want of a GPU")
@@ -219,7 +237,7 @@ class Killer(Notes):
         self.after = after
         self.killed: set[int] = set()
 
-    def epoch_ended(self, config: TrialConfig, report: EpochReport, *, stopped: bool) -> None:
+    def epoch_ended(self, config: TrialConfig, report: EpochReport, *, stopped: bool, spared: bool = False) -> None:
         super().epoch_ended(config, report, stopped=stopped)
         if report.epoch >= self.after and not self.killed:
             self.killed = worker_pids()
