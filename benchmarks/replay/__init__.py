@@ -1,0 +1,1 @@
+"""Replays stopping rules and estimators on real learning curves, and compares them with the truth."""
