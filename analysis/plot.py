@@ -311,8 +311,8 @@ def draw_finalists(cells: pd.DataFrame, names: Sequence[str]) -> str:
         axes.errorbar(
             100 * cells["val_accuracy"], places, xerr=ends, fmt="o", ms=5, color=BLUE, capsize=2, label="validation"
         )
-        if cells["test_accuracy"].notna().any():
-            axes.plot(100 * cells["test_accuracy"], places + 0.2, "D", ms=4, color=ORANGE, label="test")
+        if cells["test_accuracy_as_validated"].notna().any():
+            axes.plot(100 * cells["test_accuracy_as_validated"], places + 0.2, "D", ms=4, color=ORANGE, label="test")
         for place, name in zip(places, names, strict=True):
             axes.text(0, place - 0.36, name, transform=axes.get_yaxis_transform(), fontsize=8, va="center")
         axes.set_yticks([])

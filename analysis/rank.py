@@ -1,16 +1,14 @@
 """Ranks the cells of a grid: `python -m analysis.rank --experiment smoke-glyphs`.
 
 Finalists come first, then cells with the full budget, then stopped ones by rung (`grid.ranking` has the rule). Each
-cell has an interval and a letter that it shares with the cells it is tied with. Diverged and failed trials are counted,
-not ranked.
+cell has an interval for another seed and one for other images, and is or is not tied with the best (`grid.ties`).
+Diverged and failed trials are counted, not ranked.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from string import ascii_lowercase
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,16 +20,18 @@ from grid.config import FACTORS, InputError, cell_name
 from grid.metrics import RUNG_METRIC, STATUSES, rung_epochs
 from grid.ranking import RankedCell, TrialSummary
 from grid.ranking import rank_cells as rank_summaries
-from grid.wording import count
+from grid.ties import CONFIDENCE, image_variance, seed_variance, tied_with_best
+from grid.wording import count, explain_spared
 
-CONFIDENCE = 0.95
-RESAMPLES = 9999
-RANK_COLUMNS = ("rank", "tier", "group", *FACTORS, "epochs_run", "epochs", "seeds", "lr_scale", "val_accuracy")
-INTERVAL_COLUMNS = ("spread", "low", "high", "test_accuracy")
-Measured = tuple[RankedCell, float]
-"""A cell and the standard error of its mean."""
+RANK_COLUMNS = ("rank", "tier", "tied", *FACTORS, "epochs_run", "epochs", "lr_scale")
+REPLICATE_COLUMNS = ("seeds", "diverged", "stopped", "controls", "controls_end")
+INTERVAL_COLUMNS = ("val_accuracy", "spread", "seed_half", "image_half", "low", "high")
+TEST_COLUMNS = ("test_accuracy_as_validated", "test_seed_half", "test_image_half", "test_accuracy")
+COLUMNS = (*RANK_COLUMNS, *REPLICATE_COLUMNS, *INTERVAL_COLUMNS, *TEST_COLUMNS)
 SHOWN_PER_MODEL = 3
-Item = TypeVar("Item")
+SAME = 1e-9
+"""Accuracies that differ by less are equal but for rounding."""
+Row = dict[str, Any]
 
 
 def rank_cells(
@@ -45,58 +45,50 @@ def rank_cells(
         val_images: Number of validation images; None if unknown.
 
     Returns:
-        A row per ranked cell, best first: `rank`, `tier` (finalist, completed, stopped), `group` (from 1; cells of the
-        same tier and number of epochs that are tied with the best of the group; NaN if the noise is unknown), the
-        factors, `epochs_run` (reached by all replicates), `epochs` (full budget), `seeds`, `lr_scale`, `val_accuracy`
-        (mean), `spread` (standard deviation over the seeds; NaN for one seed), `low` and `high` (95% interval of the
-        mean), `test_accuracy` (mean; NaN unless tested).
+        A row per ranked cell, best first.
+
+        - `rank`, `tier` (finalist, completed, stopped), `tied` (whether it may be the best: finalists among finalists,
+          other cells among all that trained to the full budget in the grid), the factors;
+        - `epochs_run` (reached by at least half of the replicates), `epochs` (full budget), `lr_scale`;
+        - numbers of replicates: `seeds` (with an accuracy after `epochs_run` epochs), `diverged`, `stopped` (before);
+          `controls` (unstopped controls that count as stopped where ASHA would have stopped them) and `controls_end`
+          (their mean accuracy at the end; NaN if all diverged later);
+        - `val_accuracy` (mean over `seeds`), `spread` (standard deviation over them; NaN for one), `seed_half` and
+          `image_half` (half-widths of its 95% intervals for another seed and for other images; NaN if unknown), `low`
+          and `high` (95% interval for both);
+        - of tested finalists, else NaN: `test_accuracy_as_validated` (mean over the nets, classes weighted as in the
+          validation data), its `test_seed_half` and `test_image_half`, and `test_accuracy` (plain share).
 
     Raises:
         InputError: The trials have different budgets.
     """
-    confirmed = _rank_finalists(finalists) if finalists is not None and len(finalists) else _no_cells()
+    confirmed = _rank_finalists(finalists, val_images) if finalists is not None and len(finalists) else []
+    known = [{factor: row[factor] for factor in FACTORS} for row in confirmed]
+    rest = [row for row in _rank_trials(trials, val_images) if {factor: row[factor] for factor in FACTORS} not in known]
+    ranked = pd.DataFrame([*confirmed, *rest], columns=COLUMNS).astype({"tied": bool})
+    return ranked.assign(rank=range(1, len(ranked) + 1))
+
+
+def _rank_trials(trials: pd.DataFrame, val_images: int | None) -> list[Row]:
+    """Return a row per cell of the grid, best first."""
     cells = rank_summaries(_summaries(trials))
-    finalist_cells = {tuple(row) for row in confirmed[list(FACTORS)].itertuples(index=False)}
-    others = [cell for cell in cells if tuple(cell.cell.values()) not in finalist_cells]
-    rest = _rank_trials(others, cells, val_images)
-    ranked = pd.concat([table for table in (confirmed, rest) if len(table)] or [rest], ignore_index=True)
-    ranked.insert(0, "rank", range(1, len(ranked) + 1))
-    return ranked[[*RANK_COLUMNS, *INTERVAL_COLUMNS]]
+    ties = tied_with_best(cells, val_images=val_images)
+    tiers = ("completed" if cell.epochs_run == cell.epochs else "stopped" for cell in cells)
+    rows = zip(_rows(cells, val_images), tiers, ties, strict=True)
+    return [row | {"tier": tier, "tied": tied} for row, tier, tied in rows]
 
 
-def bootstrap_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Return the expanded percentile bootstrap interval of a mean; NaN for fewer than two values.
-
-    The plain percentile interval is too narrow for few values; its level is raised so that for normal values it is as
-    wide as Student's. Resampled means stay within the range of the values, and with fewer than five values that range
-    is too narrow at any level (the range of two values covers their mean half of the time). Each end is therefore
-    Student's where that lies farther out.
-
-    Reference: Hesterberg 2015, https://arxiv.org/abs/1411.5279 (sections 4.1.1 and 5.3)
-    """
-    size = len(values)
-    if size < 2:
-        return np.nan, np.nan
-    if np.ptp(values) == 0:
-        return float(values[0]), float(values[0])
-    quantile = np.sqrt(size / (size - 1)) * stats.t.ppf((1 - confidence) / 2, size - 1)
-    interval = stats.bootstrap(
-        (np.asarray(values),),
-        np.mean,
-        confidence_level=1 - 2 * stats.norm.cdf(quantile),
-        n_resamples=RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    mean = float(np.mean(values))
-    half = stats.t.ppf((1 + confidence) / 2, size - 1) * float(np.std(values, ddof=1)) / np.sqrt(size)
-    return float(min(interval.low, mean - half)), float(max(interval.high, mean + half))
+def _rank_finalists(finalists: pd.DataFrame, val_images: int | None) -> list[Row]:
+    """Return a row per finalist, best first."""
+    cells = [cell for cell in rank_summaries(_summaries(finalists)) if cell.epochs_run == cell.epochs]
+    ties = tied_with_best(cells, val_images=val_images, paired=True)
+    rows = zip(_rows(cells, val_images), _tests(finalists, cells), ties, strict=True)
+    return [row | test | {"tier": "finalist", "tied": tied} for row, test, tied in rows]
 
 
 def _summaries(trials: pd.DataFrame) -> Iterable[TrialSummary]:
     rungs = rung_epochs(trials.columns)
     for row in trials.to_dict("records"):
-        best = row["best_val_accuracy"]
         yield TrialSummary(
             cell={factor: row[factor] for factor in FACTORS},
             seed=row["seed"],
@@ -104,147 +96,94 @@ def _summaries(trials: pd.DataFrame) -> Iterable[TrialSummary]:
             epochs=row["epochs"],
             status=row["status"],
             epochs_run=row["epochs_run"],
-            best_val_accuracy=None if pd.isna(best) else best,
+            best_val_accuracy=_known(row["best_val_accuracy"]),
+            final_val_accuracy=_known(row["final_val_accuracy"]),
+            stop_epoch=None if pd.isna(row["stop_epoch"]) else int(row["stop_epoch"]),
             rung_accuracies={rung: row[f"{RUNG_METRIC}{rung}"] for rung in rungs},
         )
 
 
-def _rank_finalists(finalists: pd.DataFrame) -> pd.DataFrame:
-    """Return the finalists, best first, in groups by their differences on shared seeds.
+def _known(value: float) -> float | None:
+    return None if pd.isna(value) else value
 
-    The noise is what cells and seeds, added up, leave unexplained, pooled over all finalists.
-    """
-    tested = finalists.groupby(list(FACTORS))["test_accuracy"].mean()
-    ranked = [cell for cell in rank_summaries(_summaries(finalists)) if cell.epochs_run == cell.epochs]
+
+def _rows(cells: Sequence[RankedCell], val_images: int | None) -> list[Row]:
+    """Return the columns of each cell, but for the place; seeds spread alike in all cells of one number of epochs."""
+    spreads = {
+        epochs_run: seed_variance([cell for cell in cells if cell.epochs_run == epochs_run])
+        for epochs_run in {cell.epochs_run for cell in cells}
+    }
     rows = []
-    for cell in ranked:
-        low, high = bootstrap_interval(list(cell.accuracies.values()))
-        test_accuracy = tested.get(tuple(cell.cell.values()), np.nan)
-        rows.append(_row(cell, "finalist") | {"low": low, "high": high, "test_accuracy": test_accuracy})
-    table = pd.DataFrame(rows, columns=list(_no_cells().columns))
-    error, degrees = _paired_error(ranked)
-    reach = _reach(len(ranked), degrees)
-
-    def differ(best: RankedCell, cell: RankedCell) -> bool:
-        shared = best.accuracies.keys() & cell.accuracies.keys()
-        differences = [best.accuracies[seed] - cell.accuracies[seed] for seed in shared]
-        return bool(shared) and abs(np.mean(differences)) > reach * error * np.sqrt(2 / len(shared))
-
-    return table.assign(group=_group(ranked, differ) if degrees else np.nan)
-
-
-def _rank_trials(cells: Sequence[RankedCell], all_cells: Sequence[RankedCell], val_images: int | None) -> pd.DataFrame:
-    """Return cells of the grid, best first; the noise is that of all cells, finalists' included."""
-    rows = []
-    for epochs_run in sorted({cell.epochs_run for cell in cells}, reverse=True):
-        same_epochs = [cell for cell in cells if cell.epochs_run == epochs_run]
-        variance = _seed_variance([cell for cell in all_cells if cell.epochs_run == epochs_run])
-        rows += _rank_same_epochs(same_epochs, variance, val_images)
-    return pd.DataFrame(rows, columns=list(_no_cells().columns))
-
-
-def _rank_same_epochs(
-    cells: Sequence[RankedCell], variance: tuple[float | None, float], val_images: int | None
-) -> list[dict[str, object]]:
-    """Return a row for each of the cells of one number of epochs, with its interval and its group."""
-    between_seeds, degrees = variance
-    measured = [(cell, _standard_error(cell, between_seeds, val_images)) for cell in cells]
-    quantile, reach = stats.t.ppf((1 + CONFIDENCE) / 2, degrees), _reach(len(cells), degrees)
-
-    def differ(best: Measured, other: Measured) -> bool:
-        return abs(best[0].mean - other[0].mean) > reach * float(np.hypot(best[1], other[1]))
-
-    rows = []
-    for (cell, error), group in zip(measured, _group(measured, differ), strict=True):
-        tier = "completed" if cell.epochs_run == cell.epochs else "stopped"
-        interval = {"low": cell.mean - quantile * error, "high": cell.mean + quantile * error}
-        rows.append(_row(cell, tier) | interval | {"group": group if np.isfinite(error) else np.nan})
+    for cell in cells:
+        seed_half, image_half = _halves(cell.mean, len(cell.accuracies), spreads[cell.epochs_run], val_images)
+        half = _combine(seed_half, image_half)
+        interval = {"seed_half": seed_half, "image_half": image_half, "low": cell.mean - half, "high": cell.mean + half}
+        rows.append(_row(cell) | interval)
     return rows
 
 
-@cache  # half a second for each new pair
-def _reach(cells: int, degrees: float) -> float:
-    """Return how many standard errors of a difference separate two of so many cells, whichever pair is compared.
-
-    The best of many equal cells is best by luck, and the more cells, the larger its lead: at 1.96 standard errors, 300
-    equal cells always fall into several groups. At Tukey's quantile they do in one ranking of twenty.
-
-    Reference: Tukey 1953; Kramer 1956, https://doi.org/10.2307/3001469
-    """
-    if cells < 2 or not degrees:
-        return np.inf
-    return float(stats.studentized_range.ppf(CONFIDENCE, cells, degrees) / np.sqrt(2))
-
-
-def _seed_variance(cells: Sequence[RankedCell]) -> tuple[float | None, float]:
-    """Return the variance between seeds, pooled over the cells, and its degrees of freedom.
-
-    None and infinity where no cell has two seeds.
-    """
-    degrees = sum(len(cell.accuracies) - 1 for cell in cells)
-    squares = sum(float(np.sum((np.array(list(cell.accuracies.values())) - cell.mean) ** 2)) for cell in cells)
-    return (squares / degrees, degrees) if degrees else (None, np.inf)
-
-
-def _standard_error(cell: RankedCell, seed_variance: float | None, val_images: int | None) -> float:
-    """Return the standard error of a cell's mean; NaN if it is unknown.
-
-    Without a variance between seeds it is that of a share of `val_images`, which ignores how another seed would differ.
-    """
-    if seed_variance is not None:
-        return float(np.sqrt(seed_variance / len(cell.accuracies)))
-    return float(np.sqrt(cell.mean * (1 - cell.mean) / (val_images or np.nan)))
-
-
-def _paired_error(cells: Sequence[RankedCell]) -> tuple[float, int]:
-    """Return the residual standard deviation of cells x seeds, possibly incomplete, and its degrees of freedom."""
-    observed = [(number, seed) for number, cell in enumerate(cells) for seed in cell.accuracies]
-    values = np.array([cells[number].accuracies[seed] for number, seed in observed])
-    seeds = sorted({seed for _, seed in observed})
-    # 2 cells x 2 seeds, a row per accuracy: [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1]; its rank is 3
-    design = np.zeros((len(observed), len(cells) + len(seeds)))
-    for row, (number, seed) in enumerate(observed):
-        design[row, number] = design[row, len(cells) + seeds.index(seed)] = 1
-    degrees = len(observed) - int(np.linalg.matrix_rank(design)) if observed else 0
-    if not degrees:
-        return np.nan, 0
-    residuals = values - design @ np.linalg.lstsq(design, values)[0]
-    return float(np.sqrt(residuals @ residuals / degrees)), degrees
-
-
-def _group(ranked: Sequence[Item], differ: Callable[[Item, Item], bool]) -> list[float]:
-    """Number the groups of a ranking from 1: a new one starts with each item that differs from the best of the last."""
-    groups: list[float] = []
-    best = None
-    for item in ranked:
-        if best is None or differ(best, item):
-            best = item
-            groups.append(groups[-1] + 1 if groups else 1)
-        else:
-            groups.append(groups[-1])
-    return groups
-
-
-def _row(cell: RankedCell, tier: str) -> dict[str, object]:
+def _row(cell: RankedCell) -> Row:
     accuracies = list(cell.accuracies.values())
     return {
-        "tier": tier,
-        "group": np.nan,
         **cell.cell,
         "epochs_run": cell.epochs_run,
         "epochs": cell.epochs,
-        "seeds": len(accuracies),
         "lr_scale": cell.lr_scale,
+        "seeds": len(accuracies),
+        "diverged": len(cell.diverged),
+        "stopped": cell.stopped,
+        "controls": len(cell.spared),
+        "controls_end": cell.spared_mean,
         "val_accuracy": cell.mean,
         "spread": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else np.nan,
-        "low": np.nan,
-        "high": np.nan,
-        "test_accuracy": np.nan,
     }
 
 
-def _no_cells() -> pd.DataFrame:
-    return pd.DataFrame(columns=[*RANK_COLUMNS[1:], *INTERVAL_COLUMNS])
+def _halves(
+    mean: float, seeds: int, variance: tuple[float, float], images: int | None, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """Return the half-widths of a mean accuracy's intervals for another seed and for other images.
+
+    Args:
+        mean: Over the seeds.
+        seeds: How many.
+        variance: From `grid.ties.seed_variance`.
+        images: That it was measured on; None if unknown.
+        confidence: Level of each.
+    """
+    between_seeds, degrees = variance
+    upper = (1 + confidence) / 2
+    seed_half = stats.t.ppf(upper, degrees) * np.sqrt(between_seeds / seeds) if degrees else np.nan
+    return float(seed_half), float(stats.norm.ppf(upper) * np.sqrt(image_variance(mean, images)))
+
+
+def _combine(first: float, second: float) -> float:
+    """Return the half-width for two independent sources of error, of which one may be unknown.
+
+    Reference: Zou and Donner 2008, https://doi.org/10.1002/sim.3095
+    """
+    return np.nan if np.isnan([first, second]).all() else float(np.sqrt(np.nansum([first**2, second**2])))
+
+
+def _tests(finalists: pd.DataFrame, cells: Sequence[RankedCell]) -> list[dict[str, float]]:
+    """Return the columns about the test of each finalist; those of untested ones are NaN."""
+    factors, name = list(FACTORS), TEST_COLUMNS[0]
+    tested = finalists[finalists[name].notna()]
+    by_cell = tested.groupby(factors)[name]
+    degrees = len(tested) - by_cell.ngroups
+    squares = float(((tested[name] - by_cell.transform("mean")) ** 2).sum())
+    variance = (squares / degrees if degrees else np.nan, float(degrees))
+    measured = {"mean": (name, "mean"), "plain": ("test_accuracy", "mean"), "images": ("test_images", "mean")}
+    nets = tested.groupby(factors, as_index=False).agg(**measured, seeds=(name, "size")).to_dict("records")
+    known = {tuple(row[factor] for factor in factors): row for row in nets}
+
+    def columns(row: Mapping[Any, Any]) -> tuple[float, ...]:
+        images = None if np.isnan(row["images"]) else int(row["images"])
+        return (row["mean"], *_halves(row["mean"], row["seeds"], variance, images), row["plain"])
+
+    rows = (known.get(tuple(cell.cell.values())) for cell in cells)
+    values = (columns(row) if row else [np.nan] * len(TEST_COLUMNS) for row in rows)
+    return [dict(zip(TEST_COLUMNS, row, strict=True)) for row in values]
 
 
 def format_ranking(cells: pd.DataFrame, experiment: Experiment, top: int) -> str:
@@ -272,61 +211,87 @@ def format_ranking(cells: pd.DataFrame, experiment: Experiment, top: int) -> str
     if len(models) > 1:
         of_models = [cells[cells["model"] == model].head(SHOWN_PER_MODEL) for model in models]
         blocks += [f"best {model}\n{_table(best, 'epochs')}" for model, best in zip(models, of_models, strict=True)]
-    return "\n\n".join([*blocks, "\n".join([*_doubts(cells, experiment.val_images), *experiment.notes])]).rstrip()
+    notes = [*_explain_controls(others.head(top)), *_doubts(cells, experiment.val_images), *experiment.notes]
+    return "\n\n".join([*blocks, "\n".join(notes)]).rstrip()
+
+
+def _explain_controls(shown: pd.DataFrame) -> list[str]:
+    marked = shown[shown["controls"] > 0]
+    return explain_spared(list(zip(marked["rank"], marked["controls_end"].astype(float), strict=True)))
 
 
 def _doubts(cells: pd.DataFrame, val_images: int | None) -> list[str]:
     """Return lines on how certain the order is."""
-    grid = cells[cells["tier"] != "finalist"]
-    if not len(grid):
-        return []
-    leader = grid.iloc[0]
-    if grid["seeds"].max() > 1:
-        return [
-            "+-: 95% interval from the spread between seeds",
-            "tie: cells that share a letter are tied with the best of them",
-        ]
-    more = "add replicates with grid.run --seeds 3, or run grid.confirm"
-    if val_images is None:
-        return [f"one seed per cell and no count of images in the store: ties are unknown; {more}"]
-    tied = int(((grid["group"] == leader["group"]) & (grid["epochs_run"] == leader["epochs_run"])).sum())
-    error = np.sqrt(leader["val_accuracy"] * (1 - leader["val_accuracy"]) / val_images)
-    return [
-        f"one seed per cell: {f'the best {tied} are tied (a)' if tied > 1 else 'no cell is tied with the best'}; "
-        "+- is the sampling error of",
-        f"{val_images:,} images (standard error {100 * error:.2f} points), without the spread between seeds;",
-        more,
-    ]
+    lines, grid = [], cells[cells["tier"] != "finalist"]
+    if cells["low"].notna().any():
+        lines.append("+-: half the width of a 95% interval in points, for another seed or other images")
+        lines.append("tie: may be as good as the best, among cells trained to the full budget")
+    if (cells["test_accuracy"] - cells["test_accuracy_as_validated"]).abs().max() > SAME:
+        lines.append("test: each class weighted by its share of the validation images")
+    if len(grid) and grid["seeds"].max() == 1:
+        lines.append(
+            "one seed per cell: how another would differ is unknown;"
+            if val_images
+            else "one seed per cell and no count of images in the store: ties are unknown;"
+        )
+        lines.append("add replicates with grid.run --seeds 3, or run grid.confirm")
+    return lines
 
 
 def _table(cells: pd.DataFrame, last: str) -> str:
-    """Return cells as lines of at most 80 columns, unless a cell has many levels that are not the default.
+    """Return cells as lines: of at most 80 columns with one seed per cell, unless many levels are not the default.
 
     Args:
         cells: From `rank_cells`.
         last: What the column before the cell shows: `epochs` or `test` accuracy.
     """
-    lines = [f"{'rank':>4} {'tie':<3} {'val acc':>7} {'+-':>5} {'seeds':>5} {last:>6}  cell"]
-    for row in cells.to_dict("records"):
-        half = "" if pd.isna(row["low"]) else f"{50 * (row['high'] - row['low']):.2f}"
-        budget = f"{row['epochs_run']}/{row['epochs']}"
-        test = "" if pd.isna(row["test_accuracy"]) else f"{row['test_accuracy']:.2%}"
-        figures = (
-            f"{row['rank']:>4} {tie_letters(row['group']):<3} {row['val_accuracy']:>7.2%} {half:>5} {row['seeds']:>5}"
-        )
-        cell = cell_name({factor: str(row[factor]) for factor in FACTORS})
-        scale = "" if row["lr_scale"] == 1 else f" lr x{row['lr_scale']:g}"
-        lines.append(f"{figures} {budget if last == 'epochs' else test:>6}  {cell}{scale}")
-    return "\n".join(lines)
+    rows = cells.to_dict("records")
+    columns = {
+        "rank": [f"{row['rank']}" for row in rows],
+        "tie": ["yes" if row["tied"] and not np.isnan(row["low"]) else "" for row in rows],
+        "val acc": [f"{row['val_accuracy']:.2%}" + "*" * (row["controls"] > 0) for row in rows],
+        "+- seed": [_points(row["seed_half"]) for row in rows],
+        "+- images": [_points(row["image_half"]) for row in rows],
+        "seeds": _seeds(rows),
+        **(
+            _test_columns(rows)
+            if last == "test"
+            else {"epochs": [f"{row['epochs_run']}/{row['epochs']}" for row in rows]}
+        ),
+    }
+    lines = _align({name: texts for name, texts in columns.items() if any(texts) or name == "rank"})
+    return "\n".join(f"{line}  {name}" for line, name in zip(lines, ["cell", *map(_name, rows)], strict=True))
 
 
-def tie_letters(group: float) -> str:
-    """Return group 1 as a, 26 as z, 27 as aa, and NaN as an empty string."""
-    letters, group = "", 0 if pd.isna(group) else int(group)
-    while group:
-        group, letter = divmod(group - 1, len(ascii_lowercase))
-        letters = ascii_lowercase[letter] + letters
-    return letters
+def _test_columns(rows: Sequence[Mapping[Any, Any]]) -> dict[str, list[str]]:
+    halves = (_combine(row["test_seed_half"], row["test_image_half"]) for row in rows)
+    tests = (row["test_accuracy_as_validated"] for row in rows)
+    return {"test": ["" if np.isnan(test) else f"{test:.2%}" for test in tests], "+-": [*map(_points, halves)]}
+
+
+def _align(columns: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return a line of headers and a line per row, flush right."""
+    columns = {name: [name, *texts] for name, texts in columns.items()}
+    padded = [[text.rjust(max(map(len, texts))) for text in texts] for texts in columns.values()]
+    return [" ".join(line) for line in zip(*padded, strict=True)]
+
+
+def _points(half: float) -> str:
+    return "" if np.isnan(half) else f"{100 * half:.2f}"
+
+
+def _seeds(rows: Sequence[Mapping[Any, Any]]) -> list[str]:
+    """Return how many replicates have the shown accuracy, and of how many; nothing if every cell has a single one."""
+    pairs = [(row["seeds"], row["seeds"] + row["diverged"] + row["stopped"]) for row in rows]
+    if all(replicates == 1 for _, replicates in pairs):
+        return [""] * len(rows)
+    return [f"{seeds}" if seeds == replicates else f"{seeds}/{replicates}" for seeds, replicates in pairs]
+
+
+def _name(row: Mapping[Any, Any]) -> str:
+    cell = cell_name({factor: str(row[factor]) for factor in FACTORS})
+    scale = "" if row["lr_scale"] == 1 else f" lr x{row['lr_scale']:g}"
+    return f"{cell}{scale}" + (f" ({row['diverged']} diverged)" if row["diverged"] else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from grid.config import FACTORS, InputError, TrialConfig
-from grid.metrics import FINAL_METRIC, RUNG_METRIC, STATUSES, TEST_METRICS, rung_epochs
+from grid.metrics import AS_VALIDATED_METRIC, FINAL_METRIC, RUNG_METRIC, STATUSES, TEST_METRICS, rung_epochs
 from grid.store_uri import check_store_uri, mask, missing_experiment, slug
 from grid.wording import count, first_line
 
@@ -330,6 +330,7 @@ def _row(run: Run) -> dict[str, Any] | None:
 def _final(status: str, metrics: Mapping[str, float]) -> float:
     """Return the accuracy at the end of the budget: in older stores the last value, which MLflow keeps."""
     return metrics.get(FINAL_METRIC, metrics.get("val_accuracy", nan)) if status == "completed" else nan
+        AS_VALIDATED_METRIC: metrics.get("test_accuracy", nan),
 
 
 def _chance(tag: str) -> float:

@@ -101,9 +101,9 @@ def _winner(cells: pd.DataFrame) -> Fact:
     best = cells.iloc[0]
     seeds = "one seed" if best["seeds"] == 1 else f"{best['seeds']} {'new ' * (best['tier'] == 'finalist')}seeds"
     accuracy = f"{best['val_accuracy']:.2%} of the validation images ({seeds}{_margins(best, '')})"
-    if not pd.isna(best["test_accuracy"]):
+    if not pd.isna(best["test_accuracy_as_validated"]):
         margins = _margins(best, "test_").removeprefix("; ")
-        accuracy += f", {best['test_accuracy']:.2%} of the test images" + (f" ({margins})" if margins else "")
+        accuracy += f", {best['test_accuracy_as_validated']:.2%} on the test set" + (f" ({margins})" if margins else "")
     return Fact("Use", name_of(best.to_dict()), f"{accuracy}. {_lead(cells)}")
 
 

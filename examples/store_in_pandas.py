@@ -20,7 +20,7 @@ if __name__ == "__main__":
     print(means.round(3).to_string())
     print(trials.groupby(["model", "status"]).size().to_string())
 
-    best = trials.nlargest(5, "best_val_accuracy").set_index("run_id")
+    best = trials.nlargest(5, "final_val_accuracy").set_index("run_id")
     curves = read_curves(experiment, best.index)
     for run_id, curve in curves.groupby("run_id"):
         trial = best.loc[str(run_id)]

@@ -1,7 +1,7 @@
 """The command that confirms: `python -m grid.confirm --experiment NAME`.
 
-Retrains the best cells of a grid at full budget on new seeds, then tests each net once. The only command that reads the
-test set. Checks its arguments at once, then imports the rest (`grid.driver.finalists`).
+Retrains the cells that may be the best of their model to the full budget on new seeds, then tests each net once. The
+only command that reads the test set. Checks its arguments at once, then imports the rest (`grid.driver.finalists`).
 """
 
 import argparse
@@ -64,11 +64,11 @@ def read_confirmation(options: argparse.Namespace) -> Confirmation:
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m grid.confirm",
-        description="Retrain the best cells of a grid on new seeds, then test each net once. "
+        description="Retrain the cells that may be the best of their model on new seeds, then test each net once. "
         "Run the same command again to continue; nothing is tested twice.",
     )
     add_experiment(parser)
-    parser.add_argument("--top", type=int, default=3, metavar="N", help="finalists per model (3)")
+    parser.add_argument("--top", type=int, default=3, metavar="N", help="at most N finalists per model (3)")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="replicates per finalist (5)")
     parser.add_argument("--register", metavar="NAME", help="register the winner in MLflow's model registry")
     add_store(parser)

@@ -50,14 +50,18 @@ RUNG_METRIC = "val_accuracy_at_"
 FINAL_METRIC = "final_val_accuracy"
 """Validation accuracy of the weights at the end of the full budget, without history: what is ranked."""
 
-TEST_METRICS = ("test_accuracy", "test_loss", "test_images", "parameters", "inference_ms_per_image")
+AS_VALIDATED_METRIC = "test_accuracy_as_validated"
+"""Test accuracy with each class weighted by its share of the validation images: what stands beside validation
+accuracies."""
+
+TEST_METRICS = (
+    *("test_accuracy", AS_VALIDATED_METRIC, "test_loss", "test_images"),
+    *("parameters", "inference_ms_per_image"),
+)
 """Metrics that only runs of `kind=confirm` have, once they are tested."""
 
 STATUSES = ("completed", "stopped", "diverged", "failed")
 """How a trial ends: full budget, stopped by ASHA, loss not finite, error."""
-
-RANKED_STATUSES = ("completed", "stopped")
-"""Statuses of trials whose accuracies are ranked."""
 
 FINAL_STATUSES = ("completed", "stopped", "diverged")
 """Statuses of trials that are not run again."""

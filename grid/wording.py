@@ -1,4 +1,8 @@
-"""How counts, durations and errors are worded for people, in one line each. Standard library only."""
+"""How counts, durations, errors and marks are worded for people. Standard library only."""
+
+import math
+import textwrap
+from collections.abc import Sequence
 
 
 def count(number: int, noun: str) -> str:
@@ -22,3 +26,16 @@ def first_line(error: BaseException) -> str:
 def last_line(error: BaseException) -> str:
     """Return the last line of an error's text: what went wrong, if the error came from another process."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+
+
+def explain_spared(ends: Sequence[tuple[int, float]]) -> list[str]:
+    """Return lines of at most 80 columns that explain the mark `*` in a ranking; none if no cell has it.
+
+    Args:
+        ends: Rank of each marked cell, and the accuracy at which its unstopped controls ended; NaN if they diverged.
+    """
+    if not ends:
+        return []
+    ended = ", ".join(f"rank {rank} {'diverged' if math.isnan(end) else format(end, '.2%')}" for rank, end in ends)
+    rule = "*: with an unstopped control, which counts as stopped at the rung at which ASHA would have stopped it"
+    return textwrap.wrap(f"{rule}; it trained on and ended so: {ended}", width=80)

@@ -94,6 +94,17 @@ def test_a_note_counts_diverged_finalists(store: Store, tmp_path: Path) -> None:
     assert note == "1 training of 1 finalist diverged: their means are over the remaining seeds"
 
 
+def test_tests_of_older_stores_compare_with_validation_by_their_plain_accuracy(store: Store, tmp_path: Path) -> None:
+    record(store, tmp_path, "completed", 9)
+    record(store, tmp_path, "completed", 9, kind="confirm")
+    (run_id,) = store.run_ids("confirm").values()
+    store.log_test(run_id, {"test_accuracy": 0.75})
+    assert list(read_experiment(store.uri, "some grid").finalists["test_accuracy_as_validated"]) == [0.75]
+    store.log_test(run_id, {"test_accuracy_as_validated": 0.5})
+    (finalist,) = read_experiment(store.uri, "some grid").finalists.to_dict("records")
+    assert (finalist["test_accuracy"], finalist["test_accuracy_as_validated"]) == (0.75, 0.5)
+
+
 def test_a_missing_artifact_is_none(store: Store) -> None:
     assert read_artifact(store.uri, store.parent_id, "no/such.json") is None
     assert read_artifact(store.uri, "", "grid.json") is None

@@ -14,7 +14,14 @@ from grid.config import TrialConfig
 from grid.data.dataset import Dataset
 from grid.metrics import EpochReport
 from grid.train import evaluation
-from grid.train.evaluation import Evaluation, confused_pairs, evaluate, inference_state, per_class
+from grid.train.evaluation import (
+    Evaluation,
+    confused_pairs,
+    evaluate,
+    inference_state,
+    per_class,
+    reweighted_accuracy,
+)
 from grid.train.trial import DeviceData, Trial, build_net
 
 CLASSES = "abcd"
@@ -147,11 +154,39 @@ def test_metrics_have_their_names_in_the_store(dataset, data):
     weights = 784 * 24 + 24 + 24 * 16 + 16 + 16 * 4 + 4
     assert result.metrics == {
         "test_accuracy": report.val_accuracy,
+        "test_accuracy_as_validated": pytest.approx(report.val_accuracy),
         "test_loss": report.val_loss,
         "test_images": 37,
         "parameters": weights,
         "inference_ms_per_image": result.milliseconds_per_image,
     }
+
+
+def test_a_test_is_weighted_by_the_classes_of_the_validation_images(dataset, data):
+    """Nine in ten test images are of one class; validation images are of all alike."""
+    trial, _ = trained(data)
+    labels = np.concatenate([np.zeros(333, np.int64), dataset.val_labels])
+    images = np.concatenate(
+        [np.repeat(dataset.val_images[dataset.val_labels == 0][:1], 333, axis=0), dataset.val_images]
+    )
+    result = evaluate(trial.config, trial.state_dict(), data, images, labels)
+    shares = np.bincount(dataset.val_labels, minlength=4) / len(dataset.val_labels)
+    by_class = np.array([score.accuracy for score in per_class(result.confusion, CLASSES)])
+    assert result.accuracy_as_validated == pytest.approx(shares @ by_class)
+    assert abs(result.accuracy - result.accuracy_as_validated) > 0.01
+    assert result.metrics["test_accuracy"] == np.diagonal(result.confusion).sum() / 370
+
+
+def test_classes_without_a_test_image_have_no_weight():
+    assert reweighted_accuracy(CONFUSION, np.array([0, 1, 1, 1, 2])) == pytest.approx((0.7 + 0.8) / 2)
+    assert reweighted_accuracy(CONFUSION, np.array([1])) == 0
+
+
+@given(CONFUSIONS)
+def test_with_equal_shares_weights_change_nothing(confusion):
+    labels = np.repeat(np.arange(4), confusion.sum(axis=1))
+    plain = confusion.trace() / max(1, confusion.sum())
+    assert reweighted_accuracy(confusion, labels) == pytest.approx(plain)
 
 
 def test_per_class_has_a_row_per_class():

@@ -19,7 +19,7 @@ from grid.config import InputError, TrialConfig
 from grid.confirm import main as confirm
 from grid.data.load import load, load_test
 from grid.driver.final_test import FinalTest
-from grid.driver.finalists import FIRST_SEED, choose, finalist_trials
+from grid.driver.finalists import FIRST_SEED, _best_replicate, _describe, choose, finalist_trials
 from grid.plan.packing import Packing
 from grid.ranking import RankedCell
 from grid.record.store import Store, StoredTrial
@@ -29,14 +29,38 @@ CPU = Packing(1, 1.0, 0.0)
 CONFIG = TrialConfig(learning_rate=1e-3, epochs=9, lr_scale=0.5)
 
 
-def cell(accuracy: float, **levels: str) -> RankedCell:
-    return RankedCell({**CONFIG.cell, **levels}, 9, 9, {0: accuracy}, lr_scale=0.5)
+def cell(accuracy: float, epochs_run: int = 9, **levels: str) -> RankedCell:
+    return RankedCell({**CONFIG.cell, **levels}, 9, epochs_run, {0: accuracy}, lr_scale=0.5)
 
 
-def test_the_best_of_each_model_are_chosen() -> None:
-    ranked = [cell(0.9, model="cnn"), cell(0.8, model="cnn", dropout="on"), cell(0.7), cell(0.6, dropout="on")]
-    assert choose(ranked, 1) == [ranked[0], ranked[2]]
-    assert choose(ranked, 5) == ranked
+def test_all_cells_that_may_be_the_best_of_their_model_are_chosen() -> None:
+    close = [cell(0.9, model="cnn"), cell(0.89, model="cnn", dropout="on"), cell(0.7), cell(0.69, dropout="on")]
+    worse = [cell(0.5, batch_norm="on"), cell(0.9, 3, model="cnn", batch_norm="on")]
+    assert choose([*close, *worse], 3, val_images=400) == (close, 0)
+
+
+def test_at_most_so_many_of_each_model_are_chosen_and_the_other_ties_counted() -> None:
+    ranked = [cell(0.9, model="cnn"), cell(0.89, model="cnn", dropout="on"), cell(0.7), cell(0.69, dropout="on")]
+    assert choose(ranked, 1, val_images=400) == ([ranked[0], ranked[2]], 2)
+
+
+def test_one_cell_of_each_model_is_chosen_even_if_its_lead_is_sure_or_it_was_stopped() -> None:
+    ranked = [cell(0.9, model="cnn"), cell(0.5, model="cnn", dropout="on"), cell(0.7, 3), cell(0.7, 1, dropout="on")]
+    assert choose(ranked, 3, val_images=400) == ([ranked[0], ranked[2]], 0)
+
+
+def test_the_net_that_is_registered_has_the_best_end_not_the_best_epoch() -> None:
+    ends = [
+        {"best_val_accuracy": 0.9, "final_val_accuracy": 0.5},
+        {"best_val_accuracy": 0.7, "final_val_accuracy": 0.7},
+    ]
+    tested = [StoredTrial(f"{i}", "completed", CONFIG, {"epochs_run": 9.0, **end}, True) for i, end in enumerate(ends)]
+    assert _best_replicate(cell(0.6), tested).run_id == "1"
+
+
+def test_the_description_says_how_many_more_cells_may_be_as_good() -> None:
+    assert _describe([CONFIG], 0) == {"finalists": "1 cell x 1 new seed, 9 epochs each"}
+    assert _describe([CONFIG], 4)["not confirmed"] == "4 more cells may be as good; --top N confirms more of each model"
 
 
 def test_finalists_are_paired_on_seeds_that_the_grid_has_not_used() -> None:
@@ -174,7 +198,7 @@ def record_ended_trial(store: Store, manifest: bytes) -> None:
     run_id = store.client.create_run(store.experiment_id, tags=tags).info.run_id
     for name, value in CONFIG.to_params().items():
         store.client.log_param(run_id, name, value)
-    for name, value in {"best_val_accuracy": 0.5, "epochs_run": 9}.items():
+    for name, value in {"best_val_accuracy": 0.5, "final_val_accuracy": 0.5, "epochs_run": 9}.items():
         store.client.log_metric(run_id, name, value)
 
 

@@ -57,7 +57,12 @@ INTERACTIONS = pd.DataFrame(
     columns=["factor", "level", "other_factor", "other_level", "effect"],
 )
 CELLS = pd.DataFrame(
-    {"val_accuracy": [0.8, 0.7], "low": [0.79, np.nan], "high": [0.81, np.nan], "test_accuracy": [0.78, 0.69]}
+    {
+        "val_accuracy": [0.8, 0.7],
+        "low": [0.79, np.nan],
+        "high": [0.81, np.nan],
+        "test_accuracy_as_validated": [0.78, 0.69],
+    }
 )
 MAP = plot.interaction_map(INTERACTIONS, ("model", "optimizer"))
 DRAWINGS: dict[str, Callable[[], str]] = {
@@ -234,7 +239,7 @@ def test_finalists_show_validation_and_test(drawn: list[Axes]) -> None:
 
 
 def test_untested_finalists_have_no_mark_for_a_test(drawn: list[Axes]) -> None:
-    plot.draw_finalists(CELLS.assign(test_accuracy=np.nan), ["one", "two"])
+    plot.draw_finalists(CELLS.assign(test_accuracy_as_validated=np.nan), ["one", "two"])
     assert legend_of(drawn[0]) == {"validation"}
 
 

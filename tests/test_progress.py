@@ -26,6 +26,9 @@ def progress(**changes: object) -> Progress:
 
 def summary(status: str, epochs_run: int, accuracy: float | None, **changes: object) -> TrialSummary:
     settings = {"cell": MLP, "seed": 0, "lr_scale": 1.0, "epochs": 9}
+    settings |= (
+        {"final_val_accuracy": accuracy} if status == "completed" else {"rung_accuracies": {epochs_run: accuracy}}
+    )
     return TrialSummary(status=status, epochs_run=epochs_run, best_val_accuracy=accuracy, **(settings | changes))  # type: ignore[arg-type]
 
 
@@ -93,7 +96,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run() -> None:
 
 
 def test_diverged_and_failed_trials_have_no_rank_but_are_counted() -> None:
-    table = top_table([summary("diverged", 2, 0.9), summary("failed", 0, None), summary("completed", 9, 0.7)])
+    table = top_table([summary("diverged", 2, 0.9, cell=CNN), summary("failed", 0, None), summary("completed", 9, 0.7)])
     assert table.splitlines()[1].split()[1] == "70.00%"
     assert table.splitlines()[-1] == "1 of 1 cells shown; 3 trials: 1 completed, 1 diverged, 1 failed"
 
@@ -110,6 +113,18 @@ def test_the_usual_table_fits_80_columns() -> None:
 def test_the_table_has_a_row_per_cell_with_its_number_of_seeds() -> None:
     table = top_table([summary("completed", 9, accuracy, seed=seed) for seed, accuracy in enumerate((0.7, 0.8))])
     assert table.splitlines()[1].split()[:4] == ["1", "75.00%", "9/9", "x2"]
+
+
+def test_a_diverged_seed_is_shown_beside_its_cell() -> None:
+    table = top_table([summary("completed", 9, 0.7), summary("diverged", 2, 0.9, seed=1)])
+    assert table.splitlines()[1].endswith("mlp constant relu sgd (1 diverged)")
+
+
+def test_a_control_that_counts_as_stopped_is_marked_and_its_end_told() -> None:
+    control = summary("completed", 9, 0.9, stop_epoch=1, rung_accuracies={1: 0.4})
+    _, row, *rest = top_table([control]).splitlines()
+    assert row.split()[:3] == ["1", "40.00%*", "1/9"]
+    assert "ended so: rank 1 90.00%" in " ".join(rest)
 
 
 def test_the_table_shows_the_best_learning_rate_scale_unless_it_is_1() -> None:

@@ -12,7 +12,6 @@ from markupsafe import Markup
 from analysis import plot
 from analysis.audit import WORDING, caption_of
 from analysis.formatting import INTERVAL, format_table, hundredths, number, percent, points, sentence
-from analysis.rank import tie_letters
 from analysis.stopping import Audit
 from analysis.store import read_artifact, read_curves
 from analysis.verdict import Unavailable, Verdict, name_of
@@ -87,10 +86,16 @@ def leaderboard(verdict: Verdict) -> Section:
     if not len(cells):
         return Section("Leaderboard", ["No trial has an accuracy: all diverged or failed.", *notes])
     text = ["Finalists come first, then cells with the full budget, then stopped cells, those with more epochs first."]
-    if cells["group"].notna().any():
+    if cells["low"].notna().any():
+        text.append("± is half the width of a 95% interval in points, for another seed and for other images.")
         text.append(
-            "Cells that share a letter under “tie” are tied with the best of them, finalists among finalists and other "
-            "cells among those with the same number of epochs; ± is half the width of the 95% interval, in points."
+            "Cells with “yes” under “tie” may be as good as the best, finalists among finalists and other cells among "
+            "all that trained to the full budget in the grid."
+        )
+    if (cells["controls"] > 0).any():
+        text.append(
+            "A cell with * has an unstopped control, which counts as stopped at the rung at which ASHA would have "
+            "stopped it; “control” is where it ended."
         )
     tables = [Table("Best cells", _leaders(cells.head(LEADERS)))]
     models = cells["model"].unique()
@@ -287,10 +292,16 @@ def _leaders(cells: pd.DataFrame) -> pd.DataFrame:
     columns = {
         "rank": list(cells["rank"]),
         "cell": list(map(name_of, cells.to_dict("records"))),
-        "val acc": [percent(value) for value in cells["val_accuracy"]],
-        "±": [points(half).lstrip("+") for half in (cells["high"] - cells["low"]) / 2],
-        "tie": [tie_letters(group) for group in cells["group"]],
-        "test acc": [percent(value) for value in cells["test_accuracy"]],
+        "val acc": [
+            percent(value) + "*" * (controls > 0)
+            for value, controls in zip(cells["val_accuracy"], cells["controls"], strict=True)
+        ],
+        "± seed": [points(half).lstrip("+") for half in cells["seed_half"]],
+        "± images": [points(half).lstrip("+") for half in cells["image_half"]],
+        "tie": ["yes" if tied else "" for tied in cells["tied"] & cells["low"].notna()],
+        "test acc": [percent(value) for value in cells["test_accuracy_as_validated"]],
+        "control": [percent(value) for value in cells["controls_end"]],
+        "diverged": [number or "" for number in cells["diverged"]],
         "lr": ["" if scale == 1 else f"x{scale:g}" for scale in cells["lr_scale"]],
         "seeds": list(cells["seeds"]),
         "epochs": [f"{run} of {full}" for run, full in zip(cells["epochs_run"], cells["epochs"], strict=True)],
@@ -305,7 +316,7 @@ def _readings(verdict: Verdict) -> Iterator[Figure]:
     of_best = tested[[name_of(row) == best for row in tested.to_dict("records")]]
     if not len(of_best):
         return
-    run = of_best.sort_values("best_val_accuracy").iloc[-1].to_dict()
+    run = of_best.sort_values("final_val_accuracy").iloc[-1].to_dict()
     net = f"{name_of(run)}, seed {run['seed']}"
     pairs, classes = (_read_table(verdict, run["run_id"], name) for name in ("confused_pairs", "per_class"))
     if pairs is not None and (matrix := read_artifact(experiment.uri, run["run_id"], "test/confusion.png")):

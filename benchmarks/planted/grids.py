@@ -161,11 +161,14 @@ def observe(trials: pd.DataFrame, values: Array, diverged_at: Array, allowed: ND
     """Return the trials as the store holds them if each may run the allowed number of epochs."""
     seen = np.where((allowed[:, None] >= POINTS) & (diverged_at[:, None] > POINTS), values, np.nan)
     diverged = diverged_at <= allowed
+    stopped_at = np.where(~diverged & (allowed < EPOCHS), allowed, np.nan)
     rungs = {f"{RUNG_METRIC}{rung}": seen[:, i] for i, rung in enumerate(RUNGS)}
     return trials.assign(
         status=np.select([diverged, allowed < EPOCHS], ["diverged", "stopped"], "completed"),
-        stopped_at_epoch=np.where(~diverged & (allowed < EPOCHS), allowed, np.nan),
+        stopped_at_epoch=stopped_at,
+        stop_epoch=stopped_at,
         epochs_run=np.minimum(allowed, diverged_at).astype(int),
+        final_val_accuracy=seen[:, -1],
         best_val_accuracy=np.fmax.reduce(seen, axis=1),
         **rungs,
     )

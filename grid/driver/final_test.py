@@ -83,7 +83,7 @@ class FinalTest:
         model_id = log_predictor(client, trial.run_id, trial.config, weights, self.data, classes, example)
         self.store.log_test(trial.run_id, result.metrics, model_id)
         self.checkpoints.delete(trial.config.trial_key)
-        print(f"tested  {result.accuracy:.2%}  {trial.config.name}", flush=True)
+        print(f"tested  {result.accuracy_as_validated:.2%}  {trial.config.name}", flush=True)
 
 
 def _device_here(config: TrialConfig) -> str:

@@ -17,7 +17,7 @@ from grid.driver.experiment import Prepared, Training, train_all
 from grid.driver.final_test import FinalTest
 from grid.driver.messages import experiment_options, print_facts
 from grid.driver.watcher import summarise_trial
-from grid.metrics import FINAL_STATUSES
+from grid.metrics import AS_VALIDATED_METRIC, FINAL_STATUSES
 from grid.plan.asha import NO_STOPPING, Asha
 from grid.plan.packing import Packing
 from grid.plan.request import Confirmation
@@ -29,6 +29,7 @@ from grid.record.recorder import Recorder
 from grid.record.spool import open_spool
 from grid.record.store import UNREACHABLE, Store, StoredTrial
 from grid.store_uri import mask, slug
+from grid.ties import tied_with_best
 from grid.train.checkpoints import Checkpoints
 from grid.train.hardware import numeric_settings
 from grid.tune import connection
@@ -45,6 +46,8 @@ class Finalists:
     """The cells that are confirmed, and what they are trained with."""
 
     chosen: Sequence[RankedCell]
+    also_tied: int
+    """Cells that may be the best of their model as well and are not confirmed."""
     trained: Sequence[TrialConfig]
     """Configurations of the grid's trials."""
     prepared: Prepared
@@ -61,16 +64,17 @@ def confirm(request: Confirmation) -> int:
     store.create(missing=False)
     manifest, stored = store.manifest(), store.trials()
     ended = [trial for trial in stored.values() if trial.status in FINAL_STATUSES]
-    chosen = choose(rank_cells(map(summarise_trial, ended)), request.top)
-    if not chosen:
+    ranked = rank_cells(map(summarise_trial, ended))
+    if not ranked:
         raise InputError(f"no trial of '{request.experiment}' has ended with an accuracy; run python -m grid.run first")
     trained = [trial.config for trial in stored.values()]
     dataset = _load_as_before(manifest, trained, request)
+    chosen, also_tied = choose(ranked, request.top, val_images=len(dataset.val_labels))
     test_images, test_labels = load_test(dataset.name, request.data_dir)
     name = f"{request.experiment} confirm"
     checkpoints = Checkpoints(request.storage, slug(request.store, name))
     with closing(open_spool(request.spool, request.store, name)) as spool, Lease(store):
-        finalists = Finalists(chosen, trained, Prepared(dataset, b"", spool, store), checkpoints)
+        finalists = Finalists(chosen, also_tied, trained, Prepared(dataset, b"", spool, store), checkpoints)
         trials, exit_code = _train(request, finalists)
         if exit_code:
             return exit_code
@@ -84,16 +88,22 @@ def confirm(request: Confirmation) -> int:
             raise InputError(f"{problem}; fix it and run the same command again") from error
 
 
-def choose(ranked: Sequence[RankedCell], top: int) -> list[RankedCell]:
-    """Return the best `top` cells of each model, best first.
+def choose(ranked: Sequence[RankedCell], top: int, *, val_images: int) -> tuple[list[RankedCell], int]:
+    """Return the cells that may be the best of their model, best first, and how many more there are.
 
     Args:
         ranked: From `grid.ranking.rank_cells`.
-        top: How many of each.
+        top: At most so many of each model; the best of a model is always one.
+        val_images: Number of validation images.
     """
-    models = dict.fromkeys(cell.cell["model"] for cell in ranked)
-    kept = {model: [cell for cell in ranked if cell.cell["model"] == model][:top] for model in models}
-    return [cell for cell in ranked if cell in kept[cell.cell["model"]]]
+    chosen, also_tied = [], 0
+    for model in {cell.cell["model"] for cell in ranked}:
+        of_model = [cell for cell in ranked if cell.cell["model"] == model]
+        ties = tied_with_best(of_model, val_images=val_images)
+        tied = [cell for cell, is_tied in zip(of_model, ties, strict=True) if is_tied] or of_model[:1]
+        chosen += tied[:top]
+        also_tied += len(tied[top:])
+    return [cell for cell in ranked if cell in chosen], also_tied
 
 
 def finalist_trials(
@@ -152,13 +162,14 @@ def _train(request: Confirmation, finalists: Finalists) -> tuple[list[TrialConfi
     try:
         trials = finalist_trials(finalists.chosen, finalists.trained, request.seeds, packing)
         training = Training(packing, checkpoints, keep_weights=True)
-        return trials, _train_left(trials, finalists.prepared, training)
+        return trials, _train_left(trials, finalists, training)
     finally:
         connection.disconnect()
 
 
-def _train_left(trials: Sequence[TrialConfig], prepared: Prepared, training: Training) -> int:
+def _train_left(trials: Sequence[TrialConfig], finalists: Finalists, training: Training) -> int:
     training.checkpoints.check()
+    prepared = finalists.prepared
     store = prepared.store
     recorder = Recorder(store, prepared.spool, KIND)
     recorder.recover()
@@ -166,7 +177,8 @@ def _train_left(trials: Sequence[TrialConfig], prepared: Prepared, training: Tra
     recorder.begin({}, stored)
     plan = Plan([], {}, list(trials), frozenset(trial.trial_key for trial in trials), NO_STOPPING)
     asha = Asha.of(plan.rule, trials[0].epochs)
-    watcher, delivered = train_all(plan, stored, prepared.dataset, recorder, asha, training, _describe(trials))
+    facts = _describe(trials, finalists.also_tied)
+    watcher, delivered = train_all(plan, stored, prepared.dataset, recorder, asha, training, facts)
     if watcher.interrupted:
         reason = watcher.problem or watcher.unusable_node
         print(f"{reason or 'interrupted'}; run the same command to continue", file=sys.stderr)
@@ -183,16 +195,20 @@ def _untested(store: Store, trials: Sequence[TrialConfig]) -> list[StoredTrial]:
     return [trial for trial in known if trial.status == "completed" and "test_accuracy" not in trial.metrics]
 
 
-def _describe(trials: Sequence[TrialConfig]) -> dict[str, str]:
+def _describe(trials: Sequence[TrialConfig], also_tied: int) -> dict[str, str]:
     cells = {trial.cell_key for trial in trials}
     seeds, epochs = count(len(trials) // len(cells), "new seed"), count(trials[0].epochs, "epoch")
-    return {"finalists": f"{count(len(cells), 'cell')} x {seeds}, {epochs} each"}
+    facts = {"finalists": f"{count(len(cells), 'cell')} x {seeds}, {epochs} each"}
+    if also_tied:
+        facts["not confirmed"] = f"{count(also_tied, 'more cell')} may be as good; --top N confirms more of each model"
+    return facts
 
 
 def _conclude(request: Confirmation, store: Store, trials: Sequence[TrialConfig]) -> int:
-    stored = {key: trial for key, trial in store.trials(KIND).items() if "test_accuracy" in trial.metrics}
-    tested = [stored[trial.trial_key] for trial in trials if trial.trial_key in stored]
-    ranked = rank_cells(map(summarise_trial, tested))
+    stored = store.trials(KIND)
+    ended = [stored[trial.trial_key] for trial in trials if trial.trial_key in stored]
+    tested = [trial for trial in ended if "test_accuracy" in trial.metrics]
+    ranked = rank_cells(map(summarise_trial, ended))
     print(f"\n{_table(ranked, tested)}\n")
     if request.register and ranked:
         best = _best_replicate(ranked[0], tested)
@@ -209,7 +225,7 @@ def _conclude(request: Confirmation, store: Store, trials: Sequence[TrialConfig]
 def _table(ranked: Sequence[RankedCell], tested: Sequence[StoredTrial]) -> str:
     lines = [f"{'rank':>4}  {'val acc':>7}  {'test acc':>8}  {'seeds':>5}  cell"]
     for rank, cell in enumerate(ranked, start=1):
-        tests = [trial.metrics["test_accuracy"] for trial in tested if trial.config.cell == cell.cell]
+        tests = [_test_accuracy(trial) for trial in tested if trial.config.cell == cell.cell]
         figures = f"{rank:>4}  {cell.mean:>7.2%}  {fmean(tests):>8.2%}  {len(tests):>5}"
         lines.append(f"{figures}  {cell_name(cell.cell)}")
     return "\n".join(lines)
@@ -217,4 +233,9 @@ def _table(ranked: Sequence[RankedCell], tested: Sequence[StoredTrial]) -> str:
 
 def _best_replicate(cell: RankedCell, tested: Sequence[StoredTrial]) -> StoredTrial:
     replicates = (trial for trial in tested if trial.config.cell == cell.cell)
-    return max(replicates, key=lambda trial: trial.metrics["best_val_accuracy"])
+    return max(replicates, key=lambda trial: summarise_trial(trial).final_val_accuracy or 0.0)
+
+
+def _test_accuracy(trial: StoredTrial) -> float:
+    """Return the test accuracy that compares with validation; older stores have the plain one only."""
+    return trial.metrics.get(AS_VALIDATED_METRIC, trial.metrics["test_accuracy"])

@@ -12,7 +12,7 @@ from typing import TextIO
 from grid.config import cell_name
 from grid.metrics import STATUSES
 from grid.ranking import RankedCell, TrialSummary, rank_cells
-from grid.wording import format_seconds
+from grid.wording import explain_spared, format_seconds
 
 TERMINAL_SECONDS = 0.5
 """Between two updates of the line on a terminal."""
@@ -98,7 +98,7 @@ class Progress:
 def top_table(summaries: Sequence[TrialSummary], count: int = 10) -> str:
     """Return the best cells as a table, at most 80 columns wide if all learning-rate scales are 1.
 
-    Diverged and failed trials have no rank; they are counted below.
+    Cells of which more than half of the replicates diverged have no rank; trials are counted below by status.
 
     Args:
         summaries: Trials that have ended, all with the same budget.
@@ -109,15 +109,18 @@ def top_table(summaries: Sequence[TrialSummary], count: int = 10) -> str:
     ranked = rank_cells(summaries)
     lines = [f"{'rank':>4}  {'val acc':>7}  {'epochs':<8}  cell"]
     for rank, cell in enumerate(ranked[:count], start=1):
-        lines.append(f"{rank:>4}  {cell.mean:>7.2%}  {_budget(cell):<8}  {_name(cell)}")
+        lines.append(f"{rank:>4}  {cell.mean:>7.2%}{'*' if cell.spared else ' '} {_budget(cell):<8}  {_name(cell)}")
     counts = Counter(summary.status for summary in summaries)
     by_status = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
     shown = f"{min(count, len(ranked))} of {len(ranked)} cells shown"
-    return "\n".join([*lines, f"{shown}; {len(summaries)} trials: {by_status}"])
+    marked = [(rank, cell.spared_mean) for rank, cell in enumerate(ranked[:count], start=1) if cell.spared]
+    return "\n".join([*lines, *explain_spared(marked), f"{shown}; {len(summaries)} trials: {by_status}"])
 
 
 def _name(ranked: RankedCell) -> str:
-    return cell_name(ranked.cell) + (f" lr x{ranked.lr_scale:g}" if ranked.lr_scale != 1 else "")
+    scale = f" lr x{ranked.lr_scale:g}" if ranked.lr_scale != 1 else ""
+    diverged = f" ({len(ranked.diverged)} diverged)" if ranked.diverged else ""
+    return f"{cell_name(ranked.cell)}{scale}{diverged}"
 
 
 def _budget(ranked: RankedCell) -> str:

@@ -8,7 +8,7 @@ from types import FrameType
 
 from grid.config import TrialConfig
 from grid.driver.progress import Progress
-from grid.metrics import FINAL_STATUSES, RUNG_METRIC, EpochReport
+from grid.metrics import FINAL_METRIC, FINAL_STATUSES, RUNG_METRIC, EpochReport
 from grid.plan.asha import Asha
 from grid.plan.forecast import expected_epochs
 from grid.plan.trials import Plan
@@ -52,6 +52,8 @@ class Watcher:
         self.unusable_node = ""
         """Which node can't train, and why; empty if all can."""
         self._accuracies: dict[str, list[float]] = {}
+        self._stop_epochs: dict[str, int] = {}
+        """Rungs at which ASHA stopped trials or would have, were they not controls, by trial key."""
         self._running: set[str] = set()
         self._controls = plan.controls
         self._rule = plan.rule
@@ -68,6 +70,7 @@ class Watcher:
         """
         known = [stored[trial.trial_key] for trial in self.todo if trial.trial_key in stored]
         self._accuracies = {trial.config.trial_key: list(trial.val_accuracies) for trial in known}
+        self._stop_epochs = {trial.config.trial_key: trial.stop_epoch for trial in known if trial.stop_epoch}
         self._take_over_ended(known)
         self._end_what_was_over(known)
         self.todo = [trial for trial in self.todo if trial.trial_key not in self.summaries]
@@ -85,6 +88,8 @@ class Watcher:
         if report.epoch <= len(accuracies):
             return
         accuracies.append(report.val_accuracy)
+        if stopped or spared:
+            self._stop_epochs[config.trial_key] = report.epoch
         is_rung = report.epoch in self._rungs
         self._record(
             lambda: self._recorder.epoch_ended(config, report, is_rung=is_rung, stopped=stopped, spared=spared)
@@ -149,6 +154,8 @@ class Watcher:
             status=status,
             epochs_run=len(accuracies),
             best_val_accuracy=max((value for value in accuracies if not math.isnan(value)), default=None),
+            final_val_accuracy=accuracies[-1] if status == "completed" and accuracies else None,
+            stop_epoch=self._stop_epochs.get(config.trial_key),
             rung_accuracies={rung: accuracies[rung - 1] for rung in self._rungs if rung <= len(accuracies)},
         )
         self._record(
@@ -191,8 +198,12 @@ def restore_rungs(asha: Asha, stored: Mapping[str, StoredTrial]) -> None:
 
 
 def summarise_trial(trial: StoredTrial) -> TrialSummary:
-    """Return the summary of a recorded trial that has ended."""
+    """Return the summary of a recorded trial that has ended.
+
+    Older stores have no final accuracy: there it is the last value of `val_accuracy`.
+    """
     rungs = {name: value for name, value in trial.metrics.items() if name.startswith(RUNG_METRIC)}
+    final = trial.metrics.get(FINAL_METRIC, trial.metrics.get("val_accuracy"))
     return TrialSummary(
         cell=trial.config.cell,
         seed=trial.config.seed,
@@ -201,6 +212,8 @@ def summarise_trial(trial: StoredTrial) -> TrialSummary:
         status=trial.status,
         epochs_run=int(trial.metrics["epochs_run"]),
         best_val_accuracy=trial.metrics.get("best_val_accuracy"),
+        final_val_accuracy=final if trial.status == "completed" else None,
+        stop_epoch=trial.stop_epoch,
         rung_accuracies={int(name.removeprefix(RUNG_METRIC)): value for name, value in rungs.items()},
     )
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from grid.config import TrialConfig
+from grid.metrics import AS_VALIDATED_METRIC
 from grid.train.trial import EVALUATION_BATCH_SIZE, DeviceData, Trial
 
 
@@ -42,6 +43,8 @@ class Evaluation:
     images: int
     accuracy: float
     """Share of images classified correctly, in [0, 1]."""
+    accuracy_as_validated: float
+    """Accuracy of each class, weighted by its share of the validation images, in [0, 1]."""
     loss: float
     """Mean cross-entropy in nats."""
     parameters: int
@@ -57,6 +60,7 @@ class Evaluation:
         """The scalar results, by the names of their MLflow metrics."""
         return {
             "test_accuracy": self.accuracy,
+            AS_VALIDATED_METRIC: self.accuracy_as_validated,
             "test_loss": self.loss,
             "test_images": float(self.images),
             "parameters": float(self.parameters),
@@ -115,13 +119,15 @@ def evaluate(
             predicted.append(logits.argmax(dim=1))
             confidence.append(logits.double().softmax(dim=1).amax(dim=1))
     guesses = torch.cat(predicted).cpu().numpy()
+    confusion = _confusion(labels, guesses, data.classes)
     return Evaluation(
         images=len(labels),
         accuracy=float(np.mean(guesses == labels)),
+        accuracy_as_validated=reweighted_accuracy(confusion, data.val_labels.cpu().numpy()),
         loss=loss / len(labels),
         parameters=sum(parameter.numel() for parameter in trial.net.parameters() if parameter.requires_grad),
         milliseconds_per_image=1000 * statistics.median(seconds),
-        confusion=_confusion(labels, guesses, data.classes),
+        confusion=confusion,
         mistakes=_mistakes(labels, guesses, torch.cat(confidence).cpu().numpy()),
     )
 
@@ -149,6 +155,22 @@ def per_class(confusion: NDArray[np.int64], classes: Sequence[str]) -> list[Clas
     """Return a row per class, in the order of the classes."""
     rows = zip(classes, confusion.sum(axis=1).tolist(), confusion.diagonal().tolist(), strict=True)
     return [ClassScore(name, images, correct, correct / images if images else nan) for name, images, correct in rows]
+
+
+def reweighted_accuracy(confusion: NDArray[np.int64], labels: NDArray[np.int64]) -> float:
+    """Return the accuracy if the classes had the shares that they have among other labels.
+
+    Validation images may be balanced by class where test images are not; then only this compares with validation.
+
+    Args:
+        confusion: `[true, predicted]`; classes without an image are left out.
+        labels: Classes, `[image]`, from 0.
+
+    Reference: direct standardisation, Cochran 1977, Sampling Techniques, section 5A.9 (poststratification)
+    """
+    sizes = confusion.sum(axis=1)
+    weights = np.bincount(labels, minlength=len(sizes)) * (sizes > 0)
+    return float(weights @ (confusion.diagonal() / np.maximum(sizes, 1)) / max(1, weights.sum()))
 
 
 def confused_pairs(confusion: NDArray[np.int64], classes: Sequence[str], count: int) -> list[ConfusedPair]:
