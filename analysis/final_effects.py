@@ -120,14 +120,26 @@ def measure_final_effects(
 
 
 def usable_trials(trials: pd.DataFrame) -> pd.DataFrame:
-    """Return the trials that ended with an accuracy: completed, or stopped at a rung that has one."""
+    """Return the trials that ended with an accuracy: completed, or stopped at a rung that has one.
+
+    Raises:
+        InputError: There is none.
+    """
     completed = (trials["status"] == "completed") & trials["final_val_accuracy"].notna()
-    return trials[completed | ((trials["status"] == "stopped") & trials["stop_epoch"].notna())]
+    stopped = (trials["status"] == "stopped") & trials["stop_epoch"].isin(_rungs(trials))
+    if not (completed | stopped).any():
+        raise InputError("no trial has an accuracy: all diverged or failed; try --lr-scales 0.1")
+    return trials[completed | stopped]
+
+
+def _rungs(trials: pd.DataFrame) -> list[int]:
+    """Return the rungs before the end."""
+    return [rung for rung in rung_epochs(trials.columns) if rung < trials["epochs"].iloc[0]]
 
 
 def make_sample(rows: pd.DataFrame) -> Sample:
     """Return what was seen of the trials; see `usable_trials`."""
-    rungs = [rung for rung in rung_epochs(rows.columns) if rung < rows["epochs"].iloc[0]]
+    rungs = _rungs(rows)
     stop = rows["stop_epoch"].map({rung: index for index, rung in enumerate(rungs)}).fillna(len(rungs))
     return Sample(
         rungs=rows[[f"{RUNG_METRIC}{rung}" for rung in rungs]].to_numpy(dtype=float),
@@ -147,8 +159,6 @@ def _budget(trials: pd.DataFrame) -> int:
 
 def _terms(rows: pd.DataFrame, varied: Levels) -> list[Term]:
     """Return the terms of the two-way model; without pairs of levels where they would take up most of the trials."""
-    if rows.empty:
-        raise InputError("no trial has an accuracy: all diverged or failed; try --lr-scales 0.1")
     observed = rows.assign(accuracy=0.0)
     complete = len(rows) == prod(map(len, varied.values())) * rows["seed"].nunique()
     terms = estimable_terms(observed, varied, complete=complete)

@@ -106,7 +106,8 @@ def play(recorder: Recorder, config: TrialConfig, asha: Asha, *, control: bool =
         status = "diverged" if diverged else "" if continues else "stopped"
         status = status or ("completed" if epoch == config.epochs else "")
         report = EpochReport(epoch=epoch, val_accuracy=accuracy, epoch_seconds=2.0, diverged=diverged)
-        recorder.epoch_ended(config, report, is_rung=epoch in asha.rungs, stopped=status == "stopped")
+        spared = control and asha.stop_epoch(config.trial_key) == epoch
+        recorder.epoch_ended(config, report, is_rung=epoch in asha.rungs, stopped=status == "stopped", spared=spared)
     recorder.ended(config, status, epochs_run=epoch, best_val_accuracy=float(np.nanmax(accuracies)))
 
 
