@@ -3,16 +3,18 @@
 The figures come from `analysis.stopping`; here is how they read, as text and in the report.
 """
 
+import math
 import re
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from analysis.stopping import FACTOR, Audit, audit_stopping
+from analysis.stopping import ALL, Audit, audit_experiment
 from analysis.store import read_experiment
 from grid.arguments import Parser, add_experiment, add_store, run_command
 from grid.config import InputError
@@ -58,12 +60,22 @@ WORDING: Mapping[str, TableWording] = {
         | {"rate": "rate"},
         "{model} | {controls} | {stopped} | {false_stops} | {rate:.0%} | {low:.0%} to {high:.0%}",
     ),
-    "regret": TableWording(
+    "lost_winners": TableWording(
         "Did stopping lose a trial that is better than the winner?",
-        "The last column bounds, with {sure} confidence, how many of the stopped trials would have beaten the winner.",
-        {"model": "model", "winner": "winner", "best_stopped_control": "best stopped control", "margin": "margin"}
+        "Of the controls that would have been stopped, how many ended above the winner, and how many are expected to "
+        "if stopping were a coin flip. The last column bounds, with {sure} confidence, how many of the stopped trials "
+        "would have.",
+        {"model": "model", "tried": "controls", "beat": "beat winner", "by_chance": "by coin flips"}
         | {"stopped": "stopped trials", "at_most": "better (at most)"},
-        "{model} | {winner:.2%} | {best_stopped_control:.2%} | {margin:+.2%} | {stopped:,} | {at_most:,}",
+        "{model} | {tried} | {beat} | {by_chance:.2f} | {stopped:,} | {at_most:,}",
+    ),
+    "regret": TableWording(
+        "How much accuracy may stopping have lost?",
+        "The last column bounds, with {sure} confidence, how far the best of the stopped trials is expected to end "
+        "above the winner. It is wide if controls are few.",
+        {"model": "model", "winner": "winner", "best_stopped_control": "best stopped control", "margin": "margin"}
+        | {"loss_at_most": "loss (at most)"},
+        "{model} | {winner:.2%} | {best_stopped_control:.2%} | {margin:+.2%} | {loss_at_most:.1%}",
     ),
     "baseline": TableWording(
         "Would a simpler rule do: train all to epoch {start}, then the best K to the end?",
@@ -81,14 +93,43 @@ def caption_of(name: str, audit: Audit) -> str:
     return WORDING[name].caption.format(start=min(audit.rungs, default=1))
 
 
+def summarise_loss(audit: Audit) -> list[str]:
+    """Return what stopping may have lost: for each model with controls that the rule would have stopped, a sentence."""
+    rows = audit.lost_winners.merge(audit.regret, on="model").to_dict("records")
+    return [_summarise_loss(row, f"{audit.confidence:.0%}") for row in rows if row["tried"]]
+
+
+def _summarise_loss(row: Mapping[Hashable, Any], sure: str) -> str:
+    whose = "" if row["model"] == ALL else f"{row['model']}: "
+    beat = f"{row['beat']:,}" if row["beat"] else "none"
+    text = (
+        f"{whose}of {count(row['tried'], 'control')} that would have been stopped, {beat} ended above the winner "
+        f"({row['by_chance']:.1f} expected from coin flips)"
+    )
+    if not row["stopped"]:
+        return text
+    text += f"; at most {row['at_most']:,} of {count(row['stopped'], 'stopped trial')} would have ({sure})"
+    if math.isnan(row["loss_at_most"]):
+        return text
+    return f"{text}, the best of them by at most {100 * row['loss_at_most']:.1f} points"
+
+
 def format_audit(audit: Audit) -> str:
     """Return the audit as text of at most 80 columns."""
     rungs = ", ".join(map(str, audit.rungs)) or "none"
     budget = count(audit.epochs, "epoch")
     title = f"rungs after epochs: {rungs}; budget: {budget}; intervals and bounds at {audit.confidence:.0%}"
     tables = [_table(name, audit) for name in WORDING]
-    notes = "\n".join(textwrap.fill(note, 80, subsequent_indent="  ") for note in audit.notes)
-    return "\n\n".join([title, *(table for table in tables if table), notes])
+    parts = [title, _fill(summarise_loss(audit)), *tables, _fill(audit.notes)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _fill(sentences: Iterable[str]) -> str:
+    """Return the sentences as lines of at most 80 columns."""
+    return "\n".join(
+        textwrap.fill(text, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        for text in sentences
+    )
 
 
 def _table(name: str, audit: Audit) -> str:
@@ -106,7 +147,7 @@ def _table(name: str, audit: Audit) -> str:
 
 def tidy(audit: Audit) -> pd.DataFrame:
     """Return all tables as one: `table`, `model`, `rung` (NaN where a table has none), `quantity`, `value`."""
-    names = ("correlations", "false_stops", "savings", "regret", "baseline")
+    names = ("correlations", "false_stops", "savings", "lost_winners", "regret", "baseline")
     tables = [
         table.melt([key for key in ("model", "rung") if key in table], var_name="quantity").assign(table=name)
         for name in names
@@ -129,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def report_audit() -> int:
         experiment = read_experiment(options.store, options.experiment)
-        audit = audit_stopping(experiment.trials, factor=experiment.rung_factor or FACTOR)
+        audit = audit_experiment(experiment)
         if options.csv:
             tidy(audit).to_csv(options.csv, index=False)
         print(format_audit(replace(audit, notes=audit.notes + experiment.notes)))

@@ -40,9 +40,9 @@ def hundredths(value: float) -> str:
 FORMATS: Mapping[str, Format] = {
     **dict.fromkeys(("mean", "accuracy", "share", "rate", "saved", "lowest", "median", "highest"), percent),
     **dict.fromkeys(("winner", "best_stopped_control", "beat_winner_high", "omega_squared"), percent),
-    **dict.fromkeys(("effect", "margin"), points),
+    **dict.fromkeys(("effect", "margin", "loss_at_most"), points),
     **dict.fromkeys(("p", "p_holm"), chance),
-    "spearman": hundredths,
+    **dict.fromkeys(("spearman", "by_chance"), hundredths),
     "hours": lambda hours: f"{hours:.3f}",
 }
 """Column -> format of its numbers; other columns use `number`."""

@@ -96,8 +96,15 @@ class Experiment:
 
     @property
     def rung_factor(self) -> int | None:
-        """One trial in this many continues at a rung; None if the store does not say."""
-        return _whole(self.described("rungs").get("factor"), at_least=2)
+        """One trial in this many continues at a rung, 1 for no stopping; None if the store does not say."""
+        return _whole(self.described("rungs").get("factor"), at_least=1)
+
+    @property
+    def compared_within(self) -> tuple[str, ...] | None:
+        """Factors whose levels trials share with those that ASHA compares them with; None if the store does not say."""
+        text = self.described("rungs").get("compared_within")
+        factors = tuple(filter(None, text.split(","))) if isinstance(text, str) else None
+        return factors if factors is not None and set(factors) <= set(FACTORS) else None
 
 
 def read_experiment(uri: str | None, name: str) -> Experiment:
@@ -323,6 +330,7 @@ def _row(run: Run) -> dict[str, Any] | None:
         "best_val_accuracy": metrics.get("best_val_accuracy", nan),
         "epoch_seconds": metrics.get("epoch_seconds", nan),
         "val_correct": tags.get("val_correct", ""),
+        AS_VALIDATED_METRIC: metrics.get("test_accuracy", nan),
         **{name: value for name, value in metrics.items() if name in recorded},
     }
 
@@ -330,7 +338,6 @@ def _row(run: Run) -> dict[str, Any] | None:
 def _final(status: str, metrics: Mapping[str, float]) -> float:
     """Return the accuracy at the end of the budget: in older stores the last value, which MLflow keeps."""
     return metrics.get(FINAL_METRIC, metrics.get("val_accuracy", nan)) if status == "completed" else nan
-        AS_VALIDATED_METRIC: metrics.get("test_accuracy", nan),
 
 
 def _chance(tag: str) -> float:

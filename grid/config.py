@@ -32,6 +32,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """Every setting that takes one of a few names, with these names."""
 
+STEP_PARTS = 3
+"""The schedule `step` lowers the rate after each of so many equal parts of the budget; up to then it is `constant`."""
+
 NUMERICS_VERSION = 5
 """Raised by hand whenever a code change alters the numbers that a trial yields; part of every trial key."""
 

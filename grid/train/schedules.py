@@ -15,6 +15,8 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
+from grid.config import STEP_PARTS
+
 FINAL_SHARE = 0.01
 """Final rate of `step` and `exponential`, as a share of the peak rate."""
 
@@ -35,7 +37,7 @@ class Horizon:
 
 def step(optimizer: Optimizer, horizon: Horizon) -> LRScheduler:
     """Divide the rate by ten after each third of the budget."""
-    return StepLR(optimizer, step_size=-(-horizon.steps // 3), gamma=FINAL_SHARE**0.5)
+    return StepLR(optimizer, step_size=-(-horizon.steps // STEP_PARTS), gamma=FINAL_SHARE ** (1 / (STEP_PARTS - 1)))
 
 
 def one_cycle(optimizer: Optimizer, horizon: Horizon) -> LRScheduler:
