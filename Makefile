@@ -25,7 +25,7 @@ test: setup  ## run the fast tests, one real Ray run and one real kill among the
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m "not slow"
 
 test-all: test  ## run all tests: clusters, failures, browser, notebooks, wheel (half an hour)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 compat: setup  ## prove the lower bounds of all dependencies, and the newest Ray (half an hour, 1 GB)
 	$(BIN)/python -m tests.compat
