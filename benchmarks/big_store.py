@@ -26,8 +26,8 @@ import pandas as pd
 from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlMetric, SqlParam, SqlRun, SqlTag
 from sqlalchemy import create_engine, insert
 
-from analysis.effects import measure_effects
 from analysis.rank import rank_cells
+from analysis.rung_effects import measure_rung_effects
 from analysis.stopping import audit_stopping
 from analysis.store import Experiment, read_curves, read_experiment
 from grid.arguments import Parser
@@ -206,7 +206,7 @@ def measure(uri: str, folder: Path) -> dict[str, float]:
     experiment: Experiment = timed("read_experiment", lambda: read_experiment(uri, EXPERIMENT))
     trials = experiment.trials
     timed("rank_cells", lambda: rank_cells(trials, val_images=VAL_IMAGES))
-    timed("measure_effects", lambda: measure_effects(trials))
+    timed("measure_rung_effects", lambda: measure_rung_effects(trials))
     timed("audit_stopping", lambda: audit_stopping(trials))
     curves = timed("read_curves of all runs", lambda: read_curves(experiment, trials["run_id"]))
     again = timed("read_curves again, from the cache", lambda: read_curves(experiment, trials["run_id"]))

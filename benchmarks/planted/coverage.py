@@ -8,8 +8,9 @@ import pandas as pd
 from scipy.linalg import block_diag, helmert
 from statsmodels.regression.linear_model import OLS
 
-from analysis.effects import measure_effects
+from analysis.final_effects import FinalEffects, measure_final_effects
 from analysis.rank import rank_cells
+from analysis.rung_effects import measure_rung_effects
 from analysis.stopping import audit_stopping
 from benchmarks.planted.grids import (
     CORRELATIONS,
@@ -33,13 +34,13 @@ Tally = tuple[str, str, float, float]
 
 CONFIDENCE = 0.95
 VIEWS = {
-    "ours": "first rung; truth there",
-    "foretold": "first rung; truth at end",
-    "completed": "completed; truth at end",
+    "ours": "all trials (ours)",
+    "controls": "controls alone",
+    "completed": "completed trials",
     "survivors": "same, but no controls",
-    "controls": "controls; truth at end",
+    "foretold": "all, after first rung",
 }
-"""Ways to estimate main effects, and the truth with which each estimate is compared."""
+"""Ways to estimate main effects at the end of training."""
 
 
 def least_squares(trials: pd.DataFrame) -> pd.DataFrame:
@@ -61,7 +62,7 @@ def least_squares(trials: pd.DataFrame) -> pd.DataFrame:
     if len(design) <= design.shape[1] or np.linalg.matrix_rank(design) < design.shape[1]:
         return table[:0].assign(effect=np.nan, low=np.nan, high=np.nan)
     contrasts = np.column_stack([np.zeros(len(table)), block_diag(*codings.values())])
-    test = OLS(trials["best_val_accuracy"].to_numpy(), design).fit().t_test(contrasts)
+    test = OLS(trials["final_val_accuracy"].to_numpy(), design).fit().t_test(contrasts)
     low, high = test.conf_int(1 - CONFIDENCE).T
     return table.assign(effect=test.effect, low=low, high=high)
 
@@ -87,8 +88,10 @@ def examine(index: int, seed: int) -> list[Tally]:
     plan = Plan.of(index)
     grid = plant(plan, np.random.default_rng([seed, index]))
     kind = f"{'uneven' if plan.uneven else 'even'} noise, {'holes' if plan.holes else 'complete'}"
-    effects = measure_effects(grid.trials, epoch=RUNGS[0], confidence=CONFIDENCE)
-    tallies = [*tally_views(grid, plan, effects.levels), *tally_audit(grid, plan), tally_ranking(grid.trials)]
+    effects = measure_rung_effects(grid.trials, epoch=RUNGS[0], confidence=CONFIDENCE)
+    final = measure_final_effects(grid.trials, confidence=CONFIDENCE)
+    tallies = [*tally_views(grid, plan, effects.levels, final.levels), *tally_final(grid, plan, final)]
+    tallies += [*tally_audit(grid, plan), tally_ranking(grid.trials)]
     for name, estimates, expected in (
         ("main effects", effects.levels, sum(COUNTS) - COUNTS.count(1)),
         ("interactions", effects.interactions, sum(a * b for a, b in combinations(COUNTS, 2) if a > 1 < b)),
@@ -99,18 +102,43 @@ def examine(index: int, seed: int) -> list[Tally]:
     return tallies
 
 
-def tally_views(grid: Grid, plan: Plan, levels: pd.DataFrame) -> Iterator[Tally]:
-    """Tally how well each of `VIEWS` estimates the main effects."""
+def tally_final(grid: Grid, plan: Plan, final: FinalEffects) -> Iterator[Tally]:
+    """Tally whether what `analysis.effects` prints about the end covers the truth."""
+    levels, pairs = compare(final.levels, grid.truth, -1), compare(final.interactions, grid.truth, -1)
+    kinds = (
+        f"{'holes' if plan.holes else 'complete'}, {'uneven' if plan.uneven else 'even'} noise",
+        f"correlation {plan.correlation:g}",
+        plan.history,
+        f"{plan.controls // 40 * 40} to {plan.controls // 40 * 40 + 39} controls",
+    )
+    for kind in kinds:
+        yield "end, main effects: covered", kind, float(levels["covered"].sum()), len(levels)
+        yield "end, interactions: covered", kind, float(pairs["covered"].sum()), len(pairs)
+        yield "end: half-width", kind, float((final.levels["high"] - final.levels["low"]).sum() / 2), len(levels)
+    for factor, table in final.differences.groupby("factor"):
+        planted = np.array(
+            [
+                grid.truth[str(factor), level][-1] - grid.truth[str(factor), other][-1]
+                for level, other in table[["level", "other_level"]].itertuples(index=False)
+            ]
+        )
+        all_covered = bool(((table["low"] <= planted) & (planted <= table["high"])).all())
+        for kind in kinds:
+            yield "end, all differences: covered", kind, float(all_covered), 1
+
+
+def tally_views(grid: Grid, plan: Plan, first: pd.DataFrame, final: pd.DataFrame) -> Iterator[Tally]:
+    """Tally how well each of `VIEWS` estimates the main effects at the end."""
     completed = grid.trials[grid.trials["status"] == "completed"]
     estimates = {
-        "ours": (levels, 0),
-        "foretold": (levels, -1),
-        "completed": (least_squares(completed), -1),
-        "survivors": (least_squares(completed[~completed["control"]]), -1),
-        "controls": (least_squares(completed[completed["control"]]), -1),
+        "ours": final,
+        "controls": least_squares(completed[completed["control"]]),
+        "completed": least_squares(completed),
+        "survivors": least_squares(completed[~completed["control"]]),
+        "foretold": first,
     }
-    for view, (table, point) in estimates.items() if plan.correlation == CORRELATIONS[0] else ():
-        found = compare(table.dropna(subset="effect"), grid.truth, point)
+    for view, table in estimates.items() if plan.correlation == CORRELATIONS[0] else ():
+        found = compare(table.dropna(subset="effect"), grid.truth, -1)
         yield "estimated", view, len(found), sum(COUNTS) - COUNTS.count(1)
         yield "|error|", view, float(found["error"].abs().sum()), len(found)
         products = (found["truth"] + found["error"]) * found["truth"]
@@ -119,7 +147,7 @@ def tally_views(grid: Grid, plan: Plan, levels: pd.DataFrame) -> Iterator[Tally]
 
 
 def tally_audit(grid: Grid, plan: Plan) -> Iterator[Tally]:
-    """Tally whether intervals of the false-stop rate cover the truth and whether the bound on lost winners holds."""
+    """Tally whether intervals of the false-stop rate cover the truth, and whether the bounds on what is lost hold."""
     truth = true_false_stops(grid)
     kind = f"{plan.correlation:g}"
     audit = audit_stopping(grid.trials, factor=FACTOR, confidence=CONFIDENCE)
@@ -127,11 +155,11 @@ def tally_audit(grid: Grid, plan: Plan) -> Iterator[Tally]:
         yield "false stops: covered", kind, float(row["low"] <= truth[row["model"]] <= row["high"]), 1
         yield "false stops: truth", kind, truth[row["model"]], 1
         yield "false stops: measured", kind, float(row["false_stops"]), float(row["stopped"])
-    for row in audit.regret.to_dict("records"):
-        stopped = (grid.trials["status"] == "stopped") & (grid.trials["model"] == row["model"])
-        lost = (grid.final[stopped] > row["winner"]).sum()
-        yield "lost winners: bounded", kind, float(lost <= row["at_most"]), 1
-    yield "agreement", kind, audit.agreement, 1
+    for row in audit.lost_winners.merge(audit.regret, on="model").to_dict("records"):
+        ends = grid.final[(grid.trials["status"] == "stopped") & (grid.trials["model"] == row["model"])]
+        yield "lost winners: bounded", kind, float((ends > row["winner"]).sum() <= row["at_most"]), 1
+        if not np.isnan(row["loss_at_most"]):
+            yield "loss: bounded", kind, float(ends.max() - row["winner"] <= row["loss_at_most"]), 1
 
 
 def tally_ranking(trials: pd.DataFrame) -> Tally:
@@ -184,18 +212,24 @@ def format_summary(summary: pd.DataFrame) -> str:
         ("95% interval covers it", "false stops: covered"),
         ("95% bound on lost winners", "lost winners: bounded"),
     ]
-    questions += [("replayed rule as ASHA", "agreement")]
-    groups = [f"{correlation:g}" for correlation in CORRELATIONS if ("agreement", f"{correlation:g}") in answers]
+    questions += [("95% bound on accuracy lost", "loss: bounded")]
+    groups = [f"{rho:g}" for rho in CORRELATIONS if ("lost winners: bounded", f"{rho:g}") in answers]
     lines.append(f"{'':<26}" + "".join(f"{group:>15}" for group in groups))
     for label, question in questions:
         lines.append(f"{label:<26}" + "".join(f"{figure(question, group):>15}" for group in groups))
     lines += [
         "",
-        f"4. Main effects by the trials used, correlation {CORRELATIONS[0]:g} (slope below 1: shrunken)",
+        f"4. Main effects at the end, correlation {CORRELATIONS[0]:g} (slope below 1: shrunken)",
     ]
     lines.append(f"{'':<24} {'|error|':>12} {'slope':>11} {'covered':>12} {'estimable':>12}")
     for view, label in VIEWS.items():
         error, slope = figure("|error|", view, ".2%"), figure("slope", view, ".2f")
         covered, known = figure("covered", view), figure("estimated", view)
         lines.append(f"{label:<24} {error:>12} {slope:>11} {covered:>12} {known:>12}")
+    lines += ["", "5. Effects at the end as analysis.effects prints them: 95% intervals that cover the truth"]
+    lines.append(f"{'grids with':<24} {'main effects':>14} {'differences':>14} {'interactions':>14} {'± points':>9}")
+    for kind in dict.fromkeys(group for question, group in answers if question == "end: half-width"):
+        main, pairs = figure("end, main effects: covered", kind), figure("end, interactions: covered", kind)
+        differences, width = figure("end, all differences: covered", kind), answers["end: half-width", kind]["value"]
+        lines.append(f"{kind:<24} {main:>14} {differences:>14} {pairs:>14} {100 * width:>9.2f}")
     return "\n".join([*lines, "", "± is the standard error over grids"])

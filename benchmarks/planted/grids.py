@@ -1,8 +1,10 @@
 """Simulates grids with known effects, learning curves and divergence, and stops them with the grid's own ASHA.
 
-Accuracies are main effects + two-way interactions + a seed's block + noise. The noise is even in half of the grids and
-differs by level in the other half; in half of the grids some trials diverge, at a rate that depends on the levels.
-Effects and noise change from epoch to epoch, so that learning curves cross.
+Accuracies are main effects + two-way interactions + how levels answer to a seed + noise. Every trial has a seed of its
+own, as in a grid. The noise is even in half of the grids and differs by level in the other half; in half of the grids
+some trials diverge, at a rate that depends on the levels. Effects and noise change from epoch to epoch, so that
+learning curves cross. A third of the grids is resumed with another share of controls half-way, a third is grown by a
+level after it has ended.
 """
 
 from collections.abc import Mapping
@@ -13,10 +15,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis.stopping import rung_thresholds, stop_epochs
+from benchmarks.replay.draws import Table, draw_controls, replay
 from grid.config import FACTORS, LEVELS
-from grid.metrics import RUNG_METRIC
-from grid.plan.asha import FACTOR, Asha, rung_epochs
+from grid.plan.asha import DEFAULT_RULE, rung_epochs
 
 Array = NDArray[np.float64]
 Level = tuple[str, ...]
@@ -31,9 +32,13 @@ MEANS = np.array([0.3, 0.5, 0.7])
 """Accuracy at each point of `POINTS`."""
 CORRELATIONS = (0.8, 0.4)
 """Of effects and noise at the first rung with those at the full budget: in three of four grids, in the fourth."""
-MAIN_SD, PAIR_SD, SEED_SD, NOISE_SD = 0.03, 0.01, 0.005, 0.02
-CONTROLS = 0.1
-"""Share of unstopped controls among the trials."""
+MAIN_SD, PAIR_SD, LEVEL_SEED_SD, NOISE_SD = 0.03, 0.01, 0.005, 0.02
+"""Standard deviations: of effects, of interactions, of how a level answers to a seed, of the rest."""
+FEWEST, MOST = 40, 200
+"""Unstopped controls; all numbers between are equally frequent."""
+HISTORIES = ("fresh", "resumed", "grown")
+"""Ways in which a grid came about: at once; half with other controls; the last level of a factor added later."""
+GROWN_FACTOR = "activation"
 COUNTS = (2, 3, 3, 3, 2, 1, 2)
 """Number of levels of each of `FACTORS`: 216 cells."""
 LEVEL_NAMES = {factor: LEVELS[factor][:count] for factor, count in zip(FACTORS, COUNTS, strict=True)}
@@ -53,14 +58,20 @@ class Plan:
     holes: bool = False
     """Whether trials diverge."""
     correlation: float = CORRELATIONS[0]
+    controls: int = 100
+    history: str = "fresh"
+    """One of `HISTORIES`."""
+    shared_seeds: bool = False
+    """Whether all cells draw the same from a seed, as grids once did; their deviations are correlated then."""
     noise_sd: float = NOISE_SD
-    """Standard deviation of an accuracy."""
+    """Standard deviation of an accuracy, without the answer to a seed."""
 
     @classmethod
     def of(cls, index: int) -> "Plan":
         """Return the kind of the `index`-th grid; all combinations of seeds, noise and holes are equally frequent."""
         correlation = CORRELATIONS[index // 8 % 4 == 3]
-        return cls(1 + index // 4 % 2, bool(index % 2), bool(index // 2 % 2), correlation)
+        controls, history = FEWEST + index % (MOST - FEWEST + 1), HISTORIES[index % len(HISTORIES)]
+        return cls(1 + index // 4 % 2, bool(index % 2), bool(index // 2 % 2), correlation, controls, history)
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,7 @@ class Grid:
     @property
     def final(self) -> "pd.Series[float]":
         """Accuracy of every trial at the full budget if none had been stopped; minus infinity if it diverged."""
-        return self.unstopped["best_val_accuracy"].where(self.unstopped["status"] == "completed", -np.inf)
+        return self.unstopped["final_val_accuracy"].where(self.unstopped["status"] == "completed", -np.inf)
 
 
 def plant(plan: Plan, rng: np.random.Generator) -> Grid:
@@ -86,8 +97,36 @@ def plant(plan: Plan, rng: np.random.Generator) -> Grid:
     trials = lay_out(plan, rng)
     values = draw_curves(trials, truth, plan, rng)
     diverged_at = draw_divergence(trials, rng) if plan.holes else np.full(len(trials), np.inf)
-    unstopped = observe(trials, values, diverged_at, np.full(len(trials), EPOCHS))
-    return Grid(observe(trials, values, diverged_at, stop(unstopped, diverged_at, rng)), unstopped, truth)
+    table = Table(trials[list(FACTORS)], _every_epoch(values, diverged_at))
+    controls, chances = _draw_controls(trials, plan, rng)
+    everybody = np.ones(len(trials), dtype=np.bool_)
+    stopped, unstopped = (
+        replay(table, DEFAULT_RULE, chosen, chances, rng).assign(seed=trials["seed"])
+        for chosen in (controls, everybody)
+    )
+    return Grid(stopped, unstopped, truth)
+
+
+def _every_epoch(values: Array, diverged_at: Array) -> Array:
+    """Return the accuracy after every epoch, `[trial, epoch]`: that of the last point, NaN once diverged."""
+    epochs = np.arange(1, EPOCHS + 1)
+    last_point = np.searchsorted(POINTS, epochs, side="right") - 1
+    return np.where(epochs < diverged_at[:, None], values[:, last_point], np.nan)
+
+
+def _draw_controls(trials: pd.DataFrame, plan: Plan, rng: np.random.Generator) -> tuple[NDArray[np.bool_], Array]:
+    """Draw the unstopped controls; return which trials they are, and each trial's chance."""
+    laid_out = trials[[*FACTORS, "seed"]]
+    controls, chance = draw_controls(laid_out, plan.controls, rng)
+    chances = np.full(len(trials), chance)
+    if plan.history != "fresh":
+        if plan.history == "resumed":
+            late = rng.random(len(trials)) < 0.5
+        else:
+            late = (trials[GROWN_FACTOR] == LEVEL_NAMES[GROWN_FACTOR][-1]).to_numpy()
+        others, other_chance = draw_controls(laid_out, int(rng.integers(FEWEST, MOST + 1)), rng)
+        controls, chances = np.where(late, others, controls), np.where(late, other_chance, chances)
+    return controls, chances
 
 
 def draw_truth(plan: Plan, rng: np.random.Generator) -> dict[Level, Array]:
@@ -107,15 +146,9 @@ def draw_truth(plan: Plan, rng: np.random.Generator) -> dict[Level, Array]:
 
 
 def lay_out(plan: Plan, rng: np.random.Generator) -> pd.DataFrame:
-    """Return every cell x seed in random order; some of the trials are unstopped controls."""
+    """Return every cell x seed in random order."""
     rows = [(*cell, seed) for cell in product(*LEVEL_NAMES.values()) for seed in range(plan.seeds)]
-    trials = pd.DataFrame(rows, columns=[*FACTORS, "seed"]).sample(frac=1, random_state=rng, ignore_index=True)
-    controls = np.zeros(len(trials), bool)
-    controls[rng.choice(len(trials), round(CONTROLS * len(trials)), replace=False)] = True
-    names = trials.index.astype(str)
-    return trials.assign(
-        lr_scale=1.0, epochs=EPOCHS, control=controls, trial_key=names, cell_key=names, run_id=names
-    )  # replicates have different cell keys here, which is harmless: the analysis groups by the factors
+    return pd.DataFrame(rows, columns=[*FACTORS, "seed"]).sample(frac=1, random_state=rng, ignore_index=True)
 
 
 def draw_curves(trials: pd.DataFrame, truth: Mapping[Level, Array], plan: Plan, rng: np.random.Generator) -> Array:
@@ -123,7 +156,10 @@ def draw_curves(trials: pd.DataFrame, truth: Mapping[Level, Array], plan: Plan, 
     values = np.tile(MEANS, (len(trials), 1))
     for label, effects in truth.items():
         values[has(trials, label)] += effects
-    values += rng.normal(0, SEED_SD, (plan.seeds, 1))[trials["seed"]]
+    seeds = trials["seed"].to_numpy() if plan.shared_seeds else np.arange(len(trials))
+    for factor, names in LEVEL_NAMES.items():
+        answers = rng.normal(0, LEVEL_SEED_SD, (seeds.max() + 1, len(names)))
+        values += answers[seeds, trials[factor].map({name: i for i, name in enumerate(names)})][:, None]
     noise = _drift(plan.noise_sd, (len(trials),), plan, rng).T
     for factor, scales in UNEVEN.items() if plan.uneven else ():
         noise *= trials[factor].map(dict(zip(LEVEL_NAMES[factor], scales, strict=True))).to_numpy()[:, None]
@@ -139,50 +175,15 @@ def draw_divergence(trials: pd.DataFrame, rng: np.random.Generator) -> Array:
     return np.where(rng.random(len(trials)) < rates, epochs, np.inf)
 
 
-def stop(unstopped: pd.DataFrame, diverged_at: Array, rng: np.random.Generator) -> NDArray[np.int_]:
-    """Send the trials through the rungs of `grid.plan.asha` in random order; return the epochs that each may run."""
-    asha = Asha(RUNGS)
-    allowed = np.full(len(unstopped), EPOCHS)
-    columns = [unstopped[f"{RUNG_METRIC}{rung}"].tolist() for rung in RUNGS]
-    models, controls = unstopped["model"].tolist(), unstopped["control"].tolist()
-    for trial in rng.permutation(len(unstopped)):
-        for rung, values in zip(RUNGS, columns, strict=True):
-            if diverged_at[trial] <= rung:
-                asha.diverge(str(trial), group=models[trial], epoch=int(diverged_at[trial]))
-                break
-            value, control = values[trial], controls[trial]
-            if not asha.decide(str(trial), group=models[trial], epoch=rung, value=value, control=control):
-                allowed[trial] = rung
-                break
-    return allowed
-
-
-def observe(trials: pd.DataFrame, values: Array, diverged_at: Array, allowed: NDArray[np.int_]) -> pd.DataFrame:
-    """Return the trials as the store holds them if each may run the allowed number of epochs."""
-    seen = np.where((allowed[:, None] >= POINTS) & (diverged_at[:, None] > POINTS), values, np.nan)
-    diverged = diverged_at <= allowed
-    stopped_at = np.where(~diverged & (allowed < EPOCHS), allowed, np.nan)
-    rungs = {f"{RUNG_METRIC}{rung}": seen[:, i] for i, rung in enumerate(RUNGS)}
-    return trials.assign(
-        status=np.select([diverged, allowed < EPOCHS], ["diverged", "stopped"], "completed"),
-        stopped_at_epoch=stopped_at,
-        stop_epoch=stopped_at,
-        epochs_run=np.minimum(allowed, diverged_at).astype(int),
-        final_val_accuracy=seen[:, -1],
-        best_val_accuracy=np.fmax.reduce(seen, axis=1),
-        **rungs,
-    )
-
-
 def true_false_stops(grid: Grid) -> dict[str, float]:
-    """Return, for each model, the share of false stops among all trials that the replayed rule stops."""
-    rule_stops = stop_epochs(grid.unstopped, rung_thresholds(grid.trials, RUNGS, FACTOR)).notna()
-    completed = grid.trials["status"] == "completed"
-    survived = completed & ~(grid.trials["control"] & rule_stops)
+    """Return, for each model, the share of false stops among all trials that ASHA stops or would have stopped."""
+    trials = grid.trials
+    doomed = trials["stop_epoch"].notna()
+    survived = (trials["status"] == "completed") & ~doomed
     rates = {}
     for model in LEVEL_NAMES["model"]:
-        in_model = grid.trials["model"] == model
-        rates[model] = float((grid.final[in_model & rule_stops] > grid.final[in_model & survived].median()).mean())
+        in_model = trials["model"] == model
+        rates[model] = float((grid.final[in_model & doomed] > grid.final[in_model & survived].median()).mean())
     return rates
 
 

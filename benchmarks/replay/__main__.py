@@ -8,46 +8,66 @@ those of `curves.csv`: the full grid on real images, never stopped, so what stop
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from benchmarks.replay.curves import EPOCHS, PATH, load_curves
-from benchmarks.replay.draws import Table, replay
-from benchmarks.replay.estimators import ESTIMATORS, KEYS, compare, truth
-from grid.arguments import Parser
-from grid.config import LEVELS
-from grid.plan.asha import DEFAULT_RULE, NO_STOPPING, StoppingRule
-from grid.plan.controls import draw_design
-
-SHARES = (0.03, 0.05, 0.1, 0.2)
-"""Of controls, for the default rule."""
-RULES = {
-    "model, rungs 1 3, 1 in 3": DEFAULT_RULE,
-    "model, rungs 1 3, 1 in 2": StoppingRule(factor=2),
-    "model, rungs 1 3, 1 in 4": StoppingRule(factor=4),
-    "model, rung 3, 1 in 3": StoppingRule(grace=3),
-    "model, rung 3, 1 in 2": StoppingRule(grace=3, factor=2),
-    "model x schedule, rungs 1 3, 1 in 3": StoppingRule(within=("model", "lr_schedule")),
-    "model x schedule, rungs 1 3, 1 in 2": StoppingRule(within=("model", "lr_schedule"), factor=2),
-}
-"""Rules that are compared, all with the default share of controls."""
-DEFAULT_SHARE = 0.03
-SLOW_STARTER = ("lr_schedule", "one_cycle")
-BEST = 20
-"""Cells whose survival is counted."""
+from benchmarks.replay.curves import EPOCHS, PATH
+from benchmarks.replay.examine import RULES, SETTINGS, Setting, examine, prepare
+from benchmarks.replay.summary import format_estimators, format_rules
+from grid.arguments import Parser, run_command
+from grid.config import InputError
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What is replayed."""
+def run(curves: Path, settings: Sequence[Setting], draws: int, seed: int, jobs: int) -> pd.DataFrame:
+    """Replay every setting `draws` times, in `jobs` processes.
 
-    label: str
-    rule: StoppingRule
-    share: float
+    Returns:
+        A row per setting, draw and question; see `examine`.
+    """
+    tasks = [(setting, draw) for draw in range(draws) for setting in settings]
+    found: list[pd.DataFrame] = []
+    with get_context("spawn").Pool(jobs) if jobs > 1 else nullcontext() as pool:
+        for table in (pool.imap if pool else map)(partial(examine, curves=curves, seed=seed), tasks):
+            found.append(table)
+            if len(found) % 10 == 0 or len(found) == len(tasks):
+                print(f"\r{len(found):,}/{len(tasks):,} replays", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return pd.concat(found, ignore_index=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Replay, print the tables, and return the exit code."""
+    parser = Parser(prog="python -m benchmarks.replay", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--draws", type=int, default=1000, metavar="N", help="replays of each setting (1000)")
+    parser.add_argument("--only", choices=("shares", "rules"), help="one of the two tables")
+    parser.add_argument("--curves", type=Path, default=PATH, metavar="FILE", help="table of curves (curves.csv)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws (0)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (1)")
+    options = parser.parse_args(arguments)
+
+    def report() -> int:
+        begun = time.monotonic()
+        chosen = [
+            setting for table, settings in SETTINGS.items() if options.only in (None, table) for setting in settings
+        ]
+        found = run(options.curves, list(dict.fromkeys(chosen)), options.draws, options.seed, options.jobs)
+        tables = prepare(options.curves)
+        cells, seeds = len(tables[0].cells), len(tables)
+        print(f"{cells:,} cells of {EPOCHS} epochs, {seeds} seeds, {options.draws:,} draws, seed {options.seed}\n")
+        if options.only != "rules":
+            print(format_estimators(found), end="\n\n")
+        if options.only != "shares":
+            print(format_rules(found, RULES), end="\n\n")
+        print(f"{time.monotonic() - begun:.0f} s")
+        return 0
+
+    return run_command(parser.name, report, errors=(InputError, OSError))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,7 @@
 """Replays a grid on the table of real curves: random arrivals, stopped by the grid's own ASHA, with controls drawn."""
 
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ from benchmarks.replay.curves import EPOCHS
 from grid.config import FACTORS
 from grid.metrics import RUNG_METRIC
 from grid.plan.asha import Asha, StoppingRule
+from grid.plan.controls import draw_cells
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,29 @@ class Table:
         return np.where(lost.any(axis=1), lost.argmax(axis=1) + 1.0, np.inf)
 
 
+def draw_controls(laid_out: pd.DataFrame, wanted: int, rng: np.random.Generator) -> tuple[NDArray[np.bool_], float]:
+    """Draw unstopped controls as a grid does.
+
+    Args:
+        laid_out: A row per trial, a column per factor (or seed).
+        wanted: How many in a full factorial; fewer if some cells are missing.
+        rng: Draws them.
+
+    Returns:
+        Which trials they are, `[trial]`, and the chance that each trial had.
+    """
+    codes = np.column_stack([pd.factorize(column)[0] for _, column in laid_out.items()])
+    counts = (codes.max(axis=0) + 1).tolist()
+    drawn = {tuple(cell) for cell in draw_cells(counts, wanted, rng).tolist()}
+    return np.array([tuple(cell) in drawn for cell in codes.tolist()]), wanted / prod(counts)
+
+
 def replay(
-    table: Table, rule: StoppingRule, controls: NDArray[np.bool_], chance: float, rng: np.random.Generator
+    table: Table,
+    rule: StoppingRule,
+    controls: NDArray[np.bool_],
+    chance: float | NDArray[np.float64],
+    rng: np.random.Generator,
 ) -> pd.DataFrame:
     """Run a grid on the table, one trial after another in random order.
 
@@ -75,7 +98,7 @@ def _observe(
     allowed: NDArray[np.int_],
     stop: NDArray[np.float64],
     controls: NDArray[np.bool_],
-    chance: float,
+    chance: float | NDArray[np.float64],
     rungs: tuple[int, ...],
 ) -> pd.DataFrame:
     diverged_at, names = table.diverged_at, table.cells.index.astype(str)

@@ -1,0 +1,84 @@
+"""Sums up replays and prints the tables."""
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from benchmarks.replay.estimators import root_mean_square
+
+SLOW_STARTER = ("lr_schedule", "one_cycle")
+
+
+def summarise(found: pd.DataFrame) -> pd.DataFrame:
+    """Return how good each estimator is in each setting.
+
+    Args:
+        found: From `benchmarks.replay.__main__.run`.
+
+    Returns:
+        By `setting` and `estimator`, in points and shares: `bias` on the slow starter, `error` (root mean square) and
+        `half` (of the interval's width) over main effects, `covered` of main effects, `worst` (coverage of the main
+        effect that is covered least), `pairs` (coverage of pairs of levels), `draws` that yielded an estimate.
+    """
+    effects = found[found["estimator"] != ""]
+    rows = []
+    for (setting, estimator), table in effects.groupby(["setting", "estimator"], sort=False):
+        main, pairs = table[table["other_factor"] == ""], table[table["other_factor"] != ""]
+        slow = main[(main["factor"] == SLOW_STARTER[0]) & (main["level"] == SLOW_STARTER[1])]
+        covered = main["covered"].astype(float)
+        rows.append(
+            {
+                "setting": setting,
+                "estimator": estimator,
+                "bias": 100 * slow["error"].mean(),
+                "error": 100 * root_mean_square(main["error"]),
+                "half": 100 * main["half"].mean(),
+                "covered": covered.mean(),
+                "worst": covered.groupby([main["factor"], main["level"]]).mean().min(),
+                "pairs": pairs["covered"].astype(float).mean(),
+                "draws": table["draw"].nunique(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def format_estimators(found: pd.DataFrame) -> str:
+    """Return the estimators side by side, by the share of controls."""
+    summary = summarise(found)
+    summary = summary[summary["setting"].str.endswith("%")]
+    epochs = _means(found, "epochs")
+    lines = ["Effects at the end, by the share of controls; effects in points"]
+    lines.append(
+        f"{'controls':<9}{'estimator':<16}{'slow start':>11}{'error':>7}{'half':>7}{'covered':>9}{'worst':>7}{'pairs':>7}"
+        f"{'epochs':>8}"
+    )
+    for row in summary.to_dict("records"):
+        pairs = "" if pd.isna(row["pairs"]) else f"{row['pairs']:.1%}"
+        lines.append(
+            f"{row['setting']:<9}{row['estimator']:<16}{row['bias']:>+11.2f}{row['error']:>7.2f}{row['half']:>7.2f}"
+            f"{row['covered']:>9.1%}{row['worst']:>7.1%}{pairs:>7}{epochs[row['setting']]:>8.1%}"
+        )
+    return "\n".join(lines)
+
+
+def format_rules(found: pd.DataFrame, labels: Iterable[str]) -> str:
+    """Return the stopping rules side by side."""
+    summary = summarise(found).set_index(["setting", "estimator"])
+    epochs, regret = _means(found, "epochs"), _means(found, "regret")
+    kept, slow = _means(found, "best kept"), _means(found, "slow starters kept")
+    lines = ["Stopping rules: who wins, and what matters (effects in points, ours)"]
+    lines.append(
+        f"{'compared within; rungs; continue':<40}{'regret':>7}{'best 20':>8}{'slow':>6}{'error':>7}{'half':>6}{'epochs':>7}"
+    )
+    for label in labels:
+        effects = summary.loc[(label, "ours")]
+        lines.append(
+            f"{label:<40}{100 * regret[label]:>7.2f}{kept[label]:>8.1f}{slow[label]:>6.1f}{effects['error']:>7.2f}"
+            f"{effects['half']:>6.2f}{epochs[label]:>7.1%}"
+        )
+    return "\n".join([*lines, "regret: the best cell's end minus the winner's, in points; best 20, slow: of them kept"])
+
+
+def _means(found: pd.DataFrame, question: str) -> "pd.Series[float]":
+    rows = found[found["question"] == question] if "question" in found else found[:0]
+    return rows.groupby("setting")["value"].mean()
