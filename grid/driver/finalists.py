@@ -175,7 +175,7 @@ def _train_left(trials: Sequence[TrialConfig], finalists: Finalists, training: T
     recorder.recover()
     stored = store.trials(KIND)
     recorder.begin({}, stored)
-    plan = Plan([], {}, list(trials), frozenset(trial.trial_key for trial in trials), NO_STOPPING)
+    plan = Plan([], {}, list(trials), frozenset(trial.trial_key for trial in trials), rule=NO_STOPPING)
     asha = Asha.of(plan.rule, trials[0].epochs)
     facts = _describe(trials, finalists.also_tied)
     watcher, delivered = train_all(plan, stored, prepared.dataset, recorder, asha, training, facts)

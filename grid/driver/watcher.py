@@ -56,6 +56,7 @@ class Watcher:
         """Rungs at which ASHA stopped trials or would have, were they not controls, by trial key."""
         self._running: set[str] = set()
         self._controls = plan.controls
+        self._control_chance = plan.control_chance
         self._rule = plan.rule
         self._recorder = recorder
         self._checkpoints = checkpoints
@@ -80,7 +81,11 @@ class Watcher:
         """Record the start of a trial."""
         self._running.add(config.trial_key)
         self._accuracies.setdefault(config.trial_key, [])
-        self._record(lambda: self._recorder.started(config, control=config.trial_key in self._controls))
+        self._record(
+            lambda: self._recorder.started(
+                config, control=config.trial_key in self._controls, chance=self._control_chance
+            )
+        )
 
     def epoch_ended(self, config: TrialConfig, report: EpochReport, *, stopped: bool, spared: bool = False) -> None:
         """Record an epoch, once: a trial that was resumed reports some epochs again."""

@@ -1,4 +1,4 @@
-"""Which trials a grid consists of: named grids, exclusions, replicates, nuisance levels, order, unstopped controls."""
+"""Which trials a grid consists of: named grids, exclusions, replicates, nuisance levels, order."""
 
 import hashlib
 from collections import Counter
@@ -156,32 +156,6 @@ def expand(
     """
     trials = [configure(cell, seed, scale) for cell in cells for seed in range(seeds) for scale in lr_scales]
     return sorted(trials, key=lambda trial: _draw(order_seed, trial.cell_key, trial.seed, trial.lr_scale))
-
-
-def draw_controls(
-    trials: Sequence[TrialConfig], fraction: float, seed: int, begun: Mapping[str, bool] | None = None
-) -> frozenset[str]:
-    """Draw the keys of the unstopped controls, spread evenly over the levels of every factor.
-
-    Args:
-        trials: Trials to draw from.
-        fraction: Share to draw, in [0, 1]; any share above 0 yields at least one.
-        seed: Seed of the draw.
-        begun: Keys of the trials that began in an earlier run, and whether they are controls; they remain what they
-            are, and the rest are drawn from the other trials.
-    """
-    begun = begun or {}
-    wanted = min(len(trials), max(round(fraction * len(trials)), 1 if fraction > 0 else 0))
-    drawn = [trial for trial in trials if begun.get(trial.trial_key)]
-    fresh = [trial for trial in trials if trial.trial_key not in begun]
-    pool = sorted(fresh, key=lambda trial: _draw(seed, "control", trial.cell_key, trial.seed, trial.lr_scale))
-    counts = Counter(level for trial in drawn for level in trial.cell.items())
-    while pool and len(drawn) < wanted:
-        rarest = min(pool[:64], key=lambda trial: sum(counts[level] for level in trial.cell.items()))
-        pool.remove(rarest)
-        drawn.append(rarest)
-        counts.update(rarest.cell.items())
-    return frozenset(trial.trial_key for trial in drawn)
 
 
 def settings_of(trial: TrialConfig) -> Mapping[str, str]:

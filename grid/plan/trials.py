@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from grid.config import InputError, TrialConfig
 from grid.plan.asha import DEFAULT_RULE, StoppingRule
+from grid.plan.controls import draw_controls
 from grid.plan.packing import Packing
 from grid.plan.request import Request
-from grid.plan.space import ORDER_SEED, Cell, cross, draw_controls, expand, settings_of
+from grid.plan.space import ORDER_SEED, Cell, cross, expand, settings_of
 from grid.train.hardware import numeric_settings
 from grid.train.optimizers import OPTIMIZERS
 
@@ -29,6 +30,8 @@ class Plan:
     """In the order in which they start."""
     controls: frozenset[str]
     """Keys of the unstopped controls, the trials that are exempt from stopping."""
+    control_chance: float | None = None
+    """With which a trial that begins now was drawn to be one; None if it was not by chance."""
     rule: StoppingRule = DEFAULT_RULE
     """Which of the other trials are stopped."""
 
@@ -60,7 +63,7 @@ def make_plan(request: Request, *, packing: Packing, fingerprint: str, begun: Ma
 
     trials = expand(cells, seeds=request.seeds, lr_scales=request.lr_scales, order_seed=ORDER_SEED, configure=configure)
     controls = draw_controls(trials, request.controls, ORDER_SEED, begun)
-    return Plan(cells, excluded, trials, controls, request.rule)
+    return Plan(cells, excluded, trials, controls.keys, controls.chance, request.rule)
 
 
 def check_comparable(planned: Sequence[TrialConfig], recorded: Sequence[TrialConfig], experiment: str) -> None:

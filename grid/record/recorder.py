@@ -93,12 +93,13 @@ class Recorder:
             raise InputError(f"can't write to the store {mask(self.store.uri)}: {first_line(error)}; {hint}") from error
         self._thread.start()
 
-    def started(self, config: TrialConfig, *, control: bool) -> None:
+    def started(self, config: TrialConfig, *, control: bool, chance: float | None = None) -> None:
         """Record that a trial has started, or resumes.
 
         Args:
             config: Which trial.
             control: Whether it is an unstopped control.
+            chance: With which it was drawn to be one; recorded when the trial starts for the first time.
         """
         tags = {
             "kind": self._kind,
@@ -106,6 +107,7 @@ class Recorder:
             "cell_key": config.cell_key,
             "control": "true" if control else "false",
         }
+        tags |= {} if chance is None else {"control_chance": repr(chance)}
         self._append(
             Started(
                 trial_key=config.trial_key, time=self._now(), name=config.name, params=config.to_params(), tags=tags
