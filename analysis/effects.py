@@ -8,13 +8,13 @@ import json
 import sys
 import textwrap
 from collections.abc import Sequence
-from math import inf
+from math import inf, isnan
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from analysis.final_effects import FinalEffects, measure_final_effects
+from analysis.final_effects import FinalEffects, measure_experiment
 from analysis.plot import draw_main_effects, effect_rows
 from analysis.rung_effects import RungEffects, measure_rung_effects
 from analysis.store import Experiment, read_experiment
@@ -56,6 +56,7 @@ def _difference_lines(effects: FinalEffects) -> list[str]:
     lines = [f"{'what matters':<15} {'best over worst':<26} {'points':>6}  {'95% interval':<15} {'verdict'}"]
     for row in ordered.to_dict("records"):
         verdict = "sure" if row["sure"] else f"at most {100 * bounds[row['factor']]:.2f}"
+        verdict = "unknown" if isnan(row["high"]) else verdict
         levels = f"{row['level']} over {row['other_level']}"
         ends = f"{100 * row['low']:+.2f} to {100 * row['high']:+.2f}"
         lines.append(f"{row['factor']:<15} {levels:<26} {100 * row['difference']:>6.2f}  {ends:<15} {verdict}")
@@ -172,7 +173,7 @@ def measure(experiment: Experiment, epoch: int | None) -> FinalEffects | RungEff
     """
     trials = experiment.trials
     if epoch is None or epoch == trials["epochs"].max():
-        return measure_final_effects(trials, classes=experiment.classes)
+        return measure_experiment(experiment)
     return measure_rung_effects(trials, epoch=epoch)
 
 

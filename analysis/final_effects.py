@@ -6,7 +6,7 @@ the largest of many differences is not taken for more than it is.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from math import prod
 
@@ -25,6 +25,8 @@ from analysis.anova import (
     in_order,
 )
 from analysis.rung_effects import divergence_rates
+from analysis.stopping import FACTOR, WITHIN, has_verdicts, stop_epochs
+from analysis.store import Experiment
 from analysis.two_phase import Ends, Sample, estimate_ends, level_quantile
 from grid.config import FACTORS, InputError
 from grid.metrics import RUNG_METRIC, rung_epochs
@@ -36,6 +38,8 @@ LARGEST_SHARE = 0.5
 """Coefficients of the two-way model per trial, above which pairs of levels are left out of it."""
 NOTEWORTHY = 0.002
 """Smallest change of an effect, as a fraction, that the note on diverged trials names."""
+
+REPLAYED = "what ASHA would have decided about the unstopped controls is not recorded; its rule was replayed on them"
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,27 @@ def measure_final_effects(
     )
 
 
+def measure_experiment(experiment: Experiment) -> FinalEffects:
+    """Measure the effects at the end in an experiment.
+
+    Stores of older versions lack ASHA's verdicts on controls; there the rule is replayed on them, and a note says so.
+
+    Raises:
+        InputError: As `measure_final_effects`.
+    """
+    trials, factor, within = experiment.trials, experiment.rung_factor, experiment.compared_within
+    if has_verdicts(trials) or not _rungs(trials):
+        return measure_final_effects(trials, classes=experiment.classes)
+    replayed = stop_epochs(
+        trials,
+        _rungs(trials),
+        factor=FACTOR if factor is None else factor,
+        within=WITHIN if within is None else within,
+    )
+    effects = measure_final_effects(trials.assign(stop_epoch=replayed), classes=experiment.classes)
+    return replace(effects, notes=(*effects.notes, *([REPLAYED] if trials["control"].any() else [])))
+
+
 def usable_trials(trials: pd.DataFrame) -> pd.DataFrame:
     """Return the trials that ended with an accuracy: completed, or stopped at a rung that has one.
 
@@ -190,7 +215,8 @@ def _differences(terms: Sequence[Term], weights: dict[str, Array], ends: Ends, c
     for term in _main_effects(terms):
         own, pairs = weights[term.name], np.array(list(combinations(range(len(term.labels)), 2)))
         sums, errors, degrees = ends.interval(own[pairs[:, 0]] - own[pairs[:, 1]], confidence)
-        half = level_quantile(len(term.labels), degrees, confidence) * errors
+        known = bool(np.isfinite(degrees).all())
+        half = errors * (level_quantile(len(term.labels), degrees, confidence) if known else np.nan)
         names = np.array([level for _, level in term.labels])
         higher = np.where(sums >= 0, pairs[:, 0], pairs[:, 1])
         table = pd.DataFrame({"factor": term.name, "level": names[higher], "other_level": names[pairs.sum(1) - higher]})
@@ -228,6 +254,8 @@ def _notes(
     ]
     if left_out:
         yield f"pairs of factors that these trials can't estimate: {', '.join(left_out)}"
+    if len(rows) <= len(coding_matrix(terms)[0]):
+        yield "as many terms as trials: no residual is left, so the effects have no intervals"
     unseen = [
         f"{factor}={level}" for factor, names in varied.items() for level in names if (rows[factor] != level).all()
     ]

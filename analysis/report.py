@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verdict = analyse(read_experiment(options.store, options.experiment))
         options.out.write_text(render(verdict), encoding="utf-8")
         for fact in headline(verdict):
-            print(f"{fact.question}: {fact.answer}. {fact.remark}")
+            print("\n  ".join([f"{fact.question}: {fact.answer}. {fact.remark}".rstrip(), *fact.details]))
         print(f"{options.out}  {options.out.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")
         return 0
 

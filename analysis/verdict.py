@@ -7,10 +7,12 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
-from analysis.final_effects import FinalEffects, measure_final_effects
+from analysis.audit import summarise_loss
+from analysis.final_effects import FinalEffects, measure_experiment
+from analysis.formatting import sentence
 from analysis.rank import rank_cells
 from analysis.rung_effects import RungEffects, measure_rung_effects
-from analysis.stopping import Audit, audit_stopping
+from analysis.stopping import Audit, audit_experiment
 from analysis.store import Experiment
 from grid.config import FACTORS, InputError, cell_name
 from grid.metrics import rung_epochs
@@ -32,6 +34,8 @@ class Fact:
     remark: str
     details: tuple[str, ...] = ()
     """One sentence each, shown as a list."""
+    kind: str = ""
+    """Its name in the page: `use`, `matters`, `fast`, `stopping` or `scope`."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,10 @@ def analyse(experiment: Experiment) -> Verdict:
     """
     trials = experiment.trials
     cells = rank_cells(trials, experiment.finalists, val_images=experiment.val_images)
-    effects = _attempt(lambda: measure_final_effects(trials, classes=experiment.classes))
+    effects = _attempt(lambda: measure_experiment(experiment))
     has_rung = any(rung < trials["epochs"].max() for rung in rung_epochs(trials.columns))
     first = _attempt(lambda: measure_rung_effects(trials)) if has_rung else None
-    return Verdict(
-        experiment, cells, effects, first, _attempt(lambda: audit_stopping(trials, factor=experiment.rung_factor or 3))
-    )
+    return Verdict(experiment, cells, effects, first, _attempt(lambda: audit_experiment(experiment)))
 
 
 def _attempt(measure: Callable[[], Result]) -> Result | Unavailable:
@@ -80,11 +82,13 @@ def _attempt(measure: Callable[[], Result]) -> Result | Unavailable:
 
 def headline(verdict: Verdict) -> Iterator[Fact]:
     """Yield the main results, each in a few sentences."""
-    yield _winner(verdict.cells)
+    yield _winner(verdict)
     if isinstance(verdict.effects, FinalEffects):
         yield what_matters(verdict.effects)
         if isinstance(verdict.first, RungEffects):
             yield _who_learns_fast(verdict.first, verdict.effects)
+    elif len(verdict.cells) > 1:
+        yield Fact("Matters at the end", "unknown", sentence(verdict.effects.reason), kind="matters")
     if isinstance(verdict.audit, Audit):
         yield _what_stopping_cost(verdict.audit)
     yield _scope(verdict.experiment)
@@ -95,16 +99,23 @@ def name_of(cell: Mapping[Any, Any]) -> str:
     return cell_name({factor: str(cell[factor]) for factor in FACTORS})
 
 
-def _winner(cells: pd.DataFrame) -> Fact:
+def _winner(verdict: Verdict) -> Fact:
+    cells, question = verdict.cells, "Use"
     if not len(cells):
-        return Fact("Use", "nothing yet", "No trial has an accuracy: all diverged or failed.")
+        return Fact(question, "nothing yet", "No trial has an accuracy: all diverged or failed.", kind="use")
     best = cells.iloc[0]
     seeds = "one seed" if best["seeds"] == 1 else f"{best['seeds']} {'new ' * (best['tier'] == 'finalist')}seeds"
-    accuracy = f"{best['val_accuracy']:.2%} of the validation images ({seeds}{_margins(best, '')})"
+    details = [f"{best['val_accuracy']:.2%} of the validation images ({seeds}{_margins(best, '')})."]
     if not pd.isna(best["test_accuracy_as_validated"]):
         margins = _margins(best, "test_").removeprefix("; ")
-        accuracy += f", {best['test_accuracy_as_validated']:.2%} on the test set" + (f" ({margins})" if margins else "")
-    return Fact("Use", name_of(best.to_dict()), f"{accuracy}. {_lead(cells)}")
+        details.append(f"{best['test_accuracy_as_validated']:.2%} on the test set{f' ({margins})' if margins else ''}.")
+    details.append(_lead(cells))
+    if best["tier"] != "finalist" and len(cells) > 1:
+        details.append(
+            f"As the best of {count(len(verdict.experiment.trials), 'trial')} it was partly lucky: expect less of "
+            "another seed. grid.confirm trains the best again on new seeds, and tests them."
+        )
+    return Fact(question, name_of(best.to_dict()), "", tuple(details), kind="use")
 
 
 def _margins(best: "pd.Series[Any]", prefix: str) -> str:
@@ -128,21 +139,29 @@ def _lead(cells: pd.DataFrame) -> str:
     tied = int(rivals["tied"].sum()) - 1
     if tied > 0:
         return f"{ahead}; {count(tied, 'other')} may be as good."
+    if pd.isna(best["low"]):
+        return f"{ahead}. How certain that is remains unknown: the store does not say how many images validate."
     return f"{ahead}, more than chance explains."
 
 
 def what_matters(effects: FinalEffects) -> Fact:
     """Return which factors matter at the end of training, the largest difference first, and which do not."""
     largest = effects.differences.drop_duplicates("factor")
-    sure = largest[largest["sure"]].sort_values("difference", ascending=False)
-    rest = largest[~largest["sure"]]
+    sure = largest[largest["sure"]].sort_values("difference", ascending=False, kind="stable")
+    rest = largest[~largest["sure"]].sort_values("difference", ascending=False, kind="stable")
     lines = [_difference(effects, row) for row in sure.to_dict("records")]
-    bounds = effects.differences.groupby("factor")["high"].max()
-    for factor in sorted(rest["factor"], key=lambda name: bounds[name]):
-        lines.append(f"{factor}: less than {100 * bounds[factor]:.1f} points between any two levels")
+    lines += [_bound(effects, factor) for factor in rest["factor"]]
     lines += _pairs(effects)
     question = f"Matters at the end ({count(effects.epochs, 'epoch')})"
-    return Fact(question, ", ".join(sure["factor"]) or "nothing for sure", "", tuple(lines))
+    return Fact(question, ", ".join(sure["factor"]) or "nothing for sure", "", tuple(lines), kind="matters")
+
+
+def _bound(effects: FinalEffects, factor: str) -> str:
+    """Say how much a factor can matter at most."""
+    largest = effects.differences.loc[effects.differences["factor"] == factor, "high"].max()
+    if pd.isna(largest):
+        return f"{factor}: too few trials to say"
+    return f"{factor}: less than {100 * largest:.1f} points between any two levels"
 
 
 def _difference(effects: FinalEffects, row: Mapping[Any, Any]) -> str:
@@ -187,15 +206,17 @@ def _who_learns_fast(first: RungEffects, end: FinalEffects) -> Fact:
     lesson = "" if alike else " Who learns fast is not who ends well."
     remark = f"Correlation of the effects then with those at the end: {correlation:.2f}.{lesson}"
     answer = "it looked much the same" if alike else "it looked different"
-    return Fact(f"After epoch {first.epoch}", answer, remark, tuple(shifts))
+    return Fact(f"After epoch {first.epoch}", answer, remark, tuple(shifts), kind="fast")
 
 
 def _what_stopping_cost(audit: Audit) -> Fact:
-    if not audit.rungs:
-        return Fact("Early stopping", "none", "Every trial had the full budget.")
+    if not audit.rungs or audit.factor == 1:
+        return Fact("Early stopping", "none", "Every trial had the full budget.", kind="stopping")
     savings = audit.savings
     saved = (savings["saved"] * savings["epochs_full"]).sum() / max(1, savings["epochs_full"].sum())
-    return Fact("Early stopping", f"saved {saved:.0%} of the epochs", "")
+    lost = [sentence(loss) for loss in summarise_loss(audit)]
+    unknown = "What it cost is unknown: no unstopped control that ASHA would have stopped has completed."
+    return Fact("Early stopping", f"saved {saved:.0%} of the epochs", "" if lost else unknown, tuple(lost), "stopping")
 
 
 def _scope(experiment: Experiment) -> Fact:
@@ -206,7 +227,17 @@ def _scope(experiment: Experiment) -> Fact:
     epochs = count(int(experiment.trials["epochs"].max()), "epoch")
     name = data.get("name")
     answer = f"{name}, {images}, {epochs}" if isinstance(name, str) else f"these images, {epochs}"
+    return Fact("Holds for", answer, "", tuple(_limits(experiment)), kind="scope")
+
+
+def _limits(experiment: Experiment) -> Iterator[str]:
+    """Yield what may not be concluded."""
     scales = experiment.trials["lr_scale"].nunique()
-    rates = f"the best of {scales} learning-rate scales per cell" if scales > 1 else "one base rate per optimizer"
-    remark = f"With {rates}. Other data, longer training or other learning rates may turn the order around."
-    return Fact("Holds for", answer, remark)
+    if scales > 1:
+        yield f"Each cell was trained with {scales} learning-rate scales; other rates may change the order."
+    else:
+        yield "One base learning rate per optimizer: what needs another rate may look worse than it is."
+    yield (
+        "The intervals of effects say what another seed would change. They do not cover other images, data sets, "
+        "networks or longer training."
+    )

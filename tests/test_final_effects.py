@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.final_effects import FinalEffects, measure_final_effects, usable_trials
+from analysis.final_effects import REPLAYED, FinalEffects, measure_experiment, measure_final_effects, usable_trials
+from analysis.store import Experiment
 from grid.config import FACTORS, LEVELS, InputError
 from tests.stopped_grids import EPOCHS, Grid, cells_of, make_grid, true_effects
 
@@ -281,3 +282,30 @@ def test_without_noise_the_effects_are_exact_and_sure() -> None:
     effects = measure_final_effects(grid.never_stopped())
     assert difference(effects, "model")[["difference", "low", "high"]].tolist() == pytest.approx([0.05] * 3)
     assert bool(difference(effects, "model")["sure"])
+
+
+def test_as_many_terms_as_trials_leave_no_intervals() -> None:
+    effects = measure_final_effects(make_grid({"model": 2}).never_stopped())
+    assert effects.differences[["low", "high"]].isna().all(axis=None)
+    assert effects.levels["effect"].notna().all()
+    assert not effects.differences["sure"].any()
+    assert "as many terms as trials: no residual is left, so the effects have no intervals" in effects.notes
+
+
+def experiment_of(trials: pd.DataFrame) -> Experiment:
+    return Experiment("sqlite://", "name", "", trials, pd.DataFrame(), {}, ())
+
+
+def test_recorded_verdicts_on_controls_are_taken_as_they_are() -> None:
+    trials = drawn(make_grid(), 30)
+    found, expected = measure_experiment(experiment_of(trials)), measure_final_effects(trials)
+    pd.testing.assert_frame_equal(found.levels, expected.levels)
+    assert REPLAYED not in found.notes
+
+
+def test_where_no_verdict_on_controls_is_recorded_the_rule_is_replayed() -> None:
+    trials = drawn(make_grid(), 30)
+    old = trials.assign(control_chance=np.nan, stop_epoch=trials["stop_epoch"].mask(trials["control"]))
+    effects = measure_experiment(experiment_of(old))
+    assert effects.probed == pytest.approx(30, abs=5)
+    assert REPLAYED in effects.notes

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jinja2
 
-from analysis.page.sections import sections
+from analysis.page.sections import headline_figure, sections
 from analysis.store import Experiment
 from analysis.verdict import Verdict, headline
 from grid.config import FACTORS
@@ -29,6 +29,7 @@ def render(verdict: Verdict) -> str:
         title=experiment.name,
         subtitle=_subtitle(experiment),
         headline=list(headline(verdict)),
+        differences=headline_figure(verdict),
         sections=list(sections(verdict)),
         texts=TEXTS,
         manifest=json.dumps(experiment.manifest, indent=1) if experiment.manifest else "",

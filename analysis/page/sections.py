@@ -63,21 +63,28 @@ class Section:
 
 
 def sections(verdict: Verdict) -> Iterator[Section]:
-    """Yield the sections in the order of the page.
+    """Yield the sections that have something to say, in the order of the page.
 
     Raises:
         InputError: The store does not answer.
     """
-    yield leaderboard(verdict)
-    yield effects(verdict)
-    yield interactions(verdict)
-    yield first_rung(verdict)
-    yield curves(verdict)
-    yield divergence(verdict)
-    yield cost(verdict)
-    yield stopping(verdict)
-    yield finalists(verdict)
-    yield samples(verdict)
+    parts = (leaderboard, effects, interactions, first_rung, curves, divergence, cost, stopping, finalists, samples)
+    for part in parts:
+        if section := part(verdict):
+            yield section
+
+
+def headline_figure(verdict: Verdict) -> Figure | None:
+    """Return the picture beside what matters at the end."""
+    if isinstance(verdict.effects, Unavailable):
+        return None
+    rows = plot.difference_rows(verdict.effects.differences)
+    picture = Markup(plot.draw_differences(rows))  # noqa: S704  (drawn here)
+    return Figure(
+        "The largest difference of each factor, with 95% intervals",
+        picture,
+        format_table(rows, DIFFERENCES, low=points, high=points),
+    )
 
 
 def leaderboard(verdict: Verdict) -> Section:
@@ -105,11 +112,11 @@ def leaderboard(verdict: Verdict) -> Section:
     return Section("Leaderboard", text + notes, tables=tables)
 
 
-def effects(verdict: Verdict) -> Section:
-    """Return the effect of each level at the end of training."""
+def effects(verdict: Verdict) -> Section | None:
+    """Return the effect of each level at the end of training; None for a single cell."""
     found = verdict.effects
     if isinstance(found, Unavailable):
-        return Section("Effects at the end", [sentence(found.reason)])
+        return Section("Effects at the end", [sentence(found.reason)]) if len(verdict.cells) > 1 else None
     lead = (
         f"What each level does to the validation accuracy after {count(found.epochs, 'epoch')}, averaged over all "
         "combinations of the other factors. "
@@ -134,13 +141,11 @@ def effects(verdict: Verdict) -> Section:
     return Section("Effects at the end", [lead, *map(sentence, found.notes)], figures, tables)
 
 
-def first_rung(verdict: Verdict) -> Section:
-    """Return what the levels do after the first rung: who learns fast."""
+def first_rung(verdict: Verdict) -> Section | None:
+    """Return what the levels do after the first rung, who learns fast; None if there is no rung or no effect."""
     found = verdict.first
-    if found is None:
-        return Section("Who learns fast", ["There is no rung before the end of the budget."])
-    if isinstance(found, Unavailable):
-        return Section("Who learns fast", [sentence(found.reason)])
+    if found is None or isinstance(found, Unavailable):
+        return None
     lead = (
         f"Accuracies after epoch {found.epoch}, before any trial was stopped. This is another question than who ends "
         "well: techniques that start slowly look worse here than they are."
@@ -163,11 +168,11 @@ def first_rung(verdict: Verdict) -> Section:
     return Section("Who learns fast", [lead, *map(sentence, found.notes)], figures)
 
 
-def interactions(verdict: Verdict) -> Section:
-    """Return the pairs of factors whose levels help or hinder each other most at the end."""
+def interactions(verdict: Verdict) -> Section | None:
+    """Return the pairs of factors whose levels help or hinder each other most at the end; None without estimates."""
     found = verdict.effects
     if isinstance(found, Unavailable) or found.interactions.empty:
-        return Section("Interactions", ["No interaction of two factors could be estimated."])
+        return None
     pairs = plot.strongest_interactions(found.interactions)
     if not pairs:
         return Section("Interactions", ["No pair of levels stands out beyond the sum of its two effects."])
@@ -209,7 +214,7 @@ def curves(verdict: Verdict) -> Section:
     figures.append(Figure("How far trials got", Markup(plot.draw_funnel(funnel)), format_table(funnel)))  # noqa: S704
     text = [
         f"For each model and outcome at most {plot.CURVES_PER_MODEL} curves are drawn, chosen at random. Averages over "
-        "the trials that survived early stopping are not a fair comparison of techniques; main effects are."
+        "the trials that survived early stopping are not a fair comparison of techniques; the effects at the end are."
     ]
     return Section("Learning curves", text, figures)
 
@@ -266,12 +271,12 @@ def finalists(verdict: Verdict) -> Section:
     return Section("Finalists", text, figures)
 
 
-def samples(verdict: Verdict) -> Section:
-    """Return a picture of training images."""
+def samples(verdict: Verdict) -> Section | None:
+    """Return a picture of training images; None if the store has none."""
     experiment = verdict.experiment
     sheet = read_artifact(experiment.uri, experiment.parent_id, "samples.png")
     if sheet is None:
-        return Section("Samples", ["The store has no picture of the images."])
+        return None
     return Section("Samples", figures=[Figure("Training images, a few of each class", _image(sheet, "sample images"))])
 
 
