@@ -55,6 +55,15 @@ INTERACTIONS = pd.DataFrame(
     ]
     + [("model", "mlp", "dropout", "on", 0.5)],
     columns=["factor", "level", "other_factor", "other_level", "effect"],
+).assign(stands_out=True)
+DIFFERENCES = pd.DataFrame(
+    [
+        ("model", "cnn", "mlp", 0.02, -0.01, 0.05, False),
+        ("optimizer", "adam", "sgd", 0.06, 0.04, 0.08, True),
+        ("optimizer", "adam", "rmsprop", 0.03, 0.01, 0.05, True),
+        ("dropout", "off", "on", 0.01, 0.005, 0.015, True),
+    ],
+    columns=["factor", "level", "other_level", "difference", "low", "high", "sure"],
 )
 CELLS = pd.DataFrame(
     {
@@ -69,6 +78,7 @@ DRAWINGS: dict[str, Callable[[], str]] = {
     "curves": lambda: plot.draw_curves(plot.curve_sample(TRIALS), CURVES, "mlp"),
     "other curves": lambda: plot.draw_curves(plot.curve_sample(TRIALS), CURVES, "cnn"),
     "funnel": lambda: plot.draw_funnel(plot.funnel_table(TRIALS)),
+    "differences": lambda: plot.draw_differences(plot.difference_rows(DIFFERENCES)),
     "main effects": lambda: plot.draw_main_effects(plot.effect_rows(LEVELS)),
     "variance": lambda: plot.draw_variance(plot.variance_bars(VARIANCE)),
     "interaction": lambda: plot.draw_interaction(MAP, ("model", "optimizer")),
@@ -204,9 +214,30 @@ def test_factors_pairs_and_the_rest_differ_in_colour(drawn: list[Axes]) -> None:
     assert [text.get_text().strip() for text in drawn[0].texts] == ["50.0%", "30.0%", "16.0%", "4.0%"]
 
 
-def test_the_strongest_interactions_are_pairs_of_factors() -> None:
-    assert plot.strongest_interactions(VARIANCE, 1) == [("model", "optimizer")]
-    assert plot.strongest_interactions(VARIANCE) == [("model", "optimizer"), ("model", "dropout")]
+def test_the_strongest_interactions_are_the_pairs_that_stand_out_the_strongest_first() -> None:
+    assert plot.strongest_interactions(INTERACTIONS, 1) == [("model", "dropout")]
+    assert plot.strongest_interactions(INTERACTIONS) == [("model", "dropout"), ("model", "optimizer")]
+    hidden = INTERACTIONS.assign(stands_out=INTERACTIONS["other_factor"] == "optimizer")
+    assert plot.strongest_interactions(hidden) == [("model", "optimizer")]
+
+
+def test_of_each_factor_the_largest_difference_is_drawn_the_sure_ones_first() -> None:
+    rows = plot.difference_rows(DIFFERENCES)
+    assert list(rows["factor"]) == ["optimizer", "dropout", "model"]
+    assert rows["other_level"][0] == "sgd"
+
+
+def test_a_difference_is_drawn_with_its_interval_and_names_both_levels(drawn: list[Axes]) -> None:
+    DRAWINGS["differences"]()
+    assert [text.get_text() for text in drawn[0].texts] == [
+        *("optimizer: adam over sgd", "dropout: off over on", "model: cnn over mlp")
+    ]
+    assert [bar.lines[0].get_xdata()[0] for bar in drawn[0].containers] == pytest.approx([6, 1, 2])
+    (segment,) = drawn[0].containers[0].lines[2][0].get_segments()
+    assert segment[:, 0] == pytest.approx([4, 8])
+    colours = [bar.lines[0].get_color() for bar in drawn[0].containers]
+    assert colours == [plot.BLUE, plot.BLUE, plot.MUTED]
+    assert legend_of(drawn[0]) == {"sure", "may be chance"}
 
 
 def test_a_map_has_the_effects_of_its_pair_and_more_rows_than_columns() -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from analysis.report import main
+from analysis.store import read_experiment
+from analysis.verdict import analyse, headline
 from grid.config import TrialConfig
 from grid.metrics import EpochReport
 from grid.record.recorder import Recorder
@@ -18,7 +20,7 @@ from grid.record.store import Store
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome here")
 GOOD = [0.3, 0.5, 0.6]
-QUESTIONS = ["Best cell", "Matters most after epoch 1", "Matters most after epoch 9", "Early stopping"]
+QUESTIONS = ["Use", "Matters at the end (9 epochs)", "After epoch 1", "Early stopping", "Holds for"]
 FRAME = """<!doctype html><iframe src="{page}" width="{width}" height="900" style="border: 0"></iframe><pre></pre>
 <script>addEventListener("message", (event) => {{ document.querySelector("pre").textContent = event.data; }});</script>
 """
@@ -89,8 +91,19 @@ def test_the_headline_is_also_printed(
 ) -> None:
     report(finished_store, tmp_path)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines[:4]] == QUESTIONS
-    assert lines[4].startswith(f"{tmp_path}/page.html  0.")
+    assert [line.split(":")[0] for line in lines if not line.startswith("  ")][:5] == QUESTIONS
+    assert any(line.startswith("  optimizer: adam over asgd, ") for line in lines)
+    assert lines[-1].startswith(f"{tmp_path}/page.html  0.")
+
+
+def test_all_of_the_headline_is_on_the_page(finished_page: Path, finished_store: Store) -> None:
+    page = finished_page.read_text(encoding="utf-8")
+    text = words(page)
+    for fact in headline(analyse(read_experiment(finished_store.uri, "finished"))):
+        assert all(part in text for part in (fact.question, fact.answer, fact.remark, *fact.details))
+    first_screen = page[: page.index("<nav>")]
+    assert first_screen.count("<svg") == 1
+    assert "The largest difference of each factor" in first_screen
 
 
 def test_the_page_starts_with_what_was_trained(finished_page: Path) -> None:
@@ -121,15 +134,15 @@ def test_a_single_trial_has_a_page(store: Store, tmp_path: Path) -> None:
     fill(store, tmp_path, ("relu", "completed", GOOD))
     text = words(report(store, tmp_path))
     assert "1 cell; 1 trial of at most 3 epochs; 900 validation images; commit 0123456" in text
-    assert "60.00% of the validation images (one seed). It is the only cell." in text
-    assert "Every factor has an accuracy at one level only; run a grid with two levels of a factor." in text
+    assert "60.00% of the validation images (one seed; ±3.2 for other images). It is the only cell." in text
+    assert "one level only" not in text
 
 
 def test_a_single_cell_with_several_seeds_has_a_page(store: Store, tmp_path: Path) -> None:
     fill(store, tmp_path, *[("relu", "completed", [accuracy]) for accuracy in (0.5, 0.5, 0.6, 0.6)])
     text = words(report(store, tmp_path))
-    assert "55.00% of the validation images (2 seeds). It is the only cell." in text
-    assert "Every factor has an accuracy at one level only" in text
+    assert "55.00% of the validation images (2 seeds; " in text
+    assert "Effects at the end" not in text
 
 
 def test_a_grid_whose_trials_all_diverged_has_a_page(store: Store, tmp_path: Path) -> None:
@@ -143,7 +156,8 @@ def test_a_grid_whose_trials_all_diverged_has_a_page(store: Store, tmp_path: Pat
 def test_a_grid_without_controls_says_what_is_unknown(store: Store, tmp_path: Path) -> None:
     fill(store, tmp_path, ("relu", "completed", GOOD), ("gelu", "stopped", [0.2]))
     text = words(report(store, tmp_path))
-    assert "What it cost is unknown: it would have stopped no unstopped control." in text
+    assert "What it cost is unknown: no unstopped control that ASHA would have stopped has completed." in text
+    assert text.count("Effects at the end are unknown: it was seen of 0 unstopped controls") == 2
     assert (
         "No unstopped controls: the cost of stopping is unknown; run grid.run with --controls 0.05 next time." in text
     )
@@ -162,7 +176,7 @@ def test_a_store_of_another_program_has_a_page_without_a_manifest(store: Store, 
     store.client.set_tag(store.parent_id, "kind", "something else")
     text = words(report(store, tmp_path))
     assert "The store has no manifest (grid.json) of this experiment" in text
-    assert "The store has no picture of the images." in text
+    assert "Samples" not in text
     assert "1 run left out: no tag kind=trial, kind=confirm or kind=grid." in text
 
 
@@ -224,7 +238,7 @@ def test_in_a_browser_all_figures_are_drawn_and_nothing_is_wider_than_the_window
     framed: Callable[[int], dict[str, object]], finished_page: Path, width: int
 ) -> None:
     found = framed(width)
-    assert len(found["sizes"]) == finished_page.read_text(encoding="utf-8").count("<figure>") == 14
+    assert len(found["sizes"]) == finished_page.read_text(encoding="utf-8").count("<figure>") == 11
     assert all(0 < figure[0] <= width and figure[1] > 20 and figure[2] > 0 for figure in found["sizes"])
     assert found["page"] <= found["window"] <= width
 

@@ -1,20 +1,20 @@
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from analysis import plot
 from analysis.audit import WORDING
+from analysis.final_effects import FinalEffects
 from analysis.formatting import percent
 from analysis.page import sections
 from analysis.page.sections import Section
+from analysis.rung_effects import RungEffects
 from analysis.store import read_experiment
 from analysis.verdict import Unavailable, Verdict, analyse
 from grid.record.store import Store
 
 TITLES = (
-    *("Leaderboard", "Main effects", "Interactions", "Learning curves", "Divergence"),
-    *("Cost", "Early stopping", "Finalists", "Samples"),
+    *("Leaderboard", "Effects at the end", "Interactions", "Who learns fast", "Learning curves"),
+    *("Divergence", "Cost", "Early stopping", "Finalists", "Samples"),
 )
 
 
@@ -33,12 +33,13 @@ def page(verdict: Verdict, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def test_every_section_is_present_in_order_with_its_own_anchor(page: dict[str, Section]) -> None:
     assert tuple(page) == TITLES
     assert len({section.anchor for section in page.values()}) == len(TITLES)
-    assert page["Main effects"].anchor == "main-effects"
+    assert page["Effects at the end"].anchor == "effects-at-the-end"
 
 
 def test_the_leaders_are_those_of_the_ranking(page: dict[str, Section], verdict: Verdict) -> None:
     rows = page["Leaderboard"].tables[0].rows
-    assert list(rows["val acc"]) == [percent(value) for value in verdict.cells["val_accuracy"][:20]]
+    shown = [value.rstrip("*") for value in rows["val acc"]]
+    assert shown == [percent(value) for value in verdict.cells["val_accuracy"][:20]]
     assert rows.loc[0, ["rank", "cell", "tie", "epochs"]].tolist() == [
         *(1, "cnn constant gelu adam batch_norm", "yes", "9 of 9"),
     ]
@@ -68,23 +69,62 @@ def test_notes_of_the_store_precede_the_ranking(verdict: Verdict) -> None:
     assert sections.leaderboard(noted).text[-1] == "1 run left out: deleted."
 
 
-def test_the_effects_have_a_row_per_level_and_a_line_per_term(page: dict[str, Section], verdict: Verdict) -> None:
-    first, last, variance = page["Main effects"].figures
-    assert len(first.table) == len(last.table) == len(verdict.effects.levels)
-    assert "after epoch 9, from 10 unstopped controls alone" in last.caption
-    assert list(variance.table["term"]) == list(verdict.effects.variance["term"])
+def test_the_effects_at_the_end_have_a_row_per_level_and_per_difference(
+    page: dict[str, Section], verdict: Verdict
+) -> None:
+    section = page["Effects at the end"]
+    assert isinstance(verdict.effects, FinalEffects)
+    assert len(section.figures[0].table) == len(verdict.effects.levels)
+    assert len(section.tables[0].rows) == len(verdict.effects.differences) == 6
+    assert list(section.tables[0].rows)[:4] == ["factor", "level", "over", "points"]
+    assert f"corrected by {verdict.effects.probed} unstopped controls" in section.text[0]
 
 
-def test_interactions_name_their_factors(page: dict[str, Section]) -> None:
-    figures = page["Interactions"].figures
-    assert len(figures) == plot.HEAT_MAPS
-    first, second = figures[0].caption.split(" x ")
-    assert list(figures[0].table)[:2] == [first, second]
+def test_the_first_rung_has_a_row_per_level_and_a_line_per_term(page: dict[str, Section], verdict: Verdict) -> None:
+    levels, variance = page["Who learns fast"].figures
+    assert isinstance(verdict.first, RungEffects)
+    assert len(levels.table) == len(verdict.first.levels)
+    assert list(variance.table["term"]) == list(verdict.first.variance["term"])
+    assert page["Who learns fast"].text[0].startswith("Accuracies after epoch 1, before any trial was stopped.")
 
 
-def test_without_interactions_a_sentence_says_so(verdict: Verdict) -> None:
-    found = sections.interactions(replace(verdict, effects=Unavailable("one level only")))
-    assert found == Section("Interactions", ["No interaction of two factors could be estimated."])
+def test_the_picture_of_the_headline_has_a_line_per_factor(verdict: Verdict) -> None:
+    figure = sections.headline_figure(verdict)
+    assert figure is not None
+    assert sorted(figure.table["factor"]) == ["activation", "batch_norm", "model", "optimizer"]
+    assert figure.table["sure"][0] == "yes"
+
+
+def test_pairs_that_stand_out_are_drawn_and_named(verdict: Verdict) -> None:
+    effects = verdict.effects
+    assert isinstance(effects, FinalEffects)
+    pairs = effects.interactions.assign(stands_out=effects.interactions["factor"] == "model")
+    section = sections.interactions(replace(verdict, effects=replace(effects, interactions=pairs)))
+    assert section is not None
+    assert len(section.figures) == 3
+    assert all(figure.caption.startswith("model x ") for figure in section.figures)
+    assert next(iter(section.figures[0].table)) == "model"
+
+
+def test_that_no_pair_stands_out_is_a_result(verdict: Verdict) -> None:
+    effects = verdict.effects
+    assert isinstance(effects, FinalEffects)
+    plain = replace(effects, interactions=effects.interactions.assign(stands_out=False))
+    section = sections.interactions(replace(verdict, effects=plain))
+    assert section == Section("Interactions", ["No pair of levels stands out beyond the sum of its two effects."])
+
+
+def test_sections_without_anything_to_say_are_left_out(verdict: Verdict) -> None:
+    reason = Unavailable("every factor has an accuracy at one level only")
+    orphan = replace(verdict.experiment, parent_id="")
+    single = replace(verdict, experiment=orphan, cells=verdict.cells[:1], effects=reason, first=reason)
+    empty = (sections.effects, sections.interactions, sections.first_rung, sections.samples, sections.headline_figure)
+    assert [part(single) for part in empty] == [None] * 5
+
+
+def test_effects_that_are_unknown_are_explained(verdict: Verdict) -> None:
+    section = sections.effects(replace(verdict, effects=Unavailable("effects at the end are unknown: no controls")))
+    assert section == Section("Effects at the end", ["Effects at the end are unknown: no controls."])
 
 
 def test_each_model_has_its_curves_and_all_have_a_funnel(page: dict[str, Section]) -> None:
@@ -121,7 +161,7 @@ def test_the_tables_of_stopping_have_captions_remarks_and_plain_headers(page: di
 
 
 def test_the_tables_of_stopping_have_the_figures_of_the_audit(page: dict[str, Section], verdict: Verdict) -> None:
-    _, correlations, false_stops, _, baseline = (table.rows for table in page["Early stopping"].tables)
+    _, correlations, false_stops, _, _, baseline = (table.rows for table in page["Early stopping"].tables)
     assert list(correlations["95% from"]) == [f"{low:.2f}" for low in verdict.audit.correlations["low"]]
     assert list(false_stops["to"]) == [f"{high:.2%}" for high in verdict.audit.false_stops["high"]]
     first = verdict.audit.baseline.iloc[0]
@@ -161,8 +201,3 @@ def test_the_command_that_confirms_can_be_pasted(verdict: Verdict) -> None:
     unconfirmed = replace(verdict, experiment=named, cells=verdict.cells[verdict.cells["tier"] != "finalist"])
     (text,) = sections.finalists(unconfirmed).text
     assert "--experiment &#39;it&#39;&#34;&#39;&#34;&#39;s &lt;mine&gt;&#39;</code>" in text
-
-
-def test_without_a_parent_run_there_are_no_samples(verdict: Verdict, tmp_path: Path) -> None:
-    orphan = replace(verdict, experiment=replace(verdict.experiment, parent_id=""))
-    assert sections.samples(orphan) == Section("Samples", ["The store has no picture of the images."])
