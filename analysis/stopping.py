@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import chi2, fisher_exact, norm
-from statsmodels.stats.multitest import multipletests
+from scipy.stats import chi2, hypergeom, norm
 from statsmodels.stats.proportion import proportion_confint
 
+from analysis.anova import holm
 from analysis.store import Experiment
 from grid.config import FACTORS, STEP_PARTS, InputError
 from grid.metrics import RUNG_METRIC, rung_epochs
@@ -31,7 +31,7 @@ TOP = 10
 """Best completed trials of a model that a cheaper rule should not lose."""
 MIN_FOR_INTERVAL = 4
 """Controls below which a rank correlation has no interval."""
-MIN_FOR_LOSS = 12
+MIN_FOR_LOSS = 20
 """Completed controls that the rule would have stopped below which the loss of accuracy has no bound."""
 HELD_BACK = 1 / 3
 """A level is held back if its trials continue at less than this share of the rate of the factor's other levels."""
@@ -230,7 +230,8 @@ def best_at_most(ends: NDArray[np.float64], unseen: int, confidence: float) -> f
 
     The best quarter of the sample is taken as the upper quarter of a normal distribution. Accuracies have an end and
     are usually skewed downwards, so their upper quarter is shorter than that, and the limit is conservative. The mean
-    excess over the quarter's lower end is taken as that of exponential draws, which vary more than normal ones.
+    excess over the quarter's lower end is taken as that of exponential draws, which vary more than normal ones. A small
+    group of far better trials is covered only if the sample has some of them.
 
     Args:
         ends: Accuracies at the full budget of a random sample of the trials that the rule stops, `[control]`.
@@ -284,7 +285,7 @@ def held_back(
     table = pd.DataFrame(rows, columns=["factor", "level", "rung", "rate", "others", "p"])
     if table.empty:
         return table
-    table["p"] = multipletests(table["p"], method="holm")[1]
+    table["p"] = holm(table["p"])
     found = table[(table["p"] < 1 - confidence) & (table["rate"] < HELD_BACK * table["others"])]
     return found.drop_duplicates(["factor", "level"]).reset_index(drop=True)
 
@@ -300,8 +301,8 @@ def _rates_at(
         went, came = table["sum"].sum(), table["count"].sum()
         for level, passed, number in table.itertuples() if len(table) > 1 else ():
             others, rest = went - passed, came - number
-            p = fisher_exact([[passed, number - passed], [others, rest - others]], alternative="less").pvalue
-            yield factor, str(level), rung, passed / number, others / rest, float(p)
+            p = float(hypergeom.cdf(passed, came, went, number))
+            yield factor, str(level), rung, passed / number, others / rest, p
 
 
 def clopper_pearson(successes: int, total: int, confidence: float) -> tuple[float, float]:

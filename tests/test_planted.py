@@ -5,7 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.effects import measure_effects
+from analysis.rung_effects import measure_rung_effects
+from analysis.stopping import stop_epochs
 from benchmarks.planted import coverage
 from benchmarks.planted.__main__ import main
 from benchmarks.planted.coverage import compare, examine, format_summary, least_squares, summarise, tally_ranking
@@ -41,7 +42,7 @@ def test_without_noise_the_planted_effects_are_differences_of_means(point: int) 
 @pytest.mark.parametrize("plan", [NOISELESS, Plan(noise_sd=0, holes=True), Plan(noise_sd=0, seeds=2)])
 def test_without_noise_the_analysis_finds_the_planted_effects(plan: Plan) -> None:
     simulated = grid(plan)
-    effects = measure_effects(simulated.trials, epoch=1)
+    effects = measure_rung_effects(simulated.trials, epoch=1)
     for table in (effects.levels, effects.interactions):
         assert compare(table, simulated.truth, 0)["error"].abs().max() < 1e-9
 
@@ -89,21 +90,25 @@ def test_trials_diverge_where_their_levels_do() -> None:
     assert not (grid().trials["status"] == "diverged").any()
 
 
+@pytest.mark.parametrize("holes", [False, True])
+def test_controls_have_the_verdicts_that_the_other_trials_get(holes: bool) -> None:
+    trials = grid(Plan(holes=holes, seeds=2)).trials
+    others = trials[~trials["control"]]
+    assert (others["stop_epoch"].notna() == (others["status"] == "stopped")).all()
+    rates = trials[trials["val_accuracy_at_1"].notna()].groupby("control")["stop_epoch"].agg(lambda at: at.eq(1).mean())
+    assert rates[True] == pytest.approx(rates[False], abs=0.2)
+    replayed = stop_epochs(trials.drop(columns=["stop_epoch", "control_chance"]), RUNGS)[trials["control"]]
+    assert (replayed.fillna(0) == trials.loc[trials["control"], "stop_epoch"].fillna(0)).mean() > 0.8
+
+
 def count_false_stops(simulated: Grid, model: str) -> float:
     """Count the false stops again, trial by trial, as they are defined."""
     trials = [row for row in simulated.trials.to_dict("records") if row["model"] == model]
     ends = {row["trial_key"]: row for row in simulated.unstopped.to_dict("records")}
-    stopped: set[str] = set()
-    for rung in RUNGS:
-        name = f"val_accuracy_at_{rung}"
-        reached = sorted((row[name] for row in trials if not math.isnan(row[name])), reverse=True)
-        lost = [row for row in trials if row["status"] == "diverged" and row["epochs_run"] <= rung]
-        before = [row for row in lost if rung == 3 and row["epochs_run"] == 1]
-        threshold = reached[math.ceil((len(reached) + len(lost) - len(before)) / 3) - 1]
-        stopped |= {row["trial_key"] for row in trials if ends[row["trial_key"]][name] < threshold}
+    stopped = {row["trial_key"] for row in trials if not math.isnan(row["stop_epoch"])}
     survivors = [r for r in trials if r["status"] == "completed" and not (r["control"] and r["trial_key"] in stopped)]
-    median = np.median([row["best_val_accuracy"] for row in survivors])
-    wrong = [k for k in stopped if ends[k]["status"] == "completed" and ends[k]["best_val_accuracy"] > median]
+    median = np.median([row["final_val_accuracy"] for row in survivors])
+    wrong = [k for k in stopped if ends[k]["status"] == "completed" and ends[k]["final_val_accuracy"] > median]
     return len(wrong) / len(stopped)
 
 
