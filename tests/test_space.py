@@ -1,4 +1,3 @@
-from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -6,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grid.config import FACTORS, LEVELS, InputError, TrialConfig, check_level
-from grid.plan.space import EXCLUSIONS, GRIDS, Cell, cross, draw_controls, expand, find_grid, restrict, settings_of
+from grid.plan.space import EXCLUSIONS, GRIDS, Cell, cross, expand, find_grid, restrict, settings_of
 
 drawn_levels = st.fixed_dictionaries(
     {factor: st.lists(st.sampled_from(names), min_size=1, unique=True).map(tuple) for factor, names in LEVELS.items()}
@@ -114,28 +113,6 @@ def test_the_order_is_random_and_follows_its_seed() -> None:
 def test_a_grid_that_grows_keeps_the_order_it_had() -> None:
     small = trials_of("smoke")
     assert [trial for trial in trials_of("smoke", seeds=3) if trial.seed == 0] == small
-
-
-def test_controls_are_the_share_asked_for() -> None:
-    trials = trials_of("full")
-    assert len(draw_controls(trials, 0.03, 0)) == 58
-    assert len(draw_controls(trials, 0.0, 0)) == 0
-    assert len(draw_controls(trials, 1e-9, 0)) == 1
-    assert len(draw_controls(trials, 1.0, 0)) == 1920
-
-
-def test_controls_spread_evenly_over_the_levels() -> None:
-    trials = trials_of("full")
-    controls = draw_controls(trials, 0.03, 0)
-    for factor in FACTORS:
-        counts = Counter(trial.cell[factor] for trial in trials if trial.trial_key in controls)
-        assert max(counts.values()) - min(counts.values()) <= 3, factor
-
-
-def test_controls_follow_their_seed() -> None:
-    trials = trials_of("full")
-    assert draw_controls(trials, 0.03, 0) == draw_controls(trials[::-1], 0.03, 0)
-    assert draw_controls(trials, 0.03, 0) != draw_controls(trials, 0.03, 1)
 
 
 def test_settings_are_the_same_for_all_trials() -> None:

@@ -19,9 +19,10 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_full_grid_is_1920_trials_and_58_controls() -> None:
+def test_the_full_grid_is_1920_trials_and_60_controls() -> None:
     full = plan()
-    assert (len(full.cells), len(full.trials), len(full.controls)) == (1920, 1920, 58)
+    assert (len(full.cells), len(full.trials), len(full.controls)) == (1920, 1920, 60)
+    assert full.control_chance == 60 / 1920
 
 
 def test_eighty_cells_of_the_mlp() -> None:
@@ -77,10 +78,24 @@ def test_more_seeds_levels_and_learning_rate_scales_can_be_compared() -> None:
     check_comparable(recorded, [], "x")
 
 
-def test_a_grown_grid_keeps_the_controls_that_have_begun() -> None:
-    small = plan("--grid", "smoke", "--controls", "0.1")
-    begun = {trial.trial_key: trial.trial_key in small.controls for trial in small.trials}
-    request = read_request(_parser().parse_args(["--grid", "smoke", "--controls", "0.1", "--seeds", "3"]))
-    grown = make_plan(request, packing=Packing(1, 1.0, 0.0), fingerprint="abc", begun=begun)
-    assert len(grown.controls) == 10  # a tenth of 96
-    assert {key for key in grown.controls if key in begun} == small.controls
+def resume(before: Plan, *arguments: str) -> Plan:
+    """Return the plan of another command, once every trial of a plan has begun."""
+    begun = {trial.trial_key: trial.trial_key in before.controls for trial in before.trials}
+    request = read_request(_parser().parse_args(arguments))
+    return make_plan(request, packing=Packing(1, 1.0, 0.0), fingerprint="abc", begun=begun)
+
+
+def test_a_grown_grid_keeps_the_controls_that_have_begun_and_draws_among_the_others() -> None:
+    small = plan("--grid", "smoke")
+    keys = {trial.trial_key for trial in small.trials}
+    grown = resume(small, "--grid", "smoke", "--seeds", "3")
+    assert grown.controls & keys == small.controls
+    assert grown.controls - keys == plan("--grid", "smoke", "--seeds", "3").controls - keys
+    assert (small.control_chance, grown.control_chance) == (10 / 32, 32 / 96)
+
+
+def test_another_share_changes_nothing_for_the_trials_that_have_begun() -> None:
+    small = plan("--grid", "smoke")
+    assert resume(small, "--grid", "smoke", "--controls", "1").controls == small.controls
+    grown = resume(small, "--grid", "smoke", "--controls", "0", "--lr-scales", "0.5,1")
+    assert (grown.controls, grown.control_chance) == (small.controls, 0)

@@ -8,10 +8,10 @@ References:
     and Nachtsheim 1995, https://doi.org/10.1080/00401706.1995.10485889 (coordinate exchange).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import combinations
+from hashlib import sha256
 from math import prod
 
 import numpy as np
@@ -26,8 +26,12 @@ MOST_COLUMNS = 400
 """Coefficients of the two-way model, above which pairs of levels are left out of account."""
 PASSES = 5
 """Over the design, at most; later ones gain next to nothing."""
+MOST_VISITS = 10_000
+"""Levels looked at in all passes, each of one factor in one cell; the larger a design, the less there is to gain."""
 NEGLIGIBLE = 0.01
 """Relative gain below which an exchange is not made."""
+TIE = 1e-6
+"""Relative difference of gains that rounding may cause: of equal gains the first counts, on every machine."""
 Integers = NDArray[np.int_]
 Floats = NDArray[np.float64]
 
@@ -65,6 +69,19 @@ def draw_controls(
         if tuple(code) in drawn and trial.trial_key not in begun
     }
     return Controls(frozenset(fresh | settled & {trial.trial_key for trial in trials}), wanted / cells)
+
+
+def draw_more(stopped: Collection[str], wanted: int, seed: int, round_number: int) -> list[str]:
+    """Draw further controls among the trials that were stopped, each with the same chance.
+
+    Args:
+        stopped: Keys of the trials to draw from.
+        wanted: How many; all if there are fewer.
+        seed: Seed of the draw.
+        round_number: From 1; every round is another draw.
+    """
+    lots = {key: sha256(f"{seed} more controls {round_number} {key}".encode()).hexdigest() for key in stopped}
+    return sorted(stopped, key=lots.__getitem__)[:wanted]
 
 
 def draw_cells(counts: Sequence[int], wanted: int, rng: np.random.Generator) -> Integers:
@@ -109,10 +126,7 @@ def _design(counts: tuple[int, ...], wanted: int) -> Integers:
     start = np.random.default_rng([0, wanted]).choice(everything, wanted, replace=False)
     design = np.column_stack(np.unravel_index(start, counts)).astype(np.int_)
     if 0 < wanted < everything:
-        exchange = _Exchange(_Model(counts), design)
-        for _ in range(PASSES):
-            if not exchange.improve():
-                break
+        _Exchange(_Model(counts), design).improve()
     return design
 
 
@@ -126,21 +140,22 @@ class _Model:
     def __init__(self, counts: Sequence[int]):
         self.counts = counts
         self._codings = [np.sqrt(count) * helmert(count).T for count in counts]  # [level, coefficient], mean square 1
-        varied = [factor for factor, count in enumerate(counts) if count > 1]
-        columns = sum((counts[first] - 1) * (counts[second] - 1) for first, second in combinations(varied, 2))
-        self._pairs = list(combinations(varied, 2)) if columns <= MOST_COLUMNS else []
-        main_effects = 1 + sum(count - 1 for count in counts)
-        self.prior = np.repeat([1e-3, 1.0], [main_effects, columns if self._pairs else 0])
+        owner = np.repeat(np.arange(len(counts)), [count - 1 for count in counts])
+        first, second = np.triu_indices(len(owner), k=1)
+        between = owner[first] != owner[second]
+        # a coefficient of a pair is the product of two main effects
+        self._first, self._second = first[between], second[between]
+        if len(self._first) > MOST_COLUMNS:
+            self._first = self._second = self._first[:0]
+        self.prior = np.repeat([1e-3, 1.0], [1 + len(owner), len(self._first)])
         """Precision of each coefficient beforehand: none for main effects, as of one trial for pairs of levels."""
 
     def rows(self, codes: Integers) -> Floats:
         """Return the design of some cells, `[cell, coefficient]`."""
-        main_effects = [coding[levels] for coding, levels in zip(self._codings, codes.T, strict=True)]
-        pairs = [
-            (main_effects[first][:, :, None] * main_effects[second][:, None, :]).reshape(len(codes), -1)
-            for first, second in self._pairs
-        ]
-        return np.column_stack([np.ones(len(codes)), *main_effects, *pairs])
+        coded = [coding[levels] for coding, levels in zip(self._codings, codes.T, strict=True)]
+        effects = np.concatenate(coded, axis=1)
+        pairs = effects[:, self._first] * effects[:, self._second]
+        return np.concatenate([np.ones((len(codes), 1)), effects, pairs], axis=1)
 
 
 class _Exchange:
@@ -158,10 +173,13 @@ class _Exchange:
         rows = model.rows(design)
         self._inverse = np.linalg.inv(rows.T @ rows + np.diag(model.prior))
 
-    def improve(self) -> int:
-        """Try every level of every factor in every cell once; return how many were changed."""
+    def improve(self) -> None:
+        """Try every level of every factor in every cell, until a whole pass changes nothing."""
         varied = [factor for factor, count in enumerate(self._model.counts) if count > 1]
-        return sum(self._try_levels(place, factor) for place in range(len(self._design)) for factor in varied)
+        visits = [(place, factor) for place in range(len(self._design)) for factor in varied]
+        for done in range(0, min(PASSES * len(visits), MOST_VISITS), len(visits)):
+            if not sum(self._try_levels(*visit) for visit in visits[: MOST_VISITS - done]):
+                break
 
     def _try_levels(self, place: int, factor: int) -> bool:
         old = self._design[place].copy()
@@ -173,8 +191,8 @@ class _Exchange:
         # y' M^-1 y + (y' v)^2 / slack, where v = M^-1 x and slack = 1 - x' v
         direction = self._inverse @ rows[0]
         slack = 1 - rows[0] @ direction
-        gains = np.einsum("ij,jk,ik->i", rows, self._inverse, rows) + (rows @ direction) ** 2 / slack
-        best = int(np.argmax(gains))
+        gains = ((rows @ self._inverse) * rows).sum(axis=1) + (rows @ direction) ** 2 / slack
+        best = int(np.argmax(gains >= gains.max() * (1 - TIE)))
         if gains[best] <= gains[0] * (1 + NEGLIGIBLE):
             return False
         self._replace(place, candidates[free[best - 1]], rows[best], direction, slack)
