@@ -104,7 +104,7 @@ def _summarise_loss(row: Mapping[Hashable, Any], sure: str) -> str:
     beat = f"{row['beat']:,}" if row["beat"] else "none"
     text = (
         f"{whose}of {count(row['tried'], 'control')} that would have been stopped, {beat} ended above the winner "
-        f"({row['by_chance']:.1f} expected from coin flips)"
+        f"({row['by_chance']:.2f} expected from coin flips)"
     )
     if not row["stopped"]:
         return text

@@ -484,7 +484,7 @@ def _rule_notes(
         return
     rule = f"at each rung the best 1 in {factor} of {_whose(within)} trials that reached it continue"
     if has_verdicts(classified):
-        yield f"{rule}; what ASHA would have decided about a control is recorded, and later rungs do without it then"
+        yield f"{rule}; ASHA's verdict on controls is recorded, and those it would have stopped count at no later rung"
         return
     agreed = f"; the two agree on {agreement:.0%} of {count(decided, 'trial')}" if decided else ""
     yield (
@@ -526,9 +526,9 @@ def _level_notes(
         remedies = [f"--stop-within {','.join([*within, row['factor']])}"]
         remedies += [f"--grace {later}" for later in rungs[rungs.index(row["rung"]) + 1 :][:1]]
         yield (
-            f"after epoch {row['rung']} {row['rate']:.0%} of {level} continued, {row['others']:.0%} of the others: the "
-            "ranking says little about it; what it is worth at the end is what analysis.effects estimates; if it only "
-            f"starts slowly, {' or '.join(remedies)} gives it a chance"
+            f"after epoch {row['rung']} only {row['rate']:.0%} of {level} continued, but {row['others']:.0%} of the "
+            "others: the ranking says little about it; what it is worth at the end is what analysis.effects estimates; "
+            f"if it only starts slowly, {' or '.join(remedies)} gives it a chance"
         )
     alike = [rung for rung in rungs if rung * STEP_PARTS <= classified["epochs"].iloc[0]]
     if alike and {"constant", "step"} <= set(classified["lr_schedule"]):

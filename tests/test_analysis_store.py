@@ -74,7 +74,27 @@ def test_a_manifest_of_another_program_may_hold_anything(store: Store, tmp_path:
     record(store, tmp_path, "stopped")
     store.attach(store.parent_id, {"grid.json": manifest})
     experiment = read_experiment(store.uri, "some grid")
-    assert (experiment.val_images, experiment.rung_factor) == (None, None)
+    assert (experiment.val_images, experiment.rung_factor, experiment.compared_within) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("rungs", "factor", "within"),
+    [
+        (b'{"factor": 1, "compared_within": "model"}', 1, ("model",)),
+        (b'{"factor": 3, "compared_within": "model,lr_schedule"}', 3, ("model", "lr_schedule")),
+        (b'{"factor": 3, "compared_within": ""}', 3, ()),
+        (b'{"factor": 3}', 3, None),
+        (b'{"factor": 3.5, "compared_within": ["model"]}', None, None),
+        (b'{"factor": true, "compared_within": "model,colour"}', None, None),
+    ],
+)
+def test_the_stopping_rule_is_that_of_the_manifest(
+    store: Store, tmp_path: Path, rungs: bytes, factor: int | None, within: tuple[str, ...] | None
+) -> None:
+    record(store, tmp_path, "stopped")
+    store.attach(store.parent_id, {"grid.json": b'{"rungs": ' + rungs + b"}"})
+    experiment = read_experiment(store.uri, "some grid")
+    assert (experiment.rung_factor, experiment.compared_within) == (factor, within)
 
 
 def test_tags_and_metrics_without_an_epoch_are_ignored(store: Store, tmp_path: Path) -> None:

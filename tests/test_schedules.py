@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD
 
-from grid.config import LEVELS
+from grid.config import LEVELS, STEP_PARTS
 from grid.train.schedules import SCHEDULES, Horizon, Schedule
 
 HORIZON = Horizon(epochs=9, steps_per_epoch=11, peak_learning_rate=0.5)  # 99 steps: one_cycle's peak falls on step 29
@@ -68,6 +68,15 @@ def test_schedules_are_the_levels_of_their_factor():
 def test_rates_of_the_whole_budget_follow_the_closed_form(name):
     expected = [CLOSED_FORMS[name](step) for step in range(HORIZON.steps)]
     assert all_rates(name) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("steps", [11, 10, 7])
+@pytest.mark.parametrize("epochs", [3, 8, 9, 27])
+def test_step_is_constant_for_the_share_of_the_budget_that_the_analysis_assumes(epochs, steps):
+    horizon = Horizon(epochs=epochs, steps_per_epoch=steps, peak_learning_rate=0.5)
+    rates, alike = all_rates("step", horizon), epochs // STEP_PARTS * steps
+    assert rates[:alike] == all_rates("constant", horizon)[:alike]
+    assert rates[alike + steps] < 0.1
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_recorded_verdicts_are_taken_as_they_are() -> None:
     found = audit_stopping(trials)
     assert only(found.false_stops)["stopped"] == 1
     assert math.isnan(found.agreement)
-    assert "what ASHA would have decided about a control is recorded" in found.notes[0]
+    assert "ASHA's verdict on controls is recorded" in found.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -335,8 +335,8 @@ def test_levels_that_continue_alike_are_seldom_named() -> None:
 def test_a_note_says_what_to_do_for_a_level_that_is_held_back() -> None:
     rows = slow_start(1 / 60).to_dict("records")
     assert audit(*rows).notes[-1] == (
-        "after epoch 1 2% of lr_schedule=one_cycle continued, 50% of the others: the ranking says little about it; "
-        "what it is worth at the end is what analysis.effects estimates; if it only starts slowly, --stop-within "
+        "after epoch 1 only 2% of lr_schedule=one_cycle continued, but 50% of the others: the ranking says little "
+        "about it; what it is worth at the end is what analysis.effects estimates; if it only starts slowly, --stop-within "
         "model,lr_schedule or --grace 3 gives it a chance"
     )
 
