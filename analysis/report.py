@@ -6,9 +6,28 @@ from pathlib import Path
 
 from analysis.page.render import render
 from analysis.store import read_experiment
-from analysis.verdict import analyse, headline
+from analysis.verdict import Verdict, analyse, headline
 from grid.arguments import Parser, add_experiment, add_store, run_command
 from grid.config import InputError
+
+
+def write_report(uri: str | None, experiment: str, path: Path, *, only_ranked: bool = False) -> Verdict:
+    """Write the page of an experiment, and return what it says.
+
+    Args:
+        uri: MLflow tracking URI; None for `mlflow.db` in the current folder.
+        experiment: Its name.
+        path: File to write.
+        only_ranked: Whether nothing is written if no cell has an accuracy.
+
+    Raises:
+        InputError: The store does not answer or has no such experiment, or none of its trials has ended.
+        OSError: The file can't be written.
+    """
+    verdict = analyse(read_experiment(uri, experiment))
+    if len(verdict.cells) or not only_ranked:
+        path.write_text(render(verdict), encoding="utf-8")
+    return verdict
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,8 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def report() -> int:
-        verdict = analyse(read_experiment(options.store, options.experiment))
-        options.out.write_text(render(verdict), encoding="utf-8")
+        verdict = write_report(options.store, options.experiment, options.out)
         for fact in headline(verdict):
             print("\n  ".join([f"{fact.question}: {fact.answer}. {fact.remark}".rstrip(), *fact.details]))
         print(f"{options.out}  {options.out.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")

@@ -220,7 +220,7 @@ def our_arguments(job: Job, precision: str) -> list[str]:
         *("--grid", "full", *(word for level in levels for word in ("--only", level))),
         *("--data", job.images.name, "--data-dir", str(job.images.folder), *subset),
         *("--epochs", str(job.epochs), "--seeds", str(job.seeds), "--controls", "0"),
-        *("--address", "local", "--precision", precision),
+        *("--address", "local", "--precision", precision, "--no-report"),
     ]
 
 

@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -19,6 +20,7 @@ from grid.plan.asha import NO_STOPPING, StoppingRule
 from grid.plan.request import Request, check_address, check_folder_name, check_storage
 from grid.plan.space import GRIDS, cross, find_grid, restrict
 from grid.store_uri import check_store_uri
+from grid.wording import first_line
 
 INTERRUPTED = "interrupted; run the same command to continue"
 
@@ -40,12 +42,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # million objects and frees none; looking for garbage among them would take a quarter of the time.
         gc.disable()
         driver = import_module("grid.driver.dry_run" if options.dry_run else "grid.driver.launch")
-        return int(driver.run(request))
+        exit_code = int(driver.run(request))
+        if options.report and not options.dry_run and exit_code in (0, 1):
+            _write_report(request, options.report, debug=options.debug)
+        return exit_code
 
     try:
         return run_command(parser.name, run, interrupted=INTERRUPTED, debug=options.debug)
     finally:
         gc.enable()
+
+
+def _write_report(request: Request, path: Path, *, debug: bool) -> None:
+    """Write the page of results and print its address; without it the run is as good, so a failure is one line."""
+    from analysis.report import write_report  # noqa: PLC0415  (statistics and pictures: a second)
+
+    try:
+        if len(write_report(request.store, request.experiment, path, only_ranked=True).cells):
+            print(f"{'report':<9}  {path.absolute().as_uri()}", flush=True)
+    except Exception as error:  # noqa: BLE001  (whatever it is, the grid has ended and its exit code stands)
+        if debug:
+            traceback.print_exc()
+        where = import_module("grid.driver.messages").experiment_options(request)
+        hint = f"write it with:  python -m analysis.report {where}"
+        print(f"grid.run: no report: {first_line(error)}; {hint}", file=sys.stderr)
 
 
 def read_request(options: argparse.Namespace) -> Request:
@@ -144,6 +164,10 @@ def _add_place(where: Options) -> None:
     add_store(where)
     where.add_argument("--experiment", metavar="NAME", help="MLflow experiment (named after grid, data and budget)")
     add_workers(where)
+    where.add_argument(
+        "--report", type=Path, default=Path("report.html"), metavar="FILE", help="page of results (report.html)"
+    )
+    where.add_argument("--no-report", action="store_const", const=None, dest="report", help="write no page of results")
     where.add_argument("--dry-run", action="store_true", help="print cells, trials and expected cost; start nothing")
     where.add_argument(
         "--price-per-hour", type=float, metavar="X", help="price of the machine or cluster, for --dry-run"

@@ -60,6 +60,8 @@ def test_a_grid_runs_to_its_table_and_the_store_holds_the_contract(
     assert manifest["rungs"] == {"epochs": [1], "factor": 3, "compared_within": "model"}
     assert manifest["settings"]["data_fingerprint"] == trials[0].data.params["data_fingerprint"]
     assert list(tmp_path.glob("spool/*.jsonl")) == []
+    assert out.endswith(f"report     file://{tmp_path}/report.html\n")
+    assert "Matters at the end (3 epochs)" in (tmp_path / "report.html").read_text()
 
 
 def check_contract(run: Run, parent_id: str) -> None:

@@ -4,13 +4,18 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from grid.config import InputError
+from grid.config import InputError, TrialConfig
+from grid.metrics import EpochReport
 from grid.plan.asha import NO_STOPPING, StoppingRule
 from grid.plan.request import check_address, check_storage
 from grid.plan.space import GRIDS
+from grid.record.recorder import Recorder
+from grid.record.spool import Spool
+from grid.record.store import Store
 from grid.run import _parser, main, read_request
 
 
@@ -199,3 +204,90 @@ def test_something_else_than_ray_at_the_address_is_told() -> None:
 
 def test_the_cluster_of_this_machine_is_left_to_ray() -> None:
     assert check_address("auto") == "auto"
+
+
+def end(store: Store, folder: Path, *accuracies: float) -> None:
+    """Record two trials; without accuracies both diverge."""
+    recorder = Recorder(store, Spool(folder / "spool.jsonl"))
+    recorder.begin({}, {})
+    for activation in ("relu", "gelu"):
+        config = TrialConfig(activation=activation, learning_rate=0.1, epochs=1)
+        recorder.started(config, control=False)
+        for accuracy in accuracies:
+            recorder.epoch_ended(config, EpochReport(epoch=1, val_accuracy=accuracy), is_rung=False)
+        status = "completed" if accuracies else "diverged"
+        recorder.ended(config, status, epochs_run=1, best_val_accuracy=max(accuracies, default=None))
+    assert recorder.close(finished=True)
+
+
+def run_ended(monkeypatch: pytest.MonkeyPatch, store: Store, exit_code: int, *arguments: str) -> int:
+    """Run the command with a driver that has nothing left to do."""
+    driver = SimpleNamespace(run=lambda request: exit_code)
+    for name in ("launch", "dry_run"):
+        monkeypatch.setitem(sys.modules, f"grid.driver.{name}", driver)
+    return main(["--grid", "smoke", "--store", store.uri, "--experiment", store.experiment, *arguments])
+
+
+@pytest.mark.parametrize("exit_code", [0, 1])
+def test_a_run_that_has_ended_writes_the_page_and_prints_its_address_last(
+    exit_code: int, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    end(store, tmp_path, 0.5)
+    assert run_ended(monkeypatch, store, exit_code) == exit_code
+    assert capsys.readouterr() == (f"report     file://{tmp_path}/report.html\n", "")
+    assert "50.00% of the validation images" in (tmp_path / "report.html").read_text()
+
+
+def test_the_page_can_be_elsewhere(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    end(store, tmp_path, 0.5)
+    assert run_ended(monkeypatch, store, 0, "--report", "mine.html") == 0
+    assert {path.name for path in tmp_path.glob("*.html")} == {"mine.html"}
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "arguments"), [(130, []), (2, []), (0, ["--dry-run"]), (0, ["--no-report"])], ids=str
+)
+def test_there_is_no_page_unless_a_run_has_ended(
+    exit_code: int,
+    arguments: list[str],
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    end(store, tmp_path, 0.5)
+    assert run_ended(monkeypatch, store, exit_code, *arguments) == exit_code
+    assert not list(tmp_path.glob("*.html"))
+    assert capsys.readouterr().out == ""
+
+
+def test_there_is_no_page_when_nothing_has_an_accuracy(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    end(store, tmp_path)
+    assert run_ended(monkeypatch, store, 0) == 0
+    assert not list(tmp_path.glob("*.html"))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_page_that_cannot_be_written_is_one_line_and_the_exit_code_stands(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    end(store, tmp_path, 0.5)
+    assert run_ended(monkeypatch, store, 0, "--report", "no/folder.html") == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("grid.run: no report: [Errno 2] No such file or directory")
+    assert line.endswith("; write it with:  python -m analysis.report --experiment 'some grid'")
+
+
+def test_a_fault_in_the_analysis_does_not_change_how_a_run_ended(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write_report(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a fault\nwith a second line")
+
+    monkeypatch.setattr("analysis.report.write_report", write_report)
+    assert run_ended(monkeypatch, store, 1) == 1
+    assert capsys.readouterr().err.startswith("grid.run: no report: a fault; write it with:")
+    assert run_ended(monkeypatch, store, 1, "--debug") == 1
+    assert "ZeroDivisionError: a fault" in capsys.readouterr().err

@@ -72,7 +72,7 @@ class Arena:
 
     def start_driver(self, experiment: str) -> None:
         """Start or continue the grid, and wait until trials run."""
-        command = [sys.executable, "-m", "grid.run", *self.grid, "--data-dir", str(self.folder / "data")]
+        command = [sys.executable, "-m", "grid.run", *self.grid, "--data-dir", str(self.folder / "data"), "--no-report"]
         self.starts += 1
         log = f"driver-{self.starts}.log"
         self.driver = self._spawn([*command, "--store", self.uri, "--experiment", experiment], log)

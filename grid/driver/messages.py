@@ -133,7 +133,6 @@ def _next_commands(request: Request) -> dict[str, str]:
     server = f"mlflow server --host 127.0.0.1 --backend-store-uri {address}"
     return {
         "ranking": f"python -m analysis.rank {experiment}",
-        "report": f"python -m analysis.report {experiment}",
         "all runs": address if request.store.startswith("http") else server,
         "finalists": f"python -m grid.confirm {experiment}{data_dir}",
     }
