@@ -53,6 +53,8 @@ class Audit:
     """Full budget."""
     factor: int
     """One trial in this many continues at a rung; 1 if none was stopped."""
+    within: tuple[str, ...]
+    """Trials were compared with those that have the same levels of these factors; empty for with all."""
     correlations: pd.DataFrame
     """`model`, `rung`, `controls` that reached it, `spearman` (rank correlation of their accuracy there with that at
     the full budget; those that diverged later rank lowest), `low`, `high` (NaN below `MIN_FOR_INTERVAL` controls)."""
@@ -111,6 +113,7 @@ def audit_stopping(
         rungs=rungs,
         epochs=int(trials["epochs"].iloc[0]),
         factor=factor,
+        within=tuple(within),
         correlations=_correlations(classified, rungs, confidence),
         false_stops=false_stops,
         savings=_savings(trials),

@@ -336,8 +336,8 @@ def test_a_note_says_what_to_do_for_a_level_that_is_held_back() -> None:
     rows = slow_start(1 / 60).to_dict("records")
     assert audit(*rows).notes[-1] == (
         "after epoch 1 only 2% of lr_schedule=one_cycle continued, but 50% of the others: the ranking says little "
-        "about it; what it is worth at the end is what analysis.effects estimates; if it only starts slowly, --stop-within "
-        "model,lr_schedule or --grace 3 gives it a chance"
+        "about it; what it is worth at the end is what analysis.effects estimates; if it only starts slowly, "
+        "--stop-within model,lr_schedule or --grace 3 gives it a chance"
     )
 
 
