@@ -1,8 +1,11 @@
+import math
+
+import numpy as np
 import pytest
 
 from grid.config import TrialConfig
 from grid.plan.asha import DEFAULT_RULE, NO_STOPPING, StoppingRule
-from grid.plan.forecast import calibrate, expected_epochs, forecast
+from grid.plan.forecast import END_SPREAD, calibrate, expected_epochs, expected_widths, forecast
 from grid.plan.space import GRIDS, cross, expand
 
 
@@ -74,3 +77,34 @@ def test_calibration_times_every_model() -> None:
     assert set(seconds) == {"mlp", "cnn"}
     assert 0 < seconds["mlp"] < seconds["cnn"] < 1
     assert spread >= 0
+
+
+def test_with_every_trial_a_control_the_width_is_that_of_a_grid_that_is_never_stopped() -> None:
+    plan = trials(epochs=9, name="smoke")
+    *_, last = expected_widths(plan, len(plan), DEFAULT_RULE, levels=2)
+    assert last.half_width == pytest.approx(1.96 * END_SPREAD * math.sqrt(2 * 2 / len(plan)))
+    assert last.epochs == 9 * len(plan)
+
+
+def test_more_controls_narrow_the_effects_and_cost_epochs() -> None:
+    widths = expected_widths(trials(epochs=9, name="full"), 60, DEFAULT_RULE, levels=5)
+    assert [width.controls for width in widths] == [60, 120, 240]
+    assert widths[0].half_width > widths[1].half_width > widths[2].half_width
+    assert widths[0].epochs < widths[1].epochs < widths[2].epochs
+
+
+def test_the_forecast_width_is_about_the_error_of_the_estimator() -> None:
+    """Simulates ends around their forecast, and estimates them by controls alone: the variance is that of the draw."""
+    count, levels, controls, rng = 960, 4, 60, np.random.default_rng(0)
+    errors = []
+    for _ in range(200):
+        group = rng.permutation(np.arange(count) % levels)
+        noise = rng.normal(0, END_SPREAD, count)
+        seen = np.zeros(count, dtype=bool)
+        seen[rng.choice(count, controls, replace=False)] = True
+        chance = controls / count
+        kept = rng.random(count) < 1 / 9
+        values = np.where(kept, noise, np.where(seen, noise / chance, 0.0))
+        errors.append(values[group == 0].mean() - values[group == 1].mean())
+    (width, *_) = expected_widths(trials(epochs=9, name="mlp"), controls, DEFAULT_RULE, levels)
+    assert width.half_width == pytest.approx(1.96 * np.std(errors), rel=0.15)

@@ -1,7 +1,9 @@
 """`python -m grid.run --dry-run`: prints what would run and what it would cost; starts no trial, writes nothing."""
 
+import textwrap
 from dataclasses import replace
 
+from grid.config import FACTORS
 from grid.data.catalogue import DATASETS
 from grid.data.load import is_on_disk, load
 from grid.driver.messages import describe_cost, describe_packing, describe_plan, print_facts
@@ -42,8 +44,25 @@ def run(request: Request) -> int:
     )
     data = {"data": f"{request.data}, {train_images:,} training images {source}"}
     expected = describe_cost(cost, timed_on, packing, request.price_per_hour)
-    print_facts(describe_plan(request, plan) | describe_packing(packing) | data | expected)
+    print_facts(describe_plan(request, plan) | describe_packing(packing) | data | expected | _describe_widths(plan))
     return 0
+
+
+def _describe_widths(plan: Plan) -> dict[str, str]:
+    """Say how well the levels of the factor with the most levels can be compared at the end, and at what cost."""
+    if not plan.controls or plan.rule.factor == 1 or not plan.rule.rungs(plan.trials[0].epochs):
+        return {}
+    counts = {factor: len({cell[factor] for cell in plan.cells}) for factor in FACTORS}
+    factor, levels = max(counts.items(), key=lambda item: item[1])
+    first, *more = forecast.expected_widths(plan.trials, len(plan.controls), plan.rule, levels)
+    options = [f"±{100 * first.half_width:.1f} points with {first.controls:,} controls"]
+    options += [
+        f"±{100 * width.half_width:.1f} with {width.controls:,} ({width.epochs / first.epochs - 1:+.0%} epochs)"
+        for width in more
+    ]
+    spread = f"if ends vary by {100 * forecast.END_SPREAD:g} point around their forecast"
+    text = f"two levels of {factor}: {', '.join(options)}; {spread}"
+    return {"effects": textwrap.fill(text, 68, subsequent_indent=" " * 11, break_on_hyphens=False)}
 
 
 def _calibrate(plan: Plan, classes: int, packing: Packing) -> tuple[forecast.Calibration, str]:

@@ -1,5 +1,6 @@
 """The cost of a grid before it runs: epochs under ASHA by simulation, seconds by a short calibration."""
 
+import math
 import random
 import statistics
 from collections import defaultdict
@@ -13,6 +14,11 @@ from grid.plan.asha import DEFAULT_RULE, Asha, StoppingRule
 from grid.train.trial import DeviceData, Trial
 
 SIMULATIONS = 20
+END_SPREAD = 0.01
+"""Assumed standard deviation of the ends of training around what rungs and levels predict: one point of accuracy. For
+the MLP on 60 real images per class it was 0.7 to 0.8 points (LOG.md)."""
+TIMES = (1, 2, 4)
+"""Multiples of the number of controls for which the width of the effects is forecast."""
 CALIBRATED_PER_MODEL = 4
 """Number of trials of each model to time."""
 CALIBRATION_IMAGES = 1280
@@ -112,6 +118,39 @@ def forecast(
         seconds=busy / min(slots, len(trials)),
         spread=spread,
     )
+
+
+@dataclass(frozen=True)
+class Width:
+    """How well effects at the end of training will be known with a number of controls."""
+
+    controls: int
+    half_width: float
+    """Half the width of the 95% interval of a difference between two levels, as a fraction."""
+    epochs: float
+    """Expected epochs of all trials."""
+
+
+def expected_widths(trials: Sequence[TrialConfig], controls: int, rule: StoppingRule, levels: int) -> list[Width]:
+    """Forecast how well the levels of a factor can be compared, for `TIMES` as many controls.
+
+    Args:
+        trials: In the order in which they start.
+        controls: Number of unstopped controls, above 0.
+        rule: Which trials are stopped.
+        levels: Of the factor.
+
+    Reference: the variance of double sampling, see `analysis.two_phase`, for ends that vary by `END_SPREAD`.
+    """
+    stopped = 1 - rule.factor ** -len(rule.rungs(trials[0].epochs))
+    widths = []
+    for number in dict.fromkeys(min(times * controls, len(trials)) for times in TIMES):
+        chance = number / len(trials)
+        inflation = 1 + stopped * (1 - chance) / chance
+        half_width = 1.96 * END_SPREAD * math.sqrt(2 * levels / len(trials) * inflation)
+        keys = {trial.trial_key for trial in trials[:number]}  # their order is random
+        widths.append(Width(number, half_width, sum(expected_epochs(trials, keys, rule).values())))
+    return widths
 
 
 def _simulate(trial: TrialConfig, asha: Asha, value: float, control: bool) -> int:
