@@ -14,6 +14,7 @@ References:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -226,9 +227,23 @@ def _noise(sample: Sample, terms: Sequence[Term], guesses: Array, chances: Array
     return np.where(sample.seen, squares, 0.0), float(min(degrees, max(sample.seen.sum() - basis.shape[1], 1)))
 
 
-def level_quantile(levels: int, degrees: Array, confidence: float) -> Array:
+def level_quantile(levels: int, degrees: Array, confidence: float) -> float:
     """Return how many standard errors a difference of two of so many levels reaches, whichever two are compared.
+
+    Args:
+        levels: Of the factor.
+        degrees: Of freedom of each difference; the smallest one counts for all, rounded down.
+        confidence: That all differences of the factor lie in their intervals, in (0, 1).
+
+    Returns:
+        NaN if the degrees of freedom are unknown.
 
     Reference: Tukey 1953; Kramer 1956, https://doi.org/10.2307/3001469
     """
-    return np.asarray(stats.studentized_range.ppf(confidence, levels, degrees) / np.sqrt(2))
+    smallest = float(np.min(degrees))
+    return _studentized_range(levels, max(1, int(smallest)), confidence) if np.isfinite(smallest) else np.nan
+
+
+@cache  # a fifth of a second each
+def _studentized_range(levels: int, degrees: int, confidence: float) -> float:
+    return float(stats.studentized_range.ppf(confidence, levels, degrees) / np.sqrt(2))

@@ -163,10 +163,14 @@ def tally_audit(grid: Grid, plan: Plan) -> Iterator[Tally]:
 
 
 def tally_ranking(trials: pd.DataFrame) -> Tally:
-    """Tally the cells whose trials all diverged and that are ranked above a completed cell."""
+    """Tally the cells whose trials all diverged and that are ranked above a cell that ASHA let complete.
+
+    Controls that ASHA would have stopped count as stopped, however they ended.
+    """
     ranked = rank_cells(trials)[[*FACTORS, "rank"]]
-    ends = trials.groupby(list(FACTORS))["status"].agg(set).rename("ends").reset_index().merge(ranked, "left")
-    lowest_completed = ends.loc[ends["ends"].map(lambda statuses: "completed" in statuses), "rank"].max()
+    counted = trials.assign(status=trials["status"].where(trials["stop_epoch"].isna(), "stopped"))
+    ends = counted.groupby(list(FACTORS))["status"].agg(set).rename("ends").reset_index().merge(ranked, "left")
+    lowest_completed = ends.loc[ends["ends"].map(lambda statuses: statuses == {"completed"}), "rank"].max()
     diverged = ends[ends["ends"].map(lambda statuses: statuses == {"diverged"})]
     return "ranking: violations", "", float((diverged["rank"] < lowest_completed).sum()), len(diverged)
 

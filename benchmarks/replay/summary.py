@@ -49,8 +49,8 @@ def format_estimators(found: pd.DataFrame) -> str:
     epochs = _means(found, "epochs")
     lines = ["Effects at the end, by the share of controls; effects in points"]
     lines.append(
-        f"{'controls':<9}{'estimator':<16}{'slow start':>11}{'error':>7}{'half':>7}{'covered':>9}{'worst':>7}{'pairs':>7}"
-        f"{'epochs':>8}"
+        f"{'controls':<9}{'estimator':<16}{'slow start':>11}{'error':>7}{'half':>7}{'covered':>9}{'worst':>7}"
+        f"{'pairs':>7}{'epochs':>8}"
     )
     for row in summary.to_dict("records"):
         pairs = "" if pd.isna(row["pairs"]) else f"{row['pairs']:.1%}"
@@ -68,7 +68,8 @@ def format_rules(found: pd.DataFrame, labels: Iterable[str]) -> str:
     kept, slow = _means(found, "best kept"), _means(found, "slow starters kept")
     lines = ["Stopping rules: who wins, and what matters (effects in points, ours)"]
     lines.append(
-        f"{'compared within; rungs; continue':<40}{'regret':>7}{'best 20':>8}{'slow':>6}{'error':>7}{'half':>6}{'epochs':>7}"
+        f"{'compared within; rungs; continue':<40}{'regret':>7}{'best 20':>8}{'slow':>6}{'error':>7}{'half':>6}"
+        f"{'epochs':>7}"
     )
     for label in labels:
         effects = summary.loc[(label, "ours")]
