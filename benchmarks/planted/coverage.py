@@ -232,7 +232,7 @@ def format_summary(summary: pd.DataFrame) -> str:
         lines.append(f"{label:<24} {error:>12} {slope:>11} {covered:>12} {known:>12}")
     lines += ["", "5. Effects at the end as analysis.effects prints them: 95% intervals that cover the truth"]
     lines.append(f"{'grids with':<24} {'main effects':>14} {'differences':>14} {'interactions':>14} {'± points':>9}")
-    for kind in dict.fromkeys(group for question, group in answers if question == "end: half-width"):
+    for kind in summary.loc["end: half-width"].index if "end: half-width" in summary.index.get_level_values(0) else ():
         main, pairs = figure("end, main effects: covered", kind), figure("end, interactions: covered", kind)
         differences, width = figure("end, all differences: covered", kind), answers["end: half-width", kind]["value"]
         lines.append(f"{kind:<24} {main:>14} {differences:>14} {pairs:>14} {100 * width:>9.2f}")

@@ -49,13 +49,13 @@ def format_estimators(found: pd.DataFrame) -> str:
     epochs = _means(found, "epochs")
     lines = ["Effects at the end, by the share of controls; effects in points"]
     lines.append(
-        f"{'controls':<9}{'estimator':<16}{'slow start':>11}{'error':>7}{'half':>7}{'covered':>9}{'worst':>7}"
+        f"{'controls':<9}{'estimator':<15}{'slow start':>11}{'error':>6}{'half':>6}{'covered':>9}{'worst':>7}"
         f"{'pairs':>7}{'epochs':>8}"
     )
     for row in summary.to_dict("records"):
         pairs = "" if pd.isna(row["pairs"]) else f"{row['pairs']:.1%}"
         lines.append(
-            f"{row['setting']:<9}{row['estimator']:<16}{row['bias']:>+11.2f}{row['error']:>7.2f}{row['half']:>7.2f}"
+            f"{row['setting']:<9}{row['estimator']:<15}{row['bias']:>+11.2f}{row['error']:>6.2f}{row['half']:>6.2f}"
             f"{row['covered']:>9.1%}{row['worst']:>7.1%}{pairs:>7}{epochs[row['setting']]:>8.1%}"
         )
     return "\n".join(lines)
@@ -63,18 +63,18 @@ def format_estimators(found: pd.DataFrame) -> str:
 
 def format_rules(found: pd.DataFrame, labels: Iterable[str]) -> str:
     """Return the stopping rules side by side."""
-    summary = summarise(found).set_index(["setting", "estimator"])
+    ours = summarise(found).query("estimator == 'ours'").set_index("setting")
     epochs, regret = _means(found, "epochs"), _means(found, "regret")
     kept, slow = _means(found, "best kept"), _means(found, "slow starters kept")
     lines = ["Stopping rules: who wins, and what matters (effects in points, ours)"]
     lines.append(
-        f"{'compared within; rungs; continue':<40}{'regret':>7}{'best 20':>8}{'slow':>6}{'error':>7}{'half':>6}"
+        f"{'compared within; rungs; continue':<39}{'regret':>7}{'best 20':>8}{'slow':>6}{'error':>6}{'half':>6}"
         f"{'epochs':>7}"
     )
     for label in labels:
-        effects = summary.loc[(label, "ours")]
+        effects = ours.loc[label].to_dict()
         lines.append(
-            f"{label:<40}{100 * regret[label]:>7.2f}{kept[label]:>8.1f}{slow[label]:>6.1f}{effects['error']:>7.2f}"
+            f"{label:<39}{100 * regret[label]:>7.2f}{kept[label]:>8.1f}{slow[label]:>6.1f}{effects['error']:>6.2f}"
             f"{effects['half']:>6.2f}{epochs[label]:>7.1%}"
         )
     return "\n".join([*lines, "regret: the best cell's end minus the winner's, in points; best 20, slow: of them kept"])
