@@ -34,7 +34,8 @@ from grid.arguments import Parser
 from grid.config import FACTORS, LEVELS, TrialConfig
 from grid.metrics import EPOCH_METRICS, RUNG_METRIC
 from grid.plan.asha import FACTOR, Asha, rung_epochs
-from grid.plan.space import GRIDS, ORDER_SEED, Cell, cross, draw_controls, expand
+from grid.plan.controls import draw_controls
+from grid.plan.space import GRIDS, ORDER_SEED, Cell, cross, expand
 from grid.record.store import Store
 
 EXPERIMENT = "big"
@@ -91,7 +92,7 @@ def simulate_grid(runs: int, seed: int = 0) -> list[SimulatedTrial]:
         cells, seeds=math.ceil(runs / len(cells)), lr_scales=(1.0,), order_seed=ORDER_SEED, configure=configure
     )[:runs]
     gains = {(factor, level): rng.gauss(0, 0.015) for factor in FACTORS for level in LEVELS[factor]}
-    controls = draw_controls(trials, CONTROLS, ORDER_SEED)
+    controls = draw_controls(trials, CONTROLS, ORDER_SEED).keys
     asha = Asha(rung_epochs(EPOCHS))
     return [simulate(trial, asha, trial.trial_key in controls, gains, rng) for trial in trials]
 
