@@ -261,6 +261,8 @@ def _notes(
     ]
     if unseen:
         yield f"no accuracy at all, hence no effect: {', '.join(unseen)}"
+    if (scales := trials["lr_scale"].nunique()) > 1:
+        yield f"all {scales} learning-rate scales of a cell count, not only its best"
     diverged = int((trials["status"] == "diverged").sum())
     if diverged:
         consequence = _if_guessing(trials, rows, terms, classes)

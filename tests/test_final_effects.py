@@ -309,3 +309,11 @@ def test_where_no_verdict_on_controls_is_recorded_the_rule_is_replayed() -> None
     effects = measure_experiment(experiment_of(old))
     assert effects.probed == pytest.approx(30, abs=5)
     assert REPLAYED in effects.notes
+
+
+def test_all_learning_rate_scales_count() -> None:
+    trials = make_grid(seeds=2).never_stopped()
+    worse = trials.assign(lr_scale=0.3, final_val_accuracy=trials["final_val_accuracy"] - 0.1)
+    effects = measure_final_effects(pd.concat([trials, worse], ignore_index=True))
+    assert effects.grand_mean == pytest.approx(trials["final_val_accuracy"].mean() - 0.05)
+    assert "all 2 learning-rate scales of a cell count, not only its best" in effects.notes
