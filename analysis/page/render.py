@@ -11,7 +11,9 @@ from analysis.verdict import Verdict, headline
 from grid.config import FACTORS
 from grid.wording import count
 
-TEXTS = frozenset({*FACTORS, "cell", "character", "level", "factor", "read as", "status", "term", "tie", "true"})
+TEXTS = frozenset(
+    {*FACTORS, "cell", "character", "level", "over", "factor", "read as", "status", "sure", "term", "tie", "true"}
+)
 """Columns of text, aligned left; numbers are aligned right."""
 SPLITS = {"train": "training", "val": "validation"}
 

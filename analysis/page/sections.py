@@ -83,7 +83,7 @@ def headline_figure(verdict: Verdict) -> Figure | None:
     return Figure(
         "The largest difference of each factor, with 95% intervals",
         picture,
-        format_table(rows, DIFFERENCES, low=points, high=points),
+        format_table(rows, DIFFERENCES, difference=points, low=points, high=points),
     )
 
 
@@ -134,7 +134,7 @@ def effects(verdict: Verdict) -> Section | None:
     tables = [
         Table(
             "Differences between levels",
-            format_table(found.differences, DIFFERENCES, low=points, high=points),
+            format_table(found.differences, DIFFERENCES, difference=points, low=points, high=points),
             "Intervals hold for all differences of a factor at once (Tukey).",
         )
     ]
