@@ -173,8 +173,8 @@ def draw_differences(rows: pd.DataFrame) -> str:
             colour, shape = (BLUE, "o") if row["sure"] else (MUTED, "s")
             axes.errorbar(100 * row["difference"], place, xerr=ends, fmt=shape, ms=5, color=colour, capsize=2, lw=1.5)
             name = f"{row['factor']}: {row['level']} over {row['other_level']}"
-            label = axes.text(0, place - 0.36, name, transform=axes.get_yaxis_transform(), fontsize=8, va="center")
-            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})  # over the lines of the grid
+            words = axes.text(0, place - 0.36, name, transform=axes.get_yaxis_transform(), fontsize=8, va="center")
+            words.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})  # over the lines of the grid
         axes.axvline(0, color=MUTED, lw=0.8)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
