@@ -9,11 +9,11 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from math import nan
+from math import isnan, nan, prod
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ from grid.metrics import AS_VALIDATED_METRIC, FINAL_METRIC, RUNG_METRIC, STATUSE
 from grid.store_uri import check_store_uri, mask, missing_experiment, slug
 from grid.wording import count, first_line
 
+ROUNDS = "more_controls.json"
+Rounds = Sequence[tuple[int, tuple[str, ...]]]
+"""For each round of `--more-controls`: the number of trials that it drew from, and the keys of those drawn."""
 PAGE_SIZE = 5000
 HISTORY_THREADS = 4
 UNREACHABLE = (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError, ImportError)
@@ -56,8 +59,9 @@ COLUMNS = {
 """Columns of every table of trials, with their types; NaN marks a missing value.
 
 `control`: whether the trial is an unstopped control; `control_chance`: the chance with which it was drawn to be one, or
-not; `stop_epoch`: the rung at which ASHA stopped it or, if it is a control, would have; `final_val_accuracy`: of the
-weights at the end of the full budget, completed trials only; `val_correct`: base64 of `EpochReport.val_correct`.
+not, in all draws together; `stop_epoch`: the rung at which ASHA stopped it or, if it is a control, would have;
+`final_val_accuracy`: of the weights at the end of the full budget, completed trials only; `val_correct`: base64 of
+`EpochReport.val_correct`.
 """
 
 
@@ -130,17 +134,19 @@ def read_experiment(uri: str | None, name: str) -> Experiment:
         by_kind.get(kind, []).append(run)
     if not by_kind["trial"]:
         raise InputError(f"experiment '{name}' in {mask(uri)} has no trial yet; run python -m grid.run first")
-    trials, notes = _tabulate(by_kind["trial"], "trial")
+    parent_id = by_kind["grid"][0].info.run_id if by_kind["grid"] else ""
+    manifest, problem = _parse_manifest(read_artifact(uri, parent_id, "grid.json") or b"{}")
+    rounds = _parse_rounds(read_artifact(uri, parent_id, ROUNDS) or b"[]")
+    trials, notes = _tabulate(by_kind["trial"], "trial", rounds)
     if trials.empty:
         reasons = "; ".join(notes)
         raise InputError(f"no trial of experiment '{name}' in {mask(uri)} has ended yet ({reasons}); wait for one")
-    finalists, more_notes = _tabulate(by_kind["confirm"], "finalist")
-    parent_id = by_kind["grid"][0].info.run_id if by_kind["grid"] else ""
+    finalists, more_notes = _tabulate(by_kind["confirm"], "finalist", ())
     notes += more_notes + _lost_finalists(finalists)
     notes += [f"{count(foreign, 'run')} left out: no tag kind=trial, kind=confirm or kind=grid"] if foreign else []
     notes += [f"{count(deleted, 'run')} left out: deleted"] if deleted else []
-    manifest, problem = _parse_manifest(read_artifact(uri, parent_id, "grid.json") or b"{}")
     notes += [problem] if problem else []
+    notes += _unfinished_rounds(rounds, trials)
     return Experiment(uri, name, parent_id, trials, finalists, manifest, tuple(notes))
 
 
@@ -165,6 +171,38 @@ def _parse_manifest(content: bytes) -> tuple[Mapping[str, Any], str]:
     if not isinstance(manifest, dict):
         return {}, "the manifest (grid.json) is not a JSON object and was ignored"
     return manifest, ""
+
+
+def _parse_rounds(content: bytes) -> Rounds | None:
+    """Return the rounds of controls that were drawn after the grid had ended; None if they can't be read."""
+    try:
+        rounds = [(int(each["among"]), tuple(map(str, each["drawn"]))) for each in json.loads(content)]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return rounds if all(0 < len(drawn) <= among for among, drawn in rounds) else None
+
+
+def _unfinished_rounds(rounds: Rounds | None, trials: pd.DataFrame) -> list[str]:
+    """Return a note on controls that were drawn and have not been trained to the end."""
+    if rounds is None:
+        return [f"{ROUNDS} is damaged, so the chances of controls are unknown"]
+    drawn = {key for _, keys in rounds for key in keys}
+    left = int(trials.loc[trials["status"] == "stopped", "trial_key"].isin(drawn).sum())
+    note = f"{count(left, 'control')} of --more-controls not trained to the end yet: run grid.run again"
+    return [note] if left else []
+
+
+def _combine_chances(own: float, rounds: Rounds | None, before: int) -> float:
+    """Return the chance that a trial which ASHA stops, or would have stopped, is a control in the end.
+
+    Args:
+        own: Chance when it began.
+        rounds: Drawn later, each among the stopped trials that were no controls yet.
+        before: How many of them were drawn before it began.
+    """
+    if rounds is None:
+        return nan
+    return 1 - (1 - own) * prod(1 - len(drawn) / among for among, drawn in rounds[before:])
 
 
 def _whole(value: object, *, at_least: int) -> int | None:
@@ -284,9 +322,9 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _tabulate(runs: list[Run], noun: str) -> tuple[pd.DataFrame, list[str]]:
+def _tabulate(runs: list[Run], noun: str, rounds: Rounds | None) -> tuple[pd.DataFrame, list[str]]:
     """Return the runs that have ended and are readable as a table, and a sentence on each kind of the others."""
-    rows = [_row(run) for run in runs]
+    rows = [_row(run, rounds) for run in runs]
     read = [row for row in rows if row is not None]
     ended = [row for row in read if row["status"] in STATUSES]
     rungs = [f"{RUNG_METRIC}{epoch}" for epoch in rung_epochs({name for row in ended for name in row})]
@@ -303,7 +341,7 @@ def _tabulate(runs: list[Run], noun: str) -> tuple[pd.DataFrame, list[str]]:
     return unique, [f"{count(number, noun)} left out: {why}" for why, number in left_out.items() if number]
 
 
-def _row(run: Run) -> dict[str, Any] | None:
+def _row(run: Run, rounds: Rounds | None) -> dict[str, Any] | None:
     """Return a run as a row; None if its parameters are not a trial's."""
     params, tags, metrics = run.data.params, run.data.tags, run.data.metrics
     wanted = ("seed", "lr_scale", "epochs", *FACTORS)
@@ -311,6 +349,11 @@ def _row(run: Run) -> dict[str, Any] | None:
         config = TrialConfig.from_params({"learning_rate": "1"} | {name: params[name] for name in wanted})
     except (KeyError, InputError):
         return None
+    stop_epoch = _epoch(tags.get("would_stop_at_epoch", tags.get("stopped_at_epoch", "")))
+    chance = _chance(tags.get("control_chance", ""))
+    if not isnan(stop_epoch):
+        before = tags.get("controls_rounds_before", "")
+        chance = _combine_chances(chance, rounds, int(before) if before.isdecimal() else 0)
     recorded = {*TEST_METRICS, *(f"{RUNG_METRIC}{epoch}" for epoch in rung_epochs(metrics))}
     return {
         "run_id": run.info.run_id,
@@ -322,9 +365,9 @@ def _row(run: Run) -> dict[str, Any] | None:
         "epochs": config.epochs,
         "status": tags.get("status", ""),
         "control": tags.get("control") == "true",
-        "control_chance": _chance(tags.get("control_chance", "")),
+        "control_chance": chance,
         "stopped_at_epoch": _epoch(tags.get("stopped_at_epoch", "")),
-        "stop_epoch": _epoch(tags.get("would_stop_at_epoch", tags.get("stopped_at_epoch", ""))),
+        "stop_epoch": stop_epoch,
         "epochs_run": int(metrics.get("epochs_run", 0)),
         "final_val_accuracy": _final(tags.get("status", ""), metrics),
         "best_val_accuracy": metrics.get("best_val_accuracy", nan),

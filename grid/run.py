@@ -76,6 +76,8 @@ def read_request(options: argparse.Namespace) -> Request:
     """
     grid = find_grid(options.grid)
     data = options.data or grid.data
+    if options.dry_run and options.more_controls is not None:
+        raise InputError("--dry-run starts nothing and --more-controls draws trials to start; leave one of them out")
     levels = restrict(grid.levels, [_split_only(only) for only in options.only])
     cross(levels)  # raises if nothing is left
     return Request(
@@ -88,6 +90,7 @@ def read_request(options: argparse.Namespace) -> Request:
         seeds=options.seeds,
         lr_scales=_split_numbers(options.lr_scales),
         controls=options.controls,
+        more_controls=options.more_controls,
         rule=_read_rule(options),
         store=check_store_uri(options.store),
         experiment=_default_name(options, data) if options.experiment is None else options.experiment,
@@ -141,7 +144,14 @@ def _add_training(what: Options) -> None:
         type=float,
         default=0.03,
         metavar="SHARE",
-        help="unstopped controls: trials drawn at random and exempt from early stopping (0.03)",
+        help="unstopped controls: trials drawn at random and exempt from early stopping; a share above 0 draws at "
+        "least 60, or a third of the trials if that is less (0.03)",
+    )
+    what.add_argument(
+        "--more-controls",
+        type=int,
+        metavar="N",
+        help="once all trials have ended: draw N of the stopped ones at random and train them to the end",
     )
     what.add_argument("--stop-factor", type=int, default=3, metavar="N", help="one trial in N continues at a rung (3)")
     what.add_argument("--grace", type=int, default=1, metavar="N", help="epochs before any trial is stopped (1)")

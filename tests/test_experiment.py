@@ -179,7 +179,7 @@ def check_rules(before: list[str], now: list[str]) -> None:
 
 def planned(options: list[str]) -> tuple[Plan, Asha]:
     request = read_request(_parser().parse_args([*TINY, "--experiment", "tiny", *options]))
-    return Plan([], {}, [], frozenset(), request.rule), Asha.of(request.rule, request.epochs)
+    return Plan([], {}, [], frozenset(), rule=request.rule), Asha.of(request.rule, request.epochs)
 
 
 @pytest.mark.slow

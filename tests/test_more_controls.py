@@ -15,8 +15,9 @@ from benchmarks.grid_scale import blank_dataset
 from grid.config import InputError, TrialConfig
 from grid.driver import experiment
 from grid.driver.experiment import Prepared, Training
+from grid.driver.watcher import restore_rungs
 from grid.metrics import EpochReport
-from grid.plan.asha import Asha
+from grid.plan.asha import DEFAULT_RULE, Asha
 from grid.plan.packing import Packing
 from grid.record.rounds import COPY, ROUNDS, Round, read_rounds, record_rounds
 from grid.record.spool import open_spool
@@ -94,7 +95,7 @@ class Driver:
     def run(self, *options: str, trainer: Trainer | None = None) -> tuple[int, Trainer]:
         """Return the exit code, and what was trained."""
         trainer = trainer or Trainer()
-        self._monkeypatch.setattr(experiment.tuner, "run_trials", trainer)
+        self._monkeypatch.setattr("grid.tune.tuner.run_trials", trainer)
         request = read_request(_parser().parse_args([*GRID, "--store", self.uri, "--experiment", "tiny", *options]))
         spool = open_spool(self.folder / "spool", request.store, request.experiment)
         prepared = Prepared(blank_dataset(), b"", spool, self.store())
@@ -164,13 +165,13 @@ def test_every_epoch_of_a_drawn_trial_is_recorded_once(driver: Driver) -> None:
 
 
 def test_drawn_trials_count_at_no_later_rung(driver: Driver) -> None:
-    driver.run("--seeds", "2")
-    alone = driver.tags("stopped_at_epoch")
-    driver.run("--seeds", "2", "--more-controls", "5")
-    driver.run("--seeds", "3")
-    grown = driver.tags("status")
-    assert {key: driver.tags("stopped_at_epoch")[key] for key in alone} == alone
-    assert sum(status in ("completed", "stopped") for status in grown.values()) == 48
+    driver.run()
+    driver.run("--more-controls", "5")
+    asha = Asha.of(DEFAULT_RULE, 4)
+    restore_rungs(asha, driver.store().trials())
+    arrived = [trial for trial in driver.store().trials().values() if trial.stop_epoch != 1]
+    assert len(asha.arrivals("mlp", 1)) == 16
+    assert len(asha.arrivals("mlp", 3)) == len(arrived)
 
 
 @pytest.mark.parametrize("options", [["--more-controls", "3"], []])
@@ -218,15 +219,15 @@ def test_an_end_that_was_not_recorded_before_a_crash_is_recorded(
     _, trainer = driver.run()
     assert trainer.trained == []
     drawn = read_rounds(driver.store())[0].drawn
-    assert {driver.tags("status")[key] for key in drawn} == {"completed"}
-    assert {driver.tags("control")[key] for key in drawn} == {"true"}
+    runs = driver.runs()
+    assert {(runs[key].data.tags["status"], runs[key].data.tags["control"]) for key in drawn} == {("completed", "true")}
 
 
 def test_a_drawn_trial_may_diverge(driver: Driver) -> None:
     driver.run()
     driver.run("--more-controls", "2", trainer=Trainer(diverging=True))
-    drawn = read_rounds(driver.store())[0].drawn
-    assert {driver.tags("status")[key] for key in drawn} == {"diverged"}
+    statuses = driver.tags("status")
+    assert {statuses[key] for key in read_rounds(driver.store())[0].drawn} == {"diverged"}
     assert driver.run()[1].trained == []
 
 
@@ -271,8 +272,8 @@ def test_rounds_before_a_trial_began_do_not_count_for_it(driver: Driver) -> None
     driver.run("--seeds", "2")
     (each,), trials = read_rounds(driver.store()), read_experiment(driver.uri, "tiny").trials
     would_stop = trials[trials["stop_epoch"].notna()]
-    assert set(would_stop.loc[would_stop["seed"] == 0, "control_chance"]) == {pytest.approx(2 / each.among)}
-    assert set(would_stop.loc[would_stop["seed"] == 1, "control_chance"]) == {0}
+    chances = would_stop.groupby("seed")["control_chance"].unique()
+    assert [chances[0], chances[1]] == [[pytest.approx(2 / each.among)], [0]]
     before = driver.tags("controls_rounds_before")
     seeds = trials.set_index("trial_key")["seed"]
     assert {seed: {before[key] for key in seeds.index[seeds == seed]} for seed in (0, 1)} == {0: {None}, 1: {"1"}}
@@ -290,10 +291,11 @@ def test_another_share_keeps_what_has_begun_and_its_chance(driver: Driver) -> No
     before = {name: driver.tags(name) for name in ("control", "control_chance")}
     assert set(before["control_chance"].values()) == {"0.5"}
     driver.run("--controls", "1")
-    for name, values in before.items():
-        assert {key: driver.tags(name)[key] for key in values} == values
-    fresh = driver.tags("control").keys() - before["control"].keys()
-    assert {(driver.tags("control")[key], driver.tags("control_chance")[key]) for key in fresh} == {("true", "1.0")}
+    control, chance = driver.tags("control"), driver.tags("control_chance")
+    begun = before["control"].keys()
+    assert {key: control[key] for key in begun} == before["control"]
+    assert {key: chance[key] for key in begun} == before["control_chance"]
+    assert {(control[key], chance[key]) for key in control.keys() - begun} == {("true", "1.0")}
     chances = {key: trial.control_chance for key, trial in driver.store().trials().items()}
     assert {key: chances[key] for key in before["control"]} == dict.fromkeys(before["control"], 0.5)
 

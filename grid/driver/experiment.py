@@ -12,6 +12,7 @@ from grid.config import InputError, TrialConfig
 from grid.data.dataset import Dataset
 from grid.data.load import load
 from grid.driver.messages import conclude, describe_packing, describe_plan, print_facts
+from grid.driver.more_controls import draw_if_asked, reopen_drawn
 from grid.driver.watcher import Watcher, restore_rungs
 from grid.plan.asha import Asha
 from grid.plan.packing import Packing
@@ -21,6 +22,7 @@ from grid.plan.trials import Plan, check_comparable, make_plan
 from grid.record.lease import Lease
 from grid.record.manifest import describe_code
 from grid.record.recorder import Recorder
+from grid.record.rounds import read_rounds
 from grid.record.spool import Spool, open_spool
 from grid.record.store import MANIFEST, Store, StoredTrial
 from grid.train.checkpoints import Checkpoints
@@ -90,7 +92,8 @@ def run(request: Request, prepared: Prepared, training: Training) -> int:
     store, dataset = prepared.store, prepared.dataset
     recorder = Recorder(store, prepared.spool)
     recorder.recover()
-    stored = store.trials()
+    rounds = read_rounds(store)
+    stored = reopen_drawn(store, store.trials(), rounds)
     begun = {key: trial.control for key, trial in stored.items()}
     plan = make_plan(request, packing=training.packing, fingerprint=dataset.fingerprint, begun=begun)
     check_comparable(plan.trials, [trial.config for trial in stored.values()], request.experiment)
@@ -98,9 +101,11 @@ def run(request: Request, prepared: Prepared, training: Training) -> int:
     restore_rungs(asha, stored)
     if stored:
         _check_same_rule(store.manifest(), plan, asha, request.experiment)
+    plan, stored, remark = draw_if_asked(request.more_controls, plan, stored, store, rounds)
+    facts = describe_plan(request, plan) | ({"controls": remark} if remark else {})
     manifest = json.dumps(_manifest(request, plan, asha, dataset), indent=2).encode()
     recorder.begin({MANIFEST: manifest, "samples.png": prepared.samples}, stored)
-    watcher, delivered = train_all(plan, stored, dataset, recorder, asha, training, describe_plan(request, plan))
+    watcher, delivered = train_all(plan, stored, dataset, recorder, asha, training, facts)
     undelivered = "" if delivered else recorder.error or "no reason given"
     conclusion = conclude(request, watcher, undelivered)
     print(f"\n{conclusion.table}\n")

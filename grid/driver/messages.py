@@ -9,6 +9,7 @@ from grid.config import FACTORS
 from grid.driver.progress import top_table
 from grid.driver.watcher import Watcher
 from grid.plan.asha import StoppingRule
+from grid.plan.controls import FEWEST
 from grid.plan.forecast import Forecast
 from grid.plan.packing import Packing
 from grid.plan.request import Place, Request, resume_command
@@ -25,10 +26,19 @@ def describe_plan(request: Request, plan: Plan) -> dict[str, str]:
         facts["excluded"] = "; ".join(f"{count(cells, 'cell')}: {reason}" for reason, cells in plan.excluded.items())
     facts["trials"] = (
         f"{len(plan.trials):,} = cells x {count(request.seeds, 'seed')} x "
-        f"{count(len(request.lr_scales), 'lr scale')}; {count(len(plan.controls), 'unstopped control')}"
+        f"{count(len(request.lr_scales), 'lr scale')}; {_describe_controls(request, plan)}"
     )
     facts["budget"] = f"{count(request.epochs, 'epoch')}; {_describe_rule(plan.rule, request.epochs)}"
     return facts
+
+
+def _describe_controls(request: Request, plan: Plan) -> str:
+    controls = count(len(plan.controls), "unstopped control")
+    if not plan.control_chance:
+        return controls
+    raised = plan.control_chance * len(plan.trials) > request.controls * len(plan.trials) + 1
+    least = f", at least {FEWEST} or a third of the trials" if raised else ""
+    return f"{controls} (a chance of {plan.control_chance:.1%} each{least})"
 
 
 def _describe_rule(rule: StoppingRule, epochs: int) -> str:

@@ -57,6 +57,7 @@ class Watcher:
         self._running: set[str] = set()
         self._controls = plan.controls
         self._control_chance = plan.control_chance
+        self._rounds_before = plan.rounds_before
         self._rule = plan.rule
         self._recorder = recorder
         self._checkpoints = checkpoints
@@ -83,7 +84,10 @@ class Watcher:
         self._accuracies.setdefault(config.trial_key, [])
         self._record(
             lambda: self._recorder.started(
-                config, control=config.trial_key in self._controls, chance=self._control_chance
+                config,
+                control=config.trial_key in self._controls,
+                chance=self._control_chance,
+                rounds_before=self._rounds_before,
             )
         )
 

@@ -63,7 +63,9 @@ class Request(Place):
     lr_scales: tuple[float, ...]
     """Nuisance levels."""
     controls: float
-    """Share of trials that are unstopped controls, exempt from early stopping, in [0, 1]."""
+    """Share of trials that are unstopped controls, exempt from early stopping, in [0, 1]; see `grid.plan.controls`."""
+    more_controls: int | None = None
+    """Controls to draw among the stopped trials of a grid that has ended; None to draw none."""
     rule: StoppingRule = DEFAULT_RULE
     """Which of the other trials are stopped early."""
     precision: str
@@ -83,6 +85,8 @@ class Request(Place):
         if unknown := set(self.rule.within) - set(FACTORS):
             hint = f"choose from {', '.join(FACTORS)}"
             raise InputError(f"--stop-within takes factors joined by commas, got '{min(unknown)}'; {hint}")
+        if self.more_controls is not None and self.more_controls < 1:
+            raise InputError(f"--more-controls must be at least 1, got {self.more_controls}")
         if not 0 <= self.controls <= 1:
             raise InputError(f"--controls must be a share between 0 and 1, got {self.controls:g}")
         if not all(0 < scale < float("inf") for scale in self.lr_scales):

@@ -32,6 +32,8 @@ class Plan:
     """Keys of the unstopped controls, the trials that are exempt from stopping."""
     control_chance: float | None = None
     """With which a trial that begins now was drawn to be one; None if it was not by chance."""
+    rounds_before: int = 0
+    """Rounds of `--more-controls` that were drawn before a trial that begins now; they could not draw it."""
     rule: StoppingRule = DEFAULT_RULE
     """Which of the other trials are stopped."""
 
@@ -63,7 +65,7 @@ def make_plan(request: Request, *, packing: Packing, fingerprint: str, begun: Ma
 
     trials = expand(cells, seeds=request.seeds, lr_scales=request.lr_scales, order_seed=ORDER_SEED, configure=configure)
     controls = draw_controls(trials, request.controls, ORDER_SEED, begun)
-    return Plan(cells, excluded, trials, controls.keys, controls.chance, request.rule)
+    return Plan(cells, excluded, trials, controls.keys, controls.chance, rule=request.rule)
 
 
 def check_comparable(planned: Sequence[TrialConfig], recorded: Sequence[TrialConfig], experiment: str) -> None:

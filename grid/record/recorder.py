@@ -46,8 +46,12 @@ class Recorder:
         self._spool = spool
         self._kind = kind
         self._run_ids: dict[str, str] = {}
-        self._failed_at: dict[str, float] = {}
-        """Epochs run, by the keys of the trials that failed in an earlier run."""
+        self._failed: set[str] = set()
+        """Keys of the trials that failed in an earlier run."""
+        self._reopened: dict[str, int | None] = {}
+        """Rungs at which trials were stopped that train on as controls, by trial key."""
+        self._ended_at: dict[str, float] = {}
+        """Epochs run, by the keys of the trials that ended in an earlier run and train on."""
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._deliver_until_closed, name="recorder", daemon=True)
@@ -79,9 +83,10 @@ class Recorder:
         """
         client = self.store.client
         self._run_ids = {key: trial.run_id for key, trial in stored.items()}
-        self._failed_at = {
-            key: trial.metrics.get("epochs_run", 0.0) for key, trial in stored.items() if trial.status == "failed"
-        }
+        self._failed = {key for key, trial in stored.items() if trial.status == "failed"}
+        self._reopened = {key: trial.stop_epoch for key, trial in stored.items() if trial.reopened}
+        ended_before = self._failed | self._reopened.keys()
+        self._ended_at = {key: stored[key].metrics.get("epochs_run", 0.0) for key in ended_before}
         try:
             client.update_run(self.store.parent_id, status="RUNNING")
             self.store.attach(self.store.parent_id, files)
@@ -93,13 +98,16 @@ class Recorder:
             raise InputError(f"can't write to the store {mask(self.store.uri)}: {first_line(error)}; {hint}") from error
         self._thread.start()
 
-    def started(self, config: TrialConfig, *, control: bool, chance: float | None = None) -> None:
+    def started(
+        self, config: TrialConfig, *, control: bool, chance: float | None = None, rounds_before: int = 0
+    ) -> None:
         """Record that a trial has started, or resumes.
 
         Args:
             config: Which trial.
             control: Whether it is an unstopped control.
             chance: With which it was drawn to be one; recorded when the trial starts for the first time.
+            rounds_before: Rounds of `--more-controls` that were drawn before; likewise.
         """
         tags = {
             "kind": self._kind,
@@ -108,6 +116,7 @@ class Recorder:
             "control": "true" if control else "false",
         }
         tags |= {} if chance is None else {"control_chance": repr(chance)}
+        tags |= {"controls_rounds_before": str(rounds_before)} if rounds_before else {}
         self._append(
             Started(
                 trial_key=config.trial_key, time=self._now(), name=config.name, params=config.to_params(), tags=tags
@@ -157,8 +166,10 @@ class Recorder:
             error: Traceback of a failed trial.
         """
         tags = {"status": status} | ({"stopped_at_epoch": str(epochs_run)} if status == "stopped" else {})
+        if config.trial_key in self._reopened:
+            tags |= {"control": "true", "would_stop_at_epoch": str(self._reopened[config.trial_key])}
         best = {} if best_val_accuracy is None else {"best_val_accuracy": best_val_accuracy}
-        again = epochs_run == self._failed_at.get(config.trial_key)  # recorded at this epoch when it failed before
+        again = epochs_run == self._ended_at.get(config.trial_key)  # recorded at this epoch when it ended before
         metrics = {} if again else {**best, "epochs_run": float(epochs_run)}
         self._append(
             Ended(
@@ -277,7 +288,7 @@ class Recorder:
             self.store.client.set_terminated(run_id, "KILLED", last.time)
 
     def _tags_of_end(self, event: Ended) -> dict[str, str]:
-        failed_before = event.trial_key in self._failed_at  # whose error this end replaces
+        failed_before = event.trial_key in self._failed  # whose error this end replaces
         error = {"error": summarise_error(event.error)} if event.error or failed_before else {}
         return {**error, **event.tags}
 

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,10 @@ class StoredTrial:
     metrics: Mapping[str, float]
     """Last value of each."""
     control: bool
+    control_chance: float | None = None
+    """With which it was drawn to be one when it began; None if the store does not say."""
+    reopened: bool = False
+    """Whether it was stopped and trains on as a control that was drawn later; see `Store.reopen`."""
     was_stopped: bool = False
     """Whether ASHA stopped it."""
     stop_epoch: int | None = None
@@ -114,18 +118,25 @@ class Store:
         except mlflow.exceptions.MlflowException as missing:
             return bool(missing.error_code == "RESOURCE_DOES_NOT_EXIST")
 
+    def artifact(self, name: str) -> bytes | None:
+        """Return a file of the parent run; None if it has none of that name.
+
+        Raises:
+            InputError: The store does not answer.
+        """
+        with self.answering(), tempfile.TemporaryDirectory() as folder:
+            if name not in (file.path for file in self.client.list_artifacts(self.parent_id)):
+                return None
+            return Path(self.client.download_artifacts(self.parent_id, name, folder)).read_bytes()
+
     def manifest(self) -> dict[str, Any]:
         """Return `grid.json`; empty if there is none, or it is damaged.
 
         Raises:
             InputError: The store does not answer.
         """
-        with self.answering(), tempfile.TemporaryDirectory() as folder:
-            if MANIFEST not in (file.path for file in self.client.list_artifacts(self.parent_id)):
-                return {}
-            content = Path(self.client.download_artifacts(self.parent_id, MANIFEST, folder)).read_bytes()
         try:
-            manifest = json.loads(content)
+            manifest = json.loads(self.artifact(MANIFEST) or b"{}")
         except ValueError:
             return {}
         return manifest if isinstance(manifest, dict) else {}
@@ -174,6 +185,16 @@ class Store:
         with self.answering():
             return {run.data.tags["trial_key"]: self._stored(run) for run in self._search(kind)}
 
+    def reopen(self, trial: StoredTrial) -> StoredTrial:
+        """Return a stopped trial as one that has to continue, as an unstopped control.
+
+        Raises:
+            InputError: The store does not answer.
+        """
+        with self.answering():
+            accuracies = self._accuracies(trial.run_id)
+        return replace(trial, status="", control=True, reopened=True, was_stopped=False, val_accuracies=accuracies)
+
     @contextmanager
     def answering(self) -> Iterator[None]:
         """Turn the errors of a store that is down, locked or slow into an `InputError`."""
@@ -201,6 +222,7 @@ class Store:
             config=TrialConfig.from_params(run.data.params),
             metrics=run.data.metrics,
             control=tags.get("control") == "true",
+            control_chance=_number(tags.get("control_chance")),
             tags=tags,
             was_stopped="stopped_at_epoch" in tags,
             stop_epoch=_first_epoch(tags.get("would_stop_at_epoch"), tags.get("stopped_at_epoch")),
@@ -211,6 +233,10 @@ class Store:
         epochs = [point.step for point in self.client.get_metric_history(run_id, "epoch_seconds")]
         accuracies = {point.step: point.value for point in self.client.get_metric_history(run_id, "val_accuracy")}
         return tuple(accuracies.get(epoch, nan) for epoch in sorted(epochs))
+
+
+def _number(tag: str | None) -> float | None:
+    return None if tag is None else float(tag)
 
 
 def _first_epoch(*tags: str | None) -> int | None:
