@@ -77,7 +77,8 @@ def test_metrics_are_those_that_the_code_records() -> None:
 
 def test_analysis_reads_only_documented_names() -> None:
     names = documented("trial", "tag") | documented("trial", "parameter") | documented("trial", "metric")
-    assert set(COLUMNS) - {"run_id"} <= names
+    derived = {"run_id", "stop_epoch"}  # stopped_at_epoch or would_stop_at_epoch
+    assert set(COLUMNS) - derived <= names
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +101,11 @@ def test_the_commands_record_exactly_what_is_documented(real_store: Store) -> No
     grid, trials, finalists = (runs_of(real_store, kind) for kind in ("grid", "trial", "confirm"))
     assert tags_of(grid) == documented("grid", "tag")
     assert artifacts_of(real_store.client, grid) == documented("grid", "artifact")
-    assert tags_of(trials) == documented("trial", "tag") - {"error"}  # none failed
+    assert tags_of(trials) == documented("trial", "tag") - {"error", "would_stop_at_epoch"}  # none failed, no controls
     assert {name for run in trials for name in run.data.params} == documented("trial", "parameter")
     assert metrics_of(trials) == documented("trial", "metric") | set(EPOCH_METRICS)
-    assert tags_of(finalists) == documented("confirm", "tag") - {"error", "stopped_at_epoch"}
+    drawn = {"would_stop_at_epoch", "control_chance"}  # no finalist is drawn
+    assert tags_of(finalists) == documented("confirm", "tag") - {"error", "stopped_at_epoch", *drawn}
     assert metrics_of(finalists) == documented("confirm", "metric") | set(EPOCH_METRICS)
     assert artifacts_of(real_store.client, finalists) == documented("confirm", "artifact") - {"traceback.txt"}
 
