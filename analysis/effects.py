@@ -1,7 +1,7 @@
 """Prints which techniques matter, and how much: `python -m analysis.effects --experiment smoke-glyphs`.
 
-At the end of training by default (`analysis.final_effects`), or after a rung (`analysis.rung_effects`): who learns fast
-is another question than who ends well.
+At the end of training by default, or after a rung: who learns fast is another question than who ends well. The
+estimates are those of `analysis.estimates`.
 """
 
 import json
@@ -14,9 +14,9 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.final_effects import FinalEffects, measure_experiment
+from analysis.estimates.final_effects import FinalEffects, measure_experiment
+from analysis.estimates.rung_effects import RungEffects, measure_rung_effects
 from analysis.plot import draw_main_effects, effect_rows
-from analysis.rung_effects import RungEffects, measure_rung_effects
 from analysis.store import Experiment, read_experiment
 from grid.arguments import Parser, add_experiment, add_store, run_command
 from grid.config import InputError

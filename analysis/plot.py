@@ -139,7 +139,7 @@ def effect_rows(levels: pd.DataFrame) -> pd.DataFrame:
     """Return the levels in drawing order: factors by falling range of their effects, levels by falling effect.
 
     Args:
-        levels: `analysis.final_effects.FinalEffects.levels`, or those after a rung.
+        levels: `analysis.estimates.final_effects.FinalEffects.levels`, or those after a rung.
     """
     effects = levels.groupby("factor")["effect"]
     widest = (effects.transform("max") - effects.transform("min")).fillna(0)
@@ -154,7 +154,7 @@ def difference_rows(differences: pd.DataFrame) -> pd.DataFrame:
     """Return the largest difference of each factor in drawing order: sure ones first, larger ones first.
 
     Args:
-        differences: `analysis.final_effects.FinalEffects.differences`.
+        differences: `analysis.estimates.final_effects.FinalEffects.differences`.
     """
     largest = differences.drop_duplicates("factor")
     return largest.sort_values(["sure", "difference"], ascending=False, kind="stable").reset_index(drop=True)
@@ -224,7 +224,7 @@ def variance_bars(variance: pd.DataFrame, count: int = 12) -> pd.DataFrame:
     """Return the terms that explain most, all other terms as one, and the residual.
 
     Args:
-        variance: `analysis.rung_effects.RungEffects.variance`.
+        variance: `analysis.estimates.rung_effects.RungEffects.variance`.
         count: How many terms are named.
 
     Returns:
@@ -256,7 +256,7 @@ def strongest_interactions(interactions: pd.DataFrame, count: int = HEAT_MAPS) -
     """Return the pairs of factors with the strongest pair of levels that stands out, the strongest first.
 
     Args:
-        interactions: `analysis.final_effects.FinalEffects.interactions`.
+        interactions: `analysis.estimates.final_effects.FinalEffects.interactions`.
         count: How many at most.
     """
     found = interactions[interactions["stands_out"].astype(bool)]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.stats import chi2, hypergeom, norm
 from statsmodels.stats.proportion import proportion_confint
 
-from analysis.anova import holm
+from analysis.multiplicity import holm
 from analysis.store import Experiment
 from grid.config import FACTORS, STEP_PARTS, InputError
 from grid.metrics import RUNG_METRIC, rung_epochs

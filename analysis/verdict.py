@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 
 from analysis.audit import summarise_loss
-from analysis.final_effects import FinalEffects, measure_experiment
+from analysis.estimates.final_effects import FinalEffects, measure_experiment
+from analysis.estimates.rung_effects import RungEffects, measure_rung_effects
 from analysis.formatting import sentence
 from analysis.rank import rank_cells
-from analysis.rung_effects import RungEffects, measure_rung_effects
 from analysis.stopping import Audit, audit_experiment
 from analysis.store import Experiment
 from grid.config import FACTORS, InputError, cell_name

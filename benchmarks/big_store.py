@@ -26,8 +26,8 @@ import pandas as pd
 from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlMetric, SqlParam, SqlRun, SqlTag
 from sqlalchemy import create_engine, insert
 
+from analysis.estimates.rung_effects import measure_rung_effects
 from analysis.rank import rank_cells
-from analysis.rung_effects import measure_rung_effects
 from analysis.stopping import audit_stopping
 from analysis.store import Experiment, read_curves, read_experiment
 from grid.arguments import Parser

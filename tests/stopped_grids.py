@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis.anova import Array
+from analysis.estimates.anova import Array
 from grid.config import FACTORS, LEVELS
 
 RUNGS = (1, 3)

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from analysis.effects import CSV_COLUMNS, describe, format_final_effects, format_rung_effects, main, tabulate
-from analysis.final_effects import measure_final_effects
-from analysis.rung_effects import measure_rung_effects
+from analysis.estimates.final_effects import measure_final_effects
+from analysis.estimates.rung_effects import measure_rung_effects
 from analysis.store import Experiment, read_experiment
 from grid.config import FACTORS, TrialConfig
 from grid.metrics import EpochReport

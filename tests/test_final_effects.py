@@ -4,7 +4,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.final_effects import REPLAYED, FinalEffects, measure_experiment, measure_final_effects, usable_trials
+from analysis.estimates.final_effects import (
+    REPLAYED,
+    FinalEffects,
+    measure_experiment,
+    measure_final_effects,
+    usable_trials,
+)
 from analysis.store import Experiment
 from grid.config import FACTORS, LEVELS, InputError
 from tests.stopped_grids import EPOCHS, Grid, cells_of, make_grid, true_effects

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.rung_effects import measure_rung_effects
+from analysis.estimates.rung_effects import measure_rung_effects
 from analysis.stopping import stop_epochs
 from benchmarks.planted import coverage
 from benchmarks.planted.__main__ import main

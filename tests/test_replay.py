@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.final_effects import measure_final_effects
+from analysis.estimates.final_effects import measure_final_effects
 from benchmarks.replay.__main__ import main
 from benchmarks.replay.curves import EPOCHS, PATH, load_curves
 from benchmarks.replay.draws import Table, draw_controls, replay

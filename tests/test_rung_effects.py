@@ -11,7 +11,7 @@ from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.multitest import multipletests
 
-from analysis.rung_effects import RungEffects, measure_rung_effects
+from analysis.estimates.rung_effects import RungEffects, measure_rung_effects
 from grid.config import FACTORS, LEVELS, InputError
 
 SMALL = {"model": 2, "activation": 3, "optimizer": 4}

@@ -3,11 +3,11 @@ from dataclasses import replace
 import pytest
 
 from analysis.audit import WORDING
-from analysis.final_effects import FinalEffects
+from analysis.estimates.final_effects import FinalEffects
+from analysis.estimates.rung_effects import RungEffects
 from analysis.formatting import percent
 from analysis.page import sections
 from analysis.page.sections import Section
-from analysis.rung_effects import RungEffects
 from analysis.store import read_experiment
 from analysis.verdict import Unavailable, Verdict, analyse
 from grid.record.store import Store

@@ -5,9 +5,10 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis.anova import Array, Term, effect_weights, estimable_terms, in_order
-from analysis.final_effects import make_sample
-from analysis.two_phase import Ends, Sample, estimate_ends, level_quantile
+from analysis.estimates.anova import Array, Term, effect_weights, estimable_terms, in_order
+from analysis.estimates.final_effects import make_sample
+from analysis.estimates.two_phase import Ends, Sample, estimate_ends
+from analysis.multiplicity import level_quantile
 from grid.config import FACTORS
 from tests.stopped_grids import Grid, make_grid, planted_effects, true_effects
 

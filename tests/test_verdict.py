@@ -5,9 +5,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.final_effects import FinalEffects
+from analysis.estimates.final_effects import FinalEffects
+from analysis.estimates.rung_effects import RungEffects
 from analysis.plot import difference_rows
-from analysis.rung_effects import RungEffects
 from analysis.store import Experiment, read_experiment
 from analysis.verdict import Fact, Unavailable, Verdict, analyse, headline, name_of, what_matters
 from grid.config import FACTORS, LEVELS, InputError

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pandas as pd
 
-from analysis.anova import estimable_terms, estimate, fit_terms, in_order
-from analysis.final_effects import measure_final_effects
-from analysis.rung_effects import measure_rung_effects
+from analysis.estimates.anova import estimable_terms, estimate, fit_terms, in_order
+from analysis.estimates.final_effects import measure_final_effects
+from analysis.estimates.rung_effects import measure_rung_effects
 from grid.config import FACTORS, InputError
 
 CONFIDENCE = 0.95

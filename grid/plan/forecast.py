@@ -140,7 +140,7 @@ def expected_widths(trials: Sequence[TrialConfig], controls: int, rule: Stopping
         rule: Which trials are stopped.
         levels: Of the factor.
 
-    Reference: the variance of double sampling, see `analysis.two_phase`, for ends that vary by `END_SPREAD`.
+    Reference: the variance of double sampling, see `analysis.estimates.two_phase`, for ends that vary by `END_SPREAD`.
     """
     stopped = 1 - rule.factor ** -len(rule.rungs(trials[0].epochs))
     widths = []

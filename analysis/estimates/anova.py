@@ -20,6 +20,7 @@ from scipy import stats
 from scipy.linalg import helmert
 from statsmodels.regression.linear_model import OLS, RegressionResults
 
+from analysis.multiplicity import holm
 from grid.config import LEVELS, InputError
 
 TOLERANCE = 1e-9
@@ -185,12 +186,6 @@ def _first_aliased(terms: Sequence[Term]) -> Term | None:
     added = np.pad(np.abs(diagonal), (0, matrix.shape[1] - len(diagonal)))
     redundant, columns = added < TOLERANCE * sqrt(len(matrix)), _columns(terms)
     return next((term for term in terms if redundant[columns[term.name]].any()), None)
-
-
-def holm(p: "pd.Series[float]") -> "pd.Series[float]":
-    """Return p values corrected for their number (Holm 1979)."""
-    # statsmodels' own collects garbage at each call, which takes longer than the whole analysis of a small grid.
-    return (p.sort_values() * np.arange(len(p), 0, -1)).cummax().clip(upper=1)
 
 
 def _type_ii(fit: RegressionResults, terms: Sequence[Term]) -> Array:

@@ -1,10 +1,11 @@
-"""Estimates the end of training of a grid that was stopped early, from all of its trials and without bias.
+"""Estimates the end of training of a grid that was stopped early, from all of its trials, without bias.
 
 Phase one is what every trial shows up to the rung that stopped it. Phase two is the end of training. It is seen of the
 trials that went on and, among those that the rule stops, of the unstopped controls; with which chance is known. A
-regression predicts the ends that are not seen from phase one. The controls tell how far it is off, each standing for
+regression predicts the ends that are not seen from phase one. The controls show how far it is off, and each represents
 1 / chance trials: their residuals take out its bias, whatever its form. So a poor regression widens the intervals and
-shifts nothing.
+shifts next to nothing. (The controls are also in the regression, which leaves a bias of a small part of the interval
+where they are few.) The intervals are those of a plain random draw; a D-optimal draw errs less, so they are wide.
 
 References:
     Neyman 1938, https://doi.org/10.1080/01621459.1938.10503378 (double sampling); Cassel, Sarndal and Wretman 1976,
@@ -14,16 +15,14 @@ References:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
-from analysis.anova import Array, Term, coding_matrix
+from analysis.estimates.anova import Array, Term, coding_matrix
 
-PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-"""Strengths of the ridge penalty to choose from."""
+PENALTIES = (3.0, 10.0, 30.0)
+"""Strengths of the ridge penalty to choose from; weaker ones fit few controls too closely."""
 STOPPED_WEIGHT = 3.0
 """Weight in the regression of a trial that the rule stops, next to 1 for one that went on: it is about the stopped."""
 SMALLEST_SLACK = 0.02
@@ -88,8 +87,10 @@ class Ends:
     """What seeds and interactions of three or more factors contribute, `[trial]`; to be used likewise."""
     probed: NDArray[np.bool_]
     """Trials that `sampling` is from, `[trial]`."""
+    represented: Array
+    """How many trials each one stands for in `noise`, `[trial]`; 0 if its end is not seen."""
     degrees: float
-    """Degrees of freedom of `noise`."""
+    """Degrees of freedom of `noise` per trial whose end is seen, in [0, 1)."""
 
     def interval(self, weights: Array, confidence: float) -> tuple[Array, Array, Array]:
         """Return weighted sums of the ends.
@@ -103,12 +104,17 @@ class Ends:
         """
         squares = weights**2
         sampling, noise = squares @ self.sampling, squares @ self.noise
-        # Satterthwaite: the degrees of freedom of each part, by the effective number of trials that it rests on
-        drawn = squares[:, self.probed]
-        effective = np.sum(drawn, axis=1) ** 2 / np.maximum(np.sum(drawn**2, axis=1), 1e-300)
-        parts = sampling**2 / np.maximum(effective - 1, 1) + noise**2 / max(self.degrees, 1)
+        # Satterthwaite: the degrees of freedom of each part follow from how many trials it rests on
+        drawn = np.maximum(_effective_number(squares[:, self.probed]) - 1, 1)
+        left = np.maximum(_effective_number(squares * self.represented) * self.degrees, 1)
+        parts = sampling**2 / drawn + noise**2 / left
         variance = sampling + noise
         return weights @ self.values, np.sqrt(variance), np.maximum(variance**2 / np.maximum(parts, 1e-300), 1)
+
+
+def _effective_number(weights: Array) -> Array:
+    """Return how many equal weights are as uneven as each row of weights, `[sum]`."""
+    return np.asarray(np.sum(weights, axis=1) ** 2 / np.maximum(np.sum(weights**2, axis=1), 1e-300))
 
 
 def estimate_ends(sample: Sample, terms: Sequence[Term]) -> Ends:
@@ -124,7 +130,7 @@ def estimate_ends(sample: Sample, terms: Sequence[Term]) -> Ends:
     values[probed] += residuals[probed] / chances[probed]
     sampling = np.where(probed, left_out**2 * (1 - chances) / chances**2, 0.0)
     noise, degrees = _noise(sample, terms, np.where(sample.seen, sample.final, predicted), chances)
-    return Ends(values, sampling, noise, probed, degrees)
+    return Ends(values, sampling, noise, probed, np.where(sample.seen, 1 / chances, 0.0), degrees)
 
 
 def _predict(sample: Sample, terms: Sequence[Term]) -> tuple[Array, Array, Array]:
@@ -224,26 +230,4 @@ def _noise(sample: Sample, terms: Sequence[Term], guesses: Array, chances: Array
     if degrees < 1:
         return np.full(len(guesses), np.nan), 0.0
     squares = (sample.final - fitted) ** 2 / np.maximum(1 - leverage, SMALLEST_SLACK) / chances
-    return np.where(sample.seen, squares, 0.0), float(min(degrees, max(sample.seen.sum() - basis.shape[1], 1)))
-
-
-def level_quantile(levels: int, degrees: Array, confidence: float) -> float:
-    """Return how many standard errors a difference of two of so many levels reaches, whichever two are compared.
-
-    Args:
-        levels: Of the factor.
-        degrees: Of freedom of each difference; the smallest one counts for all, rounded down.
-        confidence: That all differences of the factor lie in their intervals, in (0, 1).
-
-    Returns:
-        NaN if the degrees of freedom are unknown.
-
-    Reference: Tukey 1953; Kramer 1956, https://doi.org/10.2307/3001469
-    """
-    smallest = float(np.min(degrees))
-    return _studentized_range(levels, max(1, int(smallest)), confidence) if np.isfinite(smallest) else np.nan
-
-
-@cache  # a fifth of a second each
-def _studentized_range(levels: int, degrees: int, confidence: float) -> float:
-    return float(stats.studentized_range.ppf(confidence, levels, degrees) / np.sqrt(2))
+    return np.where(sample.seen, squares, 0.0), degrees / len(guesses)

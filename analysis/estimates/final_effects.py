@@ -1,6 +1,6 @@
 """Measures which techniques matter at the end of training, from all trials of a grid that was stopped early.
 
-The ends of the trials that ASHA stopped are estimated without bias (`analysis.two_phase`), so every level is compared
+The ends of the trials that ASHA stopped are estimated without bias (see `two_phase`), so every level is compared
 at the full budget, whether or not its trials survived. Two levels of a factor are compared by Tukey's range, so that
 the largest of many differences is not taken for more than it is.
 """
@@ -14,20 +14,20 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis.anova import (
+from analysis.estimates.anova import (
     Array,
     Levels,
     Term,
     coding_matrix,
     effect_weights,
     estimable_terms,
-    holm,
     in_order,
 )
-from analysis.rung_effects import divergence_rates
+from analysis.estimates.rung_effects import divergence_rates
+from analysis.estimates.two_phase import Ends, Sample, estimate_ends
+from analysis.multiplicity import holm, level_quantile
 from analysis.stopping import FACTOR, WITHIN, has_verdicts, stop_epochs
 from analysis.store import Experiment
-from analysis.two_phase import Ends, Sample, estimate_ends, level_quantile
 from grid.config import FACTORS, InputError
 from grid.metrics import RUNG_METRIC, rung_epochs
 from grid.wording import count

@@ -1,7 +1,7 @@
 """Measures which techniques learn fast: a factorial analysis of variance at one rung, by default the first.
 
 No cell is stopped before the first rung, so all levels are compared fairly there. Later rungs hold survivors only;
-those are counted but never mixed in. What levels do to the end of training is measured by `analysis.final_effects`.
+those are counted but never mixed in. What levels do to the end is measured by `final_effects`.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from statsmodels.stats.proportion import proportion_confint
 
-from analysis.anova import Levels, estimable_terms, estimate, fit_terms, in_order, mean_square, variance_table
+from analysis.estimates.anova import Levels, estimable_terms, estimate, fit_terms, in_order, mean_square, variance_table
 from grid.config import FACTORS, InputError
 from grid.metrics import RUNG_METRIC, rung_epochs
 from grid.wording import count

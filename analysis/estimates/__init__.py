@@ -1,0 +1,1 @@
+"""Estimates what the levels do: after a rung, and at the end of a training that was stopped early."""
