@@ -83,12 +83,12 @@ def test_analysis_reads_only_documented_names() -> None:
 
 @pytest.fixture(scope="module")
 def real_store(glyphs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """A tiny grid with early stopping, and its finalists, by the commands."""
+    """A tiny grid with early stopping, a control that is drawn later, and its finalists, by the commands."""
     folder = tmp_path_factory.mktemp("real")
     uri, shared = f"sqlite:///{folder}/mlflow.db", ["--data-dir", str(glyphs_dir), "--address", "local"]
     small = ["--only", "model=mlp", "--only", "optimizer=adam", "--only", "dropout=off", "--per-class", "20"]
     grid = ["grid.run", "--grid", "smoke", *small, "--epochs", "2", "--controls", "0"]
-    for command in (grid, ["grid.confirm", "--top", "1", "--seeds", "1"]):
+    for command in (grid, [*grid, "--more-controls", "1"], ["grid.confirm", "--top", "1", "--seeds", "1"]):
         arguments = [*command, *shared, "--store", uri, "--experiment", "tiny"]
         subprocess.run([sys.executable, "-m", *arguments], cwd=folder, check=True, capture_output=True)
     store = Store(uri, "tiny")
@@ -101,10 +101,10 @@ def test_the_commands_record_exactly_what_is_documented(real_store: Store) -> No
     grid, trials, finalists = (runs_of(real_store, kind) for kind in ("grid", "trial", "confirm"))
     assert tags_of(grid) == documented("grid", "tag")
     assert artifacts_of(real_store.client, grid) == documented("grid", "artifact")
-    assert tags_of(trials) == documented("trial", "tag") - {"error", "would_stop_at_epoch"}  # none failed, no controls
+    assert tags_of(trials) == documented("trial", "tag") - {"error", "controls_rounds_before"}  # none failed, or is new
     assert {name for run in trials for name in run.data.params} == documented("trial", "parameter")
     assert metrics_of(trials) == documented("trial", "metric") | set(EPOCH_METRICS)
-    drawn = {"would_stop_at_epoch", "control_chance"}  # no finalist is drawn
+    drawn = {"would_stop_at_epoch", "control_chance", "controls_rounds_before"}  # no finalist is drawn
     assert tags_of(finalists) == documented("confirm", "tag") - {"error", "stopped_at_epoch", *drawn}
     assert metrics_of(finalists) == documented("confirm", "metric") | set(EPOCH_METRICS)
     assert artifacts_of(real_store.client, finalists) == documented("confirm", "artifact") - {"traceback.txt"}

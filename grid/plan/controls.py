@@ -58,7 +58,7 @@ def draw_controls(
             are, whatever is drawn now.
     """
     begun = begun or {}
-    settled = {key for key, control in begun.items() if control}
+    kept = {key for key, control in begun.items() if control}
     codes, counts = _codes(trials)
     cells = prod(counts)
     wanted = min(cells, number_of_controls(len(trials), share) * cells // len(trials))
@@ -68,7 +68,7 @@ def draw_controls(
         for trial, code in zip(trials, codes, strict=True)
         if tuple(code) in drawn and trial.trial_key not in begun
     }
-    return Controls(frozenset(fresh | settled & {trial.trial_key for trial in trials}), wanted / cells)
+    return Controls(frozenset(fresh | kept & {trial.trial_key for trial in trials}), wanted / cells)
 
 
 def draw_more(stopped: Collection[str], wanted: int, seed: int, round_number: int) -> list[str]:
