@@ -242,7 +242,7 @@ def test_the_number_is_at_most_that_of_the_stopped_and_then_none_is_left(driver:
 def test_a_grid_that_has_not_ended_is_refused(driver: Driver) -> None:
     driver.run(trainer=Trainer(10))
     left = 16 - sum(status is not None for status in driver.tags("status").values())
-    message = f"^--more-controls draws when a grid has ended, and {left} trials have not; run the same command without"
+    message = f"^--more-controls draws when a grid has ended, and {left} of 16 trials have not; run the same"
     with pytest.raises(InputError, match=message):
         driver.run("--more-controls", "1")
     assert read_rounds(driver.store()) == ()

@@ -53,6 +53,8 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["--seeds", "0"], "--seeds must be 1 to 1,000, got 0"),
         (["--seeds", "two"], "argument --seeds: invalid int value: 'two'; see --help"),
         (["--controls", "1.5"], "--controls must be a share between 0 and 1, got 1.5"),
+        (["--more-controls", "0"], "--more-controls must be at least 1, got 0"),
+        (["--dry-run", "--more-controls", "3"], "--dry-run starts nothing and --more-controls draws trials to start;"),
         (["--controls", "nan"], "--controls must be a share between 0 and 1, got nan"),
         (["--lr-scales", "1,x"], "--lr-scales takes numbers joined by commas, got '1,x'"),
         (["--lr-scales", "1,0"], "--lr-scales must be finite and above 0, got 1.0,0.0"),

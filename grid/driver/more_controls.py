@@ -51,7 +51,7 @@ def draw_if_asked(
         InputError: The grid has not ended, no trial can be drawn, or the store does not answer.
     """
     plan = replace(plan, rounds_before=len(rounds))
-    if left := sum(trial.reopened for trial in stored.values()):
+    if left := sum(trial.trial_key in stored and stored[trial.trial_key].reopened for trial in plan.trials):
         later = "; run the same command again to draw more" if wanted else ""
         return plan, dict(stored), f"round {len(rounds)} has {count(left, 'control')} left to train{later}"
     if not wanted:
@@ -79,9 +79,10 @@ def draw_round(wanted: int, plan: Plan, stored: Mapping[str, StoredTrial], *, nu
     """
     ended = {key for key, trial in stored.items() if trial.status in FINAL_STATUSES}
     planned = {trial.trial_key for trial in plan.trials}
-    if left := len((planned | stored.keys()) - ended):
-        hint = "run the same command without it first"
-        raise InputError(f"--more-controls draws when a grid has ended, and {count(left, 'trial')} have not; {hint}")
+    everything = planned | stored.keys()
+    if left := len(everything - ended):
+        share, hint = f"{left:,} of {len(everything):,} trials", "run the same command without it first"
+        raise InputError(f"--more-controls draws when a grid has ended, and {share} have not; {hint}")
     if others := len(ended - planned):
         hint = "ask for the same --grid, --only, --seeds and --lr-scales"
         raise InputError(f"--more-controls draws among all of '{experiment}', and {others:,} were left out; {hint}")
