@@ -115,7 +115,21 @@ def _winner(verdict: Verdict) -> Fact:
             f"As the best of {count(len(verdict.experiment.trials), 'trial')} it was partly lucky: expect less of "
             "another seed. grid.confirm trains the best again on new seeds, and tests them."
         )
+    details += _spared_winners(cells)
     return Fact(question, name_of(best.to_dict()), "", tuple(details), kind="use")
+
+
+def _spared_winners(cells: pd.DataFrame) -> list[str]:
+    """Say which unstopped control ended above the best cell, though ASHA would have stopped it."""
+    best = cells.iloc[0]
+    ends = cells["controls_end"].astype(float)
+    if best["tier"] == "finalist" or not (ends > best["val_accuracy"]).any():
+        return []
+    higher = cells.loc[ends.idxmax()]
+    return [
+        f"{name_of(higher.to_dict())}, an unstopped control that early stopping would have ended, reached "
+        f"{ends.max():.2%}: train it again before you choose."
+    ]
 
 
 def _margins(best: "pd.Series[Any]", prefix: str) -> str:

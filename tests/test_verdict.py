@@ -73,6 +73,14 @@ def test_a_winner_that_was_not_confirmed_was_partly_lucky() -> None:
     assert best.details[-1].startswith("As the best of 2 trials it was partly lucky: expect less of another seed.")
 
 
+@pytest.mark.parametrize(("end", "named"), [(0.9, True), (0.7, False)])
+def test_a_control_that_ended_above_the_winner_is_named(end: float, named: bool) -> None:
+    spared = trial(end, control=True, stop_epoch=1.0, activation="gelu")
+    best = fact(analysed(trial(0.8), spared), "Use")
+    assert best.answer == name_of(CELL)
+    assert any("gelu" in detail and "90.00%" in detail for detail in best.details) is named
+
+
 def test_the_factor_with_the_largest_planted_effect_is_found(verdict: Verdict) -> None:
     found = fact(verdict, LONG)
     assert found.answer.split(", ")[0] == "optimizer"
