@@ -125,9 +125,9 @@ def _spared_winners(cells: pd.DataFrame) -> list[str]:
     ends = cells["controls_end"].astype(float)
     if best["tier"] == "finalist" or not (ends > best["val_accuracy"]).any():
         return []
-    higher = cells.loc[ends.idxmax()]
+    higher = cells.assign(end=ends).dropna(subset="end").sort_values("end").to_dict("records")[-1]
     return [
-        f"{name_of(higher.to_dict())}, an unstopped control that early stopping would have ended, reached "
+        f"{name_of(higher)}, an unstopped control that early stopping would have ended, reached "
         f"{ends.max():.2%}: train it again before you choose."
     ]
 
