@@ -171,12 +171,15 @@ def test_few_controls_have_wide_but_finite_intervals(number: int) -> None:
 
 
 def test_an_interval_adds_up_squares_of_the_weights() -> None:
-    ends = Ends(np.array([0.5, 0.7]), np.array([0.0, 4.0]), np.array([1.0, 1.0]), np.array([False, True]), 10)
+    probed, represented = np.array([False, True]), np.array([1.0, 1.0])
+    ends = Ends(np.array([0.5, 0.7]), np.array([0.0, 4.0]), np.array([1.0, 1.0]), probed, represented, 0.9)
     sums, errors, degrees = ends.interval(np.array([[1.0, -1.0], [2.0, -2.0], [1.0, 0.0]]), 0.95)
     assert sums == pytest.approx([-0.2, -0.4, 0.5])
     assert errors**2 == pytest.approx([6, 24, 1])
-    # Satterthwaite: 6 squared / (4 squared / 1 + 2 squared / 10); with the noise alone its own degrees of freedom
-    assert degrees == pytest.approx([36 / 16.4, 36 / 16.4, 10])
+    # Satterthwaite: 6 squared / (4 squared / 1 + 2 squared / 1.8), as the noise rests on two trials with 0.9 each; the
+    # last sum rests on one trial
+    both = 36 / (16 + 4 / 1.8)
+    assert degrees == pytest.approx([both, both, 1])
 
 
 def test_more_noise_between_the_seeds_widens_the_intervals_of_a_grid_that_was_never_stopped() -> None:

@@ -230,7 +230,7 @@ def format_summary(summary: pd.DataFrame) -> str:
         error, slope = figure("|error|", view, ".2%"), figure("slope", view, ".2f")
         covered, known = figure("covered", view), figure("estimated", view)
         lines.append(f"{label:<24} {error:>12} {slope:>11} {covered:>12} {known:>12}")
-    lines += ["", "5. Effects at the end as analysis.effects prints them: 95% intervals that cover the truth"]
+    lines += ["", "5. Do the 95% intervals of analysis.effects at the end cover the truth?"]
     lines.append(f"{'grids with':<24} {'main effects':>14} {'differences':>14} {'interactions':>14} {'± points':>9}")
     for kind in summary.loc["end: half-width"].index if "end: half-width" in summary.index.get_level_values(0) else ():
         main, pairs = figure("end, main effects: covered", kind), figure("end, interactions: covered", kind)

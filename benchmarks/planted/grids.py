@@ -65,6 +65,8 @@ class Plan:
     """Whether all cells draw the same from a seed, as grids once did; their deviations are correlated then."""
     noise_sd: float = NOISE_SD
     """Standard deviation of an accuracy, without the answer to a seed."""
+    level_seed_sd: float = LEVEL_SEED_SD
+    """Standard deviation of how a level answers to a seed."""
 
     @classmethod
     def of(cls, index: int) -> "Plan":
@@ -158,7 +160,7 @@ def draw_curves(trials: pd.DataFrame, truth: Mapping[Level, Array], plan: Plan, 
         values[has(trials, label)] += effects
     seeds = trials["seed"].to_numpy() if plan.shared_seeds else np.arange(len(trials))
     for factor, names in LEVEL_NAMES.items():
-        answers = rng.normal(0, LEVEL_SEED_SD, (seeds.max() + 1, len(names)))
+        answers = rng.normal(0, plan.level_seed_sd, (seeds.max() + 1, len(names)))
         values += answers[seeds, trials[factor].map({name: i for i, name in enumerate(names)})][:, None]
     noise = _drift(plan.noise_sd, (len(trials),), plan, rng).T
     for factor, scales in UNEVEN.items() if plan.uneven else ():

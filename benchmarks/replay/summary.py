@@ -77,7 +77,8 @@ def format_rules(found: pd.DataFrame, labels: Iterable[str]) -> str:
             f"{label:<39}{100 * regret[label]:>7.2f}{kept[label]:>8.1f}{slow[label]:>6.1f}{effects['error']:>6.2f}"
             f"{effects['half']:>6.2f}{epochs[label]:>7.1%}"
         )
-    return "\n".join([*lines, "regret: the best cell's end minus the winner's, in points; best 20, slow: of them kept"])
+    lines.append("regret: the best cell's end minus the winner's, in points; best 20: how many of")
+    return "\n".join([*lines, "them were not stopped; slow: how many trials with one_cycle were not stopped"])
 
 
 def _means(found: pd.DataFrame, question: str) -> "pd.Series[float]":
