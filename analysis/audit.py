@@ -3,7 +3,6 @@
 The figures come from `analysis.stopping`; here is how they read, as text and in the report.
 """
 
-import math
 import re
 import sys
 import textwrap
@@ -108,10 +107,7 @@ def _summarise_loss(row: Mapping[Hashable, Any], sure: str) -> str:
     )
     if not row["stopped"]:
         return text
-    text += f"; at most {row['at_most']:,} of {count(row['stopped'], 'stopped trial')} would have ({sure})"
-    if math.isnan(row["loss_at_most"]):
-        return text
-    return f"{text}, the best of them by at most {100 * row['loss_at_most']:.1f} points"
+    return f"{text}; at most {row['at_most']:,} of {count(row['stopped'], 'stopped trial')} would have ({sure})"
 
 
 def format_audit(audit: Audit) -> str:

@@ -4,6 +4,7 @@ Standard library only, so that `--help` and a wrong argument are answered at onc
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,9 @@ def run_command(
     """
     try:
         return body()
+    except BrokenPipeError:  # nobody reads any more, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except errors as error:
         if debug:
             raise
