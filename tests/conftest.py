@@ -37,16 +37,6 @@ from grid.record.store import Store  # noqa: E402
 from grid.train.evaluation import confused_pairs, per_class  # noqa: E402
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let slow tests run in two processes: the simulated hosts, which see nothing of this machine's Ray, and the rest.
-
-    Tests of one group never run at once: a Ray of this machine would be joined by another test.
-    """
-    for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.xdist_group("hosts" if item.path.name == "test_cluster.py" else "this machine"))
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _fresh_ray_token() -> Iterator[None]:
     """Make Ray forget its access token after each file of tests; it would keep the first one until the process ends."""
