@@ -111,7 +111,7 @@ def test_the_intervals_cover_what_was_planted() -> None:
     for number in range(150):
         grid = make_grid(random_state=number)
         ends = estimate_ends(sample_of(grid, grid.draw_exactly(25, random), 0.3), terms)
-        effects, errors, degrees = ends.interval(weights, 0.95)
+        effects, errors, degrees = ends.weighted_sums(weights)
         covered.append(np.abs(effects - planted_effects(grid).to_numpy()) < stats.t.ppf(0.975, degrees) * errors)
     assert np.mean(covered) > 0.9
 
@@ -121,7 +121,7 @@ def test_the_intervals_are_not_wider_than_they_need_to_be() -> None:
     terms = terms_of(grid)
     samples = [sample_of(grid, grid.draw_exactly(25, random), 0.3) for _ in range(100)]
     weights = main_weights(terms)
-    errors = np.mean([estimate_ends(sample, terms).interval(weights, 0.95)[1] for sample in samples], axis=0)
+    errors = np.mean([estimate_ends(sample, terms).weighted_sums(weights)[1] for sample in samples], axis=0)
     assert np.mean(errors / estimates(grid, samples).std(axis=0)) < 1.6
 
 
@@ -152,7 +152,7 @@ def test_every_number_of_controls_has_finite_intervals_that_change_smoothly() ->
     order = np.random.default_rng(5).permutation(np.flatnonzero(np.isfinite(grid.stop)))
     for number in range(40, 121):
         drawn = np.isin(np.arange(len(grid.cells)), order[:number])
-        widths.append(estimate_ends(sample_of(grid, drawn), terms).interval(weights, 0.95)[1].mean())
+        widths.append(estimate_ends(sample_of(grid, drawn), terms).weighted_sums(weights)[1].mean())
     assert np.isfinite(widths).all()
     neighbours = pd.Series(widths).rolling(7, center=True, min_periods=4).median()
     assert (np.array(widths) / neighbours).max() < 1.6
@@ -164,7 +164,7 @@ def test_few_controls_have_wide_but_finite_intervals(number: int) -> None:
     grid = make_grid()
     terms = terms_of(grid, pairs=False)
     sample = sample_of(grid, grid.draw_exactly(number, np.random.default_rng(number)))
-    effects, errors, degrees = estimate_ends(sample, terms).interval(main_weights(terms), 0.95)
+    effects, errors, degrees = estimate_ends(sample, terms).weighted_sums(main_weights(terms))
     assert np.isfinite(effects).all()
     assert (errors > 0).all()
     assert (degrees >= 1).all()
@@ -173,7 +173,7 @@ def test_few_controls_have_wide_but_finite_intervals(number: int) -> None:
 def test_an_interval_adds_up_squares_of_the_weights() -> None:
     probed, represented = np.array([False, True]), np.array([1.0, 1.0])
     ends = Ends(np.array([0.5, 0.7]), np.array([0.0, 4.0]), np.array([1.0, 1.0]), probed, represented, 0.9)
-    sums, errors, degrees = ends.interval(np.array([[1.0, -1.0], [2.0, -2.0], [1.0, 0.0]]), 0.95)
+    sums, errors, degrees = ends.weighted_sums(np.array([[1.0, -1.0], [2.0, -2.0], [1.0, 0.0]]))
     assert sums == pytest.approx([-0.2, -0.4, 0.5])
     assert errors**2 == pytest.approx([6, 24, 1])
     # Satterthwaite: 6 squared / (4 squared / 1 + 2 squared / 1.8), as the noise rests on two trials with 0.9 each; the
@@ -188,7 +188,7 @@ def test_more_noise_between_the_seeds_widens_the_intervals_of_a_grid_that_was_ne
         grid = make_grid(noise=noise)
         terms = terms_of(grid)
         ends = estimate_ends(make_sample(grid.never_stopped()), terms)
-        widths.append(ends.interval(main_weights(terms), 0.95)[1].mean())
+        widths.append(ends.weighted_sums(main_weights(terms))[1].mean())
     assert widths[1] / widths[0] == pytest.approx(4, rel=0.05)
 
 

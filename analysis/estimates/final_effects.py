@@ -201,7 +201,7 @@ def _check_probed(sample: Sample) -> None:
 def _levels(terms: Sequence[Term], weights: dict[str, Array], ends: Ends, confidence: float) -> pd.DataFrame:
     tables = []
     for term in _main_effects(terms):
-        effects, errors, degrees = ends.interval(weights[term.name], confidence)
+        effects, errors, degrees = ends.weighted_sums(weights[term.name])
         half = stats.t.ppf((1 + confidence) / 2, degrees) * errors
         counts = np.bincount(term.codes, minlength=len(term.labels))
         names = pd.DataFrame(term.labels, columns=["factor", "level"])
@@ -214,7 +214,7 @@ def _differences(terms: Sequence[Term], weights: dict[str, Array], ends: Ends, c
     tables = []
     for term in _main_effects(terms):
         own, pairs = weights[term.name], np.array(list(combinations(range(len(term.labels)), 2)))
-        sums, errors, degrees = ends.interval(own[pairs[:, 0]] - own[pairs[:, 1]], confidence)
+        sums, errors, degrees = ends.weighted_sums(own[pairs[:, 0]] - own[pairs[:, 1]])
         known = bool(np.isfinite(degrees).all())
         half = errors * (level_quantile(len(term.labels), degrees, confidence) if known else np.nan)
         names = np.array([level for _, level in term.labels])
@@ -230,7 +230,7 @@ def _interactions(terms: Sequence[Term], weights: dict[str, Array], ends: Ends, 
     columns = ["factor", "level", "other_factor", "other_level"]
     tables, p_values = [], []
     for term in (term for term in terms if len(term.parts) == 2):
-        effects, errors, degrees = ends.interval(weights[term.name], confidence)
+        effects, errors, degrees = ends.weighted_sums(weights[term.name])
         half = stats.t.ppf((1 + confidence) / 2, degrees) * errors
         names = pd.DataFrame(term.labels, columns=columns)
         tables.append(names.assign(effect=effects, low=effects - half, high=effects + half))

@@ -92,12 +92,11 @@ class Ends:
     degrees: float
     """Degrees of freedom of `noise` per trial whose end is seen, in [0, 1)."""
 
-    def interval(self, weights: Array, confidence: float) -> tuple[Array, Array, Array]:
+    def weighted_sums(self, weights: Array) -> tuple[Array, Array, Array]:
         """Return weighted sums of the ends.
 
         Args:
             weights: `[sum, trial]`.
-            confidence: Of the intervals, in (0, 1).
 
         Returns:
             The sums, the standard errors, and the degrees of freedom of Student's t, each `[sum]`.

@@ -39,7 +39,7 @@ RULES: Mapping[str, StoppingRule] = {
     "model x schedule; rungs 1, 3; best 1/3": StoppingRule(within=("model", "lr_schedule")),
     "model x schedule; rungs 1, 3; best 1/2": StoppingRule(within=("model", "lr_schedule"), factor=2),
 }
-SHARES = (0.03, 0.05, 0.1, 0.2)
+SHARES = (0.03, 0.1, 0.2)
 SETTINGS: Mapping[str, list[Setting]] = {
     "shares": [Setting(f"{share:.0%}", DEFAULT_RULE, share, tuple(ESTIMATORS)) for share in SHARES],
     "rules": [Setting(label, rule, DEFAULT_SHARE) for label, rule in RULES.items()],
