@@ -120,7 +120,7 @@ class Hosts:
         self._wait_for_sshd(name)
 
     def _wait_for_sshd(self, name: str) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         probe = f": </dev/tcp/{self.address(name)}/22"
         while subprocess.run(self._inside(name, ["bash", "-c", probe]), capture_output=True, check=False).returncode:
             if time.monotonic() > deadline:

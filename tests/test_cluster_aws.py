@@ -289,7 +289,7 @@ def run_bash(command: str, home: Path, **environment: str) -> str:
     shell = shlex.split(" ".join(_with_interactive(command)))[-1]
     environment = {"HOME": str(home), "PATH": os.environ["PATH"]} | environment
     ran = subprocess.run(
-        ["bash", "-c", shell], cwd=home, env=environment, capture_output=True, text=True, check=False, timeout=100
+        ["bash", "-c", shell], cwd=home, env=environment, capture_output=True, text=True, check=False, timeout=900
     )
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
@@ -352,7 +352,7 @@ def test_mlflow_is_started_once_and_again_only_after_it_has_died(tmp_path: Path)
         run_bash(command, tmp_path, PATH=path)
         assert len(starts.read_text().split()) == 1
         os.kill(int(starts.read_text()), signal.SIGKILL)
-        subprocess.run(["flock", tmp_path / "mlflow/server.lock", "true"], check=True, timeout=100)  # the lock is free
+        subprocess.run(["flock", tmp_path / "mlflow/server.lock", "true"], check=True, timeout=900)  # the lock is free
         run_bash(command, tmp_path, PATH=path)
         assert len(starts.read_text().split()) == 2
         assert (

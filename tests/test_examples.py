@@ -88,7 +88,7 @@ def test_one_training_runs_in_a_notebook(folder: Path) -> None:
         connection_file=str(folder / "k.json"),
         transport="ipc",
     )
-    client = NotebookClient(notebook, km=manager, timeout=120, resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(notebook, km=manager, timeout=900, resources={"metadata": {"path": str(folder)}})
     asyncio.run(
         client.async_execute(
             env=environment(folder) | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}, cleanup_kc=True

@@ -62,7 +62,7 @@ def pretended_cluster(ray_folder: Path) -> Iterator[str]:
 
 
 def run_script(script: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=1200, check=False)
 
 
 @pytest.mark.slow

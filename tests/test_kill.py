@@ -45,7 +45,7 @@ def test_a_killed_grid_continues_and_its_numbers_are_those_of_plain_trainings(
     finally:
         kill_group(first)
     assert sum(map(len, recorded(store).values())) < 72
-    again = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True, timeout=300)
+    again = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True, timeout=1200)
     assert again.returncode == 0, again.stderr
     epochs = recorded(store)
     assert [sorted(step for step, _ in points) for points in epochs.values()] == [list(range(1, 10))] * 8

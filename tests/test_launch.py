@@ -26,7 +26,7 @@ connection.disconnect()
 
 def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=1200, check=False
     )
 
 
@@ -67,7 +67,7 @@ def test_ctrl_c_during_preparation_ends_at_once_and_the_same_command_continues(t
     started = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     time.sleep(1.5)
     started.send_signal(signal.SIGINT)
-    _, said = started.communicate(timeout=120)
+    _, said = started.communicate(timeout=900)
     assert started.returncode == 130
     assert said == "grid.run: interrupted; run the same command to continue\n"
     only = ["--only=activation=relu", "--only=optimizer=adam", "--only=dropout=off", "--epochs", "1"]

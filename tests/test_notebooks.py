@@ -142,7 +142,7 @@ def executed(
     environment = {**os.environ, **places, **settings, "MPLCONFIGDIR": mpl.get_cachedir(), "OMP_NUM_THREADS": "1"}
     notebook = nbformat.read(FOLDER / f"{request.param}.ipynb", as_version=nbformat.NO_CONVERT)
     client = NotebookClient(
-        notebook, km=manager, timeout=120, startup_timeout=120, resources={"metadata": {"path": str(folder)}}
+        notebook, km=manager, timeout=900, startup_timeout=900, resources={"metadata": {"path": str(folder)}}
     )
     asyncio.run(client.async_execute(env=environment, cleanup_kc=True))
     return notebook

@@ -93,7 +93,7 @@ def read_elsewhere(store_uri: str, model: str, images: np.ndarray, folder: Path)
     np.save(folder / "images.npy", images)
     command = [sys.executable, "-c", READ_IN_A_FRESH_PROCESS, store_uri, model, str(folder / "images.npy")]
     variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MLFLOW_TRACKING_URI")}
-    answer = subprocess.run(command, cwd=folder, env=variables, check=True, capture_output=True, text=True, timeout=120)
+    answer = subprocess.run(command, cwd=folder, env=variables, check=True, capture_output=True, text=True, timeout=900)
     return json.loads(answer.stdout.splitlines()[-1])
 
 

@@ -48,7 +48,7 @@ print(sum(one is not other for one, other in zip(before, parts())))
 def run_python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=variables, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *arguments], cwd=cwd, env=variables, capture_output=True, text=True, timeout=1200, check=False
     )
 
 

@@ -78,7 +78,7 @@ def browse(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
     profile = f"--user-data-dir={page.parent / 'profile'}"
     return subprocess.run(
-        [*command, profile, *options, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        [*command, profile, *options, page.as_uri()], capture_output=True, text=True, timeout=900, check=True
     )
 
 

@@ -303,5 +303,5 @@ def test_a_reader_that_has_gone_ends_a_command_quietly() -> None:
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.close()
-        _, error = process.communicate(timeout=120)
+        _, error = process.communicate(timeout=900)
     assert (process.returncode, error) == (0, b"")

@@ -37,7 +37,9 @@ def test_the_command_prints_a_row_for_each_trial_and_needs_neither_ray_nor_mlflo
     code = "import sys; sys.modules.update(ray=None, mlflow=None); from benchmarks import step_speed"
     code += "; step_speed.SECONDS = 0.05; step_speed.main()"
     small = ["--models", "mlp", "--precisions", "float32", "--images", "256", "--repeats", "1", "--profile", "3"]
-    done = subprocess.run([sys.executable, "-c", code, *small], capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *small], capture_output=True, text=True, timeout=1200, check=True
+    )
     assert done.stdout.count("\nfloat32 ") == 3
     assert done.stdout.count(" x ") == 9
     assert max(map(len, done.stdout.splitlines())) <= 100

@@ -32,7 +32,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", f"--wheel-dir={folder}", str(source)]
-    subprocess.run([sys.executable, *build], check=True, timeout=600)
+    subprocess.run([sys.executable, *build], check=True, timeout=1800)
     (found,) = folder.glob("*.whl")
     return found
 
@@ -48,7 +48,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # own, which Python does not read in a folder that is borrowed like this.
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
     install = ["-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run([sys.executable, *install], check=True, timeout=600)
+    subprocess.run([sys.executable, *install], check=True, timeout=1800)
     return python
 
 
@@ -70,7 +70,7 @@ def test_an_installed_wheel_runs_a_grid_confirms_and_reports_in_an_empty_folder(
             capture_output=True,
             text=True,
             check=False,
-            timeout=600,
+            timeout=1800,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
