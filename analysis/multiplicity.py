@@ -19,7 +19,7 @@ def level_quantile(levels: int, degrees: NDArray[np.float64], confidence: float)
 
     Args:
         levels: Of the factor.
-        degrees: Of freedom of each difference; the smallest one counts for all, rounded down.
+        degrees: Of freedom of each difference; the smallest one counts for all, rounded down to two digits.
         confidence: That all differences of the factor lie in their intervals, in (0, 1).
 
     Returns:
@@ -28,9 +28,15 @@ def level_quantile(levels: int, degrees: NDArray[np.float64], confidence: float)
     Reference: Tukey 1953; Kramer 1956, https://doi.org/10.2307/3001469
     """
     smallest = float(np.min(degrees))
-    return _studentized_range(levels, max(1, int(smallest)), confidence) if np.isfinite(smallest) else np.nan
+    if not np.isfinite(smallest):
+        return np.nan
+    whole = max(1, int(smallest))
+    digit = 10 ** max(0, len(str(whole)) - 2)
+    return _studentized_range(levels, whole // digit * digit, confidence)
 
 
 @cache  # a fifth of a second each
 def _studentized_range(levels: int, degrees: int, confidence: float) -> float:
+    if levels == 2:
+        return float(stats.t.ppf((1 + confidence) / 2, degrees))
     return float(stats.studentized_range.ppf(confidence, levels, degrees) / np.sqrt(2))

@@ -1,18 +1,26 @@
 """Replays on real learning curves: is what the commands print true of them?"""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from analysis.estimates.final_effects import measure_final_effects
 from benchmarks.replay.__main__ import main
-from benchmarks.replay.curves import EPOCHS, PATH, load_curves
+from benchmarks.replay.__main__ import run as run_replays
+from benchmarks.replay.curves import EPOCHS, PATH, VAL_IMAGES, describe, export, load_curves
 from benchmarks.replay.draws import Table, draw_controls, replay
 from benchmarks.replay.estimators import ESTIMATORS, compare, root_mean_square, truth
 from benchmarks.replay.examine import Setting, examine, prepare
 from benchmarks.replay.summary import summarise
-from grid.config import FACTORS
+from grid.config import FACTORS, InputError, TrialConfig
+from grid.metrics import EpochReport
 from grid.plan.asha import DEFAULT_RULE, NO_STOPPING, StoppingRule
+from grid.record.recorder import Recorder
+from grid.record.spool import Spool
+from grid.record.store import Store
+from grid.wording import count
 
 DRAWS = 30
 
@@ -36,7 +44,7 @@ def run(table: Table, rule: StoppingRule = DEFAULT_RULE, controls: int = 60, see
 def test_the_table_is_whole_and_small() -> None:
     curves = load_curves()
     assert PATH.stat().st_size < 1_000_000
-    assert curves.groupby("seed").size().nunique() == 1
+    assert curves.groupby("model")["seed"].value_counts().groupby("model").nunique().eq(1).all()
     assert not curves.duplicated([*FACTORS, "seed"]).any()
     values = curves[[str(epoch) for epoch in range(1, EPOCHS + 1)]]
     assert ((values > 0.01) & (values < 1) | values.isna()).all(axis=None)
@@ -45,6 +53,75 @@ def test_the_table_is_whole_and_small() -> None:
 def test_seeds_of_a_cell_differ(table: Table) -> None:
     first, second = (part.accuracies[:, -1] for part in prepare(PATH)[:2])
     assert 0.002 < np.nanstd(first - second) / np.sqrt(2) < 0.03
+
+
+def with_cnn(curves: pd.DataFrame, seeds: int) -> pd.DataFrame:
+    """Return the MLP's curves, and those of its first seeds once more as a CNN's, all images of a class better."""
+    columns = [str(epoch) for epoch in range(1, EPOCHS + 1)]
+    others = curves[curves["seed"] < seeds].assign(model="cnn")
+    others[columns] += 1 / 47
+    return pd.concat([curves, others], ignore_index=True)
+
+
+@pytest.mark.parametrize(("seeds", "expected"), [(1, [(0, 0), (1, 0)]), (2, [(0, 0), (1, 1)])])
+def test_models_may_have_different_numbers_of_seeds(
+    seeds: int, expected: list[tuple[int, int]], tmp_path: Path
+) -> None:
+    curves = load_curves().query("model == 'mlp'")
+    path = tmp_path / "curves.csv"
+    columns = [str(epoch) for epoch in range(1, EPOCHS + 1)]
+    both = with_cnn(curves, seeds)
+    both.assign(**{name: (both[name] * VAL_IMAGES).round().astype(int) for name in columns}).to_csv(path, index=False)
+    tables = prepare(path)
+    assert [len(table.cells) for table in tables] == [1920] * len(expected)
+    ends = {seed: rows["9"].to_numpy() for seed, rows in curves.groupby("seed")}
+    for table, (mlp, cnn) in zip(tables, expected, strict=True):
+        is_cnn = (table.cells["model"] == "cnn").to_numpy()
+        assert table.accuracies[~is_cnn, -1] == pytest.approx(ends[mlp])
+        assert table.accuracies[is_cnn, -1] == pytest.approx(ends[cnn] + 1 / 47, abs=1 / VAL_IMAGES)
+    assert describe(both) == f"mlp: 960 cells x 2 seeds, cnn: 960 cells x {count(seeds, 'seed')}"
+
+
+def test_curves_of_an_experiment_are_written_without_seeds_that_are_still_in_training(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    recorder = Recorder(store, Spool(tmp_path / "spool.jsonl"))
+    recorder.begin({"grid.json": b'{"data": {"val_images": %d}, "commit": "ab"}' % VAL_IMAGES}, {})
+    trained = [("mlp", "sgd", 0), ("mlp", "adam", 0), ("mlp", "adam", 1), ("mlp", "sgd", 1)]
+    for model, optimizer, seed in [*trained, ("cnn", "adam", 0), ("cnn", "sgd", 0), ("cnn", "sgd", 1)]:
+        config = TrialConfig(learning_rate=0.1, epochs=EPOCHS, model=model, optimizer=optimizer, seed=seed)
+        diverged = (model, optimizer) == ("cnn", "adam")
+        play_curve(recorder, config, [1000 + 10 * epoch + seed for epoch in range(1, 2 if diverged else EPOCHS + 1)])
+    assert recorder.close(finished=True)
+    path = tmp_path / "curves.csv"
+    assert export(store.uri, "some grid", path) == 6
+    curves = load_curves(path)
+    written = curves["model"] + " " + curves["optimizer"] + " " + curves["seed"].astype(str)
+    assert written.tolist() == ["mlp sgd 0", "mlp adam 0", "cnn sgd 0", "cnn adam 0", "mlp sgd 1", "mlp adam 1"]
+    assert (curves[["1", "9"]] * VAL_IMAGES).round().values.tolist()[-1] == [1011, 1091]
+    assert np.isnan(curves.loc[3, "2"])
+
+
+def play_curve(recorder: Recorder, config: TrialConfig, correct: list[int]) -> None:
+    """Record a training of which so many validation images are right after each epoch; it diverges after the last."""
+    recorder.started(config, control=False)
+    for epoch, right in enumerate(correct, start=1):
+        recorder.epoch_ended(config, EpochReport(epoch=epoch, val_accuracy=right / VAL_IMAGES), is_rung=False)
+    status = "completed" if len(correct) == config.epochs else "diverged"
+    recorder.ended(config, status, epochs_run=len(correct), best_val_accuracy=max(correct) / VAL_IMAGES)
+
+
+def test_a_grid_that_was_stopped_is_no_table_of_curves(finished_store: Store, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="stopped or failed trials; train it with --no-stopping"):
+        export(finished_store.uri, "finished", tmp_path / "curves.csv")
+
+
+@pytest.mark.slow
+def test_processes_change_no_number(table: Table) -> None:
+    settings = [Setting("3%", DEFAULT_RULE, 0.03)]
+    one, two = (run_replays(PATH, settings, draws=2, seed=3, jobs=jobs) for jobs in (1, 2))
+    pd.testing.assert_frame_equal(one, two)
 
 
 def test_without_stopping_every_end_is_seen_and_effects_are_differences_of_means(table: Table) -> None:

@@ -200,3 +200,11 @@ def test_more_levels_are_compared_more_carefully() -> None:
     quantiles = [level_quantile(levels, np.array([20.0]), 0.95) for levels in (2, 3, 5)]
     assert quantiles == sorted(quantiles)
     assert quantiles[2] == pytest.approx(stats.studentized_range.ppf(0.95, 5, 20) / np.sqrt(2))
+
+
+@pytest.mark.parametrize("degrees", [1.9, 57.3, 99.0, 119.9, 1234.0])
+def test_the_quantile_of_differences_is_never_narrower_than_the_exact_one(degrees: float) -> None:
+    exact = stats.studentized_range.ppf(0.95, 4, degrees) / np.sqrt(2)
+    assert exact <= level_quantile(4, np.array([degrees, 2 * degrees]), 0.95) * (1 + 1e-6)
+    if degrees > 10:
+        assert level_quantile(4, np.array([degrees]), 0.95) < 1.01 * exact

@@ -28,6 +28,8 @@ TOLERANCE = 1e-9
 ROUNDING = 1e-20
 """Share of the raw sum of squares below which a sum of squares is rounding error; one image in 100,000 is 1e-10."""
 ROWS_AT_ONCE = 1024  # of the [observation, observation] matrix, which may not fit into memory as a whole
+INTERCEPT = "intercept"
+"""Name of the mean of all combinations of levels among the weights of the effects."""
 Array = NDArray[np.float64]
 """One or two dimensions."""
 Levels = Mapping[str, tuple[str, ...]]
@@ -145,21 +147,31 @@ def estimate(fit: RegressionResults, terms: Sequence[Term], confidence: float) -
     shown = [term for term in terms if term.name != "seed"]
     contrasts = np.vstack([term.coding @ identity[columns[term.name]] for term in shown])
     effects, margins = contrasts @ fit.params, _half_widths(fit, contrasts, confidence)
-    counts = np.concatenate([np.bincount(term.codes, minlength=len(term.labels)) for term in shown])
-    names = [(*label, "", "")[:4] for term in shown for label in term.labels]
+    return list_labels(shown).assign(effect=effects, low=effects - margins, high=effects + margins)
+
+
+def list_labels(terms: Sequence[Term]) -> pd.DataFrame:
+    """Return all labels: `factor`, `level`, `other_factor`, `other_level` (both empty for a level), `observations`."""
+    names = [(*label, "", "")[:4] for term in terms for label in term.labels]
+    counts = np.concatenate([np.bincount(term.codes, minlength=len(term.labels)) for term in terms])
     table = pd.DataFrame(names, columns=["factor", "level", "other_factor", "other_level"])
-    return table.assign(observations=counts, effect=effects, low=effects - margins, high=effects + margins)
+    return table.assign(observations=counts)
 
 
 def effect_weights(terms: Sequence[Term]) -> dict[str, Array]:
-    """Return by the name of each term the weights `[label, observation]` that turn observations into its effects."""
+    """Return the weights that turn observations into effects.
+
+    Returns:
+        `[label, observation]` by the name of each term, and for the mean of all combinations under `INTERCEPT`.
+    """
     inverse, columns = np.linalg.pinv(coding_matrix(terms)), _columns(terms)
-    return {term.name: np.asarray(term.coding @ inverse[columns[term.name]]) for term in terms}
+    effects = {term.name: np.asarray(term.coding @ inverse[columns[term.name]]) for term in terms}
+    return {INTERCEPT: inverse[:1], **effects}
 
 
 def in_order(name: str, values: "pd.Series[Any]") -> tuple[Any, ...]:
     """Return the distinct values of a factor or of the seed: known levels in their usual order, then others sorted."""
-    present = set(values)
+    present = set(values.unique())
     return tuple(value for value in dict.fromkeys((*LEVELS.get(name, ()), *sorted(present))) if value in present)
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 from scipy import stats
 
 from analysis.estimates.anova import (
+    INTERCEPT,
     Array,
     Levels,
     Term,
@@ -22,6 +23,7 @@ from analysis.estimates.anova import (
     effect_weights,
     estimable_terms,
     in_order,
+    list_labels,
 )
 from analysis.estimates.rung_effects import divergence_rates
 from analysis.estimates.two_phase import Ends, Sample, estimate_ends
@@ -101,9 +103,7 @@ def measure_final_effects(
     sample, terms = make_sample(rows), _terms(rows, varied)
     _check_probed(sample)
     ends, weights = estimate_ends(sample, terms), effect_weights(terms)
-    mean = float(np.linalg.pinv(coding_matrix(terms))[0] @ ends.values)
-    level_table = _levels(terms, weights, ends, confidence)
-    level_table.insert(3, "mean", mean + level_table["effect"])
+    mean, effects = float(weights[INTERCEPT][0] @ ends.values), _effects(terms, weights, ends, confidence)
     return FinalEffects(
         epochs=epochs,
         factors=tuple(varied),
@@ -114,9 +114,9 @@ def measure_final_effects(
         stopped=int((sample.stopped & ~sample.seen).sum()),
         diverged=int((trials["status"] == "diverged").sum()),
         grand_mean=mean,
-        levels=level_table,
+        levels=_levels(effects, mean),
         differences=_differences(terms, weights, ends, confidence),
-        interactions=_interactions(terms, weights, ends, confidence),
+        interactions=_interactions(effects, confidence),
         divergence=divergence_rates(trials, varied, confidence),
         notes=tuple(_notes(trials, rows, terms, varied, classes)),
         confidence=confidence,
@@ -198,15 +198,26 @@ def _check_probed(sample: Sample) -> None:
         raise InputError(f"effects at the end are unknown: it was {seen}; run grid.run with --more-controls 60")
 
 
-def _levels(terms: Sequence[Term], weights: dict[str, Array], ends: Ends, confidence: float) -> pd.DataFrame:
-    tables = []
-    for term in _main_effects(terms):
-        effects, errors, degrees = ends.weighted_sums(weights[term.name])
-        half = stats.t.ppf((1 + confidence) / 2, degrees) * errors
-        counts = np.bincount(term.codes, minlength=len(term.labels))
-        names = pd.DataFrame(term.labels, columns=["factor", "level"])
-        tables.append(names.assign(trials=counts, effect=effects, low=effects - half, high=effects + half))
-    return pd.concat(tables, ignore_index=True)
+def _effects(terms: Sequence[Term], weights: dict[str, Array], ends: Ends, confidence: float) -> pd.DataFrame:
+    """Return every level's effect, with `other_factor` and `other_level` empty, and every pair's, with intervals."""
+    shown = [term for term in terms if term.name != "seed"]
+    effects, errors, degrees = ends.weighted_sums(np.vstack([weights[term.name] for term in shown]))
+    half = stats.t.ppf((1 + confidence) / 2, degrees) * errors
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p = 2 * stats.t.sf(np.abs(effects) / errors, degrees)
+    labels = list_labels(shown).rename(columns={"observations": "trials"})
+    return labels.assign(effect=effects, low=effects - half, high=effects + half, p=p)
+
+
+def _levels(effects: pd.DataFrame, mean: float) -> pd.DataFrame:
+    table = effects[effects["other_factor"] == ""]
+    return table.assign(mean=mean + table["effect"])[["factor", "level", "trials", "mean", "effect", "low", "high"]]
+
+
+def _interactions(effects: pd.DataFrame, confidence: float) -> pd.DataFrame:
+    table = effects[effects["other_factor"] != ""].reset_index(drop=True)
+    table["stands_out"] = holm(table["p"]) < 1 - confidence
+    return table.drop(columns=["trials", "p"])
 
 
 def _differences(terms: Sequence[Term], weights: dict[str, Array], ends: Ends, confidence: float) -> pd.DataFrame:
@@ -224,21 +235,6 @@ def _differences(terms: Sequence[Term], weights: dict[str, Array], ends: Ends, c
         tables.append(table.sort_values("difference", ascending=False, kind="stable"))
     table = pd.concat(tables, ignore_index=True)
     return table.assign(sure=table["low"] > 0)
-
-
-def _interactions(terms: Sequence[Term], weights: dict[str, Array], ends: Ends, confidence: float) -> pd.DataFrame:
-    columns = ["factor", "level", "other_factor", "other_level"]
-    tables, p_values = [], []
-    for term in (term for term in terms if len(term.parts) == 2):
-        effects, errors, degrees = ends.weighted_sums(weights[term.name])
-        half = stats.t.ppf((1 + confidence) / 2, degrees) * errors
-        names = pd.DataFrame(term.labels, columns=columns)
-        tables.append(names.assign(effect=effects, low=effects - half, high=effects + half))
-        p_values.append(2 * stats.t.sf(np.abs(effects) / errors, degrees))
-    if not tables:
-        return pd.DataFrame(columns=[*columns, "effect", "low", "high", "stands_out"])
-    table = pd.concat(tables, ignore_index=True)
-    return table.assign(stands_out=holm(pd.Series(np.concatenate(p_values))) < 1 - confidence)
 
 
 def _main_effects(terms: Sequence[Term]) -> list[Term]:

@@ -9,15 +9,14 @@ those of `curves.csv`: the full grid on real images, never stopped, so what stop
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.replay.curves import EPOCHS, PATH
-from benchmarks.replay.examine import RULES, SETTINGS, Setting, examine, prepare
+from benchmarks.processes import run_all
+from benchmarks.replay.curves import EPOCHS, PATH, describe, load_curves
+from benchmarks.replay.examine import RULES, SETTINGS, Setting, examine
 from benchmarks.replay.summary import format_estimators, format_rules
 from grid.arguments import Parser, run_command
 from grid.config import InputError
@@ -30,13 +29,7 @@ def run(curves: Path, settings: Sequence[Setting], draws: int, seed: int, jobs: 
         A row per setting, draw and question; see `examine`.
     """
     tasks = [(setting, draw) for draw in range(draws) for setting in settings]
-    found: list[pd.DataFrame] = []
-    with get_context("spawn").Pool(jobs) if jobs > 1 else nullcontext() as pool:
-        for table in (pool.imap if pool else map)(partial(examine, curves=curves, seed=seed), tasks):
-            found.append(table)
-            if len(found) % 10 == 0 or len(found) == len(tasks):
-                print(f"\r{len(found):,}/{len(tasks):,} replays", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+    found = run_all(partial(examine, curves=curves, seed=seed), tasks, jobs, "replays")
     return pd.concat(found, ignore_index=True)
 
 
@@ -56,9 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             setting for table, settings in SETTINGS.items() if options.only in (None, table) for setting in settings
         ]
         found = run(options.curves, list(dict.fromkeys(chosen)), options.draws, options.seed, options.jobs)
-        tables = prepare(options.curves)
-        cells, seeds = len(tables[0].cells), len(tables)
-        print(f"{cells:,} cells of {EPOCHS} epochs, {seeds} seeds, {options.draws:,} draws, seed {options.seed}\n")
+        curves = describe(load_curves(options.curves))
+        print(f"{curves}; {EPOCHS} epochs, {options.draws:,} draws, seed {options.seed}\n")
         if options.only != "rules":
             print(format_estimators(found), end="\n\n")
         if options.only != "shares":

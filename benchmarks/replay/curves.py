@@ -1,11 +1,11 @@
 r"""A table of real learning curves: the full grid, never stopped, on real images. Loads it, and writes it anew.
 
-`curves.csv` holds for each cell of the full grid, and for each of two seeds, the validation images that were right
-after every epoch; so far of the MLP's half, 960 cells. On it any stopping rule, any draw of controls and any estimator
-can be replayed in seconds. The images are a ByMerge-47 cut of EMNIST, 60 per class to train on.
+`curves.csv` holds for each cell of a grid, and for each of its seeds, the validation images that were right after
+every epoch; models may have different numbers of seeds. On it any stopping rule, any draw of controls and any
+estimator can be replayed in seconds. The images are a ByMerge-47 cut of EMNIST, 60 per class to train on.
 
     python -m grid.run --grid full --data emnist-bymerge --data-dir DIR --per-class 60 --epochs 9 \
-        --seeds 2 --no-stopping --experiment curves     # two hours on two cores
+        --seeds 2 --no-stopping --experiment curves     # hours on two cores
     python -m benchmarks.replay.curves --experiment curves
 """
 
@@ -19,6 +19,7 @@ import pandas as pd
 from analysis.store import read_curves, read_experiment
 from grid.arguments import Parser, add_experiment, add_store, run_command
 from grid.config import FACTORS, LEVELS, InputError
+from grid.wording import count
 
 PATH = Path(__file__).with_name("curves.csv")
 VAL_IMAGES = 4465
@@ -42,6 +43,8 @@ def load_curves(path: Path = PATH) -> pd.DataFrame:
 def export(store: str | None, experiment: str, path: Path) -> int:
     """Write the curves of an experiment's completed and diverged trials; return how many there are.
 
+    A seed of which a model has fewer cells than of another is not written: its training has not ended.
+
     Raises:
         InputError: The store can't be read, or a trial was stopped.
     """
@@ -51,6 +54,7 @@ def export(store: str | None, experiment: str, path: Path) -> int:
         raise InputError(f"experiment '{experiment}' has stopped or failed trials; train it with --no-stopping")
     if found.val_images != VAL_IMAGES:
         raise InputError(f"experiment '{experiment}' has {found.val_images} validation images, not {VAL_IMAGES}")
+    trials = _whole_seeds(trials)
     histories = read_curves(found, trials["run_id"])
     wide = histories.pivot_table(index="run_id", columns="epoch", values="val_accuracy")
     correct = (wide.reindex(columns=range(1, EPOCHS + 1)) * VAL_IMAGES).round().astype("Int64")
@@ -61,6 +65,21 @@ def export(store: str | None, experiment: str, path: Path) -> int:
         file.write(f"# validation images that were right of {VAL_IMAGES} after each epoch; commit {commit}\n")
         table.to_csv(file, index=False, lineterminator="\n")
     return len(table)
+
+
+def _whole_seeds(trials: pd.DataFrame) -> pd.DataFrame:
+    """Return the trials of those seeds of a model that have the most cells."""
+    cells = trials.groupby(["model", "seed"])["cell_key"].transform("nunique")
+    return trials[cells == cells.groupby(trials["model"]).transform("max")]
+
+
+def describe(curves: pd.DataFrame) -> str:
+    """Return which cells and seeds a table of curves has, such as `mlp: 960 cells x 2 seeds`."""
+    models = curves.groupby("model", sort=False)
+    return ", ".join(
+        f"{name}: {count(len(rows[list(FACTORS)].drop_duplicates()), 'cell')} x {count(rows['seed'].nunique(), 'seed')}"
+        for name, rows in models
+    )
 
 
 def _place(values: "pd.Series[Any]") -> "pd.Series[Any]":
@@ -81,7 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def write() -> int:
-        print(f"{export(options.store, options.experiment, options.output):,} curves in {options.output}")
+        number = export(options.store, options.experiment, options.output)
+        print(f"{number:,} curves in {options.output} ({describe(load_curves(options.output))})")
         return 0
 
     return run_command(parser.name, write, errors=(InputError, OSError))

@@ -16,7 +16,7 @@ from grid.plan.controls import draw_cells
 
 @dataclass(frozen=True)
 class Table:
-    """The curves of one seed, as arrays."""
+    """The curves of one grid with a seed per cell, as arrays."""
 
     cells: pd.DataFrame
     """The factors; one row per cell."""
@@ -24,9 +24,16 @@ class Table:
     """`[cell, epoch]`, NaN from the epoch on in which the training diverged."""
 
     @classmethod
-    def of(cls, curves: pd.DataFrame, seed: int) -> "Table":
-        """Return the curves of a seed; see `benchmarks.replay.curves.load_curves`."""
-        rows = curves[curves["seed"] == seed].reset_index(drop=True)
+    def of(cls, curves: pd.DataFrame, number: int) -> "Table":
+        """Return a grid in which each model has its `number`-th seed, counted anew where a model has fewer.
+
+        Args:
+            curves: From `benchmarks.replay.curves.load_curves`.
+            number: From 0.
+        """
+        seeds = curves.groupby("model")["seed"].unique()
+        chosen = curves["model"].map(lambda model: sorted(seeds[model])[number % len(seeds[model])])
+        rows = curves[curves["seed"] == chosen].reset_index(drop=True)
         return cls(rows[list(FACTORS)], rows[[str(epoch) for epoch in range(1, EPOCHS + 1)]].to_numpy(dtype=float))
 
     @property
@@ -73,8 +80,8 @@ def replay(
         The trials as `analysis.store.read_experiment` returns them.
     """
     asha = Asha.of(rule, EPOCHS)
-    records = table.cells.astype(str).to_dict("records")
-    groups = [rule.group_of({str(factor): level for factor, level in cell.items()}) for cell in records]
+    compared = table.cells[list(rule.within)].astype(str).to_numpy().tolist()
+    groups = [rule.group_of(dict(zip(rule.within, levels, strict=True))) for levels in compared]
     allowed, stop = np.full(len(groups), EPOCHS), np.full(len(groups), np.nan)
     diverged_at = table.diverged_at
     for trial in rng.permutation(len(groups)):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from math import lcm
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +50,9 @@ SETTINGS: Mapping[str, list[Setting]] = {
 
 @cache
 def prepare(curves: Path) -> list[Table]:
-    """Return the curves of every seed."""
+    """Return the grids that the curves make up: with each seed of each model equally often, a seed per cell."""
     table = load_curves(curves)
-    return [Table.of(table, seed) for seed in sorted(table["seed"].unique())]
+    return [Table.of(table, number) for number in range(lcm(*table.groupby("model")["seed"].nunique()))]
 
 
 @cache
@@ -62,7 +63,7 @@ def _truth(curves: Path, seed: int) -> pd.DataFrame:
 
 
 def examine(task: tuple[Setting, int], curves: Path, seed: int) -> pd.DataFrame:
-    """Replay a setting once; draws take the seeds of the table in turn.
+    """Replay a setting once; draws take the grids of `prepare` in turn.
 
     Returns:
         `setting`, `draw`, `seed`, `estimator`, and: for each effect its names, `error`, `half`, `covered`; for the
