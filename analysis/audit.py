@@ -1,6 +1,6 @@
 """Prints what early stopping saved and what it may have cost: `python -m analysis.audit --experiment smoke-glyphs`.
 
-The figures come from `analysis.stopping`; here is how they read, as text and in the report.
+The figures come from `analysis.stopping.figures`; here is how they read, as text and in the report.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.stopping import ALL, Audit, audit_experiment
+from analysis.stopping.figures import ALL, Audit, audit_experiment
 from analysis.store import read_experiment
 from grid.arguments import Parser, add_experiment, add_store, run_command
 from grid.config import InputError

@@ -12,7 +12,7 @@ from analysis.estimates.final_effects import FinalEffects, measure_experiment
 from analysis.estimates.rung_effects import RungEffects, measure_rung_effects
 from analysis.formatting import sentence
 from analysis.rank import rank_cells
-from analysis.stopping import Audit, audit_experiment
+from analysis.stopping.figures import Audit, audit_experiment
 from analysis.store import Experiment
 from grid.config import FACTORS, InputError, cell_name
 from grid.metrics import rung_epochs

@@ -28,7 +28,7 @@ from sqlalchemy import create_engine, insert
 
 from analysis.estimates.rung_effects import measure_rung_effects
 from analysis.rank import rank_cells
-from analysis.stopping import audit_stopping
+from analysis.stopping.figures import audit_stopping
 from analysis.store import Experiment, read_curves, read_experiment
 from grid.arguments import Parser
 from grid.config import FACTORS, LEVELS, TrialConfig

@@ -36,7 +36,7 @@ from grid.driver.experiment import Training, train_left
 from grid.driver.watcher import Watcher, restore_rungs
 from grid.metrics import FINAL_STATUSES, EpochReport
 from grid.plan.asha import Asha
-from grid.plan.request import Request
+from grid.plan.request import DEFAULT_CONTROLS, Request
 from grid.plan.space import GRIDS, cross
 from grid.plan.trials import Plan, make_plan
 from grid.record.lease import Lease
@@ -243,7 +243,7 @@ def request_of(trials: int, folder: Path) -> Request:
         epochs=EPOCHS,
         seeds=math.ceil(trials / len(cross(levels)[0])),
         lr_scales=(1.0,),
-        controls=0.03,
+        controls=DEFAULT_CONTROLS,
         store=f"sqlite:///{folder}/mlflow.db",
         experiment="scale",
         storage=str(folder / "storage"),

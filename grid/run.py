@@ -17,7 +17,7 @@ from grid.arguments import Options, Parser, add_data_dir, add_debug, add_store, 
 from grid.config import FACTORS, InputError
 from grid.data.catalogue import NAMES
 from grid.plan.asha import NO_STOPPING, StoppingRule
-from grid.plan.request import Request, check_address, check_folder_name, check_storage
+from grid.plan.request import DEFAULT_CONTROLS, Request, check_address, check_folder_name, check_storage
 from grid.plan.space import GRIDS, cross, find_grid, restrict
 from grid.store_uri import check_store_uri
 from grid.wording import first_line
@@ -142,10 +142,10 @@ def _add_training(what: Options) -> None:
     what.add_argument(
         "--controls",
         type=float,
-        default=0.03,
+        default=DEFAULT_CONTROLS,
         metavar="SHARE",
         help="unstopped controls: trials drawn at random and exempt from early stopping; a share above 0 draws at "
-        "least 60, or a third of the trials if that is less (0.03)",
+        f"least 60, or a third of the trials if that is less ({DEFAULT_CONTROLS:g})",
     )
     what.add_argument(
         "--more-controls",

@@ -12,7 +12,7 @@ from grid.metrics import EpochReport
 from grid.record.recorder import Recorder
 from grid.record.spool import Spool
 from grid.record.store import Store
-from tests.test_stopping import CONTINUED, GRID, audit, control, trial
+from tests.audited_trials import CONTINUED, GRID, audit, control, trial
 
 
 def test_the_text_has_at_most_80_columns_and_leaves_unknown_figures_empty() -> None:

@@ -133,15 +133,20 @@ def test_ctrl_c_ends_a_run_gracefully_and_a_second_driver_is_refused(
 
 
 @pytest.mark.slow
-def test_a_grid_of_another_budget_is_refused_and_nothing_changes(
+def test_a_grid_of_another_budget_or_rule_is_refused_and_nothing_changes(
     arguments: list[str], store_uri: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     only = [*arguments, "--only", "batch_norm=on", "--only", "dropout=off"]
     assert main(only) == 0
     before = [run.to_dictionary() for run in runs(store_uri, "trial")]
-    assert main([*only, "--epochs", "5"]) == 2
-    message = "experiment 'smoke-glyphs' was trained with other settings: epochs (3, now 5)"
-    assert capfd.readouterr().err.startswith(f"grid.run: {message}")
+    refusals = {
+        ("--epochs", "5"): "trained with other settings: epochs (3, now 5)",
+        ("--seeds", "2", "--no-stopping"): "stopped early by another rule (factor 3, now 1)",
+    }
+    for options, reason in refusals.items():
+        capfd.readouterr()
+        assert main([*only, *options]) == 2
+        assert capfd.readouterr().err.startswith(f"grid.run: experiment 'smoke-glyphs' was {reason}")
     assert [run.to_dictionary() for run in runs(store_uri, "trial")] == before
     (parent,) = runs(store_uri, "grid")
     assert (parent.info.status, parent.data.tags["driver"]) == ("FINISHED", "")
@@ -180,18 +185,6 @@ def check_rules(before: list[str], now: list[str]) -> None:
 def planned(options: list[str]) -> tuple[Plan, Asha]:
     request = read_request(_parser().parse_args([*TINY, "--experiment", "tiny", *options]))
     return Plan([], {}, [], frozenset(), rule=request.rule), Asha.of(request.rule, request.epochs)
-
-
-@pytest.mark.slow
-def test_a_grid_of_another_rule_is_refused_and_nothing_changes(
-    arguments: list[str], store_uri: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    only = [*arguments, "--only", "batch_norm=on", "--only", "dropout=off"]
-    assert main(only) == 0
-    before = [run.to_dictionary() for run in runs(store_uri, "trial")]
-    assert main([*only, "--seeds", "2", "--no-stopping"]) == 2
-    assert "'smoke-glyphs' was stopped early by another rule (factor 3, now 1)" in capfd.readouterr().err
-    assert [run.to_dictionary() for run in runs(store_uri, "trial")] == before
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-from analysis.stopping import audit_stopping
+from analysis.stopping.figures import audit_stopping
 from analysis.store import read_experiment
 from grid.config import TrialConfig, cell_name
 from grid.data.catalogue import DATASETS

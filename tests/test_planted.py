@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from analysis.estimates.rung_effects import measure_rung_effects
-from analysis.stopping import stop_epochs
+from analysis.stopping.verdicts import stop_epochs
 from benchmarks.planted import coverage
 from benchmarks.planted.__main__ import main
 from benchmarks.planted.coverage import compare, examine, format_summary, least_squares, summarise, tally_ranking

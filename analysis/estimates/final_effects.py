@@ -28,7 +28,7 @@ from analysis.estimates.anova import (
 from analysis.estimates.rung_effects import divergence_rates
 from analysis.estimates.two_phase import Ends, Sample, estimate_ends
 from analysis.multiplicity import holm, level_quantile
-from analysis.stopping import FACTOR, WITHIN, has_verdicts, stop_epochs
+from analysis.stopping.verdicts import FACTOR, WITHIN, has_verdicts, stop_epochs
 from analysis.store import Experiment
 from grid.config import FACTORS, InputError
 from grid.metrics import RUNG_METRIC, rung_epochs

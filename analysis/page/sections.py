@@ -12,7 +12,7 @@ from markupsafe import Markup
 from analysis import plot
 from analysis.audit import WORDING, caption_of
 from analysis.formatting import INTERVAL, format_table, hundredths, number, percent, points, sentence
-from analysis.stopping import Audit
+from analysis.stopping.figures import Audit
 from analysis.store import read_artifact, read_curves
 from analysis.verdict import Unavailable, Verdict, name_of
 from grid.wording import count

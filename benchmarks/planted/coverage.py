@@ -11,7 +11,7 @@ from statsmodels.regression.linear_model import OLS
 from analysis.estimates.final_effects import FinalEffects, measure_final_effects
 from analysis.estimates.rung_effects import measure_rung_effects
 from analysis.rank import rank_cells
-from analysis.stopping import audit_stopping
+from analysis.stopping.figures import audit_stopping
 from benchmarks.planted.grids import (
     CORRELATIONS,
     COUNTS,

@@ -14,8 +14,8 @@ from benchmarks.replay.draws import Table, draw_controls, replay
 from benchmarks.replay.estimators import ESTIMATORS, compare, truth
 from grid.plan.asha import DEFAULT_RULE, NO_STOPPING, StoppingRule
 from grid.plan.controls import number_of_controls
+from grid.plan.request import DEFAULT_CONTROLS
 
-DEFAULT_SHARE = 0.03
 BEST = 20
 """Cells whose survival is counted."""
 
@@ -40,10 +40,10 @@ RULES: Mapping[str, StoppingRule] = {
     "model x schedule; rungs 1, 3; best 1/3": StoppingRule(within=("model", "lr_schedule")),
     "model x schedule; rungs 1, 3; best 1/2": StoppingRule(within=("model", "lr_schedule"), factor=2),
 }
-SHARES = (0.03, 0.1, 0.2)
+SHARES = (DEFAULT_CONTROLS, 0.1, 0.2)
 SETTINGS: Mapping[str, list[Setting]] = {
     "shares": [Setting(f"{share:.0%}", DEFAULT_RULE, share, tuple(ESTIMATORS)) for share in SHARES],
-    "rules": [Setting(label, rule, DEFAULT_SHARE) for label, rule in RULES.items()],
+    "rules": [Setting(label, rule, DEFAULT_CONTROLS) for label, rule in RULES.items()],
 }
 """Table -> what is replayed for it."""
 
