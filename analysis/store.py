@@ -27,8 +27,9 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from grid.config import FACTORS, InputError, TrialConfig
+from grid.masking import mask
 from grid.metrics import AS_VALIDATED_METRIC, FINAL_METRIC, RUNG_METRIC, STATUSES, TEST_METRICS, rung_epochs
-from grid.store_uri import check_store_uri, mask, missing_experiment, slug
+from grid.store_uri import check_store_uri, missing_experiment, slug
 from grid.wording import count, first_line
 
 ROUNDS = "more_controls.json"

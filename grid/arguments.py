@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from grid.config import InputError
+from grid.masking import mask_message
 
 
 class Options(Protocol):
@@ -25,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the program."""
-        self.exit(2, f"{self.name}: {message}; see --help\n")
+        self.exit(2, f"{self.name}: {mask_message(message)}; see --help\n")
 
     @property
     def name(self) -> str:
@@ -92,7 +93,7 @@ def run_command(
     except errors as error:
         if debug:
             raise
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {mask_message(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: {interrupted}", file=sys.stderr)

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from grid.config import InputError
+from grid.masking import mask
 from grid.wording import first_line
 
 SQLITE_MAGIC = b"SQLite format 3\0"
@@ -39,11 +40,6 @@ def missing_experiment(name: str, uri: str, others: Iterable[str]) -> InputError
     """Return the error of an experiment that its store lacks; MLflow's own empty one is not offered."""
     offered = ", ".join(sorted(set(others) - {"Default"})) or "none"
     return InputError(f"no experiment '{name}' in {mask(uri)}; it has {offered}")
-
-
-def mask(text: str) -> str:
-    """Return a text with the passwords of URIs replaced by `***`, even if they contain @ or /."""
-    return re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)
 
 
 def _check(uri: str, must_exist: bool) -> str:

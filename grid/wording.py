@@ -4,6 +4,8 @@ import math
 import textwrap
 from collections.abc import Sequence
 
+from grid.masking import mask_message
+
 
 def count(number: int, noun: str) -> str:
     """Return a number with its noun, in the plural unless it is one: `1 seed`, `1,920 cells`."""
@@ -19,13 +21,13 @@ def format_seconds(seconds: float) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of an error's text without its secrets, or its type if it has none."""
+    return mask_message((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def last_line(error: BaseException) -> str:
-    """Return the last line of an error's text: what went wrong, if the error came from another process."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+    """Return the last line of an error's text without its secrets: the reason, if it came from another process."""
+    return mask_message((str(error).strip().splitlines() or [type(error).__name__])[-1].strip())
 
 
 def explain_spared(ends: Sequence[tuple[int, float]]) -> list[str]:

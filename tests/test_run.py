@@ -46,7 +46,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["--storage", "gopher://x"], "unknown storage 'gopher://x'"),
         (["--store", "http://[x"], "can't open the store 'http://[x'"),
         (["--store", "sqlite:///" + "x" * 300], "can't open the store"),
-        (["--store", "foo://me:secret@x"], "can't open the store 'foo://me:***@x'"),
+        (["--store", "foo://me:secret@x"], "can't open the store 'foo://***@x'"),
         (["--experiment", "two\nlines"], "--experiment must be 1 to 200 printable characters"),
         (["--grid", "smoke", "--per-class", "99999"], "--per-class must be 1 to 250, what validation leaves"),
         (["--epochs", "0"], "--epochs must be 1 to 100,000, got 0"),

@@ -17,6 +17,7 @@ from grid.driver.experiment import Prepared, Training, train_all
 from grid.driver.final_test import FinalTest
 from grid.driver.messages import experiment_options, print_facts
 from grid.driver.watcher import summarise_trial
+from grid.masking import mask
 from grid.metrics import AS_VALIDATED_METRIC, FINAL_STATUSES
 from grid.plan.asha import NO_STOPPING, Asha
 from grid.plan.packing import Packing
@@ -28,7 +29,7 @@ from grid.record.predictor import register
 from grid.record.recorder import Recorder
 from grid.record.spool import open_spool
 from grid.record.store import UNREACHABLE, Store, StoredTrial
-from grid.store_uri import mask, slug
+from grid.store_uri import slug
 from grid.ties import tied_with_best
 from grid.train.checkpoints import Checkpoints
 from grid.train.hardware import numeric_settings

@@ -8,13 +8,13 @@ from pathlib import Path
 from grid.config import FACTORS
 from grid.driver.progress import top_table
 from grid.driver.watcher import Watcher
+from grid.masking import mask
 from grid.plan.asha import StoppingRule
 from grid.plan.controls import FEWEST
 from grid.plan.forecast import Forecast
 from grid.plan.packing import Packing
 from grid.plan.request import Place, Request, resume_command
 from grid.plan.trials import Plan
-from grid.store_uri import mask
 from grid.wording import count, format_seconds
 
 

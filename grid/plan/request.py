@@ -9,9 +9,10 @@ from pathlib import Path
 
 from grid.config import FACTORS, InputError
 from grid.data.catalogue import DATASETS, check_name, check_per_class
+from grid.masking import mask, mask_arguments
 from grid.plan.asha import DEFAULT_RULE, StoppingRule
 from grid.plan.space import Levels
-from grid.store_uri import mask, write_problem
+from grid.store_uri import write_problem
 
 LIMITS = {"epochs": 100_000, "seeds": 1_000, "concurrency": 100_000}
 """Largest values allowed; anything above is a typing error."""
@@ -137,7 +138,7 @@ def check_address(address: str | None) -> str | None:
     host, _, port = address.rpartition(":")
     hint = NO_RAY
     if not host or not port.isdecimal():
-        raise InputError(f"--address must be HOST:PORT, auto or local, got '{address}'; {hint}")
+        raise InputError(f"--address must be HOST:PORT, auto or local, got '{mask(address)}'; {hint}")
     try:
         with socket.create_connection((host, int(port)), timeout=5) as connection:
             speaks_grpc = _speaks_http2(connection)
@@ -192,4 +193,4 @@ def check_storage(storage: str) -> str:
 
 def resume_command() -> str:
     """Return the command that continues this run: the same command, its secrets masked."""
-    return shlex.join(["python", "-m", "grid.run", *map(mask, sys.argv[1:])])
+    return shlex.join(["python", "-m", "grid.run", *mask_arguments(sys.argv[1:])])

@@ -6,10 +6,11 @@ from contextlib import closing
 from pathlib import Path
 
 from grid.arguments import Parser, add_experiment, add_store, run_command
+from grid.masking import mask
 from grid.record.recorder import Recorder
 from grid.record.spool import open_spool
 from grid.record.store import Store
-from grid.store_uri import check_store_uri, mask
+from grid.store_uri import check_store_uri
 from grid.wording import count
 
 

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from grid.store_uri import mask
+from grid.masking import mask_arguments
 
 PACKAGES = ("torch", "torchvision", "ray", "mlflow", "numpy")
 
@@ -20,7 +20,7 @@ def describe_code() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "host": socket.gethostname(),
         "platform": platform.platform(),
-        "command": ["python", "-m", "grid.run", *map(mask, sys.argv[1:])],
+        "command": ["python", "-m", "grid.run", *mask_arguments(sys.argv[1:])],
     }
 
 

@@ -15,11 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from mlflow.entities import Metric, Param, RunTag
 
 from grid.config import InputError, TrialConfig
+from grid.masking import mask
 from grid.metrics import FINAL_METRIC, RUNG_METRIC, EpochReport
 from grid.record.events import Ended, EpochEnded, Event, Started, Suspended, from_json, to_json
 from grid.record.spool import Spool
 from grid.record.store import UNREACHABLE, Store, StoredTrial
-from grid.store_uri import mask
 from grid.wording import first_line
 
 BATCH_SIZE = 900

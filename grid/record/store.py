@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from grid.config import InputError, TrialConfig
-from grid.store_uri import artifact_location, mask, missing_experiment
+from grid.masking import mask
+from grid.store_uri import artifact_location, missing_experiment
 from grid.wording import first_line
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -8,6 +8,7 @@ from uuid import uuid4
 from pyarrow import fs
 
 from grid.config import InputError
+from grid.masking import mask
 from grid.wording import first_line
 
 
@@ -30,13 +31,13 @@ class Checkpoints:
             filesystem, root = fs.FileSystem.from_uri(storage) if "://" in storage else (fs.LocalFileSystem(), storage)
         except (OSError, ValueError) as error:
             raise InputError(
-                f"unknown storage '{storage}' ({first_line(error)}); give a folder or s3://BUCKET"
+                f"unknown storage '{mask(storage)}' ({first_line(error)}); give a folder or s3://BUCKET"
             ) from error
         self._filesystem = filesystem
         self._folder = f"{root}/{experiment}/checkpoints"
 
     def __str__(self) -> str:
-        return self._storage
+        return mask(self._storage)
 
     def check(self) -> None:
         """Write a file and delete it again.
@@ -48,7 +49,7 @@ class Checkpoints:
             self.save("probe", {})
             self.delete("probe")
         except OSError as error:
-            raise InputError(f"can't write to the storage '{self._storage}': {first_line(error)}") from error
+            raise InputError(f"can't write to the storage '{self}': {first_line(error)}") from error
 
     def save(self, trial_key: str, state: dict[str, Any]) -> None:
         """Save a trial, replacing its earlier checkpoint."""
