@@ -37,9 +37,9 @@ def run(request: Request) -> int:
 
 def _start_here(request: Request, checkpoints: Checkpoints, stack: ExitStack) -> tuple[Packing, Any]:
     """Start a private Ray on this machine, and prepare meanwhile."""
-    connection.local_packing(request.concurrency)  # raises before anything is started
+    packing = connection.local_packing(request.concurrency)  # raises before anything is started, and takes memory
     preparing = stack.enter_context(_background()).submit(_prepare, request, checkpoints, stack)
-    packing = connection.connect(None, request.concurrency)
+    connection.start(packing)
     connection.watch_servers(_give_up)
     return packing, preparing.result()
 

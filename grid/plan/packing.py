@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from grid.config import InputError
+from grid.plan.memory import Memory
 
 GPU_BYTES_PER_TRIAL = 2 * 2**30
 """CUDA context, data set, net and cuDNN workspace of one trial, rounded up."""
@@ -56,9 +57,23 @@ class Node:
     """Ray's name for it, such as `A10G`; empty if unknown."""
     here: bool = True
     """Whether the machine is up; otherwise a cluster starts it on demand."""
+    trials: float = math.inf
+    """Trials that its memory holds."""
+    cpu_limit: str = ""
+    """What limits the CPUs if not their number, such as `a quota of 1.5 CPUs`."""
+    memory_limit: str = ""
+    """What limits the memory, such as `1.3 GiB of the container`."""
 
 
-def pack(cpus: float, gpus: float, gpu_bytes: int, concurrency: int | None = None) -> Packing:
+def pack(
+    cpus: float,
+    gpus: float,
+    gpu_bytes: int,
+    concurrency: int | None = None,
+    *,
+    memory: Memory | None = None,
+    cpu_limit: str = "",
+) -> Packing:
     """Choose how many trials run at once on one machine.
 
     Args:
@@ -66,11 +81,17 @@ def pack(cpus: float, gpus: float, gpu_bytes: int, concurrency: int | None = Non
         gpus: GPUs of the machine.
         gpu_bytes: Memory of its smallest GPU.
         concurrency: The user's number, which overrides the choice.
+        memory: Of the machine; None if it is plenty.
+        cpu_limit: What limits the CPUs if not their number.
 
     Raises:
-        InputError: `concurrency` is out of range.
+        InputError: `concurrency` is out of range, or the memory is too small.
     """
-    return pack_nodes([Node(cpus, gpus, gpu_bytes)], concurrency)
+    node = Node(cpus, gpus, gpu_bytes, cpu_limit=cpu_limit)
+    if memory is not None:
+        memory.check(concurrency)
+        node = replace(node, trials=memory.trials, memory_limit=memory.limit)
+    return pack_nodes([node], concurrency)
 
 
 def pack_nodes(nodes: Sequence[Node], concurrency: int | None = None) -> Packing:
@@ -100,9 +121,18 @@ def pack_nodes(nodes: Sequence[Node], concurrency: int | None = None) -> Packing
     if not cpus:
         raise InputError("no machine of the cluster has a CPU for trials; add a worker, or give CPUs to the head")
     if concurrency is None:
-        whole = sum(int(node.cpus) for node in nodes)
-        return Packing(max(1, whole), 1.0 if whole else max(node.cpus for node in nodes), 0.0, "one per CPU")
+        return _pack_cpus(nodes)
     return Packing(concurrency, _cpu_share([node.cpus for node in nodes], concurrency), 0.0, "as --concurrency asks")
+
+
+def _pack_cpus(nodes: Sequence[Node]) -> Packing:
+    """Return one trial per CPU, or fewer where the memory holds fewer."""
+    whole = sum(int(node.cpus) for node in nodes)
+    by_memory = [node.memory_limit for node in nodes if node.trials < max(1, int(node.cpus))]
+    fitting = sum(int(min(node.cpus, node.trials)) for node in nodes)
+    reasons = ["one per CPU"] if fitting == whole else [f"limited by memory: {', '.join(sorted(set(by_memory)))}"]
+    reasons += sorted({node.cpu_limit for node in nodes if node.cpu_limit and fitting == whole})
+    return Packing(max(1, fitting), 1.0 if whole else max(node.cpus for node in nodes), 0.0, ": ".join(reasons))
 
 
 def _pack_gpus(nodes: Sequence[Node], concurrency: int | None) -> Packing:
@@ -112,6 +142,9 @@ def _pack_gpus(nodes: Sequence[Node], concurrency: int | None) -> Packing:
         "limited by its memory": min(node.gpu_bytes for node in nodes) // GPU_BYTES_PER_TRIAL,
         "limited by the CPUs": int(min(node.cpus / node.gpus for node in nodes)),
     }
+    smallest = min(nodes, key=lambda node: node.trials / int(node.gpus))
+    if smallest.trials < math.inf:
+        limits[f"limited by memory: {smallest.memory_limit}"] = int(smallest.trials / int(smallest.gpus))
     fitting = max(1, min(limits.values()))
     per_gpu = fitting if concurrency is None else math.ceil(concurrency / gpus)
     binding = min(limits, key=lambda reason: limits[reason])

@@ -24,6 +24,7 @@ from grid.plan.request import NO_RAY, check_address
 from grid.train.checkpoints import Checkpoints
 from grid.tune import private_ray
 from grid.tune.gpus import find_gpus
+from grid.tune.limits import find_limits
 from grid.tune.preflight import (
     ANSWER_SECONDS,
     HINT,
@@ -37,6 +38,9 @@ from grid.tune.preflight import (
 from grid.wording import last_line
 
 RAY_OPTIONS: dict[str, Any] = {"logging_level": "CRITICAL", "log_to_driver": False, "configure_logging": True}
+OBJECT_STORE_SHARE = 0.3
+"""Of the memory, as Ray has it by default."""
+SMALLEST_OBJECT_STORE = 80 * 2**20
 _leaving = threading.Event()
 Result = TypeVar("Result")
 
@@ -78,17 +82,34 @@ def connect(address: str | None, concurrency: int | None, checkpoints: Checkpoin
     Raises:
         InputError: No Ray answers at `address`, or `concurrency` is out of range, or a node can't train.
     """
-    private_ray.listen_on(loopback=address is None)
-    return _start(concurrency) if address is None else _join(address, concurrency, checkpoints)
+    if address is None:
+        packing = local_packing(concurrency)
+        start(packing)
+        return packing
+    private_ray.listen_on(loopback=False)
+    return _join(address, concurrency, checkpoints)
 
 
-def _start(concurrency: int | None) -> Packing:
-    packing = local_packing(concurrency)
+def start(packing: Packing) -> None:
+    """Start a private Ray for trials that share this machine."""
+    private_ray.listen_on(loopback=True)
     cpus = max(1, round(packing.concurrency * packing.cpus_per_trial))
     private_ray.require_token()
     with private_ray.fast_start():
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **RAY_OPTIONS)
-    return packing
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            object_store_memory=_object_store_memory(),
+            **RAY_OPTIONS,
+        )
+
+
+def _object_store_memory() -> int | None:
+    """Return the bytes of Ray's object store; None leaves them to Ray, which does not see all limits."""
+    memory = find_limits().memory
+    limited = memory.total < psutil.virtual_memory().total
+    return max(SMALLEST_OBJECT_STORE, int(OBJECT_STORE_SHARE * memory.total)) if limited else None
 
 
 def _join(address: str, concurrency: int | None, checkpoints: Checkpoints | None) -> Packing:
@@ -152,9 +173,13 @@ def node_name(address: str, host: str) -> str:
 
 
 def local_packing(concurrency: int | None) -> Packing:
-    """Choose how trials share this machine, without starting Ray."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return pack(cpus, *find_gpus(), concurrency)
+    """Choose how trials share this machine, without starting Ray.
+
+    Raises:
+        InputError: `concurrency` is out of range, or the memory is too small.
+    """
+    limits = find_limits()
+    return pack(limits.cpus, *find_gpus(), concurrency, memory=limits.memory, cpu_limit=limits.cpu_limit)
 
 
 def cluster_has_gpu() -> bool:

@@ -16,6 +16,7 @@ import yaml
 import grid
 import nets
 from grid.config import InputError
+from grid.plan.memory import BYTES_PER_TRIAL
 from grid.plan.packing import Node, Packing, pack_nodes
 from grid.train.checkpoints import Checkpoints
 from grid.tune.gpus import find_gpus
@@ -24,8 +25,6 @@ from grid.tune.private_ray import autoscaler_configuration
 from grid.wording import first_line
 
 PACKAGES = ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow")
-BYTES_PER_TRIAL = 700 * 2**20
-"""Memory that one training process does not share: torch, the images, a net and its gradients, rounded up."""
 ANSWER_SECONDS = 120.0
 """How long a node may take to report; it imports torch first."""
 HINT = "bring the cluster up again with this folder (`ray up`)"

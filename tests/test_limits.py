@@ -1,0 +1,227 @@
+"""Limits of CPUs and memory: as the kernel writes them, in folders made for the test, and real ones where root may."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import psutil
+import pytest
+
+from grid.config import InputError
+from grid.plan.memory import BYTES_PER_TRIAL, DRIVER_BYTES, Memory
+from grid.plan.packing import Packing, pack
+from grid.tune.limits import find_limits, out_of_memory_kills
+
+MIB = 2**20
+GIB = 2**30
+CPUS = len(os.sched_getaffinity(0))
+MACHINE = psutil.virtual_memory().total
+
+
+def system(root: Path, mounts: dict[str, str], groups: str, files: dict[str, str]) -> Path:
+    """Make a `/proc` and a `/sys` under `root`: what is mounted where, the process's groups, and their files."""
+    lines = [
+        f"30 20 0:{at} {top_and_place} rw shared:1 - {kind}" for at, (top_and_place, kind) in enumerate(mounts.items())
+    ]
+    texts = {"proc/self/mountinfo": "\n".join(lines), "proc/self/cgroup": groups}
+    for name, text in {**texts, **{f"sys/fs/cgroup/{name}": text for name, text in files.items()}}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{text}\n")
+    return root
+
+
+V2 = {"/ /sys/fs/cgroup": "cgroup2 cgroup2 rw"}
+V1 = {
+    "/ /sys/fs/cgroup/cpu,cpuacct": "cgroup cgroup rw,cpu,cpuacct",
+    "/ /sys/fs/cgroup/memory": "cgroup cgroup rw,memory",
+}
+
+
+def test_without_limits_the_machine_counts(tmp_path: Path) -> None:
+    limits = find_limits(system(tmp_path, {}, "", {}))
+    assert (limits.cpus, limits.cpu_limit) == (CPUS, "")
+    assert (limits.memory.total, limits.memory.place) == (MACHINE, "this machine")
+
+
+@pytest.mark.parametrize(
+    ("mounts", "groups", "files"),
+    [
+        (V2, "0::/", {"cpu.max": "50000 100000", "memory.max": f"{GIB}", "memory.current": "0"}),  # docker
+        (V2, "0::/", {"cpu.max": "25000 50000", "memory.max": f"{2 * GIB}", "memory.high": f"{GIB}"}),
+        (
+            V2,
+            "0::/a/b",
+            {"a/cpu.max": "50000 100000", "a/b/cpu.max": "max 100000", "a/memory.max": f"{GIB}"},
+        ),  # systemd
+        (V2, "0::/a/b", {"a/cpu.max": "max 100000", "a/b/cpu.max": "50000 100000", "a/b/memory.max": f"{GIB}"}),
+        ({"/a /sys/fs/cgroup": "cgroup2 cgroup2 rw"}, "0::/a", {"cpu.max": "50000 100000", "memory.max": f"{GIB}"}),
+        ({"/a /sys/fs/cgroup": "cgroup2 cgroup2 rw"}, "0::/../x", {"cpu.max": "50000 100000", "memory.max": f"{GIB}"}),
+        (
+            V1,
+            "4:memory:/job\n3:cpu,cpuacct:/job/step",  # Slurm
+            {
+                "cpu,cpuacct/cpu.cfs_quota_us": "-1",
+                "cpu,cpuacct/job/cpu.cfs_quota_us": "50000",
+                "cpu,cpuacct/job/cpu.cfs_period_us": "100000",
+                "cpu,cpuacct/job/step/cpu.cfs_quota_us": "-1",
+                "cpu,cpuacct/job/step/cpu.cfs_period_us": "100000",
+                "memory/memory.limit_in_bytes": f"{2**63 - 4096}",
+                "memory/job/memory.limit_in_bytes": f"{GIB}",
+            },
+        ),
+        (
+            V1 | {"/ /sys/fs/cgroup/unified": "cgroup2 cgroup2 rw"},
+            "4:memory:/\n3:cpu,cpuacct:/\n0::/",  # both versions at once
+            {
+                "cpu,cpuacct/cpu.cfs_quota_us": "50000",
+                "cpu,cpuacct/cpu.cfs_period_us": "100000",
+                "memory/memory.limit_in_bytes": f"{GIB}",
+            },
+        ),
+    ],
+)
+def test_the_smallest_limit_on_the_way_to_the_root_counts(
+    mounts: dict[str, str], groups: str, files: dict[str, str], tmp_path: Path
+) -> None:
+    limits = find_limits(system(tmp_path, mounts, groups, files))
+    assert (limits.cpus, limits.cpu_limit) == (0.5, "a quota of 0.5 CPUs")
+    assert (limits.memory.total, limits.memory.place) == (GIB, "the container")
+
+
+@pytest.mark.parametrize("text", ["max", "max 100000", "-1", "", "nonsense", "0 0", f"{2**63 - 4096}"])
+def test_what_is_no_limit_does_not_limit(text: str, tmp_path: Path) -> None:
+    files = dict.fromkeys(("cpu.max", "memory.max", "memory.limit_in_bytes", "cpu.cfs_quota_us"), text)
+    limits = find_limits(system(tmp_path, V2, "0::/", files))
+    assert (limits.cpus, limits.memory.total) == (CPUS, MACHINE)
+
+
+@pytest.mark.parametrize(
+    ("usage", "statistics"),
+    [
+        ("memory.current", "anon 5\ninactive_file {files}\nactive_file 0"),
+        ("memory.usage_in_bytes", "total_inactive_file {files}"),
+    ],
+)
+def test_memory_that_holds_files_is_free(usage: str, statistics: str, tmp_path: Path) -> None:
+    files = {"memory.max": f"{GIB}", "memory.limit_in_bytes": f"{GIB}", usage: f"{700 * MIB}"}
+    full = find_limits(system(tmp_path, V2, "0::/", files)).memory.free
+    files["memory.stat"] = statistics.format(files=500 * MIB)
+    free = find_limits(system(tmp_path, V2, "0::/", files)).memory.free
+    assert free - full == pytest.approx(500 * MIB, abs=20 * MIB)  # this process grows a bit
+
+
+def test_kills_are_counted_where_the_process_runs(tmp_path: Path) -> None:
+    root = system(tmp_path, V2, "0::/a", {"a/memory.events": "low 0\noom 4\noom_kill 3", "memory.events": "oom_kill 9"})
+    assert out_of_memory_kills(root) == 3
+    (root / "proc" / "vmstat").write_text("pgfault 7\noom_kill 2\n")
+    (root / "proc" / "self" / "cgroup").write_text("")
+    assert out_of_memory_kills(root) == 2
+
+
+@pytest.mark.parametrize(
+    ("memory", "expected", "reason"),
+    [
+        (Memory(64 * GIB, 60 * GIB), 8, "one per CPU"),
+        (Memory(4 * GIB, 4 * GIB, "the container"), 4, "limited by memory: 4.0 GiB of the container"),
+        (Memory(64 * GIB, 4 * GIB), 4, "limited by memory: 4.0 GiB free of 64.0 GiB of this machine"),
+        (Memory(DRIVER_BYTES + BYTES_PER_TRIAL, 64 * GIB), 1, "limited by memory: 1.6 GiB of this machine"),
+    ],
+)
+def test_memory_limits_how_many_run_at_once_and_is_named(memory: Memory, expected: int, reason: str) -> None:
+    packing = pack(8, 0, 0, memory=memory)
+    assert packing == Packing(expected, 1.0, 0.0)
+    assert packing.reason == reason
+
+
+def test_a_quota_is_named() -> None:
+    assert pack(1.5, 0, 0, cpu_limit="a quota of 1.5 CPUs").reason == "one per CPU: a quota of 1.5 CPUs"
+
+
+def test_memory_limits_the_trials_on_gpus() -> None:
+    packing = pack(64, 2, 80 * GIB, memory=Memory(5 * GIB, 5 * GIB))
+    assert packing == Packing(6, 1.0, 1 / 3)
+    assert packing.reason == "3 per GPU, limited by memory: 5.0 GiB of this machine"
+
+
+@pytest.mark.parametrize(
+    ("memory", "concurrency", "message"),
+    [
+        (
+            Memory(1300 * MIB, 1300 * MIB, "the container"),
+            None,
+            "one trial needs 1.6 GiB of memory, this command and Ray included, but there is only 1.3 GiB of the "
+            "container; give it more, or pass --concurrency 1 to try nevertheless",
+        ),
+        (
+            Memory(16 * GIB, GIB),
+            None,
+            "one trial needs 1.6 GiB of memory, this command and Ray included, but there is only 1.0 GiB free of "
+            "16.0 GiB of this machine; free some, or pass --concurrency 1 to try nevertheless",
+        ),
+        (
+            Memory(3 * GIB, GIB),
+            4,
+            "4 trials at once need 3.6 GiB of memory, and this machine has 3.0 GiB; pass --concurrency 3",
+        ),
+        (
+            Memory(GIB, GIB),
+            2,
+            "2 trials at once need 2.2 GiB of memory, and this machine has 1.0 GiB; pass --concurrency 1",
+        ),
+    ],
+)
+def test_too_little_memory_is_one_line_with_what_is_needed(
+    memory: Memory, concurrency: int | None, message: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        pack(8, 0, 0, concurrency, memory=memory)
+    assert str(caught.value) == message
+
+
+def test_the_user_may_try_one_trial_and_rely_on_memory_that_others_hold() -> None:
+    assert pack(8, 0, 0, 1, memory=Memory(GIB, GIB)).concurrency == 1
+    assert pack(8, 0, 0, 3, memory=Memory(16 * GIB, GIB)).concurrency == 3
+
+
+@pytest.fixture
+def memory_group() -> Iterator[Path]:
+    """A real control group with 1300 MiB of memory."""
+    for parent, limit in (("memory", "memory.limit_in_bytes"), ("", "memory.max")):
+        group = Path("/sys/fs/cgroup", parent, f"test-{uuid4().hex}")
+        try:
+            group.mkdir()
+            (group / limit).write_text(f"{1300 * MIB}")
+        except OSError:
+            if group.exists():
+                group.rmdir()
+            continue
+        yield group
+        group.rmdir()
+        return
+    pytest.skip("needs root and control groups that may be written")
+
+
+def test_a_real_control_group_is_seen(memory_group: Path) -> None:
+    script = (
+        "import sys; open(sys.argv[1], 'w').write('0'); from grid.tune.limits import find_limits; print(find_limits())"
+    )
+    command = [sys.executable, "-c", script, str(memory_group / "cgroup.procs")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert f"Memory(total={1300 * MIB}, " in done.stdout
+    assert "place='the container'" in done.stdout
+
+
+def test_a_grid_in_a_container_that_is_too_small_says_so_in_one_line(memory_group: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; open(sys.argv[1], 'w').write('0'); from grid.run import main; "
+        "sys.exit(main(['--grid', 'smoke', '--address', 'local', '--no-report']))"
+    )
+    command = [sys.executable, "-c", script, str(memory_group / "cgroup.procs")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert "one trial needs 1.6 GiB of memory" in line
+    assert "1.3 GiB of the container" in line
