@@ -49,6 +49,7 @@ COLUMNS = {
     "status": "str",
     "control": "bool",
     "control_chance": "float64",
+    "drawn_later": "bool",
     "stopped_at_epoch": "float64",
     "stop_epoch": "float64",
     "epochs_run": "int64",
@@ -60,9 +61,9 @@ COLUMNS = {
 """Columns of every table of trials, with their types; NaN marks a missing value.
 
 `control`: whether the trial is an unstopped control; `control_chance`: the chance with which it was drawn to be one, or
-not, in all draws together; `stop_epoch`: the rung at which ASHA stopped it or, if it is a control, would have;
-`final_val_accuracy`: of the weights at the end of the full budget, completed trials only; `val_correct`: base64 of
-`EpochReport.val_correct`.
+not, in all draws together; `drawn_later`: whether a round of `--more-controls` drew it; `stop_epoch`: the rung at which
+ASHA stopped it or, if it is a control, would have; `final_val_accuracy`: of the weights at the end of the full budget,
+completed trials only; `val_correct`: base64 of `EpochReport.val_correct`.
 """
 
 
@@ -355,10 +356,11 @@ def _row(run: Run, rounds: Rounds | None) -> dict[str, Any] | None:
     if not isnan(stop_epoch):
         before = tags.get("controls_rounds_before", "")
         chance = _combine_chances(chance, rounds, int(before) if before.isdecimal() else 0)
+    trial_key = tags.get("trial_key", run.info.run_id)
     recorded = {*TEST_METRICS, *(f"{RUNG_METRIC}{epoch}" for epoch in rung_epochs(metrics))}
     return {
         "run_id": run.info.run_id,
-        "trial_key": tags.get("trial_key", run.info.run_id),
+        "trial_key": trial_key,
         "cell_key": config.cell_key,
         **config.cell,
         "seed": config.seed,
@@ -367,6 +369,7 @@ def _row(run: Run, rounds: Rounds | None) -> dict[str, Any] | None:
         "status": tags.get("status", ""),
         "control": tags.get("control") == "true",
         "control_chance": chance,
+        "drawn_later": any(trial_key in drawn for _, drawn in rounds or ()),
         "stopped_at_epoch": _epoch(tags.get("stopped_at_epoch", "")),
         "stop_epoch": stop_epoch,
         "epochs_run": int(metrics.get("epochs_run", 0)),

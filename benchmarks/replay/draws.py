@@ -129,6 +129,7 @@ def _observe(
         final_val_accuracy=np.where(completed, table.accuracies[:, -1], np.nan),
         best_val_accuracy=np.fmax.reduce(seen, axis=1),
         epoch_seconds=np.nan,
+        drawn_later=False,
         val_correct="",
         **{f"{RUNG_METRIC}{rung}": seen[:, rung - 1] for rung in rungs},
     )
