@@ -7,13 +7,17 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 from mlflow.entities import Metric, Param, Run, RunTag
 
 from grid.config import InputError, TrialConfig
 from grid.metrics import EPOCH_METRICS, EpochReport
+from grid.record import courier, delivery
 from grid.record import recorder as record
 from grid.record.__main__ import main
-from grid.record.recorder import Recorder, summarise_error
+from grid.record.delivery import summarise_error
+from grid.record.events import EpochEnded, to_json
+from grid.record.recorder import Recorder
 from grid.record.spool import Spool, open_spool
 from grid.record.store import Store
 
@@ -30,6 +34,30 @@ def recorder(store: Store, tmp_path: Path) -> Recorder:
 
 def runs(store: Store, kind: str = "trial") -> list[Run]:
     return list(store.client.search_runs([store.experiment_id], f"tags.kind = '{kind}'"))
+
+
+OTHER = TrialConfig(learning_rate=1.0, epochs=3)
+EXPIRED = ClientError({"Error": {"Code": "ExpiredToken", "Message": "The provided token has expired."}}, "PutObject")
+
+
+def append_refused(spool: Spool, config: TrialConfig = CONFIG) -> None:
+    """Append an epoch that MLflow never takes: no metric may have a name with a line break."""
+    metrics = METRICS | {"epoch_seconds": 1.0, "of two\nlines": 0.5}
+    event = EpochEnded(trial_key=config.trial_key, time=2_000_000_000_000, epoch=9, metrics=metrics, tags={})
+    spool.append(to_json(event))
+
+
+def fail_for(store: Store, monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException, times: int = 2) -> None:
+    """Let a method of the client raise an error some times before it works."""
+    real = getattr(store.client, name)
+    left = [error] * times
+
+    def call(*given: object, **named: object) -> object:
+        if left:
+            raise left.pop()
+        return real(*given, **named)
+
+    monkeypatch.setattr(store.client, name, call)
 
 
 def record_trial(recorder: Recorder, status: str = "completed", epochs: int = 3, config: TrialConfig = CONFIG) -> None:
@@ -252,7 +280,7 @@ def test_a_status_comes_with_the_last_of_the_metrics(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leave_in_spool(store, tmp_path)
-    monkeypatch.setattr(record, "BATCH_SIZE", 10)
+    monkeypatch.setattr(delivery, "BATCH_SIZE", 10)
     sent: list[tuple[int, int, list[str]]] = []
     real = store.client.log_batch
 
@@ -421,22 +449,13 @@ def test_reports_of_a_deleted_run_are_dropped_and_counted_and_the_others_arrive(
 
 
 def test_reports_without_a_run_do_not_block_an_experiment(store: Store, tmp_path: Path) -> None:
-    spool = Spool(tmp_path / "orphan.jsonl")
-    Recorder(store, spool).epoch_ended(CONFIG, EpochReport(epoch=2, **METRICS), is_rung=False)
-    again = Recorder(store, spool)
-    assert again.recover() == 1
-    assert (again.dropped, spool.pending()[0]) == ({CONFIG.trial_key: 1}, [])
-    spool.close()
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_recorder_that_breaks_does_not_look_as_if_all_had_arrived(
-    store: Store, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(store.client, "create_run", lambda *given: 1 / 0)
-    record_trial(recorder)
-    assert not recorder.close(finished=True, patience_seconds=0.2)
-    assert recorder.error == "the recorder broke: ZeroDivisionError: division by zero"
+    with closing(Spool(tmp_path / "orphan.jsonl")) as spool:
+        Recorder(store, spool).epoch_ended(CONFIG, EpochReport(epoch=2, **METRICS), is_rung=False)
+        again = Recorder(store, spool)
+        assert again.recover() == 0
+        ((path, (parked,)),) = again.parked.items()
+        assert (path.name, spool.pending()[0], again.dropped) == ("orphan.parked.jsonl", [], {})
+        assert parked.reason == "its trial has no run in the store: the start of the trial was lost or refused"
 
 
 def test_an_error_of_an_earlier_try_is_taken_off(store: Store, recorder: Recorder, tmp_path: Path) -> None:
@@ -472,3 +491,232 @@ def test_artifacts_that_cannot_be_written_are_told(store: Store, tmp_path: Path)
         pytest.raises(InputError, match="^can't write to the store sqlite.*; fix its permissions, or pass another"),
     ):
         Recorder(store, spool).begin({"grid.json": b"{}"}, {})
+
+
+@pytest.mark.parametrize(
+    "error", [EXPIRED, KeyError("region"), MemoryError(), ZeroDivisionError("by zero"), SystemExit(3), RecursionError()]
+)
+@pytest.mark.parametrize("request_name", ["create_run", "log_batch", "set_terminated"])
+def test_any_error_of_any_library_is_survived(
+    request_name: str, error: BaseException, store: Store, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(courier, "FIRST_WAIT_SECONDS", 0.01)
+    fail_for(store, monkeypatch, request_name, error)
+    record_trial(recorder)
+    assert recorder.close(finished=True)
+    (run,) = runs(store)
+    assert (run.data.tags["status"], run.info.status, recorder.error) == ("completed", "FINISHED", "")
+    assert [point.step for point in store.client.get_metric_history(run.info.run_id, "val_accuracy")] == [1, 2, 3]
+
+
+def test_a_silent_store_is_told_while_the_grid_runs_and_no_longer_when_it_answers(
+    store: Store, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert recorder.trouble == ""
+    monkeypatch.setattr(record, "PATIENCE_SECONDS", 0.0)
+    released = threading.Event()
+    create_run = store.client.create_run
+    monkeypatch.setattr(store.client, "create_run", lambda *given: (released.wait(60), create_run(*given))[1])
+    record_trial(recorder)
+    wait_for(lambda: recorder.trouble == "MLflow not answering for 0 s, 5 reports waiting")
+    released.set()
+    wait_for(lambda: recorder.trouble == "")
+    assert recorder.close(finished=True)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_trial_that_fails_alone_holds_no_other_up_and_arrives_once_it_can(
+    store: Store, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(courier, "FIRST_WAIT_SECONDS", 0.01)
+    log_batch = store.client.log_batch
+
+    def log(run_id: str, **batch: object) -> None:
+        if run_id == store.run_ids().get(CONFIG.trial_key):
+            raise KeyError("a bug of somebody else")
+        log_batch(run_id, **batch)
+
+    monkeypatch.setattr(store.client, "log_batch", log)
+    record_trial(recorder)
+    for seed in range(1, 9):
+        record_trial(recorder, config=TrialConfig(learning_rate=1.0, epochs=3, seed=seed))
+        wait_for(lambda seed=seed: len([run for run in runs(store) if run.info.status == "FINISHED"]) == seed)
+    assert recorder.trouble == "5 reports refused by MLflow"
+    assert not recorder.close(finished=True, patience_seconds=0.2)
+    (complaint,) = recorder.complain("try again")
+    reason = "KeyError: 'a bug of somebody else'"
+    assert (
+        complaint
+        == f"MLflow did not take 5 reports of 1 trial: {reason}; kept in {tmp_path}/spool.parked.jsonl; try again"
+    )
+    monkeypatch.undo()
+    with closing(Spool(tmp_path / "spool.jsonl")) as spool:
+        again = Recorder(store, spool)
+        assert (again.recover(), again.parked) == (5, {})
+    assert {run.data.tags["status"] for run in runs(store)} == {"completed"}
+    assert not list(tmp_path.glob("*.jsonl"))
+    history = store.client.get_metric_history(store.run_ids()[CONFIG.trial_key], "val_accuracy")
+    assert [point.step for point in history] == [1, 2, 3]
+
+
+def test_a_trial_that_fails_alone_does_not_keep_an_experiment_from_going_on(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(courier, "FIRST_WAIT_SECONDS", 0.01)
+    leave_in_spool(store, tmp_path)
+    fail_for(store, monkeypatch, "log_batch", RuntimeError("a bug"), times=100)
+    with closing(open_spool(tmp_path, store.uri, store.experiment)) as spool:
+        recorder = Recorder(store, spool)
+        assert recorder.recover() == 0
+        recorder.begin({}, store.trials())
+        record_trial(recorder, config=OTHER)
+        monkeypatch.undo()
+        assert recorder.close(finished=True)
+    assert [run.data.tags["status"] for run in runs(store)] == ["completed"] * 2
+
+
+def test_a_report_that_is_refused_for_ever_is_parked_alone(store: Store, tmp_path: Path) -> None:
+    with closing(Spool(tmp_path / "spool.jsonl")) as spool:
+        recorder = Recorder(store, spool)
+        recorder.begin({}, {})
+        recorder.started(CONFIG, control=False)
+        append_refused(spool)
+        spool.append({"kind": "an event of a later version", "trial_key": CONFIG.trial_key})
+        recorder.epoch_ended(CONFIG, EpochReport(epoch=1, **METRICS), is_rung=False)
+        recorder.ended(CONFIG, "completed", epochs_run=1, best_val_accuracy=0.25)
+        record_trial(recorder, config=OTHER)
+        assert recorder.close(finished=True)
+        ((path, parked),) = recorder.parked.items()
+    refused, unknown = (line.reason for line in parked)
+    assert refused.startswith('Invalid value "of two')
+    assert unknown == "not an event that this version knows; a newer one may"
+    assert path == tmp_path / "spool.parked.jsonl"
+    assert {run.data.tags["status"] for run in runs(store)} == {"completed"}
+
+
+def test_the_command_tries_parked_reports_again_and_says_what_stays(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with closing(open_spool(tmp_path, store.uri, store.experiment)) as spool:
+        record_trial(Recorder(store, spool))
+        append_refused(spool)
+    where = ["--experiment", store.experiment, "--store", store.uri, "--spool", str(tmp_path)]
+    for delivered in (5, 0):
+        assert main(["--replay", *where]) == 1
+        output = capsys.readouterr()
+        assert output.out == f"{delivered} reports delivered to {store.uri}\n"
+        assert output.err.startswith("MLflow did not take 1 report of 1 trial: ")
+        assert output.err.endswith("run the same command to try again, or delete the file to give them up\n")
+    (path,) = tmp_path.glob("*.parked.jsonl")
+    path.write_text(path.read_text().replace("of two\\nlines", "in_one_line"))
+    assert main(["--replay", *where]) == 0
+    assert runs(store)[0].data.metrics["in_one_line"] == 0.5
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_parked_reports_of_a_trial_that_was_trained_again_meanwhile_double_nothing(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(courier, "FIRST_WAIT_SECONDS", 0.01)
+    leave_in_spool(store, tmp_path)
+    with closing(open_spool(tmp_path, store.uri, store.experiment)) as spool:
+        fail_for(store, monkeypatch, "create_run", RuntimeError("a bug"), times=100)
+        Recorder(store, spool).recover()
+        monkeypatch.undo()
+    (parked,) = tmp_path.glob("*.parked.jsonl")
+    kept = parked.read_bytes()
+    parked.unlink()
+    with closing(Spool(tmp_path / "another.jsonl")) as spool:
+        recorder = Recorder(store, spool)
+        recorder.begin({}, {})
+        record_trial(recorder)
+        assert recorder.close(finished=True)
+    parked.write_bytes(kept)
+    with closing(open_spool(tmp_path, store.uri, store.experiment)) as spool:
+        again = Recorder(store, spool)
+        again.recover()
+        assert not again.parked
+    (run,) = runs(store)
+    assert run.info.status == "FINISHED"
+    for name, steps in (("val_accuracy", [1, 2, 3]), ("epochs_run", [3])):
+        assert [point.step for point in store.client.get_metric_history(run.info.run_id, name)] == steps
+
+
+@pytest.mark.parametrize("error", [EXPIRED, OSError("the bucket is gone"), KeyError("region")])
+def test_a_traceback_that_cannot_be_stored_holds_no_metric_up_and_survives_a_restart(
+    error: Exception, store: Store, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_for(store, monkeypatch, "log_artifacts", error, times=100)
+    recorder.started(CONFIG, control=False)
+    recorder.ended(CONFIG, "failed", epochs_run=0, best_val_accuracy=None, error="RuntimeError: no luck")
+    record_trial(recorder, config=OTHER)
+    wait_for(lambda: sorted(run.info.status for run in runs(store)) == ["FAILED", "FINISHED"])
+    assert not recorder.close(finished=True, patience_seconds=0.5)
+    assert recorder.error.endswith(str(error))
+    monkeypatch.undo()
+    with closing(Spool(tmp_path / "spool.jsonl")) as spool:
+        again = Recorder(store, spool)
+        assert again.recover() == 0
+        again.begin({}, store.trials())
+        assert again.close(finished=True)
+    run_id = store.run_ids()[CONFIG.trial_key]
+    assert Path(store.client.download_artifacts(run_id, "traceback.txt")).read_text() == "RuntimeError: no luck"
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_an_upload_that_hangs_holds_no_metric_up(
+    store: Store, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    log_artifacts = store.client.log_artifacts
+    monkeypatch.setattr(store.client, "log_artifacts", lambda *given: (released.wait(60), log_artifacts(*given))[1])
+    recorder.started(CONFIG, control=False)
+    recorder.ended(CONFIG, "failed", epochs_run=0, best_val_accuracy=None, error="RuntimeError: no luck")
+    record_trial(recorder, config=OTHER)
+    wait_for(lambda: sorted(run.info.status for run in runs(store)) == ["FAILED", "FINISHED"])
+    released.set()
+    assert recorder.close(finished=True)
+
+
+def test_pictures_follow_when_the_recorder_has_begun(store: Store, tmp_path: Path) -> None:
+    with closing(Spool(tmp_path / "spool.jsonl")) as spool:
+        recorder = Recorder(store, spool)
+        recorder.begin({}, {}, pictures={"samples.png": b"a picture"})
+        assert recorder.close(finished=True)
+    assert store.artifact("samples.png") == b"a picture"
+
+
+def test_a_recorder_whose_thread_has_died_is_noticed(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(courier.Courier, "_run", lambda self: None)
+    with closing(Spool(tmp_path / "spool.jsonl")) as spool:
+        recorder = Recorder(store, spool)
+        recorder.begin({}, {})
+        record_trial(recorder)
+        wait_for(lambda: "the recorder has died" in recorder.trouble)
+        assert recorder.trouble.endswith("5 reports waiting")
+        assert not recorder.close(finished=True, patience_seconds=0.2)
+        assert len(spool.path.read_text().splitlines()) == 5
+
+
+def test_reports_wait_for_an_experiment_that_was_deleted_until_it_is_restored(
+    store: Store, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(courier, "LONGEST_WAIT_SECONDS", 0.1)
+    recorder.started(CONFIG, control=False)
+    wait_for(lambda: bool(runs(store)))
+    store.client.delete_experiment(store.experiment_id)
+    record_trial(recorder)
+    record_trial(recorder, config=OTHER)
+    wait_for(lambda: recorder.error != "")
+    store.client.restore_experiment(store.experiment_id)
+    assert recorder.close(finished=True)
+    assert (recorder.parked, recorder.dropped) == ({}, {})
+    assert [run.data.tags["status"] for run in runs(store)] == ["completed"] * 2

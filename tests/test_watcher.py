@@ -241,3 +241,24 @@ def test_a_control_that_would_have_been_stopped_counts_after_a_resume_as_before(
     assert after == before
     assert [trial.stop_epoch for trial in known.values()] == [None, 1, 3]
     assert after.arrivals("mlp", 3) == (0.7, 0.8)
+
+
+def test_a_trial_that_failed_before_it_could_start_has_a_run_with_its_reason(store: Store, spool: Spool) -> None:
+    watcher = watch(store, spool)
+    watcher.ended(CONFIG, "failed", "no worker could start")
+    assert [event["kind"] for event in spool.pending()[0]] == ["start", "end"]
+    recorder = Recorder(store, spool)
+    assert (recorder.recover(), recorder.parked, recorder.dropped) == (2, {}, {})
+    (trial,) = store.trials().values()
+    assert (trial.status, trial.tags["error"]) == ("failed", "no worker could start")
+
+
+def test_the_progress_line_says_how_the_recording_is_doing(
+    store: Store, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watcher = watch(store, spool)
+    watcher.tick()
+    assert "MLflow" not in watcher.progress.line(200)
+    monkeypatch.setattr(Recorder, "trouble", "MLflow not answering for 3 min, 214 reports waiting")
+    watcher.tick()
+    assert " | MLflow not answering for 3 min, 214 reports waiting | " in watcher.progress.line(200)

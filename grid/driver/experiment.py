@@ -11,7 +11,7 @@ from typing import Any
 from grid.config import InputError, TrialConfig
 from grid.data.dataset import Dataset
 from grid.data.load import load
-from grid.driver.messages import conclude, describe_packing, describe_plan, print_facts
+from grid.driver.messages import conclude, describe_packing, describe_plan, experiment_options, print_facts
 from grid.driver.more_controls import draw_if_asked, reopen_drawn
 from grid.driver.watcher import Watcher, restore_rungs
 from grid.plan.asha import Asha
@@ -104,15 +104,16 @@ def run(request: Request, prepared: Prepared, training: Training) -> int:
     plan, stored, remark = draw_if_asked(request.more_controls, plan, stored, store, rounds)
     facts = describe_plan(request, plan) | ({"controls": remark} if remark else {})
     manifest = json.dumps(_manifest(request, plan, asha, dataset), indent=2).encode()
-    recorder.begin({MANIFEST: manifest, "samples.png": prepared.samples}, stored)
+    recorder.begin({MANIFEST: manifest}, stored, pictures={"samples.png": prepared.samples})
     watcher, delivered = train_all(plan, stored, dataset, recorder, asha, training, facts)
     undelivered = "" if delivered else recorder.error or "no reason given"
     conclusion = conclude(request, watcher, undelivered)
     print(f"\n{conclusion.table}\n")
-    for complaint in [*_complain_of_dropped(recorder), *conclusion.complaints]:
+    retry = f"try again with:  python -m grid.record --replay {experiment_options(request)}"
+    for complaint in [*recorder.complain(retry), *conclusion.complaints]:
         print(complaint, file=sys.stderr)
     print_facts(conclusion.next_commands or {})
-    return max(conclusion.exit_code, 1 if recorder.dropped else 0)
+    return max(conclusion.exit_code, 1 if recorder.dropped or recorder.parked else 0)
 
 
 def train_all(
@@ -190,13 +191,6 @@ def train_left(
         begin=begin,
     )
     watcher.progress.show(last=True)
-
-
-def _complain_of_dropped(recorder: Recorder) -> list[str]:
-    if not recorder.dropped:
-        return []
-    lost = f"{recorder.dropped.total()} events of {len(recorder.dropped)} trials"
-    return [f"{lost} had no run to go to (was it deleted in MLflow?); run the same command to train these again"]
 
 
 def _describe_rule(plan: Plan, asha: Asha) -> dict[str, Any]:

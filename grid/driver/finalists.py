@@ -27,7 +27,7 @@ from grid.ranking import RankedCell, rank_cells
 from grid.record.lease import Lease
 from grid.record.predictor import register
 from grid.record.recorder import Recorder
-from grid.record.spool import open_spool
+from grid.record.spool import Parked, open_spool
 from grid.record.store import UNREACHABLE, Store, StoredTrial
 from grid.store_uri import slug
 from grid.ties import tied_with_best
@@ -83,7 +83,7 @@ def confirm(request: Confirmation) -> int:
             test = FinalTest.prepare(trials, store, dataset, checkpoints, test_images, test_labels)
             for trial in _untested(store, trials):
                 test.run(trial)
-            return _conclude(request, store, trials)
+            return max(_conclude(request, store, trials), 1 if Parked(spool).lines else 0)
         except UNREACHABLE as error:
             problem = f"can't record the test results of the finalists: {first_line(error)}"
             raise InputError(f"{problem}; fix it and run the same command again") from error
@@ -180,6 +180,8 @@ def _train_left(trials: Sequence[TrialConfig], finalists: Finalists, training: T
     asha = Asha.of(plan.rule, trials[0].epochs)
     facts = _describe(trials, finalists.also_tied)
     watcher, delivered = train_all(plan, stored, prepared.dataset, recorder, asha, training, facts)
+    for complaint in recorder.complain("run the same command to try again"):
+        print(complaint, file=sys.stderr)
     if watcher.interrupted:
         reason = watcher.problem or watcher.unusable_node
         print(f"{reason or 'interrupted'}; run the same command to continue", file=sys.stderr)

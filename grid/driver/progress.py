@@ -38,6 +38,8 @@ class Progress:
     done: Counter[str] = field(default_factory=Counter)
     stream: TextIO = field(default_factory=lambda: sys.stdout)
     running: int = 0
+    trouble: str = ""
+    """What a person should know of the recording."""
     best: tuple[float, str] | None = None
     """Highest validation accuracy and the name of its cell."""
     _epochs: Counter[str] = field(default_factory=Counter)
@@ -69,6 +71,7 @@ class Progress:
         """Return the state in one line of at most `width` characters."""
         ended = self.done["completed"] + self.done["stopped"] + self.done["diverged"] + self.done["failed"]
         parts = [f"{ended}/{self.total} done", f"{self.running} running"]
+        parts += [self.trouble] if self.trouble else []
         parts += [f"{self.done[status]} {status}" for status in STATUSES[1:] if self.done[status] or status != "failed"]
         left = self.seconds_left()
         if ended < self.total:

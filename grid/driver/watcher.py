@@ -106,7 +106,9 @@ class Watcher:
         self.progress.epoch_ended(config.cell, report.epoch_seconds, report.metrics.get("val_accuracy"))
 
     def ended(self, config: TrialConfig, status: str, error: str) -> None:
-        """Record the end of a trial."""
+        """Record the end of a trial, which may have had no worker to start in."""
+        if config.trial_key not in self._running:
+            self.started(config)
         self._running.discard(config.trial_key)
         self._end(config, status, error)
 
@@ -118,6 +120,7 @@ class Watcher:
     def tick(self) -> None:
         """Update the progress line."""
         self.progress.running = len(self._running)
+        self.progress.trouble = self._recorder.trouble
         self.progress.show()
 
     def give_up(self, problem: str) -> None:

@@ -15,7 +15,10 @@ from grid.wording import count
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Deliver what is left in the spool of an experiment; return the exit code: 0, or 2 if that is not possible."""
+    """Deliver what is left in the spool of an experiment, parked reports included, and return the exit code.
+
+    0: everything has arrived; 1: the store did not take some reports; 2: it takes none, or the input is wrong.
+    """
     parser = Parser(prog="python -m grid.record", description="Deliver what an interrupted run left in its spool.")
     parser.add_argument("--replay", action="store_true", required=True, help="deliver it to the store")
     add_experiment(parser)
@@ -27,9 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         store = Store(check_store_uri(options.store), options.experiment)
         with closing(open_spool(options.spool.absolute(), store.uri, options.experiment)) as spool:
             store.create()
-            delivered = Recorder(store, spool).recover()
-        print(f"{count(delivered, 'report')} delivered to {mask(store.uri)}")
-        return 0
+            recorder = Recorder(store, spool)
+            reports, files = recorder.replay()
+            complaints = recorder.complain("run the same command to try again, or delete the file to give them up")
+        delivered = count(reports, "report") + (f" and {count(files, 'file')}" if files else "")
+        print(f"{delivered} delivered to {mask(store.uri)}")
+        for complaint in complaints:
+            print(complaint, file=sys.stderr)
+        return 1 if recorder.parked else 0
 
     return run_command(parser.name, replay)
 

@@ -1,4 +1,4 @@
-"""The writer: a background thread that carries events from the spool to the store, in batches.
+"""The writer: background threads that carry events from the spool to the store, in batches.
 
 The driver appends an event and continues: Tune's loop never waits for a database or a server. What a crashed driver
 left behind is delivered by the next run, or by
@@ -6,26 +6,25 @@ left behind is delivered by the next run, or by
     python -m grid.record --replay --experiment NAME [--store URI] [--spool FOLDER]
 """
 
-import threading
 import time
 from base64 import b64encode
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-
-from mlflow.entities import Metric, Param, RunTag
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
 
 from grid.config import InputError, TrialConfig
 from grid.masking import mask
 from grid.metrics import FINAL_METRIC, RUNG_METRIC, EpochReport
-from grid.record.events import Ended, EpochEnded, Event, Started, Suspended, from_json, to_json
-from grid.record.spool import Spool
+from grid.record.courier import Courier, describe
+from grid.record.delivery import ArtifactCarrier, EventCarrier, artifact_line
+from grid.record.events import Ended, EpochEnded, Event, Started, Suspended, to_json
+from grid.record.spool import ParkedLine, Spool
 from grid.record.store import UNREACHABLE, Store, StoredTrial
-from grid.wording import first_line
+from grid.wording import count, first_line, format_seconds
 
-BATCH_SIZE = 900
-"""Metrics in one request; MLflow allows 1000 entries of all kinds."""
-LONGEST_WAIT_SECONDS = 15.0
-"""Between two attempts to reach a store that does not answer."""
+PATIENCE_SECONDS = 5.0
+"""Without an arrival, before a store counts as silent."""
 
 
 class Recorder:
@@ -39,53 +38,133 @@ class Recorder:
 
     def __init__(self, store: Store, spool: Spool, kind: str = "trial"):
         self.store = store
-        self.error = ""
-        """Why the last attempt failed; empty if it succeeded."""
-        self.dropped: Counter[str] = Counter()
-        """Events by trial key that the store will never take, because their run was deleted."""
         self._spool = spool
         self._kind = kind
-        self._run_ids: dict[str, str] = {}
-        self._failed: set[str] = set()
-        """Keys of the trials that failed in an earlier run."""
+        self._carrier = EventCarrier(store, kind, self._attach_later)
+        self._events = Courier("recorder", spool, self._carrier)
+        self._last_error = ""
+        """Of the end of the parent run."""
         self._reopened: dict[str, int | None] = {}
         """Rungs at which trials were stopped that train on as controls, by trial key."""
         self._ended_at: dict[str, float] = {}
         """Epochs run, by the keys of the trials that ended in an earlier run and train on."""
-        self._wake = threading.Event()
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._deliver_until_closed, name="recorder", daemon=True)
         self._last_time = 0
 
+    @property
+    def error(self) -> str:
+        """Why the last attempt to reach the store failed; empty if it succeeded."""
+        return self._events.error or self._artifacts.error or self._last_error
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """Number of events by trial key whose run was deleted in MLflow."""
+        return self._carrier.dropped
+
+    @property
+    def parked(self) -> Mapping[Path, Sequence[ParkedLine]]:
+        """What the store did not take while it took other reports, by the file that keeps it."""
+        couriers = (self._events, self._artifacts)
+        return {courier.parked.path: courier.parked.lines for courier in couriers if courier.parked.lines}
+
+    @property
+    def trouble(self) -> str:
+        """What a person should know while the grid runs; empty if everything arrives."""
+        if self._events.is_broken:
+            return f"the recorder has died ({self.error}), {count(self._events.waiting, 'report')} waiting"
+        troubles = []
+        for courier, noun in ((self._events, "report"), (self._artifacts, "file")):
+            if courier.silent_seconds > PATIENCE_SECONDS:
+                silent = f"not answering for {format_seconds(courier.silent_seconds)}"
+                troubles.append(f"MLflow {silent}, {count(courier.waiting, noun)} waiting")
+        refused = sum(map(len, self.parked.values()))
+        return " | ".join([*troubles, *([f"{count(refused, 'report')} refused by MLflow"] if refused else [])])
+
+    def complain(self, retry: str) -> list[str]:
+        """Return a line on each kind of report that is not in the store for good.
+
+        Args:
+            retry: What to do to deliver parked reports, such as `try again with:  COMMAND`.
+        """
+        lines = []
+        if damaged := [*self._spool.unreadable.values(), *self._spool.artifacts.unreadable.values()]:
+            what = f"{count(len(damaged), 'damaged line')} ({count(sum(damaged), 'byte')}) of {self._spool.path}"
+            lines.append(f"{what} had to be left out; a power loss leaves such lines")
+        if self.dropped:
+            what = f"{count(self.dropped.total(), 'report')} of {count(len(self.dropped), 'trial')}"
+            lines.append(f"{what} were for runs that are deleted in MLflow; run the same command to train these again")
+        for path, parked in self.parked.items():
+            groups, reasons = {line.group for line in parked}, Counter(line.reason for line in parked)
+            what = f"{count(len(parked), 'report')} of {count(len(groups), 'trial')}"
+            others = f" (and {count(len(reasons) - 1, 'other reason')})" if len(reasons) > 1 else ""
+            reason = f"{reasons.most_common(1)[0][0]}{others}"
+            lines.append(f"MLflow did not take {what}: {reason}; kept in {path}; {retry}")
+        return lines
+
+    @cached_property
+    def _artifacts(self) -> Courier:
+        return Courier("artifacts", self._spool.artifacts, ArtifactCarrier(self.store))
+
     def recover(self) -> int:
-        """Deliver what an earlier driver left in the spool; return the number of events.
+        """Deliver what an earlier driver left in the spool; return the number of events that arrived.
+
+        Events of single trials that fail are parked, and hold nothing up. Files follow once the recorder has begun.
 
         Raises:
             InputError: The store does not take them.
         """
+        found, damaged = self._spool.appended + len(self._events.parked.lines), len(self._spool.unreadable)
         try:
-            if self._spool.pending(limit=1)[0]:
-                self._run_ids = self.store.run_ids(self._kind)
-            return self._deliver_pending()
-        except UNREACHABLE as error:
+            if found:
+                self._carrier.run_ids = self.store.run_ids(self._kind)
+            self._catch_up()
+        except Exception as error:
             kept = f"the events of an earlier run stay in {self._spool.path}"
-            raise InputError(f"can't write to the store {mask(self.store.uri)}: {first_line(error)}; {kept}") from error
+            raise InputError(f"can't write to the store {mask(self.store.uri)}: {describe(error)}; {kept}") from error
+        return found - len(self._events.parked.lines) - len(self._spool.unreadable) + damaged
 
-    def begin(self, files: Mapping[str, bytes], stored: Mapping[str, StoredTrial]) -> None:
+    def _catch_up(self) -> None:
+        try:
+            self._events.catch_up()
+        except Exception as error:  # noqa: BLE001  (of whichever library)
+            self.store.client.get_run(self.store.parent_id)  # raises if it is the store that fails
+            self._events.park_backlog(error)
+
+    def replay(self) -> tuple[int, int]:
+        """Deliver everything that an earlier driver left; return the number of events and of files that arrived.
+
+        Raises:
+            InputError: The store does not take them.
+        """
+        events, found = self.recover(), self._artifacts.waiting
+        try:
+            self._artifacts.catch_up()
+        except Exception as error:
+            uri, kept = mask(self.store.uri), f"files of an earlier run stay in {self._spool.artifacts.path}"
+            raise InputError(f"can't write artifacts to the store {uri}: {describe(error)}; {kept}") from error
+        return events, found - self._artifacts.waiting
+
+    def begin(
+        self,
+        files: Mapping[str, bytes],
+        stored: Mapping[str, StoredTrial],
+        *,
+        pictures: Mapping[str, bytes] | None = None,
+    ) -> None:
         """Attach files to the parent run, close the runs that a crashed driver left open, and start to deliver.
 
         Args:
             files: Name, such as `grid.json` -> content.
             stored: What the store has, by trial key.
+            pictures: The same, of files that nobody waits for.
 
         Raises:
             InputError: The store or its artifact location can't be written.
         """
         client = self.store.client
-        self._run_ids = {key: trial.run_id for key, trial in stored.items()}
-        self._failed = {key for key, trial in stored.items() if trial.status == "failed"}
+        self._carrier.run_ids |= {key: trial.run_id for key, trial in stored.items()}
+        self._carrier.failed = {key for key, trial in stored.items() if trial.status == "failed"}
         self._reopened = {key: trial.stop_epoch for key, trial in stored.items() if trial.reopened}
-        ended_before = self._failed | self._reopened.keys()
+        ended_before = self._carrier.failed | self._reopened.keys()
         self._ended_at = {key: stored[key].metrics.get("epochs_run", 0.0) for key in ended_before}
         try:
             client.update_run(self.store.parent_id, status="RUNNING")
@@ -96,7 +175,11 @@ class Recorder:
         except UNREACHABLE as error:
             hint = "fix its permissions, or pass another --store"
             raise InputError(f"can't write to the store {mask(self.store.uri)}: {first_line(error)}; {hint}") from error
-        self._thread.start()
+        for name, content in (pictures or {}).items():
+            self._attach_later(self.store.parent_id, name, content)
+        for courier in (self._events, self._artifacts):
+            courier.start()
+            courier.wake()
 
     def started(
         self, config: TrialConfig, *, control: bool, chance: float | None = None, rounds_before: int = 0
@@ -195,13 +278,8 @@ class Recorder:
             patience_seconds: How long to wait for a store that does not answer.
         """
         deadline = time.monotonic() + patience_seconds
-        while self._thread.is_alive() and self._spool.pending(limit=1)[0] and time.monotonic() < deadline:
-            self._wake.set()
-            time.sleep(0.05)
-        self._closing.set()
-        self._wake.set()
-        self._thread.join()
-        delivered = not self._spool.pending(limit=1)[0] and self._end_parent(finished)
+        arrived = [courier.close(deadline) for courier in (self._events, self._artifacts)]
+        delivered = all(arrived) and self._end_parent(finished)
         self._spool.close()
         return delivered
 
@@ -209,8 +287,8 @@ class Recorder:
         try:
             self.store.client.set_terminated(self.store.parent_id, "FINISHED" if finished else "KILLED")
         except UNREACHABLE as error:
-            self.error = first_line(error)
-        return not self.error
+            self._last_error = first_line(error)
+        return not self._last_error
 
     def _now(self) -> int:
         """Return the time in milliseconds, later than that of any event before."""
@@ -219,107 +297,8 @@ class Recorder:
 
     def _append(self, event: Event) -> None:
         self._spool.append(to_json(event))
-        self._wake.set()
+        self._events.wake()
 
-    def _deliver_until_closed(self) -> None:
-        try:
-            self._deliver_and_retry()
-        except BaseException as error:
-            self.error = f"the recorder broke: {type(error).__name__}: {first_line(error)}"
-            raise
-
-    def _deliver_and_retry(self) -> None:
-        wait = 0.5
-        while not self._closing.is_set():
-            self._wake.wait()
-            self._wake.clear()
-            try:
-                self._deliver_pending()
-                self.error, wait = "", 0.5
-            except UNREACHABLE as error:
-                self.error = first_line(error)
-                self._closing.wait(wait)
-                self._wake.set()
-                wait = min(2 * wait, LONGEST_WAIT_SECONDS)
-
-    def _deliver_pending(self) -> int:
-        delivered = 0
-        while True:
-            lines, end = self._spool.pending()
-            if not lines:
-                return delivered
-            by_trial: defaultdict[str, list[Event]] = defaultdict(list)
-            for event in map(from_json, lines):
-                by_trial[event.trial_key].append(event)
-            for trial_key, events in by_trial.items():
-                self._deliver_or_drop(trial_key, events)
-            self._spool.delivered(end)
-            delivered += len(lines)
-
-    def _deliver_or_drop(self, trial_key: str, events: Sequence[Event]) -> None:
-        try:
-            self._deliver(trial_key, events)
-        except UNREACHABLE as error:
-            if not self.store.is_gone(self._run_ids.get(trial_key), error):
-                raise
-            self._run_ids.pop(trial_key, None)
-            self.dropped[trial_key] += len(events)
-
-    def _deliver(self, trial_key: str, events: Sequence[Event]) -> None:
-        """Deliver the events of a trial in as few requests as possible: a request costs more than its content."""
-        params: Mapping[str, str] = {}
-        for event in events:
-            if isinstance(event, Started):
-                self._open_run(event)
-                params = event.params
-        if trial_key not in self._run_ids:
-            self.dropped[trial_key] += len(events)
-            return
-        run_id, last = self._run_ids[trial_key], events[-1]
-        tags = {name: tag for event in events if isinstance(event, EpochEnded) for name, tag in event.tags.items()}
-        if isinstance(last, Ended):
-            if last.error:
-                self.store.client.log_text(run_id, last.error, "traceback.txt")
-            tags |= self._tags_of_end(last)
-        self._log(run_id, list(_metrics(events)), params, tags)
-        if isinstance(last, Ended):
-            self.store.client.set_terminated(run_id, "FAILED" if last.status == "failed" else "FINISHED", last.time)
-        if isinstance(last, Suspended):
-            self.store.client.set_terminated(run_id, "KILLED", last.time)
-
-    def _tags_of_end(self, event: Ended) -> dict[str, str]:
-        failed_before = event.trial_key in self._failed  # whose error this end replaces
-        error = {"error": summarise_error(event.error)} if event.error or failed_before else {}
-        return {**error, **event.tags}
-
-    def _open_run(self, event: Started) -> None:
-        if event.trial_key not in self._run_ids and self.error:  # an attempt whose answer was lost may have made it
-            self._run_ids |= self.store.run_ids(self._kind, event.trial_key)
-        if event.trial_key in self._run_ids:
-            self.store.client.update_run(self._run_ids[event.trial_key], status="RUNNING")
-        else:
-            tags = {**event.tags, "mlflow.parentRunId": self.store.parent_id}
-            run = self.store.client.create_run(self.store.experiment_id, event.time, tags, event.name)
-            self._run_ids[event.trial_key] = run.info.run_id
-
-    def _log(self, run_id: str, metrics: list[Metric], params: Mapping[str, str], tags: Mapping[str, str]) -> None:
-        """Log everything; the tags, which may say that a trial has ended, go into the last request."""
-        entries = [Param(*param) for param in params.items()]
-        while metrics or entries or tags:
-            batch, metrics = metrics[:BATCH_SIZE], metrics[BATCH_SIZE:]
-            last = [] if metrics else [RunTag(*tag) for tag in tags.items()]
-            self.store.client.log_batch(run_id, metrics=batch, params=entries, tags=last)
-            entries, tags = [], tags if metrics else {}
-
-
-def summarise_error(traceback: str) -> str:
-    """Return the line of a traceback that names the exception, at most 500 characters of it."""
-    last_traceback = traceback.rpartition("Traceback (most recent call last):")[2].strip("\n")
-    return next((line[:500] for line in last_traceback.splitlines() if not line.startswith(" ")), "")
-
-
-def _metrics(events: Sequence[Event]) -> Iterator[Metric]:
-    for event in events:
-        if isinstance(event, EpochEnded | Ended):
-            for name, value in event.metrics.items():
-                yield Metric(name, value, event.time, event.epoch)
+    def _attach_later(self, run_id: str, path: str, content: bytes) -> None:
+        self._spool.artifacts.append(artifact_line(run_id, path, content))
+        self._artifacts.wake()

@@ -25,7 +25,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 import mlflow.exceptions
 from mlflow.entities import Metric, RunTag
 from mlflow.tracking import MlflowClient
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DataError, SQLAlchemyError
 
 MANIFEST = "grid.json"
 PAGE_SIZE = 1000
@@ -70,7 +70,7 @@ class Store:
 
     def __init__(self, uri: str, experiment: str):
         for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # it logs the tracebacks of what it also raises
         self.uri = uri
         self.experiment = experiment
         try:
@@ -115,9 +115,21 @@ class Store:
         if run_id is None or not isinstance(error, mlflow.exceptions.MlflowException):
             return False
         try:
-            return bool(self.client.get_run(run_id).info.lifecycle_stage == "deleted")
+            is_deleted = self.client.get_run(run_id).info.lifecycle_stage == "deleted"
         except mlflow.exceptions.MlflowException as missing:
-            return bool(missing.error_code == "RESOURCE_DOES_NOT_EXIST")
+            is_deleted = missing.error_code == "RESOURCE_DOES_NOT_EXIST"
+        return is_deleted and not self._is_deleted()
+
+    def is_refusal(self, error: BaseException) -> bool:
+        """Return whether a write failed for what was written, so that no later attempt can succeed."""
+        if isinstance(error.__cause__, DataError):
+            return True
+        code = getattr(error, "error_code", "")
+        return code == "INVALID_PARAMETER_VALUE" and not self._is_deleted()
+
+    def _is_deleted(self) -> bool:
+        """Return whether the experiment is deleted, which refuses every write until somebody restores it."""
+        return bool(self.client.get_experiment(self.experiment_id).lifecycle_stage == "deleted")
 
     def artifact(self, name: str) -> bytes | None:
         """Return a file of the parent run; None if it has none of that name.
@@ -125,7 +137,7 @@ class Store:
         Raises:
             InputError: The store does not answer.
         """
-        with self.answering(), tempfile.TemporaryDirectory() as folder:
+        with self.answering(), _errors_of_artifact_stores(), tempfile.TemporaryDirectory() as folder:
             if name not in (file.path for file in self.client.list_artifacts(self.parent_id)):
                 return None
             return Path(self.client.download_artifacts(self.parent_id, name, folder)).read_bytes()
@@ -155,7 +167,8 @@ class Store:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(content)
             if files:
-                self.client.log_artifacts(run_id, folder)
+                with _errors_of_artifact_stores():
+                    self.client.log_artifacts(run_id, folder)
 
     def log_test(self, run_id: str, metrics: Mapping[str, float], model_id: str | None = None) -> None:
         """Record the test results of a finalist in one request.
@@ -184,7 +197,8 @@ class Store:
             InputError: The store does not answer, or a run can't be read as a trial.
         """
         with self.answering():
-            return {run.data.tags["trial_key"]: self._stored(run) for run in self._search(kind)}
+            runs = [run for run in self._search(kind) if run.data.params]  # else it has only just been created
+            return {run.data.tags["trial_key"]: self._stored(run) for run in runs}
 
     def reopen(self, trial: StoredTrial) -> StoredTrial:
         """Return a stopped trial as one that has to continue, as an unstopped control.
@@ -233,7 +247,18 @@ class Store:
     def _accuracies(self, run_id: str) -> tuple[float, ...]:
         epochs = [point.step for point in self.client.get_metric_history(run_id, "epoch_seconds")]
         accuracies = {point.step: point.value for point in self.client.get_metric_history(run_id, "val_accuracy")}
-        return tuple(accuracies.get(epoch, nan) for epoch in sorted(epochs))
+        return tuple(accuracies.get(epoch, nan) for epoch in range(1, max(epochs, default=0) + 1))
+
+
+@contextmanager
+def _errors_of_artifact_stores() -> Iterator[None]:
+    """Turn the errors of the libraries that carry artifacts, such as botocore's, into an `OSError`."""
+    try:
+        yield
+    except UNREACHABLE:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 def _number(tag: str | None) -> float | None:
