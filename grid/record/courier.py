@@ -14,7 +14,6 @@ from typing import Protocol
 
 from grid.record.spool import Line, Parked, ParkedLine, Queue
 from grid.record.store import UNREACHABLE
-from grid.store_uri import mask
 from grid.wording import first_line
 
 CAPACITY = 10_000
@@ -276,6 +275,6 @@ class Courier:
 
 
 def describe(error: BaseException) -> str:
-    """Return an error in one line without secrets: of a store its text, of anything else its type as well."""
-    text, kind = mask(first_line(error)), type(error).__name__
+    """Return an error in one line without its secrets: of a store its text, of anything else its type as well."""
+    text, kind = first_line(error), type(error).__name__
     return text if isinstance(error, (*UNREACHABLE, Refusal)) or text == kind else f"{kind}: {text}"

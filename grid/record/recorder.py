@@ -74,8 +74,8 @@ class Recorder:
         troubles = []
         for courier, noun in ((self._events, "report"), (self._artifacts, "file")):
             if courier.silent_seconds > PATIENCE_SECONDS:
-                silent = f"not answering for {format_seconds(courier.silent_seconds)}"
-                troubles.append(f"MLflow {silent}, {count(courier.waiting, noun)} waiting")
+                silent, waiting = format_seconds(courier.silent_seconds), count(courier.waiting, noun)
+                troubles.append(f"MLflow not answering for {silent}, {waiting} waiting")
         refused = sum(map(len, self.parked.values()))
         return " | ".join([*troubles, *([f"{count(refused, 'report')} refused by MLflow"] if refused else [])])
 
@@ -94,10 +94,10 @@ class Recorder:
             lines.append(f"{what} were for runs that are deleted in MLflow; run the same command to train these again")
         for path, parked in self.parked.items():
             groups, reasons = {line.group for line in parked}, Counter(line.reason for line in parked)
-            what = f"{count(len(parked), 'report')} of {count(len(groups), 'trial')}"
+            what, whose = count(len(parked), "report"), count(len(groups), "trial")
             others = f" (and {count(len(reasons) - 1, 'other reason')})" if len(reasons) > 1 else ""
             reason = f"{reasons.most_common(1)[0][0]}{others}"
-            lines.append(f"MLflow did not take {what}: {reason}; kept in {path}; {retry}")
+            lines.append(f"MLflow did not take {what} of {whose}: {reason}; kept in {path}; {retry}")
         return lines
 
     @cached_property
