@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from numpy.typing import NDArray
 
 from analysis.estimates.final_effects import measure_final_effects
+from analysis.store import _combine_chances
 from benchmarks.replay.__main__ import main
 from benchmarks.replay.__main__ import run as run_replays
 from benchmarks.replay.curves import EPOCHS, PATH, VAL_IMAGES, describe, export, load_curves
-from benchmarks.replay.draws import Table, draw_controls, replay
+from benchmarks.replay.draws import Table, draw_at_random, draw_controls, replay
 from benchmarks.replay.estimators import ESTIMATORS, compare, root_mean_square, truth
 from benchmarks.replay.examine import Setting, examine, prepare
 from benchmarks.replay.summary import summarise
@@ -140,6 +142,34 @@ def test_stopping_saves_epochs_and_spares_the_controls(table: Table) -> None:
     assert trials.loc[trials["status"] == "stopped", "final_val_accuracy"].isna().all()
 
 
+def test_more_controls_are_drawn_among_the_stopped_with_the_chance_that_a_store_records(table: Table) -> None:
+    before = run(table)
+    trials = replay(table, DEFAULT_RULE, *controls_of(table, 60), later=50)
+    drawn = trials["control"] & ~before["control"]
+    stopped = before["status"] == "stopped"
+    assert drawn.sum() == 50
+    assert stopped[drawn].all()
+    assert (trials.loc[drawn, "final_val_accuracy"] == table.accuracies[drawn, -1]).all()
+    assert trials.loc[drawn, "stop_epoch"].equals(before.loc[drawn, "stop_epoch"])
+    assert trials.loc[~drawn, "status"].equals(before.loc[~drawn, "status"])
+    own = before["control_chance"].iloc[0]
+    expected = _combine_chances(own, [(int(stopped.sum()), tuple(map(str, range(50))))], 0)
+    assert trials["control_chance"].unique() == pytest.approx([expected])
+
+
+def controls_of(table: Table, wanted: int) -> tuple[NDArray[np.bool_], float, np.random.Generator]:
+    """Return what `run` draws with its first seed."""
+    rng = np.random.default_rng(0)
+    return *draw_controls(table.cells, wanted, rng), rng
+
+
+def test_controls_at_random_are_as_many_as_wanted(table: Table) -> None:
+    controls, chance = draw_at_random(table.cells, 60, np.random.default_rng(0))
+    assert (controls.sum(), chance) == (60, 60 / len(table.cells))
+    again, _ = draw_at_random(table.cells, 60, np.random.default_rng(1))
+    assert (controls & again).sum() < 20
+
+
 def test_the_effects_at_the_end_are_found_without_bias_and_with_honest_intervals(found: pd.DataFrame) -> None:
     ours = summarise(found).set_index("estimator").loc["ours"]
     assert abs(ours["bias"]) < 0.15
@@ -172,9 +202,12 @@ def test_every_rule_leaves_the_effects_unbiased(table: Table, within: tuple[str,
     assert root_mean_square(main_effects["error"]) < 0.003
 
 
-def test_the_command_prints_both_tables_in_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_all_tables_in_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--draws", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert any(line.startswith("3%       ours") for line in lines)
     assert any(line.startswith("model x schedule; rungs 1, 3; best 1/2") for line in lines)
+    assert any(line.startswith("D-optimal, then as many more") for line in lines)
+    shares = next(line.split() for line in lines if line.startswith("batch_norm"))
+    assert float(shares[1].rstrip("%")) == pytest.approx(float(shares[2].rstrip("%")), abs=15)

@@ -1,6 +1,6 @@
 """Is the verdict true? Replays the grid on real curves a thousand times, and compares every answer with the truth.
 
-    python -m benchmarks.replay --draws 1000     # an hour on one core; --jobs 2 for two
+    python -m benchmarks.replay --draws 1000 --jobs 2     # half an hour on two cores
 
 A draw takes a random order of arrival and random controls, and stops the trials by the grid's own ASHA. The curves are
 those of `curves.csv`: the full grid on real images, never stopped, so what stopping hides is known.
@@ -8,7 +8,7 @@ those of `curves.csv`: the full grid on real images, never stopped, so what stop
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +16,19 @@ import pandas as pd
 
 from benchmarks.processes import run_all
 from benchmarks.replay.curves import EPOCHS, PATH, describe, load_curves
-from benchmarks.replay.examine import RULES, SETTINGS, Setting, examine
-from benchmarks.replay.summary import format_estimators, format_rules
+from benchmarks.replay.examine import DRAWS, IMPORTANCE, RULES, SETTINGS, Setting, examine
+from benchmarks.replay.importance import HINT, missing_packages
+from benchmarks.replay.summary import format_draws, format_estimators, format_importances, format_rules
 from grid.arguments import Parser, run_command
 from grid.config import InputError
+
+FORMATS: Mapping[str, Callable[[pd.DataFrame], str]] = {
+    "shares": format_estimators,
+    "rules": partial(format_rules, labels=RULES),
+    "draws": partial(format_draws, labels=[setting.label for setting in DRAWS]),
+    IMPORTANCE: format_importances,
+}
+"""Table -> what prints it."""
 
 
 def run(curves: Path, settings: Sequence[Setting], draws: int, seed: int, jobs: int) -> pd.DataFrame:
@@ -37,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Replay, print the tables, and return the exit code."""
     parser = Parser(prog="python -m benchmarks.replay", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--draws", type=int, default=1000, metavar="N", help="replays of each setting (1000)")
-    parser.add_argument("--only", choices=("shares", "rules"), help="one of the two tables")
+    parser.add_argument("--only", choices=tuple(SETTINGS), help="one of the tables")
     parser.add_argument("--curves", type=Path, default=PATH, metavar="FILE", help="table of curves (curves.csv)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws (0)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (1)")
@@ -45,16 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def report() -> int:
         begun = time.monotonic()
-        chosen = [
-            setting for table, settings in SETTINGS.items() if options.only in (None, table) for setting in settings
-        ]
-        found = run(options.curves, list(dict.fromkeys(chosen)), options.draws, options.seed, options.jobs)
+        tables = [options.only] if options.only else list(SETTINGS)
+        chosen = dict.fromkeys(setting for table in tables for setting in SETTINGS[table])
+        found = run(options.curves, list(chosen), options.draws, options.seed, options.jobs)
         curves = describe(load_curves(options.curves))
         print(f"{curves}; {EPOCHS} epochs, {options.draws:,} draws, seed {options.seed}\n")
-        if options.only != "rules":
-            print(format_estimators(found), end="\n\n")
-        if options.only != "shares":
-            print(format_rules(found, RULES), end="\n\n")
+        for table in tables:
+            print(FORMATS[table](found), end="\n\n")
+        if IMPORTANCE in tables and (missing := missing_packages()):
+            print(f"Optuna's importances are left out: {' and '.join(missing)} not installed; run: {HINT}\n")
         print(f"{time.monotonic() - begun:.0f} s")
         return 0
 

@@ -60,12 +60,19 @@ def draw_controls(laid_out: pd.DataFrame, wanted: int, rng: np.random.Generator)
     return np.array([tuple(cell) in drawn for cell in codes.tolist()]), wanted / prod(counts)
 
 
+def draw_at_random(laid_out: pd.DataFrame, wanted: int, rng: np.random.Generator) -> tuple[NDArray[np.bool_], float]:
+    """Draw unstopped controls without a design; arguments and results are those of `draw_controls`."""
+    lots = rng.permutation(len(laid_out))
+    return lots < wanted, wanted / len(laid_out)
+
+
 def replay(
     table: Table,
     rule: StoppingRule,
     controls: NDArray[np.bool_],
     chance: float | NDArray[np.float64],
     rng: np.random.Generator,
+    later: int = 0,
 ) -> pd.DataFrame:
     """Run a grid on the table, one trial after another in random order.
 
@@ -75,6 +82,7 @@ def replay(
         controls: Which trials are unstopped controls, `[cell]`.
         chance: With which each trial was drawn to be one.
         rng: Draws the order of arrival.
+        later: How many more controls are drawn in the end, among the trials that were stopped.
 
     Returns:
         The trials as `analysis.store.read_experiment` returns them.
@@ -97,6 +105,11 @@ def replay(
             if not continues:
                 allowed[trial] = rung
                 break
+    if later:
+        stopped = np.flatnonzero(allowed < EPOCHS)
+        drawn = rng.choice(stopped, min(later, len(stopped)), replace=False)
+        allowed[drawn], controls = EPOCHS, controls | np.isin(np.arange(len(groups)), drawn)
+        chance = 1 - (1 - chance) * (1 - len(drawn) / len(stopped))
     return _observe(table, allowed, stop, controls, chance, asha.rungs)
 
 

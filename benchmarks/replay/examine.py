@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.replay.curves import EPOCHS, load_curves
-from benchmarks.replay.draws import Table, draw_controls, replay
+from benchmarks.replay.draws import Table, draw_at_random, draw_controls, replay
 from benchmarks.replay.estimators import ESTIMATORS, compare, truth
+from benchmarks.replay.importance import METHODS, TRUTH, compare_importances, installed_methods, of_effects
 from grid.plan.asha import DEFAULT_RULE, NO_STOPPING, StoppingRule
 from grid.plan.controls import number_of_controls
 from grid.plan.request import DEFAULT_CONTROLS
@@ -29,6 +30,14 @@ class Setting:
     share: float
     """Of controls."""
     estimators: tuple[str, ...] = ("ours",)
+    times: int = 1
+    """Multiplies the number of controls."""
+    designed: bool = True
+    """Whether controls are drawn by a D-optimal design, as by a grid, or at random."""
+    more: bool = False
+    """Whether as many are drawn once more in the end, among the stopped trials."""
+    importances: bool = False
+    """Whether methods are asked how important each factor is."""
 
 
 RULES: Mapping[str, StoppingRule] = {
@@ -41,9 +50,18 @@ RULES: Mapping[str, StoppingRule] = {
     "model x schedule; rungs 1, 3; best 1/2": StoppingRule(within=("model", "lr_schedule"), factor=2),
 }
 SHARES = (DEFAULT_CONTROLS, 0.1, 0.2)
+DRAWS = (
+    Setting("D-optimal", DEFAULT_RULE, DEFAULT_CONTROLS),
+    Setting("at random", DEFAULT_RULE, DEFAULT_CONTROLS, designed=False),
+    Setting("D-optimal, then as many more", DEFAULT_RULE, DEFAULT_CONTROLS, more=True),
+    Setting("D-optimal, twice as many", DEFAULT_RULE, DEFAULT_CONTROLS, times=2),
+)
+IMPORTANCE = "importance"
 SETTINGS: Mapping[str, list[Setting]] = {
     "shares": [Setting(f"{share:.0%}", DEFAULT_RULE, share, tuple(ESTIMATORS)) for share in SHARES],
     "rules": [Setting(label, rule, DEFAULT_CONTROLS) for label, rule in RULES.items()],
+    "draws": list(DRAWS),
+    IMPORTANCE: [Setting(IMPORTANCE, DEFAULT_RULE, DEFAULT_CONTROLS, (), importances=True)],
 }
 """Table -> what is replayed for it."""
 
@@ -56,10 +74,20 @@ def prepare(curves: Path) -> list[Table]:
 
 
 @cache
-def _truth(curves: Path, seed: int) -> pd.DataFrame:
-    table = prepare(curves)[seed]
+def _unstopped(curves: Path, place: int) -> pd.DataFrame:
+    table = prepare(curves)[place]
     nobody = np.zeros(len(table.cells), dtype=np.bool_)
-    return truth(replay(table, NO_STOPPING, nobody, 0.0, np.random.default_rng(0)))
+    return replay(table, NO_STOPPING, nobody, 0.0, np.random.default_rng(0))
+
+
+@cache
+def _truth(curves: Path, place: int) -> pd.DataFrame:
+    return truth(_unstopped(curves, place))
+
+
+@cache
+def _own_importances(curves: Path, place: int, method: str) -> "pd.Series[float]":
+    return METHODS[method](_unstopped(curves, place))
 
 
 def examine(task: tuple[Setting, int], curves: Path, seed: int) -> pd.DataFrame:
@@ -67,20 +95,33 @@ def examine(task: tuple[Setting, int], curves: Path, seed: int) -> pd.DataFrame:
 
     Returns:
         `setting`, `draw`, `seed`, `estimator`, and: for each effect its names, `error`, `half`, `covered`; for the
-        whole replay (`estimator` empty) `question` and `value`.
+        whole replay (`estimator` empty) `question` and `value`, for importances `method` and `factor` as well.
     """
     setting, draw = task
     tables = prepare(curves)
     place = draw % len(tables)
     rng = np.random.default_rng([seed, draw])
     table = tables[place]
-    controls, chance = draw_controls(table.cells, number_of_controls(len(table.cells), setting.share), rng)
-    trials = replay(table, setting.rule, controls, chance, rng)
+    number = setting.times * number_of_controls(len(table.cells), setting.share)
+    controls, chance = (draw_controls if setting.designed else draw_at_random)(table.cells, number, rng)
+    trials = replay(table, setting.rule, controls, chance, rng, number if setting.more else 0)
     parts = [
         compare(ESTIMATORS[name](trials), _truth(curves, place)).assign(estimator=name) for name in setting.estimators
     ]
     parts.append(pd.DataFrame(questions(table, trials), columns=["question", "value"]).assign(estimator=""))
+    if setting.importances:
+        parts.append(_ask_for_importances(trials, curves, place))
     return pd.concat(parts, ignore_index=True).assign(setting=setting.label, draw=draw, seed=place)
+
+
+def _ask_for_importances(trials: pd.DataFrame, curves: Path, place: int) -> pd.DataFrame:
+    true = of_effects(_truth(curves, place))
+    rows = [("importance", TRUTH, factor, value) for factor, value in true.items()]
+    for method in installed_methods():
+        found, own = METHODS[method](trials), _own_importances(curves, place, method)
+        rows += [("importance", method, factor, value) for factor, value in found.items()]
+        rows += [(question, method, "", value) for question, value in compare_importances(found, true, own)]
+    return pd.DataFrame(rows, columns=["question", "method", "factor", "value"]).assign(estimator="")
 
 
 def questions(table: Table, trials: pd.DataFrame) -> Iterator[tuple[str, float]]:

@@ -81,6 +81,44 @@ def format_rules(found: pd.DataFrame, labels: Iterable[str]) -> str:
     return "\n".join([*lines, "them were not stopped; slow: how many trials with one_cycle were not stopped"])
 
 
+def format_draws(found: pd.DataFrame, labels: Iterable[str]) -> str:
+    """Return the ways to draw controls side by side."""
+    ours, epochs = summarise(found).query("estimator == 'ours'").set_index("setting"), _means(found, "epochs")
+    lines = ["How controls are drawn (effects in points, ours)"]
+    lines.append(f"{'':<30}{'error':>6}{'half':>6}{'covered':>9}{'worst':>7}{'pairs':>7}{'epochs':>8}")
+    for label in labels:
+        row = ours.loc[label].to_dict()
+        lines.append(
+            f"{label:<30}{row['error']:>6.2f}{row['half']:>6.2f}{row['covered']:>9.1%}{row['worst']:>7.1%}"
+            f"{row['pairs']:>7.1%}{epochs[label]:>8.1%}"
+        )
+    return "\n".join(lines)
+
+
+def format_importances(found: pd.DataFrame) -> str:
+    """Return what each method calls important, and how well it orders the factors, as means over the draws."""
+    asked = found[found["method"].notna()]
+    means = asked.groupby(["question", "factor", "method"], sort=False)["value"].mean()
+    methods = list(dict.fromkeys(asked["method"]))
+    lines = ["How important is each factor at the end? Shares, as means over the draws"]
+    lines.append(f"{'':<18}" + "".join(f"{method:>{_width(method)}}" for method in methods))
+    for factor, shares in means["importance"].unstack("method").iterrows():
+        lines.append(f"{factor:<18}" + "".join(f"{shares[method]:>{_width(method)}.1%}" for method in methods))
+    for question, style in {"order": ".2f", "own order": ".2f", "first": ".0%"}.items():
+        scores = means.xs((question, ""), level=("question", "factor")).reindex(methods)
+        cells = ("" if pd.isna(scores[method]) else f"{scores[method]:{style}}" for method in methods)
+        lines.append(
+            f"{question:<18}" + "".join(f"{cell:>{_width(m)}}" for cell, m in zip(cells, methods, strict=True))
+        )
+    lines.append("order: rank correlation with the truth; own order: with what the method itself")
+    lines.append("says if nothing is stopped; first: how often the most important factor is found")
+    return "\n".join([*lines, "All but ours see completed trials only"])
+
+
+def _width(heading: str) -> int:
+    return max(8, len(heading) + 2)
+
+
 def _means(found: pd.DataFrame, question: str) -> "pd.Series[float]":
     rows = found[found["question"] == question] if "question" in found else found[:0]
     return rows.groupby("setting")["value"].mean()
