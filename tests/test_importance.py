@@ -56,5 +56,5 @@ def test_without_optuna_its_methods_are_left_out_with_a_hint(
     assert installed_methods() == ["ours", "least squares"]
     assert main(["--draws", "1", "--only", "importance"]) == 0
     printed = capsys.readouterr().out
-    assert 'no_such_package not installed; run: pip install -e ".[bench]"' in printed
+    assert 'no_such_package not installed; run:\npip install -e ".[bench]"' in printed
     assert "PED-ANOVA" not in printed

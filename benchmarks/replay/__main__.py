@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for table in tables:
             print(FORMATS[table](found), end="\n\n")
         if IMPORTANCE in tables and (missing := missing_packages()):
-            print(f"Optuna's importances are left out: {' and '.join(missing)} not installed; run: {HINT}\n")
+            print(f"Optuna's methods left out: {' and '.join(missing)} not installed; run:\n{HINT}\n")
         print(f"{time.monotonic() - begun:.0f} s")
         return 0
 
