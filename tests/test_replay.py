@@ -203,11 +203,11 @@ def test_every_rule_leaves_the_effects_unbiased(table: Table, within: tuple[str,
 
 
 def test_the_command_prints_all_tables_in_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--draws", "2"]) == 0
+    assert main(["--draws", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert any(line.startswith("3%       ours") for line in lines)
     assert any(line.startswith("model x schedule; rungs 1, 3; best 1/2") for line in lines)
     assert any(line.startswith("D-optimal, then as many more") for line in lines)
     shares = next(line.split() for line in lines if line.startswith("batch_norm"))
-    assert float(shares[1].rstrip("%")) == pytest.approx(float(shares[2].rstrip("%")), abs=15)
+    assert float(shares[1].rstrip("%")) == pytest.approx(float(shares[2].rstrip("%")), abs=20)
