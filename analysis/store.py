@@ -287,7 +287,7 @@ def _write_cache(path: Path, curves: pd.DataFrame) -> None:
 @contextmanager
 def _answering(uri: str) -> Iterator[MlflowClient]:
     for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # it logs the tracebacks of what it also raises
     try:
         yield MlflowClient(tracking_uri=uri)
     except UNREACHABLE as error:

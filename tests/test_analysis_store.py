@@ -209,8 +209,10 @@ def test_a_damaged_or_read_only_cache_costs_only_time(store: Store, tmp_path: Pa
     experiment = read_experiment(store.uri, "some grid")
     read_curves(experiment, experiment.trials["run_id"])
     (cached,) = (tmp_path / "cache" / "factorial-grid").iterdir()
-    cached.write_bytes(b"garbage")
-    assert len(read_curves(experiment, experiment.trials["run_id"])) == 1
+    whole = cached.read_bytes()
+    for damaged in (b"garbage", b"", bytes(len(whole)), whole[:-9], whole[:200] + bytes(len(whole) - 200)):
+        cached.write_bytes(damaged)
+        assert len(read_curves(experiment, experiment.trials["run_id"])) == 1
     cached.unlink()
     cached.parent.rmdir()
     cached.parent.write_text("not a folder")

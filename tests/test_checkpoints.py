@@ -45,7 +45,7 @@ def test_clearing_deletes_everything_and_may_be_repeated(checkpoints: Checkpoint
     assert list((tmp_path / "some grid" / "checkpoints").iterdir()) == []
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 torn"])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 torn", b"\0" * 4096])
 def test_a_damaged_file_counts_as_no_checkpoint(content: bytes, checkpoints: Checkpoints, tmp_path: Path) -> None:
     checkpoints.save("key", {"epoch": 1})
     (tmp_path / "some grid" / "checkpoints" / "key.pt").write_bytes(content)

@@ -184,8 +184,17 @@ def test_the_files_are_written_once(tmp_path: Path, small: None) -> None:
     assert modified(render_if_missing(tmp_path)) == before
 
 
-@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])])
-def test_a_missing_or_truncated_file_is_written_again(
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        Path.unlink,
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    ],
+    ids=["missing", "truncated", "empty", "zeros"],
+)
+def test_a_missing_or_damaged_file_is_written_again(
     spoil: Callable[[Path], object], tmp_path: Path, small: None
 ) -> None:
     images = Glyphs(tmp_path).data

@@ -720,3 +720,28 @@ def test_reports_wait_for_an_experiment_that_was_deleted_until_it_is_restored(
     assert recorder.close(finished=True)
     assert (recorder.parked, recorder.dropped) == ({}, {})
     assert [run.data.tags["status"] for run in runs(store)] == ["completed"] * 2
+
+
+def test_what_a_power_loss_leaves_is_told_in_one_line_and_the_rest_arrives(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_in_spool(store, tmp_path)
+    (path,) = tmp_path.glob("*.jsonl")
+    path.write_bytes(path.read_bytes() + b"\0" * 99 + b"\n" + b"\0" * 50)
+    path.with_suffix(".delivered").touch()
+    where = ["--experiment", store.experiment, "--store", store.uri, "--spool", str(tmp_path)]
+    assert main(["--replay", *where]) == 0
+    output = capsys.readouterr()
+    assert output.out == f"5 reports delivered to {store.uri}\n"
+    assert output.err == f"2 damaged lines (150 bytes) of {path} had to be left out; a power loss leaves such lines\n"
+    assert runs(store)[0].data.tags["status"] == "completed"
+
+
+def test_a_trial_with_a_hole_in_its_history_keeps_its_epochs_in_place(store: Store, recorder: Recorder) -> None:
+    recorder.started(CONFIG, control=False)
+    for epoch in (1, 3):
+        recorder.epoch_ended(CONFIG, EpochReport(epoch=epoch, **METRICS | {"val_accuracy": epoch / 10}), is_rung=False)
+    recorder.close(finished=False)
+    accuracies = store.trials()[CONFIG.trial_key].val_accuracies
+    assert (len(accuracies), accuracies[0], accuracies[2]) == (3, 0.1, 0.3)
+    assert math.isnan(accuracies[1])

@@ -1,5 +1,12 @@
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+
 import pytest
 
+from analysis.store import read_experiment
 from grid.config import InputError
 from grid.record.store import Store
 
@@ -19,3 +26,53 @@ def test_a_store_that_is_down_is_reported_in_one_line(call: str, store: Store, m
         monkeypatch.setattr(store.client, name, refuse)
     with pytest.raises(InputError, match="^can't use the store sqlite.*: the cable is cut; pass another --store$"):
         getattr(store, call)()
+
+
+def create(uri: str) -> None:
+    Store(uri, "another grid").create()
+
+
+def read(uri: str) -> None:
+    read_experiment(uri, "some grid")
+
+
+@pytest.mark.parametrize("use", [create, read])
+@pytest.mark.parametrize("damage", ["DROP TABLE runs", "DROP TABLE experiments"])
+def test_an_error_of_the_database_is_raised_and_not_printed_as_well(
+    damage: str, use: Callable[[str], None], store: Store, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with closing(sqlite3.connect(store.uri.removeprefix("sqlite:///"))) as database:
+        database.execute("PRAGMA foreign_keys = OFF")
+        database.execute(damage)
+    with pytest.raises(InputError, match="^can't (use|read) the store sqlite.*no such table"):
+        use(store.uri)
+    assert capfd.readouterr() == ("", "")
+
+
+@contextmanager
+def locked_by_another_process(uri: str) -> Iterator[None]:
+    path = uri.removeprefix("sqlite:///")
+    code = f"""
+import sqlite3, sys
+database = sqlite3.connect({path!r}, isolation_level=None)
+database.execute("BEGIN EXCLUSIVE")
+print("locked", flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"locked\n"
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow  # MLflow waits for 20 s
+@pytest.mark.parametrize("use", [create, read])
+def test_a_locked_database_is_one_line(
+    use: Callable[[str], None], store: Store, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with locked_by_another_process(store.uri), pytest.raises(InputError, match="database is locked"):
+        use(store.uri)
+    assert capfd.readouterr() == ("", "")

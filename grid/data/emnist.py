@@ -24,6 +24,7 @@ from torchvision.datasets.utils import USER_AGENT, check_md5
 
 from grid.config import InputError
 from grid.data.dataset import Labels
+from grid.files import rename_durably
 
 IMAGE_SIZE = 28
 CHUNK_BYTES = 1 << 18
@@ -148,7 +149,7 @@ def _unpack(stream: IO[bytes] | Path, path: Path, packed: Path) -> None:
     try:
         with gzip.open(stream) as source, unfinished.open("wb") as sink:
             shutil.copyfileobj(source, sink)
-        unfinished.replace(path)
+        rename_durably(unfinished, path)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{packed}: damaged ({_reason(error)}); {HINT}") from error
     except OSError as error:
@@ -176,7 +177,7 @@ def _fetch_archive(raw: Path, split: str, part: str) -> Path:
     if not check_md5(unfinished, EMNIST.md5):
         unfinished.unlink()
         raise InputError(f"{EMNIST.url}: wrong checksum, the damaged download was deleted; run again")
-    return unfinished.replace(archive)
+    return rename_durably(unfinished, archive)
 
 
 def _download(url: str, path: Path) -> None:

@@ -6,7 +6,6 @@ format, transposed images included, so that the same code reads both.
 
 import math
 import struct
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from torchvision.datasets import EMNIST
 
 from grid.config import InputError
+from grid.files import write_durably
 
 CLASSES: tuple[str, ...] = tuple("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghnqrt")
 """Class names in the order of EMNIST's official mapping. The other letters have one class
@@ -200,27 +200,29 @@ def _uniform(bounds: tuple[float, float], count: int, rng: np.random.Generator) 
 
 
 def _render_split_if_incomplete(folder: Path, split: str, per_class: int, seed: int) -> None:
-    """Render one split and write its two files unless both have their full length."""
+    """Render one split and write its two files unless both have their full length and begin as they should."""
     count = per_class * len(CLASSES)
     images_path = folder / f"emnist-glyphs-{split}-images-idx3-ubyte"
     labels_path = folder / f"emnist-glyphs-{split}-labels-idx1-ubyte"
-    if _has_length(images_path, 16 + count * IMAGE_SIZE**2) and _has_length(labels_path, 8 + count):
+    if _is_whole(images_path, count, IMAGE_SIZE, IMAGE_SIZE) and _is_whole(labels_path, count):
         return
     images, labels = render(per_class, seed)
     _write_idx(images_path, images.transpose(1, 2))  # NIST's are stored transposed
     _write_idx(labels_path, labels)
 
 
-def _has_length(path: Path, length: int) -> bool:
-    return path.is_file() and path.stat().st_size == length
+def _is_whole(path: Path, *shape: int) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        begins = file.read(len(header := _header(*shape))) == header
+    return begins and path.stat().st_size == len(header) + math.prod(shape)
 
 
 def _write_idx(path: Path, values: Tensor) -> None:
-    """Write bytes and their shape as IDX, under a temporary name first."""
-    header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        partial.write_bytes(header + values.to(torch.uint8).contiguous().numpy().tobytes())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write bytes and their shape as IDX."""
+    write_durably(path, _header(*values.shape) + values.to(torch.uint8).contiguous().numpy().tobytes())
+
+
+def _header(*shape: int) -> bytes:
+    return struct.pack(f">HBB{len(shape)}I", 0, 8, len(shape), *shape)

@@ -6,13 +6,15 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from math import nan
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from grid.config import InputError, TrialConfig
+from grid.files import sync
 from grid.masking import mask
 from grid.store_uri import artifact_location, missing_experiment
 from grid.wording import first_line
@@ -169,6 +171,16 @@ class Store:
             if files:
                 with _errors_of_artifact_stores():
                     self.client.log_artifacts(run_id, folder)
+                    self._sync(run_id, files)
+
+    def _sync(self, run_id: str, paths: Iterable[str]) -> None:
+        """Return once artifacts in a folder of this machine are on the disk; MLflow only copies them."""
+        uri = urlsplit(self.client.get_run(run_id).info.artifact_uri)
+        for path in paths if uri.scheme in ("", "file") else ():
+            artifact = Path(unquote(uri.path), path)
+            with suppress(FileNotFoundError):
+                sync(artifact)
+                sync(artifact.parent)
 
     def log_test(self, run_id: str, metrics: Mapping[str, float], model_id: str | None = None) -> None:
         """Record the test results of a finalist in one request.

@@ -2,12 +2,14 @@
 
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from pyarrow import fs
 
 from grid.config import InputError
+from grid.files import rename_durably
 from grid.masking import mask
 from grid.wording import first_line
 
@@ -61,7 +63,7 @@ class Checkpoints:
         unfinished = f"{self._folder}/{trial_key}.{uuid4().hex}.part"
         with self._filesystem.open_output_stream(unfinished) as file:
             file.write(buffer.getvalue())
-        self._filesystem.move(unfinished, self._path(trial_key))
+        self._move(unfinished, self._path(trial_key))
 
     def load(self, trial_key: str, device: str) -> dict[str, Any] | None:
         """Return the state of a trial on `device`; None if it was never saved or its file is damaged."""
@@ -88,6 +90,12 @@ class Checkpoints:
     def clear(self) -> None:
         """Delete all checkpoints, and files that killed workers left half-written."""
         self._filesystem.delete_dir_contents(self._folder, missing_dir_ok=True)
+
+    def _move(self, unfinished: str, path: str) -> None:
+        if isinstance(self._filesystem, fs.LocalFileSystem):
+            rename_durably(Path(unfinished), Path(path))
+        else:
+            self._filesystem.move(unfinished, path)
 
     def _path(self, trial_key: str) -> str:
         return f"{self._folder}/{trial_key}.pt"
