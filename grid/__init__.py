@@ -1,1 +1,5 @@
 """The experiment: which combinations of techniques are trained, how, where, and what is recorded."""
+
+from grid import surroundings
+
+surroundings.settle()

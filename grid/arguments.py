@@ -4,14 +4,27 @@ Standard library only, so that `--help` and a wrong argument are answered at onc
 """
 
 import argparse
+import io
 import os
+import select
 import sys
-from collections.abc import Callable
+import tempfile
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TextIO
 
 from grid.config import InputError
 from grid.masking import mask_message
+from grid.wording import first_line
+
+DEBUG = "GRID_DEBUG"
+UNEXPECTED = 70
+"""Exit code of an error that no one has foreseen (EX_SOFTWARE)."""
+LONGEST_ERROR = 300
 
 
 class Options(Protocol):
@@ -27,6 +40,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End the program."""
         self.exit(2, f"{self.name}: {mask_message(message)}; see --help\n")
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help, if it can be printed."""
+        with _surviving_output():
+            super().print_help(file)
 
     @property
     def name(self) -> str:
@@ -78,23 +96,123 @@ def run_command(
 ) -> int:
     """Run the body of a command and return its exit code.
 
+    What can't be printed, to a reader that has gone or a disk that is full, is dropped: no reason to stop a training.
+
     Args:
         name: Of the command, such as `grid.run`; starts every message.
         body: Does the work and returns an exit code.
-        errors: Reported on stderr as one line, exit code 2.
+        errors: Reported on stderr as one line, exit code 2; any other as one line that names a file with its
+            traceback, exit code 70.
         interrupted: What to say after Ctrl-C, exit code 130.
-        debug: Raise errors, for their tracebacks.
+        debug: Raise errors, for their tracebacks; so does the environment variable GRID_DEBUG=1.
     """
+    debug = debug or os.environ.get(DEBUG) == "1"
+    with _surviving_output() as lost, nullcontext() if debug else _quiet(name):
+        try:
+            _require_folder()
+            exit_code = body()
+        except KeyboardInterrupt:
+            print(f"{name}: {interrupted}", file=sys.stderr)
+            return 130
+        except Exception as error:
+            if debug:
+                raise
+            if not isinstance(error, errors):
+                return _report_unexpected(name, error)
+            print(f"{name}: {mask_message(str(error))}", file=sys.stderr)
+            return 2
+        sys.stdout.flush()
+        if lost:
+            print(f"{name}: the output could not be written: {lost[0]}", file=sys.stderr)
+        return exit_code or (1 if lost else 0)
+
+
+def _require_folder() -> None:
     try:
-        return body()
-    except BrokenPipeError:  # nobody reads any more, as after `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except errors as error:
-        if debug:
-            raise
-        print(f"{name}: {mask_message(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{name}: {interrupted}", file=sys.stderr)
-        return 130
+        Path.cwd()
+    except OSError as error:
+        raise InputError(f"the current folder is gone ({error.strerror}); change to another one") from error
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keep warnings of libraries off the screen, and report errors in threads like others."""
+    kept = threading.excepthook
+    threading.excepthook = lambda thread: _report_thread(name, thread)
+    try:
+        with warnings.catch_warnings():
+            if sys.warnoptions:  # those that turn warnings into errors
+                warnings.simplefilter("ignore")
+            warnings.showwarning = lambda *_, **__: None
+            yield
+    finally:
+        threading.excepthook = kept
+
+
+def _report_thread(name: str, thread: threading.ExceptHookArgs) -> None:
+    if isinstance(thread.exc_value, Exception):
+        _report_unexpected(name, thread.exc_value)
+
+
+def _report_unexpected(name: str, error: Exception) -> int:
+    """Say in one line what no one has foreseen, and where its traceback is; return the exit code."""
+    text = mask_message("".join(traceback.format_exception(error)))
+    try:
+        descriptor, path = tempfile.mkstemp(prefix=f"{name}-", suffix=".txt")
+        with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
+            file.write(f"{sys.version}\n{text}")
+        where = f"its traceback is in {path}"
+    except OSError as full:
+        where = f"its traceback can't be saved ({first_line(full)}); {DEBUG}=1 shows it"
+    what = mask_message(f"{type(error).__name__}: {first_line(error)}")[:LONGEST_ERROR]
+    print(f"{name}: unexpected {what}; {where}", file=sys.stderr)
+    return UNEXPECTED
+
+
+@contextmanager
+def _surviving_output() -> Iterator[list[str]]:
+    """Within the block, drop what can't be printed.
+
+    Yields:
+        Why not, if it is not for a reader that has gone.
+    """
+    lost: list[str] = []
+    kept = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_surviving(stream, lost) for stream in kept)
+    try:
+        yield lost
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = kept
+
+
+def _surviving(stream: TextIO, lost: list[str]) -> TextIO:
+    try:
+        descriptor = stream.fileno()
+        stream.flush()
+    except (OSError, ValueError):  # not a file, as in a notebook, or already lost
+        return stream
+    raw = _Output(descriptor, lost)
+    buffer = io.BufferedWriter(raw)
+    encoding = stream.encoding
+    return io.TextIOWrapper(buffer, encoding, errors="replace", line_buffering=descriptor == 2 or stream.isatty())
+
+
+class _Output(io.FileIO):
+    """A file that takes everything, and notes why it could not write it."""
+
+    def __init__(self, descriptor: int, lost: list[str]):
+        super().__init__(descriptor, "w", closefd=False)
+        self._lost = lost
+
+    def write(self, content: Any) -> int:
+        """Write at least one byte, or drop all."""
+        try:
+            while (written := super().write(content)) is None:  # another process has made it non-blocking
+                select.select([], [self], [])
+            return written
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError) and not self._lost:
+                self._lost.append(error.strerror or first_line(error))
+            return memoryview(content).nbytes

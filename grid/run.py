@@ -2,7 +2,6 @@
 
 import argparse
 import gc
-import io
 import os
 import sys
 import textwrap
@@ -33,8 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # an ASCII-only terminal is no reason to stop
 
     def run() -> int:
         request = read_request(options)

@@ -4,11 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from socket import AF_UNIX, socket
+from tempfile import TemporaryDirectory
 
 import pytest
 import ray  # noqa: F401  (sets variables of its own when it is imported)
 
+from grid.config import InputError
 from grid.tune import private_ray
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +94,75 @@ def test_a_mode_that_the_user_has_chosen_stays(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     private_ray.require_token()
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
+
+
+def folder_of_ray(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str | None:
+    """Return the folder that a private Ray is given; None for Ray's own."""
+    for name in ("RAY_TMPDIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with private_ray.own_folder():
+        found = os.environ.get("RAY_TMPDIR")
+        made = found if found != variables.get("RAY_TMPDIR") else None
+        assert made is None or Path(made).stat().st_mode & 0o077 == 0
+    assert os.environ.get("RAY_TMPDIR") == variables.get("RAY_TMPDIR")
+    assert made is None or not Path(made).exists()
+    return made
+
+
+@pytest.mark.parametrize("variable", ["RAY_TMPDIR", "TMPDIR"])
+def test_ray_keeps_the_folder_that_the_user_chose_if_it_will_do(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with TemporaryDirectory(prefix="a folder ") as folder:
+        assert folder_of_ray(monkeypatch, **{variable: folder}) is None
+
+
+@pytest.mark.parametrize("variable", ["RAY_TMPDIR", "TMPDIR"])
+@pytest.mark.parametrize(
+    "name", ["x" * private_ray.LONGEST_FOLDER, "/proc/none", "/dev/full", "relative", "", "ü", "\udcff"]
+)
+def test_ray_gets_a_new_folder_where_its_own_will_not_do(
+    variable: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with TemporaryDirectory() as short:
+        folder = name if name.startswith(("/", "relative")) or not name else f"{short}/{name}"
+        assert str(folder_of_ray(monkeypatch, **{variable: folder})).startswith("/tmp/r-")
+
+
+def test_a_folder_of_ray_that_is_no_folder_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    with TemporaryDirectory() as short:
+        Path(short, "ray").symlink_to("gone")
+        assert folder_of_ray(monkeypatch, TMPDIR=short) is not None
+
+
+def test_the_limit_of_a_folder_s_name_is_the_kernel_s() -> None:
+    session = "ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+    for longer, fits in ((0, True), (1, False)):
+        with TemporaryDirectory(dir="/tmp") as short, socket(AF_UNIX) as listener:
+            room = private_ray.LONGEST_FOLDER + longer - len(short) - 1
+            path = Path(short, "x" * room, session)
+            path.parent.mkdir(parents=True)
+            with nullcontext() if fits else pytest.raises(OSError, match="too long"):
+                listener.bind(str(path))
+
+
+def test_where_no_folder_will_do_the_message_says_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(private_ray, "FOLDERS", ("/proc/a", "/proc/b"))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", "/proc/mine")
+    message = "no folder will do for Ray's files and sockets: /proc/mine, /proc/a, /proc/b; set RAY_TMPDIR to one that"
+    with pytest.raises(InputError, match=message), private_ray.own_folder():
+        pass
+
+
+@pytest.mark.slow
+def test_a_private_ray_starts_where_its_folder_s_name_is_too_long_and_home_cannot_be_written(tmp_path: Path) -> None:
+    long = tmp_path / ("a_job_of_slurm_" * 5)
+    long.mkdir()
+    done = run_python("-c", SOCKETS, cwd=tmp_path, TMPDIR=str(long), HOME="/proc/none")
+    assert json.loads(done.stdout) == ["127.0.0.1", ["127.0.0.1"], "token"], done.stderr
+    assert not list(long.iterdir())
 
 
 @pytest.mark.slow

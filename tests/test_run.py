@@ -293,15 +293,3 @@ def test_a_fault_in_the_analysis_does_not_change_how_a_run_ended(
     assert capsys.readouterr().err.startswith("grid.run: no report: a fault; write it with:")
     assert run_ended(monkeypatch, store, 1, "--debug") == 1
     assert "ZeroDivisionError: a fault" in capsys.readouterr().err
-
-
-def test_a_reader_that_has_gone_ends_a_command_quietly() -> None:
-    script = (
-        "import sys; from grid.arguments import run_command\n"
-        "sys.exit(run_command('some.command', lambda: print('line\\n' * 100_000) or 0))"
-    )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.close()
-        _, error = process.communicate(timeout=900)
-    assert (process.returncode, error) == (0, b"")

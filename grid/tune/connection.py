@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +43,8 @@ OBJECT_STORE_SHARE = 0.3
 """Of the memory, as Ray has it by default."""
 SMALLEST_OBJECT_STORE = 80 * 2**20
 _leaving = threading.Event()
+_private = ExitStack()
+"""What a private Ray needs as long as it runs."""
 Result = TypeVar("Result")
 
 
@@ -95,6 +98,8 @@ def start(packing: Packing) -> None:
     private_ray.listen_on(loopback=True)
     cpus = max(1, round(packing.concurrency * packing.cpus_per_trial))
     private_ray.require_token()
+    _private.enter_context(private_ray.own_folder())
+    _private.enter_context(private_ray.own_token())
     with private_ray.fast_start():
         ray.init(
             address="local",
@@ -131,7 +136,10 @@ def _join(address: str, concurrency: int | None, checkpoints: Checkpoints | None
 def _has_token() -> bool:
     """Return whether there is a token, by the rules of Ray's documentation."""
     named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
-    return bool(named) or Path("~/.ray/auth_token").expanduser().exists()
+    try:
+        return bool(named) or Path("~/.ray/auth_token").expanduser().exists()
+    except PermissionError:  # a home that is another user's
+        return False
 
 
 def _check_nodes(address: str, concurrency: int | None, checkpoints: Checkpoints | None) -> Packing:
@@ -212,3 +220,4 @@ def disconnect() -> None:
     """Leave the cluster; a private one ends."""
     _leaving.set()
     ray.shutdown()
+    _private.close()

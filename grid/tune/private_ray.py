@@ -6,21 +6,31 @@ public call returns.
 """
 
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from socket import AF_UNIX, socket
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
+
+from grid.config import InputError
 
 SWITCH = "GRID_PLAIN_RAY"
 POLL_SECONDS = 0.02
 """How often a starting Ray is asked whether it is up; Ray itself asks every second."""
 START_SECONDS = 30.0
 """After which Ray itself reports what is wrong with a start."""
+FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108  (a folder is made in it that only its owner can enter)
+"""Where a private Ray may put its files if they can't be where Ray puts them."""
+LONGEST_FOLDER = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+"""Bytes that the kernel leaves for the folder in the name of a socket of Ray."""
+PROBE_BYTES = 1 << 20
 
 
 def fast_start() -> AbstractContextManager[None]:
@@ -69,8 +79,15 @@ def _preloaded_workers() -> Iterator[None]:
         "RAY_preload_python_modules": "grid.tune.preload",
         "RAY_idle_worker_killing_time_threshold_ms": "60000",
     }
+    with _environment(settings):
+        yield
+
+
+@contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Set variables that Ray's servers inherit, and restore them."""
     kept = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)  # inherited by Ray's servers
+    os.environ.update(settings)
     try:
         yield
     finally:
@@ -141,11 +158,62 @@ def require_token() -> None:
         config.initialize("")  # Ray read the environment when it was imported
 
 
+def own_token() -> AbstractContextManager[None]:
+    """Give the private Ray of the block a token of its own, unless the user has set one: Ray would save it at home."""
+    is_set = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    return _environment({} if is_set else {"RAY_AUTH_TOKEN": secrets.token_hex(32)})
+
+
+@contextmanager
+def own_folder() -> Iterator[None]:
+    """Have the private Ray of the block put its files and sockets where it can: where Ray would, or in a new folder.
+
+    A new one is made if Ray's is missing, full, not ours to write, or its name is too long for a socket's.
+
+    Raises:
+        InputError: No folder will do.
+    """
+    if _takes_ray(_ray_folder()):
+        yield
+        return
+    folders = [*FOLDERS, os.environ.get("XDG_RUNTIME_DIR", "")]
+    folder = next(filter(_takes_ray, map(Path, folders)), None)
+    if folder is None:
+        rule = f"that you can write, on a local disk, with a name of at most {LONGEST_FOLDER} bytes"
+        tried = ", ".join(filter(None, [str(_ray_folder()), *folders]))
+        raise InputError(f"no folder will do for Ray's files and sockets: {tried}; set RAY_TMPDIR to one {rule}")
+    with (
+        TemporaryDirectory(prefix="r-", dir=folder, ignore_cleanup_errors=True) as made,
+        _environment({"RAY_TMPDIR": made}),
+    ):
+        yield
+
+
+def _ray_folder() -> Path:
+    """Return where Ray puts its own folder, by its rule."""
+    return Path(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")))  # noqa: S108
+
+
+def _takes_ray(folder: Path) -> bool:
+    """Return whether a session of Ray can have its files and sockets in a folder."""
+    if not folder.is_absolute() or not str(folder).isascii() or len(str(folder)) > LONGEST_FOLDER:
+        return False
+    present = folder / "ray" if os.path.lexists(folder / "ray") else folder
+    try:
+        present.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix="r-", dir=present, ignore_cleanup_errors=True) as probe:
+            Path(probe, "file").write_bytes(bytes(PROBE_BYTES))
+            with socket(AF_UNIX) as listener:
+                listener.bind(f"{probe}/socket")
+    except OSError:
+        return False
+    return True
+
+
 def own_cluster() -> str | None:
     """Return the address of the cluster that `ray start` made this machine a node of; None if there is none."""
-    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108  (Ray's rule)
     try:
-        return Path(folder, "ray", "ray_current_cluster").read_text().strip() or None
+        return (_ray_folder() / "ray" / "ray_current_cluster").read_text().strip() or None
     except OSError:
         return None
 

@@ -1,0 +1,34 @@
+"""Makes do with what a process is given: no home folder, no user name, closed standard streams. Standard library only.
+
+Importing `grid` or `analysis` calls `settle`: MLflow and Ray look for these when they are imported.
+"""
+
+import getpass
+import logging
+import os
+import sys
+from pathlib import Path
+
+
+def settle() -> None:
+    """Give the process what is missing; processes that it starts inherit it."""
+    _open_closed_streams()
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # a user without an entry in /etc/passwd, as of `docker run --user`
+        os.environ["USER"] = str(os.getuid())
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = "/"  # what Docker sets for such a user
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # else three lines if its cache can't be written
+
+
+def _open_closed_streams() -> None:
+    """Open closed standard streams: the next file to be opened, such as the database, would get their prints."""
+    for name, descriptor, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor
+            setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8", closefd=False))

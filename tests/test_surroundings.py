@@ -1,0 +1,88 @@
+"""A process that lacks a home folder or a user name, as `docker run --user 1234` starts it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from grid.record.store import Store
+
+SMALL = ("--grid=smoke", "--only=lr_schedule=constant", "--only=dropout=off", "--per-class=10", "--epochs=1")
+UNKNOWN_USER = """
+import getpass, json, os, pathlib, grid
+os.setgroups([])
+os.setuid(12345)  # after the imports: this user may not be able to read them
+grid.surroundings.settle()
+print(json.dumps([getpass.getuser(), str(pathlib.Path.home())]))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize(("home", "found"), [(None, "/"), ("/nonexistent", "/nonexistent")])
+def test_a_user_whom_the_machine_does_not_know_has_a_name_and_a_home(home: str | None, found: str) -> None:
+    unset = ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME")
+    variables = {name: value for name, value in os.environ.items() if name not in unset}
+    variables |= {} if home is None else {"HOME": home}
+    done = subprocess.run(
+        [sys.executable, "-c", UNKNOWN_USER], env=variables, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert json.loads(done.stdout or "null") == ["12345", found], done.stderr
+
+
+def test_who_has_a_name_and_a_home_keeps_them() -> None:
+    code = "import os; before = dict(os.environ); import grid; print(dict(os.environ) == before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900, check=True)
+    assert done.stdout == "True\n"
+
+
+def as_unknown_user(*command: str, cwd: Path, home: str | None) -> subprocess.CompletedProcess[str]:
+    """Run Python as a user without name and home, who may read everything and write nothing but `cwd`."""
+    if os.geteuid() != 0 or not shutil.which("setpriv"):
+        pytest.skip("only root can become another user")
+    able = "-all,+dac_read_search"
+    limits = [f"--inh-caps={able}", f"--ambient-caps={able}", f"--bounding-set={able}"]
+    become = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups", *limits]
+    unset = ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME")
+    variables = {name: value for name, value in os.environ.items() if name not in unset}
+    variables |= {"PYTHONPATH": str(Path(__file__).parents[1])} | ({} if home is None else {"HOME": home})
+    return subprocess.run(
+        [*become, sys.executable, *command],
+        cwd=cwd,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that everybody can enter and write."""
+    with TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o777)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("home", [None, "/nonexistent", "/root"])
+def test_a_user_without_a_home_reads_a_store(home: str | None, finished_store: Store, open_folder: Path) -> None:
+    shutil.copy(finished_store.uri.removeprefix("sqlite:///"), open_folder / "mlflow.db")
+    (open_folder / "mlflow.db").chmod(0o666)
+    done = as_unknown_user("-m", "analysis.effects", "--experiment=finished", cwd=open_folder, home=home)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = as_unknown_user("-m", "analysis.report", "--experiment=finished", cwd=open_folder, home=home)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_a_user_without_a_home_trains(open_folder: Path, glyphs_dir: Path) -> None:
+    shutil.copytree(glyphs_dir, open_folder / "data")
+    done = as_unknown_user("-m", "grid.run", *SMALL, "--address=local", cwd=open_folder, home="/nonexistent")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "16/16 done" in done.stdout
