@@ -2,4 +2,4 @@
 
 from grid import surroundings
 
-surroundings.settle()
+surroundings.make_do()

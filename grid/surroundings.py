@@ -1,6 +1,6 @@
 """Makes do with what a process is given: no home folder, no user name, closed standard streams. Standard library only.
 
-Importing `grid` or `analysis` calls `settle`: MLflow and Ray look for these when they are imported.
+Importing `grid` or `analysis` calls `make_do`: MLflow and Ray look for these when they are imported.
 """
 
 import getpass
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 
-def settle() -> None:
+def make_do() -> None:
     """Give the process what is missing; processes that it starts inherit it."""
     _open_closed_streams()
     try:

@@ -18,7 +18,7 @@ UNKNOWN_USER = """
 import getpass, json, os, pathlib, grid
 os.setgroups([])
 os.setuid(12345)  # after the imports: this user may not be able to read them
-grid.surroundings.settle()
+grid.surroundings.make_do()
 print(json.dumps([getpass.getuser(), str(pathlib.Path.home())]))
 """
 
@@ -70,12 +70,10 @@ def open_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.mark.parametrize("home", [None, "/nonexistent", "/root"])
+@pytest.mark.parametrize("home", [None, "/root"])
 def test_a_user_without_a_home_reads_a_store(home: str | None, finished_store: Store, open_folder: Path) -> None:
     shutil.copy(finished_store.uri.removeprefix("sqlite:///"), open_folder / "mlflow.db")
     (open_folder / "mlflow.db").chmod(0o666)
-    done = as_unknown_user("-m", "analysis.effects", "--experiment=finished", cwd=open_folder, home=home)
-    assert (done.returncode, done.stderr) == (0, "")
     done = as_unknown_user("-m", "analysis.report", "--experiment=finished", cwd=open_folder, home=home)
     assert (done.returncode, done.stderr) == (0, "")
 
