@@ -152,6 +152,25 @@ def read_experiment(uri: str | None, name: str) -> Experiment:
     return Experiment(uri, name, parent_id, trials, finalists, manifest, tuple(notes))
 
 
+def read_manifests(uri: str | None, limit: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the names and manifests of a store's experiments, the latest first.
+
+    Args:
+        uri: As for `read_experiment`.
+        limit: Experiments to look at, at most.
+
+    Raises:
+        InputError: The store does not answer.
+    """
+    uri = check_store_uri(uri, must_exist=True)
+    with _answering(uri) as client:
+        experiments = client.search_experiments(order_by=["creation_time DESC"], max_results=limit)
+        for experiment in experiments:
+            parents = client.search_runs([experiment.experiment_id], "tags.kind = 'grid'", max_results=1)
+            content = read_artifact(uri, parents[0].info.run_id, "grid.json") if parents else None
+            yield experiment.name, _parse_manifest(content or b"{}")[0]
+
+
 def _lost_finalists(finalists: pd.DataFrame) -> list[str]:
     """Return notes on finalists' trainings that have no accuracy; no table of cells shows them."""
     trainings = finalists["status"].value_counts()

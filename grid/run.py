@@ -38,9 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The rest imports torch and Ray: seconds that --help and a wrong argument need not wait. Importing allocates a
         # million objects and frees none; looking for garbage among them would take a quarter of the time.
         gc.disable()
-        driver = import_module("grid.driver.dry_run" if options.dry_run else "grid.driver.launch")
-        exit_code = int(driver.run(request))
-        if options.report and not options.dry_run and exit_code in (0, 1):
+        if options.dry_run:
+            return int(import_module("grid.driver.dry_run").run(request, _find_spread(request)))
+        exit_code = int(import_module("grid.driver.launch").run(request))
+        if options.report and exit_code in (0, 1):
             _write_report(request, options.report, debug=options.debug)
         return exit_code
 
@@ -48,6 +49,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_command(parser.name, run, interrupted=INTERRUPTED, debug=options.debug)
     finally:
         gc.enable()
+
+
+def _find_spread(request: Request) -> object:
+    """Return how much ends vary in an earlier grid of the same data and models, as `grid.driver.dry_run` takes it."""
+    from analysis.prior import find_prior  # noqa: PLC0415  (statistics: a second)
+
+    prior = find_prior(
+        request.store,
+        data=request.data,
+        per_class=request.per_class,
+        epochs=request.epochs,
+        models=set(request.levels["model"]),
+    )
+    if prior is None:
+        return None
+    source = (
+        f"ends vary by {100 * prior.around_levels:.1f} points around their levels and by "
+        f"{100 * prior.around_forecast:.1f} around their forecast in experiment '{prior.experiment}'"
+    )
+    return import_module("grid.plan.forecast").EndSpread(prior.around_levels, prior.around_forecast, source)
 
 
 def _write_report(request: Request, path: Path, *, debug: bool) -> None:

@@ -2,10 +2,15 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
+from analysis.estimates.final_effects import measure_final_effects, measure_spread
+from benchmarks.replay.curves import PATH
+from benchmarks.replay.draws import Table, draw_controls, replay
+from benchmarks.replay.examine import prepare
 from grid.config import TrialConfig
 from grid.plan.asha import DEFAULT_RULE, NO_STOPPING, StoppingRule
-from grid.plan.forecast import END_SPREAD, calibrate, expected_epochs, expected_widths, forecast
+from grid.plan.forecast import EndSpread, calibrate, expected_epochs, expected_widths, forecast
 from grid.plan.space import GRIDS, cross, expand
 
 
@@ -81,8 +86,9 @@ def test_calibration_times_every_model() -> None:
 
 def test_with_every_trial_a_control_the_width_is_that_of_a_grid_that_is_never_stopped() -> None:
     plan = trials(epochs=9, name="smoke")
-    *_, last = expected_widths(plan, len(plan), DEFAULT_RULE, levels=2)
-    assert last.half_width == pytest.approx(1.96 * END_SPREAD * math.sqrt(2 * 2 / len(plan)))
+    *_, last = expected_widths(plan, len(plan), DEFAULT_RULE, levels=2, spread=EndSpread(0.02, 0.5, ""))
+    student = stats.t.ppf(0.975, len(plan) - 1)
+    assert last.half_width == pytest.approx(student * 0.02 * math.sqrt(2 * 2 / len(plan)), rel=1e-4)
     assert last.epochs == pytest.approx(9 * len(plan))
 
 
@@ -93,18 +99,18 @@ def test_more_controls_narrow_the_effects_and_cost_epochs() -> None:
     assert widths[0].epochs < widths[1].epochs < widths[2].epochs
 
 
-def test_the_forecast_width_is_about_the_error_of_the_estimator() -> None:
-    """Simulates ends around their forecast, and estimates them by controls alone: the variance is that of the draw."""
-    count, levels, controls, rng = 960, 4, 60, np.random.default_rng(0)
-    errors = []
-    for _ in range(200):
-        group = rng.permutation(np.arange(count) % levels)
-        noise = rng.normal(0, END_SPREAD, count)
-        seen = np.zeros(count, dtype=bool)
-        seen[rng.choice(count, controls, replace=False)] = True
-        chance = controls / count
-        kept = rng.random(count) < 1 / 9
-        values = np.where(kept, noise, np.where(seen, noise / chance, 0.0))
-        errors.append(values[group == 0].mean() - values[group == 1].mean())
-    (width, *_) = expected_widths(trials(epochs=9, name="mlp"), controls, DEFAULT_RULE, levels)
-    assert width.half_width == pytest.approx(1.96 * np.std(errors), rel=0.15)
+def test_ends_that_vary_twice_as_much_are_compared_half_as_well() -> None:
+    plan, once, twice = trials(name="smoke"), EndSpread(0.01, 0.02, ""), EndSpread(0.02, 0.04, "")
+    first, second = (expected_widths(plan, 10, DEFAULT_RULE, 2, spread)[0] for spread in (once, twice))
+    assert second.half_width == pytest.approx(2 * first.half_width)
+
+
+@pytest.mark.parametrize("factor", ["lr_schedule", "optimizer", "dropout"])
+def test_the_forecast_from_a_real_grid_is_about_the_width_that_its_effects_have(factor: str) -> None:
+    table, rng = prepare(PATH)[0], np.random.default_rng(0)
+    mlp = Table(table.cells[table.cells["model"] == "mlp"].reset_index(drop=True), table.accuracies[:960])
+    grid = replay(mlp, DEFAULT_RULE, *draw_controls(mlp.cells, 60, rng), rng)
+    differences = measure_final_effects(grid).differences.query("factor == @factor")
+    levels = len(set(differences["level"]) | set(differences["other_level"]))
+    (width, *_) = expected_widths(trials(name="mlp"), 60, DEFAULT_RULE, levels, EndSpread(*measure_spread(grid), ""))
+    assert width.half_width == pytest.approx((differences["high"] - differences["difference"]).mean(), rel=0.15)

@@ -224,7 +224,7 @@ def end(store: Store, folder: Path, *accuracies: float) -> None:
 
 def run_ended(monkeypatch: pytest.MonkeyPatch, store: Store, exit_code: int, *arguments: str) -> int:
     """Run the command with a driver that has nothing left to do."""
-    driver = SimpleNamespace(run=lambda request: exit_code)
+    driver = SimpleNamespace(run=lambda request, ends=None: exit_code)
     for name in ("launch", "dry_run"):
         monkeypatch.setitem(sys.modules, f"grid.driver.{name}", driver)
     return main(["--grid", "smoke", "--store", store.uri, "--experiment", store.experiment, *arguments])

@@ -131,17 +131,51 @@ def measure_experiment(experiment: Experiment) -> FinalEffects:
     Raises:
         InputError: As `measure_final_effects`.
     """
-    trials, factor, within = experiment.trials, experiment.rung_factor, experiment.compared_within
+    trials = experiment.trials
     if has_verdicts(trials) or not _rungs(trials):
         return measure_final_effects(trials, classes=experiment.classes)
+    effects = measure_final_effects(with_verdicts(experiment), classes=experiment.classes)
+    return replace(effects, notes=(*effects.notes, *([REPLAYED] if trials["control"].any() else [])))
+
+
+def with_verdicts(experiment: Experiment) -> pd.DataFrame:
+    """Return the trials of an experiment with what ASHA decided about controls, or would by the rule it names."""
+    trials, factor, within = experiment.trials, experiment.rung_factor, experiment.compared_within
+    if has_verdicts(trials) or not _rungs(trials):
+        return trials
     replayed = stop_epochs(
         trials,
         _rungs(trials),
         factor=FACTOR if factor is None else factor,
         within=WITHIN if within is None else within,
     )
-    effects = measure_final_effects(trials.assign(stop_epoch=replayed), classes=experiment.classes)
-    return replace(effects, notes=(*effects.notes, *([REPLAYED] if trials["control"].any() else [])))
+    return trials.assign(stop_epoch=replayed)
+
+
+def measure_spread(trials: pd.DataFrame) -> tuple[float, float]:
+    """Return how much ends vary, as standard deviations: around what levels explain, and around their forecast.
+
+    The forecast is that of the rungs for a trial that ASHA stops; a control shows how far it is off, left out of it.
+    Without such controls the first number stands for both.
+
+    Args:
+        trials: As for `measure_final_effects`.
+
+    Raises:
+        InputError: As `measure_final_effects`.
+    """
+    varied = {factor: names for factor in FACTORS if len(names := in_order(factor, trials[factor])) > 1}
+    rows = usable_trials(trials)
+    sample, terms = make_sample(rows), _terms(rows, varied)
+    _check_probed(sample)
+    ends = estimate_ends(sample, terms)
+    around_levels = float(np.sqrt(ends.noise.mean()))
+    chances = 1 / ends.represented[sample.probed]
+    drawn = chances < 1
+    if not drawn.any():
+        return around_levels, around_levels
+    squares = (ends.sampling[sample.probed] * chances**2)[drawn] / (1 - chances[drawn])
+    return around_levels, float(np.sqrt(squares.mean()))
 
 
 def usable_trials(trials: pd.DataFrame) -> pd.DataFrame:

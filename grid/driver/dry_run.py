@@ -16,8 +16,12 @@ from grid.tune import connection
 from grid.tune.gpus import find_gpus
 
 
-def run(request: Request) -> int:
+def run(request: Request, ends: forecast.EndSpread | None = None) -> int:
     """Print what a request would run and cost, and return the exit code.
+
+    Args:
+        request: What a user asks for.
+        ends: How much the ends of an earlier grid vary; None if there is none, and an assumption has to do.
 
     Raises:
         InputError: The request can't be met.
@@ -44,24 +48,24 @@ def run(request: Request) -> int:
     )
     data = {"data": f"{request.data}, {train_images:,} training images {source}"}
     expected = describe_cost(cost, timed_on, packing, request.price_per_hour)
-    print_facts(describe_plan(request, plan) | describe_packing(packing) | data | expected | _describe_widths(plan))
+    widths = _describe_widths(plan, ends or forecast.ASSUMED)
+    print_facts(describe_plan(request, plan) | describe_packing(packing) | data | expected | widths)
     return 0
 
 
-def _describe_widths(plan: Plan) -> dict[str, str]:
+def _describe_widths(plan: Plan, ends: forecast.EndSpread) -> dict[str, str]:
     """Say how well the levels of the factor with the most levels can be compared at the end, and at what cost."""
     if not plan.controls or plan.rule.factor == 1 or not plan.rule.rungs(plan.trials[0].epochs):
         return {}
     counts = {factor: len({cell[factor] for cell in plan.cells}) for factor in FACTORS}
     factor, levels = max(counts.items(), key=lambda item: item[1])
-    first, *more = forecast.expected_widths(plan.trials, len(plan.controls), plan.rule, levels)
+    first, *more = forecast.expected_widths(plan.trials, len(plan.controls), plan.rule, levels, ends)
     options = [f"±{100 * first.half_width:.1f} points with {first.controls:,} controls"]
     options += [
         f"±{100 * width.half_width:.1f} with {width.controls:,} ({width.epochs / first.epochs - 1:+.0%} epochs)"
         for width in more
     ]
-    spread = f"if ends vary by {100 * forecast.END_SPREAD:g} point around their forecast"
-    text = f"two levels of {factor}: {', '.join(options)}; {spread}"
+    text = f"two levels of {factor}: {', '.join(options)}; {ends.source}"
     return {"effects": textwrap.fill(text, 68, subsequent_indent=" " * 11, break_on_hyphens=False)}
 
 

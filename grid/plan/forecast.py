@@ -8,15 +8,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import studentized_range
 
 from grid.config import TrialConfig
 from grid.plan.asha import DEFAULT_RULE, Asha, StoppingRule
 from grid.train.trial import DeviceData, Trial
 
 SIMULATIONS = 20
-END_SPREAD = 0.01
-"""Assumed standard deviation of the ends of training around what rungs and levels predict: one point of accuracy. For
-the MLP on 60 real images per class it was 0.7 to 0.8 points (LOG.md)."""
 TIMES = (1, 2, 4)
 """Multiples of the number of controls for which the width of the effects is forecast."""
 CALIBRATED_PER_MODEL = 4
@@ -25,6 +23,21 @@ CALIBRATION_IMAGES = 1280
 
 Calibration = tuple[dict[str, float], float]
 """Seconds per training image for each model, and the largest spread among them (standard deviation / mean)."""
+
+
+@dataclass(frozen=True)
+class EndSpread:
+    """How much the ends of training vary; standard deviations of an accuracy, as fractions."""
+
+    around_levels: float
+    """Around what the levels and their pairs explain."""
+    around_forecast: float
+    """Around what the rungs predict of stopped trials, as a control shows it that is left out of the prediction."""
+    source: str
+    """Where these are from, to end a sentence with."""
+
+
+ASSUMED = EndSpread(0.01, 0.01, "if ends vary by 1 point around their levels and around their forecast (assumed)")
 
 
 @dataclass(frozen=True)
@@ -126,12 +139,14 @@ class Width:
 
     controls: int
     half_width: float
-    """Half the width of the 95% interval of a difference between two levels, as a fraction."""
+    """Half the width of the 95% interval of a difference between two levels (Tukey's), as a fraction."""
     epochs: float
     """Expected epochs of all trials."""
 
 
-def expected_widths(trials: Sequence[TrialConfig], controls: int, rule: StoppingRule, levels: int) -> list[Width]:
+def expected_widths(
+    trials: Sequence[TrialConfig], controls: int, rule: StoppingRule, levels: int, spread: EndSpread = ASSUMED
+) -> list[Width]:
     """Forecast how well the levels of a factor can be compared, for `TIMES` as many controls.
 
     Args:
@@ -139,18 +154,28 @@ def expected_widths(trials: Sequence[TrialConfig], controls: int, rule: Stopping
         controls: Number of unstopped controls, above 0.
         rule: Which trials are stopped.
         levels: Of the factor.
+        spread: How much the ends vary.
 
-    Reference: the variance of double sampling, see `analysis.estimates.two_phase`, for ends that vary by `END_SPREAD`.
+    Reference: the variance of double sampling and Tukey's quantile, see `analysis.estimates.two_phase`.
     """
     stopped = 1 - rule.factor ** -len(rule.rungs(trials[0].epochs))
     widths = []
     for number in dict.fromkeys(min(times * controls, len(trials)) for times in TIMES):
-        chance = number / len(trials)
-        inflation = 1 + stopped * (1 - chance) / chance
-        half_width = 1.96 * END_SPREAD * math.sqrt(2 * levels / len(trials) * inflation)
+        half_width = _half_width(number, len(trials), stopped, levels, spread)
         keys = {trial.trial_key for trial in trials[:number]}  # their order is random
         widths.append(Width(number, half_width, sum(expected_epochs(trials, keys, rule).values())))
     return widths
+
+
+def _half_width(controls: int, trials: int, stopped: float, levels: int, spread: EndSpread) -> float:
+    """Return half the width of the interval of a difference, of which one trial in `levels / 2` carries weight."""
+    chance = controls / trials
+    noise = spread.around_levels**2
+    sampling = spread.around_forecast**2 * stopped * (1 - chance) / chance
+    drawn, left = (max(number * 2 / levels - 1, 1) for number in (stopped * controls, trials))
+    degrees = (noise + sampling) ** 2 / (noise**2 / left + sampling**2 / drawn)  # Satterthwaite
+    quantile = float(studentized_range.ppf(0.95, levels, degrees)) / math.sqrt(2)
+    return quantile * math.sqrt(2 * levels / trials * (noise + sampling))
 
 
 def _simulate(trial: TrialConfig, asha: Asha, value: float, control: bool) -> int:
