@@ -25,6 +25,7 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.chaos import recording
 from benchmarks.chaos.audit import Audit, audit
 from grid.arguments import Parser
 from grid.wording import count
@@ -34,6 +35,8 @@ PATIENCE_SECONDS = 300.0
 """A driver that takes longer counts as hanging and is killed."""
 MAX_STARTS = 50
 """A grid that needs more drivers than this counts as lost."""
+ROOT = Path(__file__).parents[2]
+"""Of the project, whose drivers import `benchmarks`."""
 SPOOL_BYTES = 4 * 2**20
 """Size of the disk that the spool is on."""
 
@@ -72,7 +75,15 @@ class Arena:
 
     def start_driver(self, experiment: str) -> None:
         """Start or continue the grid, and wait until trials run."""
-        command = [sys.executable, "-m", "grid.run", *self.grid, "--data-dir", str(self.folder / "data"), "--no-report"]
+        command = [
+            sys.executable,
+            "-m",
+            recording.__name__,
+            *self.grid,
+            "--data-dir",
+            str(self.folder / "data"),
+            "--no-report",
+        ]
         self.starts += 1
         log = f"driver-{self.starts}.log"
         self.driver = self._spawn([*command, "--store", self.uri, "--experiment", experiment], log)
@@ -102,7 +113,15 @@ class Arena:
 
     def _spawn(self, command: list[str], log: str) -> subprocess.Popen[bytes]:
         with (self.folder / log).open("ab") as file:
-            return subprocess.Popen(command, cwd=self.folder, stdout=file, stderr=file, start_new_session=True)
+            path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+            return subprocess.Popen(
+                command,
+                cwd=self.folder,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+                env=os.environ | {"PYTHONPATH": path},
+            )
 
 
 def kill_driver(arena: Arena) -> None:
@@ -159,6 +178,8 @@ FAILURES: dict[str, Callable[[Arena], None]] = {
     "server killed": restart_server,
     "spool disk full": fill_disk,
     "database locked 30 s": lock_database,
+    "client broken": recording.break_client,
+    "reports refused": recording.refuse_reports,
 }
 
 
