@@ -1,4 +1,5 @@
 import math
+import re
 import threading
 import time
 from base64 import b64decode
@@ -518,7 +519,8 @@ def test_a_silent_store_is_told_while_the_grid_runs_and_no_longer_when_it_answer
     create_run = store.client.create_run
     monkeypatch.setattr(store.client, "create_run", lambda *given: (released.wait(60), create_run(*given))[1])
     record_trial(recorder)
-    wait_for(lambda: recorder.trouble == "MLflow not answering for 0 s, 5 reports waiting")
+    silent = re.compile(r"MLflow not answering for \d+ s, 5 reports waiting")
+    wait_for(lambda: bool(silent.fullmatch(recorder.trouble)))
     released.set()
     wait_for(lambda: recorder.trouble == "")
     assert recorder.close(finished=True)
@@ -657,6 +659,9 @@ def test_a_traceback_that_cannot_be_stored_holds_no_metric_up_and_survives_a_res
     recorder.ended(CONFIG, "failed", epochs_run=0, best_val_accuracy=None, error="RuntimeError: no luck")
     record_trial(recorder, config=OTHER)
     wait_for(lambda: sorted(run.info.status for run in runs(store)) == ["FAILED", "FINISHED"])
+    monkeypatch.setattr(record, "PATIENCE_SECONDS", 0.0)
+    silent = re.compile(r"artifact store not answering for \d+ s, 1 file waiting")
+    wait_for(lambda: bool(silent.fullmatch(recorder.trouble)))
     assert not recorder.close(finished=True, patience_seconds=0.5)
     assert recorder.error.endswith(str(error))
     monkeypatch.undo()

@@ -76,3 +76,11 @@ def test_a_locked_database_is_one_line(
     with locked_by_another_process(store.uri), pytest.raises(InputError, match="database is locked"):
         use(store.uri)
     assert capfd.readouterr() == ("", "")
+
+
+def test_an_artifact_is_on_the_disk_before_it_counts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr("grid.record.store.sync", lambda path: synced.append(path.name))
+    store.attach(store.parent_id, {"test/one.csv": b"1"})
+    assert synced == ["one.csv", "test"]
+    assert store.artifact("grid.json") is None

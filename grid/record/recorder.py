@@ -72,10 +72,13 @@ class Recorder:
         if self._events.is_broken:
             return f"the recorder has died ({self.error}), {count(self._events.waiting, 'report')} waiting"
         troubles = []
-        for courier, noun in ((self._events, "report"), (self._artifacts, "file")):
+        for courier, whose, noun in (
+            (self._events, "MLflow", "report"),
+            (self._artifacts, "artifact store", "file"),
+        ):
             if courier.silent_seconds > PATIENCE_SECONDS:
                 silent, waiting = format_seconds(courier.silent_seconds), count(courier.waiting, noun)
-                troubles.append(f"MLflow not answering for {silent}, {waiting} waiting")
+                troubles.append(f"{whose} not answering for {silent}, {waiting} waiting")
         refused = sum(map(len, self.parked.values()))
         return " | ".join([*troubles, *([f"{count(refused, 'report')} refused by MLflow"] if refused else [])])
 
