@@ -57,13 +57,16 @@ COLUMNS = {
     "best_val_accuracy": "float64",
     "epoch_seconds": "float64",
     "val_correct": "str",
+    "command": "str",
+    "resumed_by": "str",
 }
 """Columns of every table of trials, with their types; NaN marks a missing value.
 
 `control`: whether the trial is an unstopped control; `control_chance`: the chance with which it was drawn to be one, or
 not, in all draws together; `drawn_later`: whether a round of `--more-controls` drew it; `stop_epoch`: the rung at which
 ASHA stopped it or, if it is a control, would have; `final_val_accuracy`: of the weights at the end of the full budget,
-completed trials only; `val_correct`: base64 of `EpochReport.val_correct`.
+completed trials only; `val_correct`: base64 of `EpochReport.val_correct`; `command`: the one that started
+it; `resumed_by`: those that trained on, joined by commas.
 """
 
 
@@ -246,6 +249,17 @@ def read_artifact(uri: str, run_id: str, path: str) -> bytes | None:
         return Path(client.download_artifacts(run_id, path, target)).read_bytes()
 
 
+def read_commands(experiment: Experiment, command_ids: Iterable[str]) -> dict[str, Mapping[str, Any]]:
+    """Return the records of commands by their ids; empty if a record is missing or damaged.
+
+    Raises:
+        InputError: The store does not answer.
+    """
+    uri, parent_id = experiment.uri, experiment.parent_id
+    contents = {name: read_artifact(uri, parent_id, f"commands/{name}.json") for name in command_ids}
+    return {name: _parse_manifest(content or b"{}")[0] for name, content in contents.items()}
+
+
 def read_curves(experiment: Experiment, run_ids: Iterable[str], metric: str = "val_accuracy") -> pd.DataFrame:
     """Return a metric's values epoch by epoch.
 
@@ -396,6 +410,8 @@ def _row(run: Run, rounds: Rounds | None) -> dict[str, Any] | None:
         "best_val_accuracy": metrics.get("best_val_accuracy", nan),
         "epoch_seconds": metrics.get("epoch_seconds", nan),
         "val_correct": tags.get("val_correct", ""),
+        "command": tags.get("command", ""),
+        "resumed_by": tags.get("resumed_by", ""),
         AS_VALIDATED_METRIC: metrics.get("test_accuracy", nan),
         **{name: value for name, value in metrics.items() if name in recorded},
     }

@@ -37,7 +37,7 @@ from grid.config import InputError
 from grid.data.catalogue import NAMES, check_name
 from grid.data.load import load, split_indices
 from grid.plan.space import ORDER_SEED
-from grid.record.manifest import describe_code
+from grid.record.commands import describe_code
 
 MODELS = ("mlp", "cnn")
 CONTENDERS = (OURS, "tune", "optuna", "ours_f32")

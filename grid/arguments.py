@@ -81,6 +81,16 @@ def add_workers(options: Options) -> None:
     options.add_argument("--concurrency", type=int, metavar="N", help="trials at once (as many as the machine holds)")
 
 
+def add_accept_code(options: Options) -> None:
+    """Add `--accept-code`."""
+    options.add_argument(
+        "--accept-code",
+        action="store_true",
+        help="train on though the experiment was trained with other code or another torch: you know that both yield "
+        "the same numbers",
+    )
+
+
 def add_debug(options: Options) -> None:
     """Add `--debug`."""
     options.add_argument("--debug", action="store_true", help="show tracebacks")

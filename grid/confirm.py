@@ -11,6 +11,7 @@ from pathlib import Path
 
 from grid.arguments import (
     Parser,
+    add_accept_code,
     add_data_dir,
     add_debug,
     add_experiment,
@@ -58,6 +59,7 @@ def read_confirmation(options: argparse.Namespace) -> Confirmation:
         spool=Path("spool").absolute(),
         address=check_address(options.address),
         concurrency=options.concurrency,
+        accept_code=options.accept_code,
     )
 
 
@@ -74,6 +76,7 @@ def _parser() -> Parser:
     add_store(parser)
     add_data_dir(parser)
     add_workers(parser)
+    add_accept_code(parser)
     add_debug(parser)
     return parser
 

@@ -12,7 +12,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from grid.arguments import Options, Parser, add_data_dir, add_debug, add_store, add_workers, run_command
+from grid.arguments import (
+    Options,
+    Parser,
+    add_accept_code,
+    add_data_dir,
+    add_debug,
+    add_store,
+    add_workers,
+    run_command,
+)
 from grid.config import FACTORS, InputError
 from grid.data.catalogue import NAMES
 from grid.plan.asha import NO_STOPPING, StoppingRule
@@ -118,6 +127,7 @@ def read_request(options: argparse.Namespace) -> Request:
         concurrency=options.concurrency,
         precision=options.precision,
         price_per_hour=options.price_per_hour,
+        accept_code=options.accept_code,
     )
 
 
@@ -192,6 +202,7 @@ def _add_place(where: Options) -> None:
     add_store(where)
     where.add_argument("--experiment", metavar="NAME", help="MLflow experiment (named after grid, data and budget)")
     add_workers(where)
+    add_accept_code(where)
     where.add_argument(
         "--report", type=Path, default=Path("report.html"), metavar="FILE", help="page of results (report.html)"
     )

@@ -31,6 +31,7 @@ from grid.data.glyphs import render_if_missing  # noqa: E402
 from grid.driver.pictures import confusion_picture, mistake_sheet, sample_sheet  # noqa: E402
 from grid.metrics import EpochReport  # noqa: E402
 from grid.plan.asha import Asha  # noqa: E402  (after the hook)
+from grid.record.commands import record_command  # noqa: E402
 from grid.record.recorder import Recorder  # noqa: E402
 from grid.record.spool import Spool  # noqa: E402
 from grid.record.store import Store  # noqa: E402
@@ -160,7 +161,8 @@ def _record_grid(store: Store, folder: Path, configs: list[TrialConfig]) -> None
     samples = sample_sheet(images, np.arange(60) % len(CHARACTERS), CHARACTERS)
     asha = Asha((1, 3))
     recorder = Recorder(store, Spool(folder / "grid.jsonl"))
-    recorder.begin({"grid.json": json.dumps(manifest).encode(), "samples.png": samples}, {})
+    command = record_command(store, {"commit": "0123456789ab", "command": ["python", "-m", "grid.run"]})
+    recorder.begin({"grid.json": json.dumps(manifest).encode(), "samples.png": samples}, {}, command=command)
     for number, config in enumerate(configs):
         play(recorder, config, asha, control=number % 4 == 0)
     assert recorder.close(finished=True)

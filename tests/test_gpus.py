@@ -1,3 +1,4 @@
+import platform
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -5,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grid.tune.gpus import find_gpus
+from grid.tune.gpus import device_names, find_gpus
 
 GIB = 2**30
 
@@ -46,3 +47,17 @@ def test_a_driver_without_a_gpu_counts_as_none(devices: Path, monkeypatch: pytes
 
 def test_the_count_on_this_machine_is_that_of_torch() -> None:
     assert find_gpus()[0] == torch.cuda.device_count()
+
+
+def test_gpus_are_named_each_kind_once_and_without_any_the_cpu_is(
+    devices: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    processors = tmp_path / "cpuinfo"
+    processors.write_text("processor\t: 0\nmodel\t\t: 85\nmodel name\t: A CPU @ 2 GHz\n\nmodel name\t: A CPU @ 2 GHz\n")
+    monkeypatch.setattr("grid.tune.gpus.find_gpus", lambda: (0, 0))
+    assert device_names(processors) == ("A CPU @ 2 GHz",)
+    assert device_names(tmp_path / "none") == (platform.processor() or platform.machine(),)
+    monkeypatch.setattr("grid.tune.gpus.find_gpus", lambda: (2, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H100")
+    assert device_names(processors) == ("H100",)

@@ -37,6 +37,13 @@ def test_a_good_cluster_is_packed_and_described() -> None:
     assert (packing.concurrency, packing.machines, packing.bfloat16) == (8, "2 nodes, 8 CPUs, 0 GPUs", None)
 
 
+def test_the_devices_of_all_nodes_are_named_each_once() -> None:
+    reports = {
+        name: replace(GOOD, devices=devices) for name, devices in zip(TWO, (("a", "b"), ("b", "c")), strict=True)
+    }
+    assert plan_packing(TWO, reports, CODE, None).devices == ("a", "b", "c")
+
+
 @pytest.mark.parametrize(
     ("second", "message"),
     [

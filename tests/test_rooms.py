@@ -15,10 +15,10 @@ import torch
 from jaxtyping import TypeCheckError
 
 from grid.config import TrialConfig
+from grid.record.code_version import digest_of
 from grid.record.predictor import save_predictor
 from grid.train.evaluation import inference_state
 from grid.train.trial import DeviceData, Trial
-from grid.tune.preflight import digest_of
 
 ROOT = Path(__file__).parents[1]
 TRAINING_CODE = ("grid", "nets")

@@ -15,6 +15,8 @@ from mlflow.tracking import MlflowClient
 from analysis.store import COLUMNS
 from grid.config import TrialConfig
 from grid.metrics import EPOCH_METRICS, FINAL_METRIC, RUNG_METRIC, TEST_METRICS
+from grid.record.code_version import NUMERIC_CODE
+from grid.record.commands import commands_of, read_command
 from grid.record.store import Store
 
 PAGE = (Path(__file__).parents[1] / "docs" / "store.md").read_text()
@@ -51,7 +53,7 @@ def artifacts_of(client: MlflowClient, runs: Iterable[Run]) -> set[str]:
     for run in runs:
         for artifact in client.list_artifacts(run.info.run_id):
             files = client.list_artifacts(run.info.run_id, artifact.path) if artifact.is_dir else [artifact]
-            found |= {file.path for file in files}
+            found |= {re.sub(r"^(commands)/[^/]+\.json$", r"\1/<id>.json", file.path) for file in files}
     return found
 
 
@@ -105,15 +107,39 @@ def test_the_commands_record_exactly_what_is_documented(real_store: Store) -> No
     assert {name for run in trials for name in run.data.params} == documented("trial", "parameter")
     assert metrics_of(trials) == documented("trial", "metric") | set(EPOCH_METRICS)
     drawn = {"would_stop_at_epoch", "control_chance", "controls_rounds_before"}  # no finalist is drawn
-    assert tags_of(finalists) == documented("confirm", "tag") - {"error", "stopped_at_epoch", *drawn}
+    assert tags_of(finalists) == documented("confirm", "tag") - {"error", "stopped_at_epoch", "resumed_by", *drawn}
     assert metrics_of(finalists) == documented("confirm", "metric") | set(EPOCH_METRICS)
     assert artifacts_of(real_store.client, finalists) == documented("confirm", "artifact") - {"traceback.txt"}
 
 
+def rows_of(section: str) -> list[list[str]]:
+    """Return the rows of the table of a section, cut into cells."""
+    text = PAGE.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    return [row.split("|") for row in text.splitlines() if row.startswith("| `")]
+
+
+@pytest.mark.slow
+def test_the_record_of_every_command_has_the_documented_keys(real_store: Store) -> None:
+    names = {name for row in rows_of("The commands") for name in re.findall(r"`(\w+)`", row[1])}
+    ids = commands_of([*real_store.trials().values(), *real_store.trials("confirm").values()])
+    records = [read_command(real_store, command_id) for command_id in ids]
+    assert [record["command"][2] for record in records] == ["grid.confirm", "grid.run", "grid.run"]
+    assert [set(record) for record in records] == [names - {"plan"}, names, names]
+    (versions,) = [row[2] for row in rows_of("The commands") if row[1].strip() == "`versions`"]
+    assert set(re.findall(r"`(\w+)`", versions)) == set(records[0]["versions"])
+    described = real_store.manifest()
+    assert described["record"] == f"commands/{ids[1]}.json"
+    assert described.items() >= records[1]["plan"].items()
+
+
+def test_the_page_names_the_code_that_is_hashed() -> None:
+    (sentence,) = re.findall(r"^The hashed files are (.+?)\. ", PAGE, re.M | re.S)
+    assert {name.rstrip("/") for name in re.findall(r"`([^`]+)`", sentence)} == set(NUMERIC_CODE)
+
+
 @pytest.mark.slow
 def test_the_manifest_has_the_documented_keys(real_store: Store) -> None:
-    section = PAGE.partition("\n## The manifest\n")[2]
-    rows = [row.split("|") for row in section.splitlines() if row.startswith("| `")]
+    rows = rows_of("The manifest")
     manifest = real_store.manifest()
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row[1])} == set(manifest)
     for row in rows:

@@ -1,18 +1,22 @@
 """Fills `report.html` with a verdict."""
 
 import json
+import re
 from pathlib import Path
 
 import jinja2
 
+from analysis.page.provenance import command_table
 from analysis.page.sections import headline_figure, sections
 from analysis.store import Experiment
 from analysis.verdict import Verdict, headline
 from grid.config import FACTORS
+from grid.masking import mask_message
 from grid.wording import count
 
 TEXTS = frozenset(
-    {*FACTORS, "cell", "character", "level", "over", "factor", "read as", "status", "sure", "term", "tie", "true"}
+    {*FACTORS, "accepted as equal", "code", "command", "commit", "device", "host", "time", "torch"}
+    | {"cell", "character", "level", "over", "factor", "read as", "status", "sure", "term", "tie", "true"}
 )
 """Columns of text, aligned left; numbers are aligned right."""
 SPLITS = {"train": "training", "val": "validation"}
@@ -34,8 +38,14 @@ def render(verdict: Verdict) -> str:
         differences=headline_figure(verdict),
         sections=list(sections(verdict)),
         texts=TEXTS,
-        manifest=json.dumps(experiment.manifest, indent=1) if experiment.manifest else "",
+        commands=command_table(experiment),
+        manifest=_without_secrets(json.dumps(experiment.manifest, indent=1)) if experiment.manifest else "",
     )
+
+
+def _without_secrets(manifest: str) -> str:
+    """Hide what an earlier version, which knew fewer kinds of secrets, wrote down."""
+    return "\n".join(f"{indent}{mask_message(text)}" for indent, text in re.findall(r"( *)(.*)", manifest) if text)
 
 
 def _subtitle(experiment: Experiment) -> str:

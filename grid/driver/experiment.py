@@ -13,14 +13,15 @@ from grid.data.dataset import Dataset
 from grid.data.load import load
 from grid.driver.messages import conclude, describe_packing, describe_plan, experiment_options, print_facts
 from grid.driver.more_controls import draw_if_asked, reopen_drawn
+from grid.driver.provenance import check_code, describe_command
 from grid.driver.watcher import Watcher, restore_rungs
 from grid.plan.asha import Asha
 from grid.plan.packing import Packing
 from grid.plan.request import Request
 from grid.plan.space import ORDER_SEED, settings_of
 from grid.plan.trials import Plan, check_comparable, make_plan
+from grid.record.commands import CODE_KEYS, RECORD, path_of, record_command
 from grid.record.lease import Lease
-from grid.record.manifest import describe_code
 from grid.record.recorder import Recorder
 from grid.record.rounds import read_rounds
 from grid.record.spool import Spool, open_spool
@@ -97,14 +98,19 @@ def run(request: Request, prepared: Prepared, training: Training) -> int:
     begun = {key: trial.control for key, trial in stored.items()}
     plan = make_plan(request, packing=training.packing, fingerprint=dataset.fingerprint, begun=begun)
     check_comparable(plan.trials, [trial.config for trial in stored.values()], request.experiment)
+    check = check_code(store, stored.values(), accept=request.accept_code)
     asha = Asha.of(plan.rule, request.epochs)
     restore_rungs(asha, stored)
     if stored:
         _check_same_rule(store.manifest(), plan, asha, request.experiment)
     plan, stored, remark = draw_if_asked(request.more_controls, plan, stored, store, rounds)
-    facts = describe_plan(request, plan) | ({"controls": remark} if remark else {})
-    manifest = json.dumps(_manifest(request, plan, asha, dataset), indent=2).encode()
-    recorder.begin({MANIFEST: manifest}, stored, pictures={"samples.png": prepared.samples})
+    facts = describe_plan(request, plan) | ({"controls": remark} if remark else {}) | dict(check.facts)
+    record = describe_command("grid.run", request, check, training.packing.devices)
+    described = _manifest(request, plan, asha, dataset)
+    command = record_command(store, {**record, "plan": described})
+    manifest = {**described, **{name: record[name] for name in CODE_KEYS}, RECORD: path_of(command)}
+    files, pictures = {MANIFEST: json.dumps(manifest, indent=2).encode()}, {"samples.png": prepared.samples}
+    recorder.begin(files, stored, command=command, pictures=pictures)
     watcher, delivered = train_all(plan, stored, dataset, recorder, asha, training, facts)
     undelivered = "" if delivered else recorder.error or "no reason given"
     conclusion = conclude(request, watcher, undelivered)
@@ -209,7 +215,7 @@ def _check_same_rule(manifest: Mapping[str, Any], plan: Plan, asha: Asha, experi
 
 
 def _manifest(request: Request, plan: Plan, asha: Asha, dataset: Dataset) -> dict[str, Any]:
-    """Return what is trained, on what, by which code, in JSON's types; see docs/store.md."""
+    """Return what is trained, on what, in JSON's types; see docs/store.md."""
     return {
         "grid": request.grid,
         "levels": {factor: list(levels) for factor, levels in request.levels.items()},
@@ -229,5 +235,4 @@ def _manifest(request: Request, plan: Plan, asha: Asha, dataset: Dataset) -> dic
             "val_images": len(dataset.val_images),
             "classes": list(dataset.classes),
         },
-        **describe_code(),
     }

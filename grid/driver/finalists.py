@@ -16,6 +16,7 @@ from grid.data.load import load, load_test
 from grid.driver.experiment import Prepared, Training, train_all
 from grid.driver.final_test import FinalTest
 from grid.driver.messages import experiment_options, print_facts
+from grid.driver.provenance import CodeCheck, check_code, describe_command
 from grid.driver.watcher import summarise_trial
 from grid.masking import mask
 from grid.metrics import AS_VALIDATED_METRIC, FINAL_STATUSES
@@ -24,6 +25,7 @@ from grid.plan.packing import Packing
 from grid.plan.request import Confirmation
 from grid.plan.trials import Plan
 from grid.ranking import RankedCell, rank_cells
+from grid.record.commands import record_command
 from grid.record.lease import Lease
 from grid.record.predictor import register
 from grid.record.recorder import Recorder
@@ -53,6 +55,8 @@ class Finalists:
     """Configurations of the grid's trials."""
     prepared: Prepared
     checkpoints: Checkpoints
+    check: CodeCheck
+    """That this code may train them."""
 
 
 def confirm(request: Confirmation) -> int:
@@ -69,13 +73,14 @@ def confirm(request: Confirmation) -> int:
     if not ranked:
         raise InputError(f"no trial of '{request.experiment}' has ended with an accuracy; run python -m grid.run first")
     trained = [trial.config for trial in stored.values()]
+    check = check_code(store, [*stored.values(), *store.trials(KIND).values()], accept=request.accept_code)
     dataset = _load_as_before(manifest, trained, request)
     chosen, also_tied = choose(ranked, request.top, val_images=len(dataset.val_labels))
     test_images, test_labels = load_test(dataset.name, request.data_dir)
     name = f"{request.experiment} confirm"
     checkpoints = Checkpoints(request.storage, slug(request.store, name))
     with closing(open_spool(request.spool, request.store, name)) as spool, Lease(store):
-        finalists = Finalists(chosen, also_tied, trained, Prepared(dataset, b"", spool, store), checkpoints)
+        finalists = Finalists(chosen, also_tied, trained, Prepared(dataset, b"", spool, store), checkpoints, check)
         trials, exit_code = _train(request, finalists)
         if exit_code:
             return exit_code
@@ -163,22 +168,23 @@ def _train(request: Confirmation, finalists: Finalists) -> tuple[list[TrialConfi
     try:
         trials = finalist_trials(finalists.chosen, finalists.trained, request.seeds, packing)
         training = Training(packing, checkpoints, keep_weights=True)
-        return trials, _train_left(trials, finalists, training)
+        return trials, _train_left(request, trials, finalists, training)
     finally:
         connection.disconnect()
 
 
-def _train_left(trials: Sequence[TrialConfig], finalists: Finalists, training: Training) -> int:
+def _train_left(request: Confirmation, trials: Sequence[TrialConfig], finalists: Finalists, training: Training) -> int:
     training.checkpoints.check()
     prepared = finalists.prepared
     store = prepared.store
     recorder = Recorder(store, prepared.spool, KIND)
     recorder.recover()
     stored = store.trials(KIND)
-    recorder.begin({}, stored)
+    record = describe_command("grid.confirm", request, finalists.check, training.packing.devices)
+    recorder.begin({}, stored, command=record_command(store, record))
     plan = Plan([], {}, list(trials), frozenset(trial.trial_key for trial in trials), rule=NO_STOPPING)
     asha = Asha.of(plan.rule, trials[0].epochs)
-    facts = _describe(trials, finalists.also_tied)
+    facts = _describe(trials, finalists.also_tied) | dict(finalists.check.facts)
     watcher, delivered = train_all(plan, stored, prepared.dataset, recorder, asha, training, facts)
     for complaint in recorder.complain("run the same command to try again"):
         print(complaint, file=sys.stderr)

@@ -27,6 +27,8 @@ class Packing:
     """What limits the number."""
     machines: str = field(default="this machine", compare=False)
     """The machines it was chosen for, in words."""
+    devices: tuple[str, ...] = field(default=(), compare=False)
+    """Names of the GPUs, or of the CPUs of machines without one, that were up when it was chosen."""
     bfloat16: bool | None = field(default=None, compare=False)
     """Whether all GPUs compute fast in bfloat16; None if the driver queries its own machine."""
 

@@ -23,6 +23,8 @@ from grid.record.spool import ParkedLine, Spool
 from grid.record.store import UNREACHABLE, Store, StoredTrial
 from grid.wording import count, first_line, format_seconds
 
+MOST_RESUMES = 150
+"""Commands that the tag `resumed_by` names, the last ones; MLflow allows 5000 characters."""
 PATIENCE_SECONDS = 5.0
 """Without an arrival, before a store counts as silent."""
 
@@ -48,6 +50,10 @@ class Recorder:
         """Rungs at which trials were stopped that train on as controls, by trial key."""
         self._ended_at: dict[str, float] = {}
         """Epochs run, by the keys of the trials that ended in an earlier run and train on."""
+        self._command = ""
+        """Id of the record of this command; empty for one that has none."""
+        self._resumed_by: dict[str, list[str]] = {}
+        """Ids of the commands that trained a trial further than the one that started it, by trial key."""
         self._last_time = 0
 
     @property
@@ -151,6 +157,7 @@ class Recorder:
         files: Mapping[str, bytes],
         stored: Mapping[str, StoredTrial],
         *,
+        command: str = "",
         pictures: Mapping[str, bytes] | None = None,
     ) -> None:
         """Attach files to the parent run, close the runs that a crashed driver left open, and start to deliver.
@@ -158,12 +165,15 @@ class Recorder:
         Args:
             files: Name, such as `grid.json` -> content.
             stored: What the store has, by trial key.
+            command: Id of the record of this command, which every trial that it trains will name.
             pictures: The same, of files that nobody waits for.
 
         Raises:
             InputError: The store or its artifact location can't be written.
         """
         client = self.store.client
+        self._command = command
+        self._resumed_by = {key: _split(trial.tags.get("resumed_by")) for key, trial in stored.items()}
         self._carrier.run_ids |= {key: trial.run_id for key, trial in stored.items()}
         self._carrier.failed = {key for key, trial in stored.items() if trial.status == "failed"}
         self._reopened = {key: trial.stop_epoch for key, trial in stored.items() if trial.reopened}
@@ -203,6 +213,7 @@ class Recorder:
         }
         tags |= {} if chance is None else {"control_chance": repr(chance)}
         tags |= {"controls_rounds_before": str(rounds_before)} if rounds_before else {}
+        tags |= {"command": self._command} if self._command else {}
         self._append(
             Started(
                 trial_key=config.trial_key, time=self._now(), name=config.name, params=config.to_params(), tags=tags
@@ -235,6 +246,7 @@ class Recorder:
         tags = {"stopped_at_epoch": str(report.epoch)} if stopped else {}
         tags |= {"would_stop_at_epoch": str(report.epoch)} if spared else {}
         tags |= {"val_correct": b64encode(report.val_correct).decode()} if report.val_correct else {}
+        tags |= self._tags_of_resumed(config.trial_key)
         self._append(
             EpochEnded(trial_key=config.trial_key, time=self._now(), epoch=report.epoch, metrics=metrics, tags=tags)
         )
@@ -254,6 +266,7 @@ class Recorder:
         tags = {"status": status} | ({"stopped_at_epoch": str(epochs_run)} if status == "stopped" else {})
         if config.trial_key in self._reopened:
             tags |= {"control": "true", "would_stop_at_epoch": str(self._reopened[config.trial_key])}
+        tags |= self._tags_of_resumed(config.trial_key)
         best = {} if best_val_accuracy is None else {"best_val_accuracy": best_val_accuracy}
         again = epochs_run == self._ended_at.get(config.trial_key)  # recorded at this epoch when it ended before
         metrics = {} if again else {**best, "epochs_run": float(epochs_run)}
@@ -268,6 +281,13 @@ class Recorder:
                 error=error,
             )
         )
+
+    def _tags_of_resumed(self, trial_key: str) -> dict[str, str]:
+        """Return the tag that names this command, once, if an earlier one started the trial."""
+        if not self._command or trial_key not in self._resumed_by:
+            return {}
+        earlier = self._resumed_by.pop(trial_key)
+        return {"resumed_by": ",".join([*earlier, self._command][-MOST_RESUMES:])}
 
     def suspended(self, config: TrialConfig) -> None:
         """Record that a trial waits for the next run to resume it."""
@@ -305,3 +325,7 @@ class Recorder:
     def _attach_later(self, run_id: str, path: str, content: bytes) -> None:
         self._spool.artifacts.append(artifact_line(run_id, path, content))
         self._artifacts.wake()
+
+
+def _split(names: str | None) -> list[str]:
+    return names.split(",") if names else []

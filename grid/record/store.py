@@ -134,15 +134,16 @@ class Store:
         return bool(self.client.get_experiment(self.experiment_id).lifecycle_stage == "deleted")
 
     def artifact(self, name: str) -> bytes | None:
-        """Return a file of the parent run; None if it has none of that name.
+        """Return a file of the parent run, such as `grid.json` or `commands/ID.json`; None if it has no such file.
 
         Raises:
             InputError: The store does not answer.
         """
-        with self.answering(), _errors_of_artifact_stores(), tempfile.TemporaryDirectory() as folder:
-            if name not in (file.path for file in self.client.list_artifacts(self.parent_id)):
+        folder, _, _ = name.rpartition("/")
+        with self.answering(), _errors_of_artifact_stores(), tempfile.TemporaryDirectory() as target:
+            if name not in (file.path for file in self.client.list_artifacts(self.parent_id, folder or None)):
                 return None
-            return Path(self.client.download_artifacts(self.parent_id, name, folder)).read_bytes()
+            return Path(self.client.download_artifacts(self.parent_id, name, target)).read_bytes()
 
     def manifest(self) -> dict[str, Any]:
         """Return `grid.json`; empty if there is none, or it is damaged.

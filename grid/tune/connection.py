@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from grid.plan.packing import Packing, pack
 from grid.plan.request import NO_RAY, check_address
 from grid.train.checkpoints import Checkpoints
 from grid.tune import private_ray
-from grid.tune.gpus import find_gpus
+from grid.tune.gpus import device_names, find_gpus
 from grid.tune.limits import find_limits
 from grid.tune.preflight import (
     ANSWER_SECONDS,
@@ -187,7 +188,8 @@ def local_packing(concurrency: int | None) -> Packing:
         InputError: `concurrency` is out of range, or the memory is too small.
     """
     limits = find_limits()
-    return pack(limits.cpus, *find_gpus(), concurrency, memory=limits.memory, cpu_limit=limits.cpu_limit)
+    packing = pack(limits.cpus, *find_gpus(), concurrency, memory=limits.memory, cpu_limit=limits.cpu_limit)
+    return replace(packing, devices=device_names())
 
 
 def cluster_has_gpu() -> bool:

@@ -5,26 +5,21 @@ node before anything is trained.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from hashlib import sha256
-from importlib.metadata import version
-from pathlib import Path
 
 import yaml
 
-import grid
-import nets
 from grid.config import InputError
 from grid.plan.memory import BYTES_PER_TRIAL
 from grid.plan.packing import Node, Packing, pack_nodes
+from grid.record.code_version import digest_here, package_versions
 from grid.train.checkpoints import Checkpoints
-from grid.tune.gpus import find_gpus
+from grid.tune.gpus import device_names, find_gpus
 from grid.tune.machines import HEAD, describe, has_fast_bfloat16, to_node, with_growth
 from grid.tune.private_ray import autoscaler_configuration
 from grid.wording import first_line
 
-PACKAGES = ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow")
 ANSWER_SECONDS = 120.0
 """How long a node may take to report; it imports torch first."""
 HINT = "bring the cluster up again with this folder (`ray up`)"
@@ -42,8 +37,7 @@ class CodeVersion:
     @classmethod
     def here(cls) -> "CodeVersion":
         """Return the code of this process."""
-        digest = digest_of(Path(str(package.__file__)).parent for package in (grid, nets))
-        return cls(digest, {name: version(name) for name in PACKAGES})
+        return cls(digest_here(), package_versions())
 
     def problems(self, wanted: "CodeVersion") -> list[str]:
         """Return what differs from the driver's code."""
@@ -54,15 +48,6 @@ class CodeVersion:
         if self.digest != wanted.digest:
             found.append(f"has other code ({self.digest}, the driver {wanted.digest}); {HINT}")
         return found
-
-
-def digest_of(folders: Iterable[Path]) -> str:
-    """Return 12 hexadecimal digits that change with any Python file in or below any of the folders."""
-    digest = sha256()
-    for folder in folders:
-        for file in sorted(folder.rglob("*.py")):
-            digest.update(f"{file.relative_to(folder.parent)}".encode() + file.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -76,6 +61,8 @@ class NodeReport:
     """Memory of its smallest GPU; 0 without one."""
     scaling: str
     """The autoscaler's configuration as YAML, if the autoscaler runs on this node; else empty."""
+    devices: tuple[str, ...] = ()
+    """What it would train on, by name."""
 
     def problems(self, code: CodeVersion) -> list[str]:
         """Return why the node can't train with the driver's code."""
@@ -92,7 +79,7 @@ def inspect_node(checkpoints: Checkpoints | None, mark: str, name: str, cluster:
         cluster: Address of the cluster's head.
     """
     problem = "" if checkpoints is None else storage_problem(checkpoints, mark, name)
-    return NodeReport(CodeVersion.here(), problem, find_gpus()[1], autoscaler_configuration(cluster))
+    return NodeReport(CodeVersion.here(), problem, find_gpus()[1], autoscaler_configuration(cluster), device_names())
 
 
 def mark_storage(checkpoints: Checkpoints) -> str:
@@ -183,7 +170,8 @@ def plan_packing(
     packing = pack_nodes(nodes, concurrency)
     _raise({name: memory_problem(resources[name].get("memory", 0), node, packing) for name, node in up.items()})
     fast = has_fast_bfloat16(nodes) if packing.gpus_per_trial else None
-    return replace(packing, machines=describe(nodes), bfloat16=fast)
+    devices = tuple(dict.fromkeys(device for report in received.values() for device in report.devices))
+    return replace(packing, machines=describe(nodes), bfloat16=fast, devices=devices)
 
 
 def _check_reports(reports: Mapping[str, NodeReport | str], code: CodeVersion) -> dict[str, NodeReport]:

@@ -1,0 +1,104 @@
+"""Which code trains: described for each command, and refused if other code trained what the experiment holds."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from grid.config import InputError
+from grid.plan.request import Place
+from grid.record.code_version import NumericCode
+from grid.record.commands import (
+    commands_of,
+    describe_code,
+    describe_numeric_code,
+    describe_settings,
+    numeric_code_of,
+    read_command,
+)
+from grid.record.store import Store, StoredTrial
+from grid.wording import count
+
+MOST_NAMES = 3
+"""Files that a message names."""
+
+
+@dataclass(frozen=True)
+class CodeCheck:
+    """That this code may train on."""
+
+    code: NumericCode
+    """Of this process."""
+    accepted: Mapping[str, Any] | None = None
+    """What differs, as its user accepted it with `--accept-code`; None if nothing does."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """What a person should know, for `grid.driver.messages.print_facts`."""
+
+
+def check_code(store: Store, trials: Collection[StoredTrial], *, accept: bool) -> CodeCheck:
+    """Compare this code with that which trained what an experiment holds.
+
+    Once two codes have trained, the user has accepted them as equal, so that it is enough to match any of them.
+
+    Args:
+        store: The experiment.
+        trials: What it holds.
+        accept: Whether other code is accepted.
+
+    Raises:
+        InputError: Other code trained it and is not accepted, or the store does not answer.
+    """
+    code, latest = NumericCode.here(), None
+    for command_id in commands_of(trials):
+        record = read_command(store, command_id)
+        before = numeric_code_of(record)
+        if before is not None and before.matches(code):
+            return CodeCheck(code)
+        if before is not None and latest is None:
+            latest = command_id, record, before
+    if latest is None:
+        remark = f"not recorded for {count(len(trials), 'earlier trial')}, and taken to be the same"
+        return CodeCheck(code, facts={"code": remark} if trials else {})
+    command_id, record, before = latest
+    if not accept:
+        raise InputError(
+            f"experiment '{store.experiment}' was trained with {_describe(before, code)}; use {_origin(record)}, pick "
+            "another --experiment, or pass --accept-code if you know that both yield the same numbers"
+        )
+    accepted = {"instead_of": command_id, "files": code.differing_files(before), "torch": before.torch}
+    return CodeCheck(code, accepted, {"code": f"accepted as equal to {_describe(before, code)}"})
+
+
+def describe_command(name: str, request: Place, check: CodeCheck, devices: Collection[str]) -> dict[str, Any]:
+    """Return the record of a command, in JSON's types; see docs/store.md.
+
+    Args:
+        name: Such as `grid.run`.
+        request: What the user asked for.
+        check: From `check_code`.
+        devices: Names of what trains.
+    """
+    return {
+        **describe_code(name),
+        "devices": list(devices),
+        "code": describe_numeric_code(check.code),
+        "accepted": check.accepted,
+        "settings": describe_settings(request),
+    }
+
+
+def _describe(before: NumericCode, now: NumericCode) -> str:
+    files = now.differing_files(before)
+    more = f" and {len(files) - MOST_NAMES} more" if len(files) > MOST_NAMES else ""
+    names = f"{', '.join(files[:MOST_NAMES])}{more}"
+    parts = [f"other code ({names})"] if files else []
+    same_torch = before.torch_minor == now.torch_minor
+    return " and ".join([*parts, *([] if same_torch else [f"torch {before.torch_minor}, not {now.torch_minor}"])])
+
+
+def _origin(record: Mapping[str, Any]) -> str:
+    """Return where the code that trained is to be had."""
+    commit = str(record.get("commit", "unknown"))
+    if commit == "unknown":
+        return "the code and torch that trained it"
+    changed = " with the changes that were not committed" if record.get("dirty") else ""
+    return f"commit {commit.removesuffix('-dirty')}{changed}"

@@ -1,0 +1,106 @@
+"""Which code trains: hashes of the sources, and the versions of the packages that matter. Imports nothing heavy."""
+
+import ast
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import grid
+import nets
+
+PACKAGES = ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow")
+"""Those whose versions are recorded with each command and must be the same on all nodes."""
+NUMERIC_CODE = (
+    *("nets", "grid/data", "grid/train", "grid/config.py", "grid/metrics.py"),
+    *("grid/plan/asha.py", "grid/plan/controls.py"),
+)
+"""Folders and files that decide what a trial yields, which trials are stopped, and which are controls.
+
+The rest decides when and where a trial runs, how it is recorded, or what it is asked for; that is among its parameters.
+"""
+
+
+@dataclass(frozen=True)
+class NumericCode:
+    """The code and the version of torch on which the numbers of a trial depend."""
+
+    files: Mapping[str, str]
+    """Path, such as `nets/mlp.py` -> hash of what it does; comments, docstrings and layout do not count."""
+    torch: str
+    """Version of torch; its minor version counts."""
+
+    @classmethod
+    def here(cls) -> "NumericCode":
+        """Return the code of this process."""
+        return cls.of(_root(), version("torch"))
+
+    @classmethod
+    def of(cls, root: Path, torch: str) -> "NumericCode":
+        """Return the code below a folder that holds `grid` and `nets`."""
+        sources = [file for part in NUMERIC_CODE for file in sorted([root / part, *(root / part).rglob("*.py")])]
+        return cls(
+            {str(file.relative_to(root)): _hash(_meaning(file)) for file in sources if file.suffix == ".py"}, torch
+        )
+
+    @property
+    def digest(self) -> str:
+        """12 hexadecimal digits that change with any of the files."""
+        return _hash(repr(sorted(self.files.items())).encode())
+
+    @property
+    def torch_minor(self) -> str:
+        """Such as `2.11`."""
+        return ".".join(self.torch.split(".")[:2])
+
+    def differing_files(self, other: "NumericCode") -> list[str]:
+        """Return the files that differ, or that one of both lacks."""
+        return sorted(file for file in {*self.files, *other.files} if self.files.get(file) != other.files.get(file))
+
+    def matches(self, other: "NumericCode") -> bool:
+        """Return whether both yield the same numbers, as far as can be said without running them."""
+        return not self.differing_files(other) and self.torch_minor == other.torch_minor
+
+
+def digest_of(folders: Iterable[Path]) -> str:
+    """Return 12 hexadecimal digits that change with any Python file in or below any of the folders."""
+    files = [(folder, file) for folder in folders for file in sorted(folder.rglob("*.py"))]
+    return _hash(b"".join(f"{file.relative_to(folder.parent)}".encode() + file.read_bytes() for folder, file in files))
+
+
+def digest_here() -> str:
+    """Return the digest of all sources of `grid` and `nets`."""
+    return digest_of(_root() / package.__name__ for package in (grid, nets))
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of `PACKAGES`, by name."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def _root() -> Path:
+    return Path(str(grid.__file__)).parents[1]
+
+
+def _hash(content: bytes) -> str:
+    return sha256(content).hexdigest()[:12]
+
+
+def _meaning(file: Path) -> bytes:
+    """Return what a source does, in a form that does not depend on the version of Python as `ast.dump` does."""
+    return repr(_plain(ast.parse(file.read_bytes()))).encode()
+
+
+def _plain(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_plain(each) for each in node if not _is_docstring(each)]
+    if not isinstance(node, ast.AST):
+        return node
+    fields = [(name, _plain(value)) for name, value in ast.iter_fields(node) if value is not None and value != []]
+    return type(node).__name__, fields
+
+
+def _is_docstring(node: Any) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
