@@ -1,9 +1,13 @@
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
+from fsspec import AbstractFileSystem, register_implementation
 
-from grid.train.checkpoints import Checkpoints
+from grid.train.checkpoints import Checkpoints, StorageError
 
 
 @pytest.fixture
@@ -45,7 +49,7 @@ def test_clearing_deletes_everything_and_may_be_repeated(checkpoints: Checkpoint
     assert list((tmp_path / "some grid" / "checkpoints").iterdir()) == []
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 torn", b"\0" * 4096])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 torn", bytes(5000), b"\x80\x02}q\x00."])
 def test_a_damaged_file_counts_as_no_checkpoint(content: bytes, checkpoints: Checkpoints, tmp_path: Path) -> None:
     checkpoints.save("key", {"epoch": 1})
     (tmp_path / "some grid" / "checkpoints" / "key.pt").write_bytes(content)
@@ -65,3 +69,48 @@ def test_a_uri_works_like_a_folder(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path.as_uri(), "some grid")
     checkpoints.save("key", {"epoch": 1})
     assert (tmp_path / "some grid" / "checkpoints" / "key.pt").exists()
+
+
+class Broken(AbstractFileSystem):
+    """A file system of fsspec that raises what no OSError is, as those of clouds do."""
+
+    protocol = "broken"
+
+    def _open(self, path: str, mode: str = "rb", **settings: object) -> NoReturn:
+        raise RuntimeError("SlowDown: please reduce your request rate")
+
+    def mkdir(self, path: str, create_parents: bool = True, **settings: object) -> None:
+        pass
+
+    def info(self, path: str, **settings: object) -> dict[str, object]:
+        return {"name": path, "size": 1, "type": "file"}
+
+    def ls(self, path: str, detail: bool = True, **settings: object) -> NoReturn:
+        raise TimeoutError("the endpoint does not answer")
+
+
+def test_whatever_a_storage_raises_is_one_kind_of_error_that_names_it() -> None:
+    register_implementation("broken", Broken, clobber=True)
+    checkpoints = Checkpoints("fsspec+broken://bucket", "some grid")
+    for use in (lambda: checkpoints.save("key", {}), lambda: checkpoints.load("key", "cpu"), checkpoints.clear):
+        with pytest.raises(StorageError, match=r"^can't (write to|read) the storage 'fsspec\+broken://bucket': \w+"):
+            use()
+
+
+def test_a_full_disk_keeps_the_last_state_and_no_part_of_the_next(small_disk: Path) -> None:
+    checkpoints = Checkpoints(str(small_disk), "some grid")
+    checkpoints.save("key", {"epoch": 1})
+    for _ in range(3):
+        with pytest.raises(StorageError, match="No space left on device"):
+            checkpoints.save("key", {"weights": torch.zeros(2**20)})
+    assert checkpoints.load("key", "cpu") == {"epoch": 1}
+    assert [path.name for path in (small_disk / "some grid" / "checkpoints").iterdir()] == ["key.pt"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MiB."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], check=False).returncode:
+        pytest.skip("needs root, to mount a small disk")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)

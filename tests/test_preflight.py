@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from grid.config import InputError
+from grid.plan.memory import Memory
 from grid.plan.packing import Node, Packing
 from grid.train.checkpoints import Checkpoints
+from grid.tune.limits import Limits
 from grid.tune.machines import HEAD
 from grid.tune.preflight import (
     BYTES_PER_TRIAL,
@@ -23,7 +25,7 @@ from grid.tune.preflight import (
 )
 
 CODE = CodeVersion("0123456789ab", {"torch": "2.15", "ray": "2.60"})
-GOOD = NodeReport(CODE, "", 0, "")
+GOOD = NodeReport(CODE, "", 0, "", Limits(4.0, "", Memory(16 * 2**30, 16 * 2**30)))
 RESOURCES = {"CPU": 4.0, "memory": 8.0 * 2**30}
 TWO = {"10.0.0.1 (head)": {**RESOURCES, HEAD: 1.0}, "10.0.0.2 (node)": RESOURCES}
 
@@ -64,6 +66,16 @@ def test_a_node_that_cannot_train_is_named_with_what_to_do(second: NodeReport | 
         plan_with_second(second)
     assert str(caught.value).startswith(f"node 10.0.0.2 (node) {message}")
     assert "\n" not in str(caught.value)
+
+
+def test_limits_that_ray_does_not_see_count() -> None:
+    memory = Memory(2 * 2**30, 2 * 2**30, "the container")
+    with pytest.raises(
+        InputError, match=r"^node 10.0.0.2 \(node\) has 2.0 GiB of memory for 4 trials, which need 2.7; pass"
+    ):
+        plan_with_second(replace(GOOD, limits=Limits(4.0, "", memory)))
+    packing = plan_with_second(replace(GOOD, limits=Limits(1.5, "a quota of 1.5 CPUs", memory)))
+    assert (packing.concurrency, packing.reason) == (5, "one per CPU: a quota of 1.5 CPUs")
 
 
 def test_nodes_that_the_autoscaler_may_add_are_planned_for() -> None:

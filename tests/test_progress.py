@@ -32,6 +32,14 @@ def summary(status: str, epochs_run: int, accuracy: float | None, **changes: obj
     return TrialSummary(status=status, epochs_run=epochs_run, best_val_accuracy=accuracy, **(settings | changes))  # type: ignore[arg-type]
 
 
+def test_a_notice_is_shown_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = progress()
+    state.notice("a worker died: killed by the kernel for want of memory")
+    assert "a worker died: killed by the kernel" in state.line(200)
+    monkeypatch.setattr("grid.driver.progress.NOTICE_SECONDS", 0.0)
+    assert "a worker died" not in state.line(200)
+
+
 def test_the_line_counts_trials_by_status() -> None:
     state = progress(done=Counter(completed=3, stopped=5, diverged=1), running=2)
     state.epoch_ended(CNN, 1.0, 0.845)

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import ray
 import torch
+from ray.tune.search import Searcher
 
 from grid.config import TrialConfig
 from grid.data.dataset import Dataset
@@ -24,7 +25,7 @@ from grid.train.checkpoints import Checkpoints
 from grid.train.trial import DeviceData, train
 from grid.tune.connection import connect, disconnect
 from grid.tune.preflight import CodeVersion
-from grid.tune.tuner import AshaScheduler, run_trials
+from grid.tune.tuner import AshaScheduler, Queue, run_trials
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +36,8 @@ def worker_pids() -> set[int]:
     found = set()
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            found |= {process.pid} if "TrialWorker" in process.name() else set()
+            names = ("TrialWorker", "ResourceTrainable")  # Ray renames a process while it trains
+            found |= {process.pid} if any(name in process.name() for name in names) else set()
     return found
 
 
@@ -50,6 +52,7 @@ class Notes:
         self.suspensions: list[str] = []
         self.worker_pids: set[int] = set()
         self.problems: list[str] = []
+        self.notices: list[str] = []
         self.end_after = end_after
 
     def started(self, config: TrialConfig) -> None:
@@ -65,6 +68,9 @@ class Notes:
 
     def suspended(self, config: TrialConfig) -> None:
         self.suspensions.append(config.trial_key)
+
+    def notice(self, problem: str) -> None:
+        self.notices.append(problem)
 
     def give_up(self, problem: str) -> None:
         self.problems.append(problem)
@@ -185,18 +191,18 @@ def test_a_free_worker_does_not_get_a_trial_for_which_a_worker_is_starting() -> 
     assert scheduler.choose_trial_to_run(None) is None
 
 
-def test_a_trial_whose_worker_died_starts_before_trials_that_were_just_added() -> None:
-    scheduler = AshaScheduler(Asha(()), ())
-    lost, new, last = (SimpleNamespace(trial_id=name, status="PENDING") for name in ("lost", "new", "last"))
-    scheduler.on_trial_add(None, lost)  # type: ignore[arg-type]
-    assert scheduler.choose_trial_to_run(None) is lost
-    scheduler.on_trial_add(None, lost)  # type: ignore[arg-type]
-    assert scheduler.choose_trial_to_run(None) is None  # Tune starts a worker for it
-    scheduler.on_trial_add(None, new)  # type: ignore[arg-type]
-    assert scheduler.choose_trial_to_run(None) is lost
-    lost.status = "RUNNING"
-    scheduler.on_trial_add(None, last)  # type: ignore[arg-type]
-    assert scheduler.choose_trial_to_run(None) is last
+def test_a_trial_whose_worker_died_starts_before_trials_that_wait() -> None:
+    lost, waiting = CONFIG, replace(CONFIG, seed=1)
+    queue = Queue([lost, waiting])
+    assert queue.suggest("1") == {"trial": lost}
+    queue.on_trial_complete("1", error=True)
+    queue.put_back(lost)
+    assert queue.suggest("2") == {"trial": lost}
+    assert queue.suggest("3") == {"trial": waiting}
+    queue.on_trial_complete("3")
+    assert queue.suggest("4") is None  # trial 2 still runs, and may be put back
+    queue.on_trial_complete("2")
+    assert queue.suggest("5") == Searcher.FINISHED
 
 
 def test_an_interruption_suspends_the_trials_that_run(dataset: Dataset, packing: Packing, tmp_path: Path) -> None:
@@ -261,3 +267,101 @@ def test_the_death_of_a_worker_costs_at_most_a_rung_and_no_bit(
     last = {report.epoch: report.val_loss for report in notes.reports[config.trial_key]}
     plain = {report.epoch: report.val_loss for report in train(config, DeviceData.from_dataset(dataset)).reports}
     assert last == plain
+
+
+class Assassin(Notes):
+    """Kills every worker as soon as it is there."""
+
+    def tick(self) -> None:
+        for pid in worker_pids():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_a_trial_whose_workers_all_die_has_started_and_fails_with_the_reason(
+    dataset: Dataset, packing: Packing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grid.tune.recovery.MOST_DEATHS", 2)
+    notes = Assassin()
+    settings = {"asha": Asha(()), "controls": (), "checkpoints": Checkpoints(str(tmp_path), "test")}
+    run_trials([CONFIG], dataset, notes, packing=packing, **settings)  # type: ignore[arg-type]
+    reason = "killed, or crashed; the kernel's log (dmesg) of its machine may say why"
+    assert notes.ends == {CONFIG.trial_key: ("failed", f"its worker died 2 times without finishing an epoch: {reason}")}
+    assert CONFIG.trial_key in notes.starts
+    assert notes.notices == [f"a worker died: {reason}"] * 2
+
+
+class Stopper(Notes):
+    """Stops the worker of a trial a number of times, each time after it has reported two epochs."""
+
+    def __init__(self, times: int):
+        super().__init__()
+        self.times = times
+
+    def epoch_ended(self, config: TrialConfig, report: EpochReport, *, stopped: bool, spared: bool = False) -> None:
+        super().epoch_ended(config, report, stopped=stopped)
+        if report.epoch == 2 and self.times:
+            self.times -= 1
+            for pid in worker_pids():
+                os.kill(pid, signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_epoch_that_hangs_is_ended_and_tried_once_more(
+    times: int, dataset: Dataset, packing: Packing, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, epochs=6)
+    notes = Stopper(times)
+    checkpoints = Checkpoints(str(tmp_path), "test")
+    settings = {"asha": Asha((1,)), "controls": (), "packing": packing, "epoch_floor_seconds": 3}
+    run_trials([config], dataset, notes, checkpoints=checkpoints, **settings)  # type: ignore[arg-type]
+    overdue = "an epoch took more than 3 s, 20 times as long as expected"
+    assert notes.notices == [overdue] * times
+    if times == 2:
+        assert notes.ends == {config.trial_key: ("failed", f"{overdue}, twice")}
+        return
+    assert notes.ends == {config.trial_key: ("completed", "")}
+    last = {report.epoch: report.val_loss for report in notes.reports[config.trial_key]}
+    plain = {report.epoch: report.val_loss for report in train(config, DeviceData.from_dataset(dataset)).reports}
+    assert last == plain
+
+
+class Unplugger(Notes):
+    """Puts a file in the place of the storage after an epoch, and takes it away again after some failures."""
+
+    def __init__(self, folder: Path, failures: int):
+        super().__init__()
+        self.folder = folder
+        self.failures = failures
+
+    def epoch_ended(self, config: TrialConfig, report: EpochReport, *, stopped: bool, spared: bool = False) -> None:
+        super().epoch_ended(config, report, stopped=stopped)
+        if report.epoch == 1:
+            (self.folder / "test").rename(self.folder / "kept")
+            (self.folder / "test").touch()
+
+    def notice(self, problem: str) -> None:
+        super().notice(problem)
+        if len(self.notices) == self.failures:
+            (self.folder / "test").unlink()
+            (self.folder / "kept").rename(self.folder / "test")
+
+
+def test_a_storage_that_fails_for_a_while_costs_nothing(dataset: Dataset, packing: Packing, tmp_path: Path) -> None:
+    notes = Unplugger(tmp_path, 3)
+    settings = {"asha": Asha((1,)), "controls": (), "checkpoints": Checkpoints(str(tmp_path), "test")}
+    run_trials([CONFIG], dataset, notes, packing=packing, **settings)  # type: ignore[arg-type]
+    assert notes.ends == {CONFIG.trial_key: ("completed", "")}
+    assert [report.epoch for report in notes.reports[CONFIG.trial_key]] == [1, 2, 3]
+    assert len(notes.notices) == 3
+
+
+def test_a_storage_that_stays_away_suspends_the_trials_and_is_named(
+    dataset: Dataset, packing: Packing, tmp_path: Path
+) -> None:
+    notes = Unplugger(tmp_path, 10**9)
+    settings = {"asha": Asha((1,)), "controls": (), "checkpoints": Checkpoints(str(tmp_path), "test")}
+    run_trials([CONFIG], dataset, notes, packing=packing, storage_patience_seconds=2, **settings)  # type: ignore[arg-type]
+    assert notes.ends == {}
+    assert notes.suspensions == [CONFIG.trial_key]
+    assert notes.problems[0].startswith(f"can't write to the storage '{tmp_path}': ")

@@ -262,3 +262,16 @@ def test_the_progress_line_says_how_the_recording_is_doing(
     monkeypatch.setattr(Recorder, "trouble", "MLflow not answering for 3 min, 214 reports waiting")
     watcher.tick()
     assert " | MLflow not answering for 3 min, 214 reports waiting | " in watcher.progress.line(200)
+
+
+def test_a_storage_that_fails_when_a_trial_ends_is_noticed_and_survived(store: Store, spool: Spool) -> None:
+    watcher = watch(store, spool)
+    (spool.path.parent / "some grid").touch()  # where the folder of checkpoints should be
+    for config in (CONFIG, CONTROL):
+        watcher.started(config)
+        watcher.ended(config, "completed", "")
+    watcher.clear_checkpoints()
+    assert len(events(spool, "end")) == 2
+    ((problem, times),) = watcher.notices.items()
+    assert (problem.startswith(f"can't write to the storage '{spool.path.parent}': "), times) == (True, 2)
+    assert problem in watcher.progress.line(1000)

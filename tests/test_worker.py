@@ -1,6 +1,7 @@
 """The work of a worker process, run in this one."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from grid.train.trial import DeviceData, Trial
 from grid.train.worker import TRIES, Worker
 
 CONFIG = TrialConfig(learning_rate=0.05, epochs=3)
+WAITS: list[float] = []
+"""Seconds that the worker waited for the storage."""
 
 
 class Counting(Trial):
     """Counts its epochs instead of training; the next `raises` epochs raise."""
 
     raises = 0
+    trained = 0
 
     def __init__(self, config: TrialConfig, data: DeviceData):
         self.epoch = 0
@@ -29,6 +33,7 @@ class Counting(Trial):
             Counting.raises -= 1
             raise RuntimeError("out of luck")
         self.epoch += 1
+        Counting.trained += 1
         return EpochReport(epoch=self.epoch, val_accuracy=0.5)
 
     def state_dict(self) -> dict[str, Any]:
@@ -41,7 +46,10 @@ class Counting(Trial):
 @pytest.fixture
 def worker(glyphs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
     monkeypatch.setattr(Counting, "raises", 0)
-    return Worker(load("glyphs", glyphs_dir, per_class=2), Checkpoints(str(tmp_path), "test"), (1,), Counting)
+    monkeypatch.setattr(Counting, "trained", 0)
+    WAITS.clear()
+    checkpoints = Checkpoints(str(tmp_path), "test")
+    return Worker(load("glyphs", glyphs_dir, per_class=2), checkpoints, (1, 3), Counting, WAITS.append)
 
 
 def test_a_trial_is_done_after_its_last_epoch(worker: Worker) -> None:
@@ -72,3 +80,56 @@ def test_an_epoch_that_raises_is_retried_and_then_returned_as_an_error(worker: W
     result = worker.run_epoch(CONFIG)
     assert result["done"]
     assert result["error"].endswith("RuntimeError: out of luck\n")
+
+
+@contextmanager
+def storage_away(folder: Path) -> Iterator[None]:
+    """Put a file in the place of the storage's folder, so that it can be neither read nor written."""
+    kept = folder / "kept"
+    (folder / "test").mkdir(exist_ok=True)
+    (folder / "test").rename(kept)
+    (folder / "test").touch()
+    yield
+    (folder / "test").unlink()
+    kept.rename(folder / "test")
+
+
+def test_an_epoch_is_not_trained_again_because_the_storage_failed(worker: Worker, tmp_path: Path) -> None:
+    worker.run_epoch(CONFIG)
+    with storage_away(tmp_path):  # at a rung, where the trial is saved before it continues
+        results = [worker.run_epoch(CONFIG) for _ in range(8)]
+    for result in results:
+        assert result["storage_error"].startswith(f"can't write to the storage '{tmp_path}': ")
+        assert not result["done"]
+    assert (WAITS, Counting.trained) == ([0.5, 1, 2, 4, 8, 8, 8, 8], 1)
+    assert worker.run_epoch(CONFIG)["report"].epoch == 2
+    assert worker.checkpoints.load(CONFIG.trial_key, "cpu") == {"epoch": 1}
+
+
+def test_the_last_epoch_is_kept_until_it_is_saved(worker: Worker, tmp_path: Path) -> None:
+    for _ in range(2):
+        worker.run_epoch(CONFIG)
+    with storage_away(tmp_path):
+        assert [set(worker.run_epoch(CONFIG)) for _ in range(3)] == [{"storage_error", "done"}] * 3
+    result = worker.run_epoch(CONFIG)
+    assert (result["report"].epoch, result["done"], Counting.trained) == (3, True, 3)
+    assert worker.checkpoints.load(CONFIG.trial_key, "cpu") == {"epoch": 3}
+
+
+def test_a_trial_that_is_to_resume_waits_for_the_storage_and_does_not_start_over(
+    worker: Worker, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        worker.run_epoch(CONFIG)
+    worker.clear()
+    with storage_away(tmp_path):
+        assert worker.run_epoch(CONFIG)["storage_error"].startswith(f"can't read the storage '{tmp_path}': ")
+    assert worker.run_epoch(CONFIG)["report"].epoch == 2
+
+
+def test_failures_of_the_storage_are_no_tries_of_the_trial(worker: Worker, tmp_path: Path) -> None:
+    Counting.raises = TRIES - 1
+    with storage_away(tmp_path):
+        for _ in range(5 * TRIES):
+            assert "storage_error" in worker.run_epoch(CONFIG)
+    assert worker.run_epoch(CONFIG)["report"].epoch == 1

@@ -27,6 +27,7 @@ import psutil
 
 from benchmarks.chaos import recording
 from benchmarks.chaos.audit import Audit, audit
+from benchmarks.chaos.infrastructure import stop_worker, take_storage_away
 from grid.arguments import Parser
 from grid.wording import count
 
@@ -133,7 +134,7 @@ def kill_driver(arena: Arena) -> None:
 
 def kill_worker(arena: Arena) -> None:
     """SIGKILL one process that trains."""
-    for worker in arena.children("TrialWorker")[:1]:
+    for worker in arena.children("TrialWorker", "ResourceTrainable")[:1]:
         worker.kill()
 
 
@@ -174,6 +175,8 @@ def lock_database(arena: Arena) -> None:
 FAILURES: dict[str, Callable[[Arena], None]] = {
     "driver killed": kill_driver,
     "worker killed": kill_worker,
+    "worker stopped": stop_worker,
+    "storage away": take_storage_away,
     "Ray killed": kill_ray,
     "server killed": restart_server,
     "spool disk full": fill_disk,

@@ -161,7 +161,7 @@ def train_all(
             train_left(plan, watcher, dataset, asha, training)
         finished = len(watcher.summaries) == watcher.total
         if finished and not training.keep_weights:
-            checkpoints.clear()
+            watcher.clear_checkpoints()
         delivered = recorder.close(finished=finished)
     return watcher, delivered
 

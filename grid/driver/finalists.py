@@ -189,7 +189,7 @@ def _train_left(request: Confirmation, trials: Sequence[TrialConfig], finalists:
     for complaint in recorder.complain("run the same command to try again"):
         print(complaint, file=sys.stderr)
     if watcher.interrupted:
-        reason = watcher.problem or watcher.unusable_node
+        reason = watcher.problem or watcher.unusable
         print(f"{reason or 'interrupted'}; run the same command to continue", file=sys.stderr)
         return 1 if reason else 130
     if not delivered:

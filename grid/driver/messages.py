@@ -106,12 +106,13 @@ def conclude(request: Request, watcher: Watcher, undelivered: str) -> Conclusion
         undelivered: Why not everything has reached the store; empty if it has.
     """
     summaries = list(watcher.summaries.values())
-    table, complaints = top_table(summaries), _undelivered(request, undelivered)
+    table = top_table(summaries)
+    complaints = [*_survived(watcher), *_undelivered(request, undelivered)]
     if watcher.problem:
         hint = f"{watcher.problem}; free disk space, then continue with:  {resume_command()}"
         return Conclusion(1, table, [*complaints, hint])
-    if watcher.unusable_node:
-        return Conclusion(1, table, [*complaints, f"{watcher.unusable_node}; then continue with:  {resume_command()}"])
+    if watcher.unusable:
+        return Conclusion(1, table, [*complaints, f"{watcher.unusable}; then continue with:  {resume_command()}"])
     if watcher.interrupted:
         return Conclusion(130, table, [*complaints, f"interrupted; continue with:  {resume_command()}"])
     failed = any(summary.status == "failed" for summary in summaries)
@@ -124,6 +125,10 @@ def experiment_options(place: Place) -> str:
     is_default = place.store == f"sqlite:///{Path('mlflow.db').absolute()}"
     store = [] if is_default else ["--store", mask(place.store)]
     return shlex.join(["--experiment", place.experiment, *store])
+
+
+def _survived(watcher: Watcher) -> list[str]:
+    return [f"{problem} ({count(times, 'time')})" for problem, times in watcher.notices.items()]
 
 
 def _undelivered(request: Request, reason: str) -> list[str]:

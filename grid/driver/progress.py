@@ -18,6 +18,8 @@ TERMINAL_SECONDS = 0.5
 """Between two updates of the line on a terminal."""
 LOG_SECONDS = 30.0
 """Between two lines in a file."""
+NOTICE_SECONDS = 60.0
+"""How long a notice is shown."""
 
 
 @dataclass
@@ -45,6 +47,12 @@ class Progress:
     _epochs: Counter[str] = field(default_factory=Counter)
     _seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     _shown_at: float = 0.0
+    _notice: str = ""
+    _noticed_at: float = 0.0
+
+    def notice(self, problem: str) -> None:
+        """Show for a while what has gone wrong."""
+        self._notice, self._noticed_at = problem, time.monotonic()
 
     def epoch_ended(self, cell: Mapping[str, str], seconds: float, val_accuracy: float | None) -> None:
         """Count an epoch of a trial."""
@@ -76,6 +84,8 @@ class Progress:
         left = self.seconds_left()
         if ended < self.total:
             parts.append("time left unknown" if left is None else f"{format_seconds(left)} left")
+        if self._notice and time.monotonic() - self._noticed_at < NOTICE_SECONDS:
+            parts.append(self._notice)
         if self.best:
             parts.append(f"best {self.best[0]:.1%} {self.best[1]}")
         line = " | ".join(parts)

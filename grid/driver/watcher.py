@@ -2,6 +2,7 @@
 
 import math
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
@@ -15,7 +16,7 @@ from grid.plan.trials import Plan
 from grid.ranking import TrialSummary
 from grid.record.recorder import Recorder
 from grid.record.store import StoredTrial
-from grid.train.checkpoints import Checkpoints
+from grid.train.checkpoints import Checkpoints, StorageError
 
 
 class Watcher:
@@ -49,8 +50,10 @@ class Watcher:
         self.interrupted = False
         self.problem = ""
         """Why nothing can be recorded any more; empty while it can."""
-        self.unusable_node = ""
-        """Which node can't train, and why; empty if all can."""
+        self.unusable = ""
+        """Which node or storage can't be used, and why; empty if all can."""
+        self.notices: Counter[str] = Counter()
+        """What has gone wrong and was survived, with how often it happened."""
         self._accuracies: dict[str, list[float]] = {}
         self._stop_epochs: dict[str, int] = {}
         """Rungs at which ASHA stopped trials or would have, were they not controls, by trial key."""
@@ -123,10 +126,20 @@ class Watcher:
         self.progress.trouble = self._recorder.trouble
         self.progress.show()
 
+    def notice(self, problem: str) -> None:
+        """Show what has gone wrong."""
+        self.notices[problem] += 1
+        self.progress.notice(problem)
+
     def give_up(self, problem: str) -> None:
-        """End the run; unfinished trials wait until the node is repaired."""
-        self.unusable_node = self.unusable_node or problem
+        """End the run; unfinished trials wait until the node or the storage is repaired."""
+        self.unusable = self.unusable or problem
         self.interrupted = True
+
+    def clear_checkpoints(self) -> None:
+        """Delete what is left of a grid that has ended."""
+        with self._noticing():
+            self._checkpoints.clear()
 
     @contextmanager
     def until_interrupted(self) -> Iterator[None]:
@@ -180,9 +193,18 @@ class Watcher:
             )
         )
         if not self.problem and not (self._keep_weights and status == "completed"):
-            self._checkpoints.delete(config.trial_key)
+            with self._noticing():
+                self._checkpoints.delete(config.trial_key)
         self.summaries[config.trial_key] = summary
         self.progress.done[status] += 1
+
+    @contextmanager
+    def _noticing(self) -> Iterator[None]:
+        """Survive a storage that fails: a checkpoint that is left harms nobody, and goes when the grid has ended."""
+        try:
+            yield
+        except StorageError as error:
+            self.notice(str(error))
 
     def _record(self, write: Callable[[], None]) -> None:
         """Record, or end the run: what is not on the disk must not look as if it had happened."""

@@ -1,7 +1,9 @@
 """Checkpoints: one small file per unfinished trial, on storage that all nodes reach."""
 
 import io
-import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -12,6 +14,10 @@ from grid.config import InputError
 from grid.files import rename_durably
 from grid.masking import mask
 from grid.wording import first_line
+
+
+class StorageError(InputError, OSError):
+    """The storage has failed: it is full, throttled, or away. Another try may succeed."""
 
 
 class Checkpoints:
@@ -45,51 +51,78 @@ class Checkpoints:
         """Write a file and delete it again.
 
         Raises:
-            InputError: The storage can't be written.
+            StorageError: The storage can't be written.
         """
-        try:
-            self.save("probe", {})
-            self.delete("probe")
-        except OSError as error:
-            raise InputError(f"can't write to the storage '{self}': {first_line(error)}") from error
+        self.save("probe", {})
+        self.delete("probe")
 
     def save(self, trial_key: str, state: dict[str, Any]) -> None:
-        """Save a trial, replacing its earlier checkpoint."""
+        """Save a trial, replacing its earlier checkpoint.
+
+        Raises:
+            StorageError: The storage has failed; nothing has changed.
+        """
         import torch  # noqa: PLC0415  (takes a second, and the driver needs this module earlier)
 
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        self._filesystem.create_dir(self._folder, recursive=True)
         unfinished = f"{self._folder}/{trial_key}.{uuid4().hex}.part"
-        with self._filesystem.open_output_stream(unfinished) as file:
-            file.write(buffer.getvalue())
-        self._move(unfinished, self._path(trial_key))
+        with self._using("write to"):
+            try:
+                self._filesystem.create_dir(self._folder, recursive=True)
+                with self._filesystem.open_output_stream(unfinished) as file:
+                    file.write(buffer.getvalue())
+                self._move(unfinished, self._path(trial_key))
+            except BaseException:
+                with suppress(Exception):  # on a full disk it would be in the way of the next try
+                    self._filesystem.delete_file(unfinished)
+                raise
 
     def load(self, trial_key: str, device: str) -> dict[str, Any] | None:
-        """Return the state of a trial on `device`; None if it was never saved or its file is damaged."""
+        """Return the state of a trial on `device`; None if it was never saved or its file is damaged.
+
+        Raises:
+            StorageError: The storage has failed.
+        """
         import torch  # noqa: PLC0415
 
-        try:
-            with self._filesystem.open_input_stream(self._path(trial_key)) as file:
-                content = file.read()
-        except FileNotFoundError:
-            return None
+        with self._using("read"):
+            try:
+                with self._filesystem.open_input_stream(self._path(trial_key)) as file:
+                    content = file.read()
+            except FileNotFoundError:
+                return None
         try:
             state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError):
+        except Exception:  # noqa: BLE001  (a damaged file raises almost anything)
             return None  # the trial starts over and yields the same numbers
         return state
 
     def delete(self, trial_key: str) -> None:
-        """Delete the checkpoint of a trial; no error if there is none."""
-        try:
+        """Delete the checkpoint of a trial; no error if there is none.
+
+        Raises:
+            StorageError: The storage has failed.
+        """
+        with self._using("write to"), suppress(FileNotFoundError):
             self._filesystem.delete_file(self._path(trial_key))
-        except FileNotFoundError:
-            return
 
     def clear(self) -> None:
-        """Delete all checkpoints, and files that killed workers left half-written."""
-        self._filesystem.delete_dir_contents(self._folder, missing_dir_ok=True)
+        """Delete all checkpoints, and files that killed workers left half-written.
+
+        Raises:
+            StorageError: The storage has failed.
+        """
+        with self._using("write to"):
+            self._filesystem.delete_dir_contents(self._folder, missing_dir_ok=True)
+
+    @contextmanager
+    def _using(self, purpose: str) -> Iterator[None]:
+        """Turn whatever a file system raises into a `StorageError`."""
+        try:
+            yield
+        except Exception as error:  # an S3 client of pyarrow or fsspec raises more than OSErrors
+            raise StorageError(f"can't {purpose} the storage '{self}': {_reason(error)}") from error
 
     def _move(self, unfinished: str, path: str) -> None:
         if isinstance(self._filesystem, fs.LocalFileSystem):
@@ -99,3 +132,10 @@ class Checkpoints:
 
     def _path(self, trial_key: str) -> str:
         return f"{self._folder}/{trial_key}.pt"
+
+
+def _reason(error: Exception) -> str:
+    """Return why a file system failed, without the name of the file: the same for all trials."""
+    text = first_line(error)
+    found = re.search(r"(?:Detail: (?:\[errno \d+\] )?|(?=AWS Error ))(.+)", text)
+    return found[1] if found else text

@@ -101,7 +101,7 @@ def start(packing: Packing) -> None:
     private_ray.require_token()
     _private.enter_context(private_ray.own_folder())
     _private.enter_context(private_ray.own_token())
-    with private_ray.fast_start():
+    with private_ray.fast_start(), private_ray.quiet_errors():
         ray.init(
             address="local",
             num_cpus=cpus,
@@ -123,7 +123,8 @@ def _join(address: str, concurrency: int | None, checkpoints: Checkpoints | None
     if _has_token():
         private_ray.require_token()  # Ray does so for the address `auto` only
     try:
-        ray.init(address=address, **RAY_OPTIONS)
+        with private_ray.quiet_errors():
+            ray.init(address=address, **RAY_OPTIONS)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         closed = "if it is closed by a token, ~/.ray/auth_token must be the cluster's"
         raise InputError(f"no Ray answers at '{address}' ({type(error).__name__}; {closed}); {NO_RAY}") from error
@@ -190,6 +191,11 @@ def local_packing(concurrency: int | None) -> Packing:
     limits = find_limits()
     packing = pack(limits.cpus, *find_gpus(), concurrency, memory=limits.memory, cpu_limit=limits.cpu_limit)
     return replace(packing, devices=device_names())
+
+
+def is_one_machine() -> bool:
+    """Return whether this machine is the only node that is up."""
+    return [node["Alive"] for node in ray.nodes()].count(True) == 1
 
 
 def cluster_has_gpu() -> bool:

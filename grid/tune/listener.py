@@ -27,8 +27,11 @@ class Listener(Protocol):
     def tick(self) -> None:
         """Called often, between the events: keeps a progress line alive."""
 
+    def notice(self, problem: str) -> None:
+        """Something went wrong that the run survives, so far: a worker died, or the storage has failed."""
+
     def give_up(self, problem: str) -> None:
-        """A node that has joined can't train what the others train; no more trials should start."""
+        """The trials can't go on: a node can't train what the others train, or the storage stays away."""
 
     @property
     def interrupted(self) -> bool:

@@ -6,6 +6,7 @@ node before anything is trained.
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import yaml
@@ -14,14 +15,16 @@ from grid.config import InputError
 from grid.plan.memory import BYTES_PER_TRIAL
 from grid.plan.packing import Node, Packing, pack_nodes
 from grid.record.code_version import digest_here, package_versions
-from grid.train.checkpoints import Checkpoints
+from grid.train.checkpoints import Checkpoints, StorageError
 from grid.tune.gpus import device_names, find_gpus
+from grid.tune.limits import Limits, find_limits
 from grid.tune.machines import HEAD, describe, has_fast_bfloat16, to_node, with_growth
 from grid.tune.private_ray import autoscaler_configuration
 from grid.wording import first_line
 
 ANSWER_SECONDS = 120.0
 """How long a node may take to report; it imports torch first."""
+STORAGE_HINT = "mount the same folder on all nodes, or pass --storage s3://BUCKET"
 HINT = "bring the cluster up again with this folder (`ray up`)"
 
 
@@ -61,6 +64,8 @@ class NodeReport:
     """Memory of its smallest GPU; 0 without one."""
     scaling: str
     """The autoscaler's configuration as YAML, if the autoscaler runs on this node; else empty."""
+    limits: Limits
+    """What its container or batch job may use, which Ray does not always see."""
     devices: tuple[str, ...] = ()
     """What it would train on, by name."""
 
@@ -79,7 +84,8 @@ def inspect_node(checkpoints: Checkpoints | None, mark: str, name: str, cluster:
         cluster: Address of the cluster's head.
     """
     problem = "" if checkpoints is None else storage_problem(checkpoints, mark, name)
-    return NodeReport(CodeVersion.here(), problem, find_gpus()[1], autoscaler_configuration(cluster), device_names())
+    scaling, gpu_bytes = autoscaler_configuration(cluster), find_gpus()[1]
+    return NodeReport(CodeVersion.here(), problem, gpu_bytes, scaling, find_limits(), device_names())
 
 
 def mark_storage(checkpoints: Checkpoints) -> str:
@@ -90,8 +96,9 @@ def mark_storage(checkpoints: Checkpoints) -> str:
 
 
 def unmark_storage(checkpoints: Checkpoints, mark: str) -> None:
-    """Remove the mark that `mark_storage` wrote; the marks of other drivers stay."""
-    checkpoints.delete(_mark_file(mark))
+    """Remove the mark that `mark_storage` wrote, if the storage allows it; the marks of other drivers stay."""
+    with suppress(StorageError):
+        checkpoints.delete(_mark_file(mark))
 
 
 def _mark_file(mark: str) -> str:
@@ -100,14 +107,18 @@ def _mark_file(mark: str) -> str:
 
 def storage_problem(checkpoints: Checkpoints, mark: str, name: str) -> str:
     """Return why the node that this runs on can't use the storage; empty if it can."""
-    hint = "mount the same folder on all nodes, or pass --storage s3://BUCKET"
     try:
-        if checkpoints.load(_mark_file(mark), "cpu") is None:
-            return f"does not see in {checkpoints} what the driver wrote there; {hint}"
-        checkpoints.save(f"probe-{name}", {})
-        checkpoints.delete(f"probe-{name}")
+        return _other_storage(checkpoints, mark, name)
     except OSError as error:
-        return f"can't use the storage {checkpoints} ({first_line(error)}); {hint}"
+        return f"can't use the storage {checkpoints} ({first_line(error)}); {STORAGE_HINT}"
+
+
+def _other_storage(checkpoints: Checkpoints, mark: str, name: str) -> str:
+    """Return why the storage is not the driver's, which can be written here; raise `StorageError` if it fails."""
+    if checkpoints.load(_mark_file(mark), "cpu") is None:
+        return f"does not see in {checkpoints} what the driver wrote there; {STORAGE_HINT}"
+    checkpoints.save(f"probe-{name}", {})
+    checkpoints.delete(f"probe-{name}")
     return ""
 
 
@@ -121,9 +132,13 @@ class Requirements:
     """From `mark_storage`."""
 
     def problem(self, checkpoints: Checkpoints, name: str) -> str:
-        """Return why the node that this runs on can't train; empty if it can."""
+        """Return why the node that this runs on can't train; empty if it can.
+
+        Raises:
+            StorageError: The storage has failed; another try may succeed.
+        """
         problems = self.code.here().problems(self.code) or [
-            storage_problem(checkpoints, self.mark, name.partition(" ")[0])
+            _other_storage(checkpoints, self.mark, name.partition(" ")[0])
         ]
         return f"node {name} {problems[0]}" if problems[0] else ""
 
@@ -165,13 +180,23 @@ def plan_packing(
         InputError: A node can't train; one line for each such node.
     """
     received = _check_reports(reports, code)
-    up = {name: to_node(resources[name], report.gpu_bytes) for name, report in received.items()}
+    up = {
+        name: _limited(to_node(resources[name], report.gpu_bytes), report.limits) for name, report in received.items()
+    }
     nodes = _largest_cluster(up, resources, received)
     packing = pack_nodes(nodes, concurrency)
-    _raise({name: memory_problem(resources[name].get("memory", 0), node, packing) for name, node in up.items()})
+    memory = {name: min(resources[name].get("memory", 0), received[name].limits.memory.total) for name in up}
+    _raise({name: memory_problem(memory[name], node, packing) for name, node in up.items()})
     fast = has_fast_bfloat16(nodes) if packing.gpus_per_trial else None
     devices = tuple(dict.fromkeys(device for report in received.values() for device in report.devices))
     return replace(packing, machines=describe(nodes), bfloat16=fast, devices=devices)
+
+
+def _limited(node: Node, limits: Limits) -> Node:
+    """Return a node without the CPUs that Ray counts and a quota forbids."""
+    if not limits.cpu_limit or limits.cpus >= node.cpus:
+        return node
+    return replace(node, cpus=limits.cpus, cpu_limit=limits.cpu_limit)
 
 
 def _check_reports(reports: Mapping[str, NodeReport | str], code: CodeVersion) -> dict[str, NodeReport]:

@@ -1,8 +1,8 @@
 """The only file that touches parts of Ray which Ray does not promise to keep. A Ray that lacks one runs without it.
 
 The touches in `TOUCHES` are for speed alone: `GRID_PLAIN_RAY=1` turns all of them off, `GRID_PLAIN_RAY=poll,preload`
-these two. The functions below them have no switch: they keep a private Ray closed to others, or find out what no
-public call returns.
+these two. The functions below them have no switch: they keep a private Ray closed to others, survive the deaths of
+workers, or find out what no public call returns.
 """
 
 import os
@@ -18,6 +18,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from grid.config import InputError
 
@@ -189,6 +191,22 @@ def own_folder() -> Iterator[None]:
         yield
 
 
+def quiet_errors() -> AbstractContextManager[None]:
+    """Keep a Ray that is joined or started within the block from printing ten lines for each worker that dies."""
+    return _replaced("ray._private.worker", "listen_error_messages", lambda listen: lambda *arguments: None)
+
+
+@contextmanager
+def deaths_as_actor_errors() -> Iterator[None]:
+    """Let Ray Tune survive all deaths of workers: it ends at once if Ray's memory monitor has killed one."""
+    manager = "ray.air.execution._internal.actor_manager.RayActorManager"
+    with (
+        _replaced(manager, "_actor_task_failed", _with_actor_error),
+        _replaced(manager, "_actor_start_failed", _with_actor_error),
+    ):
+        yield
+
+
 def _ray_folder() -> Path:
     """Return where Ray puts its own folder, by its rule."""
     return Path(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")))  # noqa: S108
@@ -208,6 +226,22 @@ def _takes_ray(folder: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def _with_actor_error(fail: Callable[..., None]) -> Callable[..., None]:
+    def fail_by_death(*arguments: Any, exception: Exception, **named: Any) -> None:
+        if isinstance(exception, RayError) and not isinstance(exception, RayActorError | RayTaskError):
+            exception = RayActorError(error_msg=f"{type(exception).__name__}: {exception}")
+        fail(*arguments, exception=exception, **named)
+
+    return fail_by_death
+
+
+def kill_worker(trial: Any) -> None:
+    """Kill the process that trains a trial of Ray Tune, which then counts as dead."""
+    actor = getattr(getattr(trial, "temporary_state", None), "ray_actor", None)
+    if actor is not None:
+        ray.kill(actor)
 
 
 def own_cluster() -> str | None:

@@ -6,13 +6,15 @@ With `grid.tune.connection` and `grid.tune.private_ray` the only file that knows
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 # Read when Ray Tune is imported.
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "inf")  # Tune's own snapshots, for a restore that is not used here
+os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # the listener is told
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 
 import ray
@@ -24,19 +26,28 @@ from ray.tune.search import Searcher
 
 from grid.config import TrialConfig
 from grid.data.dataset import Dataset
+from grid.metrics import EpochReport
 from grid.plan.asha import Asha
 from grid.plan.packing import Packing
-from grid.train.checkpoints import Checkpoints
+from grid.train.checkpoints import Checkpoints, StorageError
 from grid.train.hardware import keep_freed_memory
 from grid.train.trial import DeviceData, Trial
 from grid.train.worker import Worker
 from grid.tune import private_ray
-from grid.tune.connection import node_name
+from grid.tune.connection import is_one_machine, node_name
+from grid.tune.limits import out_of_memory_kills
 from grid.tune.listener import Listener
 from grid.tune.preflight import CodeVersion, Requirements, mark_storage, unmark_storage
-
-WORKER_RESTARTS = 8
-"""How often a trial is run again because its worker died. Errors of the trial itself never restart a worker."""
+from grid.tune.recovery import (
+    FLOOR_SECONDS,
+    STORAGE_PATIENCE_SECONDS,
+    AwakeClock,
+    Deadlines,
+    Death,
+    Recovery,
+    StorageWaits,
+    explain_death,
+)
 
 
 def run_trials(
@@ -50,6 +61,8 @@ def run_trials(
     checkpoints: Checkpoints,
     keep_weights: bool = False,
     begin: Callable[[TrialConfig, DeviceData], Trial] = Trial,
+    epoch_floor_seconds: float = FLOOR_SECONDS,
+    storage_patience_seconds: float = STORAGE_PATIENCE_SECONDS,
 ) -> None:
     """Run trials to their ends; Ray must be connected.
 
@@ -63,6 +76,8 @@ def run_trials(
         checkpoints: Where trials are saved at rungs, and resumed from.
         keep_weights: Whether a trial is saved after its last epoch as well.
         begin: Makes a trial in a worker; `benchmarks.grid_scale` passes one that replays a recorded curve.
+        epoch_floor_seconds: No epoch is ended for taking too long before it has taken this long.
+        storage_patience_seconds: How long a trial waits for a storage that fails before the run ends.
     """
     mark = mark_storage(checkpoints)
     checkpoint_epochs = (*asha.rungs, *({trial.epochs for trial in trials} if keep_weights else ()))
@@ -73,18 +88,29 @@ def run_trials(
         {"CPU": packing.cpus_per_trial, "GPU": packing.gpus_per_trial},
     )
     with tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as folder:
-        tune_config = _tune_config(trials, AshaScheduler(asha, controls), packing.concurrency)
+        queue = Queue(trials)
+        tune_config = _tune_config(queue, AshaScheduler(asha, controls), packing.concurrency)
+        clock = AwakeClock()
+        bridge = _Bridge(
+            listener,
+            asha,
+            queue,
+            Recovery(packing.concurrency),
+            clock,
+            Deadlines(clock, epoch_floor_seconds),
+            StorageWaits(clock, storage_patience_seconds),
+        )
         try:
-            with private_ray.fast_trials():
-                tune.Tuner(trainable, tune_config=tune_config, run_config=_run_config(listener, asha, folder)).fit()
+            with private_ray.fast_trials(), private_ray.deaths_as_actor_errors():
+                tune.Tuner(trainable, tune_config=tune_config, run_config=_run_config(bridge, listener, folder)).fit()
         finally:
             unmark_storage(checkpoints, mark)
 
 
-def _tune_config(trials: Sequence[TrialConfig], scheduler: TrialScheduler, concurrency: int) -> tune.TuneConfig:
+def _tune_config(queue: "Queue", scheduler: TrialScheduler, concurrency: int) -> tune.TuneConfig:
     return tune.TuneConfig(
-        search_alg=_Queue(trials),
-        num_samples=len(trials),
+        search_alg=queue,
+        num_samples=-1,  # the queue says when it is empty
         scheduler=scheduler,
         max_concurrent_trials=concurrency,  # respected for a `Searcher`; Tune ignores it for any other `search_alg`
         reuse_actors=True,
@@ -92,32 +118,44 @@ def _tune_config(trials: Sequence[TrialConfig], scheduler: TrialScheduler, concu
     )
 
 
-def _run_config(listener: Listener, asha: Asha, folder: str) -> tune.RunConfig:
+def _run_config(bridge: "_Bridge", listener: Listener, folder: str) -> tune.RunConfig:
     return tune.RunConfig(
         storage_path=folder,  # of Tune's own files, which nobody reads; it saves no trial
         verbose=0,
         stop=_Interruption(listener),
-        callbacks=[_Bridge(listener, asha)],
+        callbacks=[bridge],
         checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-        failure_config=tune.FailureConfig(max_failures=WORKER_RESTARTS),
+        failure_config=tune.FailureConfig(max_failures=0),  # `Queue.put_back` instead: Tune counts all deaths alike
     )
 
 
-class _Queue(Searcher):
+class Queue(Searcher):
     """Hands Tune one trial after another; a `grid_search` would copy the whole list for each trial in it."""
 
-    def __init__(self, trials: Sequence[TrialConfig]):
+    def __init__(self, trials: Iterable[TrialConfig]):
         super().__init__()
         self._trials = iter(trials)
+        self._put_back: deque[TrialConfig] = deque()
+        self._running: set[str] = set()
 
-    def suggest(self, trial_id: str) -> dict[str, Any]:
-        return {"trial": next(self._trials)}
+    def put_back(self, config: TrialConfig) -> None:
+        """Hand out a trial again, before all that have not started."""
+        self._put_back.append(config)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
+        """Return the next trial; None if there is none, unless one that runs is put back; else `FINISHED`."""
+        config = self._put_back.popleft() if self._put_back else next(self._trials, None)
+        if config is None:
+            return None if self._running else str(Searcher.FINISHED)
+        self._running.add(trial_id)
+        return {"trial": config}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        pass
+        """Note that a trial has ended; if its worker died, it is put back before Tune asks for another."""
+        self._running.discard(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
-        pass
+        """Save nothing."""
 
 
 class TrialWorker(tune.Trainable):
@@ -127,8 +165,8 @@ class TrialWorker(tune.Trainable):
         """Prepare for the first trial; this node may have joined after the others were checked."""
         torch.set_num_threads(1)
         keep_freed_memory()
-        name = node_name(ray.util.get_node_ip_address(), socket.gethostname())
-        self._problem = requirements.problem(worker.checkpoints, name)
+        self._requirements = requirements
+        self._problem: str | None = None
         self._worker = worker
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -137,8 +175,16 @@ class TrialWorker(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """Train one epoch."""
+        """Train one epoch, if this node can."""
+        try:
+            self._problem = self._find_problem() if self._problem is None else self._problem
+        except StorageError as error:
+            return self._worker.wait_for_storage(error)
         return {"node_problem": self._problem} if self._problem else self._worker.run_epoch(self.config["trial"])
+
+    def _find_problem(self) -> str:
+        name = node_name(ray.util.get_node_ip_address(), socket.gethostname())
+        return self._requirements.problem(self._worker.checkpoints, name)
 
 
 class AshaScheduler(FIFOScheduler):
@@ -149,28 +195,25 @@ class AshaScheduler(FIFOScheduler):
         self._asha = asha
         self._controls = controls
         self._new: list[TuneTrial] = []
-        self._restarted: list[TuneTrial] = []
-        self._known: set[str] = set()
 
     def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
-        """Note a trial that waits to start, for the first time or again after the death of its worker."""
-        (self._restarted if trial.trial_id in self._known else self._new).append(trial)
-        self._known.add(trial.trial_id)
+        """Note a trial that waits to start."""
+        self._new.append(trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
-        """Return the next trial to start: one whose worker died before one that was just added.
+        """Return the next trial to start, once.
 
         Tune's own rule searches all trials at every step. It also gives a free worker to the first trial that waits,
         even if a new worker is starting for that trial, and then ends the new worker: where trials are shorter than
         the start of a worker, no second worker ever comes up.
         """
         new, self._new = self._new, []
-        self._restarted = [trial for trial in self._restarted if trial.status == TuneTrial.PENDING]
-        waiting = [*self._restarted, *new] if new else []
-        return next((trial for trial in waiting if trial.status == TuneTrial.PENDING), None)
+        return next((trial for trial in new if trial.status == TuneTrial.PENDING), None)
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         """Return whether a trial continues: at a rung, only if it is among the best."""
+        if "report" not in result:
+            return str(TrialScheduler.CONTINUE)
         config = _config(trial)
         continues = self._asha.decide(
             config.trial_key,
@@ -202,30 +245,70 @@ class _DriverOnly:
 class _Bridge(_DriverOnly, tune.Callback):
     """Translates Tune's calls for a `Listener`."""
 
-    def __init__(self, listener: Listener, asha: Asha):
+    def __init__(
+        self,
+        listener: Listener,
+        asha: Asha,
+        queue: Queue,
+        recovery: Recovery,
+        clock: AwakeClock,
+        deadlines: Deadlines,
+        storage_waits: StorageWaits,
+    ):
         super().__init__(listener)
         self._asha = asha
-        self._running: dict[str, TrialConfig] = {}
+        self._queue = queue
+        self._recovery = recovery
+        self._clock = clock
+        self._deadlines = deadlines
+        self._storage_waits = storage_waits
+        self._started: dict[str, TrialConfig] = {}
+        """Trials that have started and not ended."""
+        self._tune_trials: dict[str, TuneTrial] = {}
+        self._overdue: dict[str, str] = {}
+        """Why a trial's worker was killed from here."""
+        self._kills = out_of_memory_kills()
 
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        self._clock.look()
+        for trial_key, reason in self._deadlines.overdue().items():
+            self._overdue[trial_key] = reason
+            private_ray.kill_worker(self._tune_trials[trial_key])
         self._listener.tick()
 
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         config = _config(trial)
-        self._running[config.trial_key] = config
-        self._listener.started(config)
+        self._tune_trials[config.trial_key] = trial
+        self._deadlines.begin(config.trial_key, config.model, first=True)
+        self._start(config)
 
     def on_trial_result(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
     ) -> None:
+        config = _config(trial)
         if "node_problem" in result:
             self._listener.give_up(result["node_problem"])
-        elif "error" not in result:
-            config, report = _config(trial), result["report"]
-            ended = report.diverged or report.epoch == config.epochs
-            stopped = result["done"] and not ended
-            spared = not stopped and self._asha.stop_epoch(config.trial_key) == report.epoch
-            self._listener.epoch_ended(config, report, stopped=stopped, spared=spared)
+        elif "storage_error" in result:
+            self._wait_for_storage(config, result["storage_error"])
+        elif "report" in result:
+            self._end_epoch(config, result["report"], done=result["done"])
+
+    def _wait_for_storage(self, config: TrialConfig, error: str) -> None:
+        self._deadlines.begin(config.trial_key, config.model, first=True)
+        self._listener.notice(error)
+        if problem := self._storage_waits.failed(config.trial_key, error):
+            self._listener.give_up(problem)
+
+    def _end_epoch(self, config: TrialConfig, report: EpochReport, *, done: bool) -> None:
+        self._storage_waits.answered(config.trial_key)
+        self._recovery.progressed(config.trial_key, report.epoch)
+        self._deadlines.end(config.trial_key, config.model, report.epoch_seconds)
+        if not done:
+            self._deadlines.begin(config.trial_key, config.model)
+        ended = report.diverged or report.epoch == config.epochs
+        stopped = done and not ended
+        spared = not stopped and self._asha.stop_epoch(config.trial_key) == report.epoch
+        self._listener.epoch_ended(config, report, stopped=stopped, spared=spared)
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         result = trial.last_result
@@ -233,14 +316,46 @@ class _Bridge(_DriverOnly, tune.Callback):
             self._end(_config(trial), _status(_config(trial), result), result.get("error", ""))
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        self._end(_config(trial), "failed", str(trial.get_error()))
+        config = _config(trial)
+        self._forget(config.trial_key)
+        if overdue := self._overdue.pop(config.trial_key, ""):
+            failure = self._recovery.hung(config.trial_key, overdue)
+            self._listener.notice(overdue)
+        else:
+            death = self._explain_death(trial)
+            failure = self._recovery.died(config.trial_key, death)
+            self._listener.notice(f"a worker died: {death.reason}")
+        if failure:
+            if config.trial_key not in self._started:  # its worker died too early; an end needs a start
+                self._start(config)
+            self._end(config, "failed", failure)
+        else:
+            self._queue.put_back(config)
+        if self._recovery.futile:
+            self._listener.give_up(self._recovery.futile)
+
+    def _explain_death(self, trial: TuneTrial) -> Death:
+        error = trial.get_pickled_error()
+        before, self._kills = self._kills, out_of_memory_kills()
+        here = self._kills > before and is_one_machine()
+        return explain_death(type(error).__name__, str(error or trial.get_error()), killed_for_memory=here)
+
+    def _start(self, config: TrialConfig) -> None:
+        self._started[config.trial_key] = config
+        self._listener.started(config)
 
     def _end(self, config: TrialConfig, status: str, error: str) -> None:
-        self._running.pop(config.trial_key, None)
+        self._forget(config.trial_key)
+        self._started.pop(config.trial_key, None)
         self._listener.ended(config, status, error)
 
+    def _forget(self, trial_key: str) -> None:
+        self._tune_trials.pop(trial_key, None)
+        self._deadlines.forget(trial_key)
+        self._storage_waits.answered(trial_key)
+
     def on_experiment_end(self, trials: list[TuneTrial], **info: Any) -> None:
-        for config in self._running.values():
+        for config in self._started.values():
             self._listener.suspended(config)
 
 
