@@ -14,7 +14,7 @@ from typing import Any
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "inf")  # Tune's own snapshots, for a restore that is not used here
-os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # the listener is told
+os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # the listener hears of them
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 
 import ray
