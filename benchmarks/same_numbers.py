@@ -54,7 +54,7 @@ def read_values(uri: str, experiment: str) -> dict[str, dict[Value, float]]:
         InputError: The store can't be read, or does not have the experiment.
     """
     store = Store(check_store_uri(uri, must_exist=True), experiment)
-    store.create(missing=False)
+    store.open(missing=False)
     return {
         key: {
             (name, point.step): point.value

@@ -41,6 +41,23 @@ def test_a_deleted_state_is_gone_and_may_be_deleted_again(checkpoints: Checkpoin
     assert checkpoints.load("key", "cpu") is None
 
 
+def test_only_states_ahead_of_what_is_recorded_are_deleted_as_newer(checkpoints: Checkpoints) -> None:
+    checkpoints.delete_newer({"nothing saved yet": 0})
+    for key in ("ahead", "recorded", "never recorded", "of another grid"):
+        checkpoints.save(key, {"epoch": 9})
+    checkpoints.delete_newer({"ahead": 8, "recorded": 9, "never recorded": 0, "never saved": 3})
+    left = [checkpoints.load(key, "cpu") is not None for key in ("ahead", "recorded", "never recorded")]
+    assert left == [False, True, False]
+    assert checkpoints.load("of another grid", "cpu") is not None
+
+
+def test_a_storage_that_can_not_be_read_is_reported_in_one_line(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    (tmp_path / "some grid").mkdir()
+    (tmp_path / "some grid" / "checkpoints").write_text("no folder")
+    with pytest.raises(StorageError, match="^can't read the storage '"):
+        checkpoints.delete_newer({})
+
+
 def test_clearing_deletes_everything_and_may_be_repeated(checkpoints: Checkpoints, tmp_path: Path) -> None:
     checkpoints.clear()
     checkpoints.save("key", {"epoch": 1})

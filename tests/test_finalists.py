@@ -114,7 +114,7 @@ def arguments(
 
 def confirmed(store_uri: str) -> list[Run]:
     store = Store(store_uri, "tiny")
-    store.create(missing=False)
+    store.open(missing=False)
     return list(store.client.search_runs([store.experiment_id], "tags.kind = 'confirm'"))
 
 

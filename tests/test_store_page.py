@@ -17,6 +17,7 @@ from grid.config import TrialConfig
 from grid.metrics import EPOCH_METRICS, FINAL_METRIC, RUNG_METRIC, TEST_METRICS
 from grid.record.code_version import NUMERIC_CODE
 from grid.record.commands import commands_of, read_command
+from grid.record.lease import Lease
 from grid.record.store import Store
 
 PAGE = (Path(__file__).parents[1] / "docs" / "store.md").read_text()
@@ -64,6 +65,18 @@ def test_a_finished_grid_holds_nothing_that_is_not_documented(kind: str, finishe
     assert tags_of(runs) <= documented(kind, "tag")
     assert metrics_of(runs) <= documented(kind, "metric") | set(EPOCH_METRICS)
     assert artifacts_of(finished_store.client, runs) <= documented(kind, "artifact")
+
+
+def test_the_tags_of_a_lease_are_documented(store: Store) -> None:
+    with Lease(store):
+        tags = store.client.get_experiment(store.experiment_id).tags
+        lease = store.client.get_experiment_by_name(f"lease 1 on experiment {store.experiment_id}")
+    section = PAGE.partition("\n## Experiment\n")[2].partition("\n## ")[0]
+    names = set(re.findall(r"`([^`]+)`", section))
+    assert {re.sub(r"^lease_\d+$", "lease_<n>", name) for name in tags if OURS.match(name)} == {"lease_<n>"} < names
+    assert lease is not None
+    assert set(lease.tags) <= names
+    assert documented("grid", "tag") == tags_of(runs_of(store, "grid"))
 
 
 def test_parameters_are_the_fields_of_a_configuration() -> None:

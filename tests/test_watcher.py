@@ -193,6 +193,32 @@ def test_a_new_watcher_writes_nothing(store: Store, spool: Spool) -> None:
     assert [event["kind"] for event in spool.pending()[0]] == ["end"]
 
 
+def test_a_driver_that_was_replaced_stops_records_nothing_and_keeps_the_checkpoints(store: Store, spool: Spool) -> None:
+    watcher = watch(store, spool)
+    watcher.started(CONFIG)
+    checkpoints = Checkpoints(str(spool.path.parent), "some grid")
+    checkpoints.save(CONFIG.trial_key, {"epoch": 1})
+    before = spool.pending()[0]
+    store.lost = "another driver has taken over"
+    watcher.tick()
+    assert watcher.interrupted
+    watcher.epoch_ended(CONFIG, report(1, 0.5), stopped=True)
+    watcher.ended(CONFIG, "stopped", "")
+    watcher.suspended(CONFIG)
+    assert spool.pending()[0] == before
+    assert checkpoints.load(CONFIG.trial_key, "cpu") is not None
+
+
+@pytest.mark.parametrize(("epochs", "kept"), [(0, False), (2, False), (3, True), (4, True)])
+def test_a_checkpoint_ahead_of_what_is_recorded_is_not_resumed(
+    store: Store, spool: Spool, epochs: int, kept: bool
+) -> None:
+    checkpoints = Checkpoints(str(spool.path.parent), "some grid")
+    checkpoints.save(CONFIG.trial_key, {"epoch": 3})
+    watch(store, spool, {CONFIG.trial_key: stored(CONFIG, "", accuracies=(0.5,) * epochs)} if epochs else {})
+    assert (checkpoints.load(CONFIG.trial_key, "cpu") is not None) == kept
+
+
 def test_a_spool_that_cannot_be_written_ends_the_run_and_nothing_more_is_recorded(
     store: Store, spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

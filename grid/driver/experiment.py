@@ -25,7 +25,7 @@ from grid.record.lease import Lease
 from grid.record.recorder import Recorder
 from grid.record.rounds import read_rounds
 from grid.record.spool import Spool, open_spool
-from grid.record.store import MANIFEST, Store, StoredTrial
+from grid.record.store import MANIFEST, LeaseLostError, Store, StoredTrial
 from grid.train.checkpoints import Checkpoints
 from grid.train.trial import DeviceData, Trial
 from grid.tune import tuner
@@ -58,14 +58,12 @@ def prepare(request: Request, checkpoints: Checkpoints, stack: ExitStack) -> Pre
     spool = stack.enter_context(closing(open_spool(request.spool, request.store, request.experiment)))
     checkpoints.check()
     store = Store(request.store, request.experiment)
-    store.create()
-    lease = Lease(store)
-    stack.callback(lease.release)
-    lease.request()
-    # The samples are drawn, and matplotlib imported, while the request is pending.
+    store.open()
+    lease = Lease(store, spool)
+    stack.callback(lease.release)  # also while it is still waited for, in another thread
+    lease.acquire()
     draw = import_module("grid.driver.pictures").sample_sheet
     samples = draw(dataset.train_images, dataset.train_labels, dataset.classes)
-    lease.confirm()
     return Prepared(dataset, samples, spool, store)
 
 
@@ -144,6 +142,9 @@ def train_all(
 
     Returns:
         How the trials ended, and whether all events have reached the store.
+
+    Raises:
+        LeaseLostError: Another driver has taken the experiment over.
     """
     packing, checkpoints = training.packing, training.checkpoints
     watcher = Watcher(
@@ -159,10 +160,12 @@ def train_all(
     with watcher.until_interrupted():
         if watcher.todo:
             train_left(plan, watcher, dataset, asha, training)
-        finished = len(watcher.summaries) == watcher.total
+        finished = len(watcher.summaries) == watcher.total and not watcher.lost
         if finished and not training.keep_weights:
             watcher.clear_checkpoints()
         delivered = recorder.close(finished=finished)
+    if watcher.lost:
+        raise LeaseLostError(recorder.store.lost)
     return watcher, delivered
 
 

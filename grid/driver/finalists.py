@@ -66,7 +66,7 @@ def confirm(request: Confirmation) -> int:
         InputError: The request can't be met.
     """
     store = Store(request.store, request.experiment)
-    store.create(missing=False)
+    store.open(missing=False)
     manifest, stored = store.manifest(), store.trials()
     ended = [trial for trial in stored.values() if trial.status in FINAL_STATUSES]
     ranked = rank_cells(map(summarise_trial, ended))
@@ -79,7 +79,7 @@ def confirm(request: Confirmation) -> int:
     test_images, test_labels = load_test(dataset.name, request.data_dir)
     name = f"{request.experiment} confirm"
     checkpoints = Checkpoints(request.storage, slug(request.store, name))
-    with closing(open_spool(request.spool, request.store, name)) as spool, Lease(store):
+    with closing(open_spool(request.spool, request.store, name)) as spool, Lease(store, spool, KIND):
         finalists = Finalists(chosen, also_tied, trained, Prepared(dataset, b"", spool, store), checkpoints, check)
         trials, exit_code = _train(request, finalists)
         if exit_code:

@@ -67,6 +67,11 @@ class Watcher:
         self._rungs = rungs
         self._keep_weights = keep_weights
 
+    @property
+    def lost(self) -> bool:
+        """Whether another driver has taken the experiment over; what this one still trains is not recorded."""
+        return bool(self._recorder.store.lost)
+
     def resume(self, stored: Mapping[str, StoredTrial]) -> None:
         """Continue where earlier runs left the grid.
 
@@ -79,6 +84,7 @@ class Watcher:
         self._take_over_ended(known)
         self._end_what_was_over(known)
         self.todo = [trial for trial in self.todo if trial.trial_key not in self.summaries]
+        self._checkpoints.delete_newer({trial.trial_key: self._epochs_of(trial) for trial in self.todo})
         self.progress.expected_epochs = expected_epochs(self.todo, self._controls, self._rule) if self.todo else {}
 
     def started(self, config: TrialConfig) -> None:
@@ -121,7 +127,8 @@ class Watcher:
         self._record(lambda: self._recorder.suspended(config))
 
     def tick(self) -> None:
-        """Update the progress line."""
+        """Update the progress line, and end the run if another driver has taken it over."""
+        self.interrupted = self.interrupted or self.lost
         self.progress.running = len(self._running)
         self.progress.trouble = self._recorder.trouble
         self.progress.show()
@@ -154,6 +161,9 @@ class Watcher:
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.interrupted = True
         signal.signal(number, signal.SIG_DFL)
+
+    def _epochs_of(self, config: TrialConfig) -> int:
+        return len(self._accuracies.get(config.trial_key, ()))
 
     def _take_over_ended(self, known: list[StoredTrial]) -> None:
         for trial in known:
@@ -192,7 +202,7 @@ class Watcher:
                 error=error,
             )
         )
-        if not self.problem and not (self._keep_weights and status == "completed"):
+        if not self.problem and not self.lost and not (self._keep_weights and status == "completed"):
             with self._noticing():
                 self._checkpoints.delete(config.trial_key)
         self.summaries[config.trial_key] = summary
@@ -208,7 +218,7 @@ class Watcher:
 
     def _record(self, write: Callable[[], None]) -> None:
         """Record, or end the run: what is not on the disk must not look as if it had happened."""
-        if self.problem:
+        if self.problem or self.lost:
             return
         try:
             write()

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from grid.record.spool import Line, Parked, ParkedLine, Queue
-from grid.record.store import UNREACHABLE
+from grid.record.store import UNREACHABLE, LeaseLostError
 from grid.wording import first_line
 
 CAPACITY = 10_000
@@ -156,6 +156,9 @@ class Courier:
                 self._deliver_pending()
                 self._retry_held_if_due()
                 self.error, wait = "", FIRST_WAIT_SECONDS
+            except LeaseLostError as error:
+                self.error = describe(error)
+                self._closing.set()
             except BaseException as error:  # noqa: BLE001  (whatever a library raises, the next attempt may succeed)
                 self.error = describe(error)
                 self._closing.wait(wait)
@@ -197,6 +200,8 @@ class Courier:
                 continue
             try:
                 self._send(group, self._backlog[group], again=False)
+            except LeaseLostError:
+                raise
             except Exception as error:  # noqa: BLE001  (of whichever library)
                 self._failures[group] += 1
                 self._failed[group] = error
@@ -266,6 +271,8 @@ class Courier:
         lines = [each.line for each in parked]
         try:
             self._send(group, lines, again=True)
+        except LeaseLostError:
+            raise
         except Exception as error:  # noqa: BLE001  (of whichever library)
             if len(lines) < len(parked) or not all(line.again for line in parked):
                 self.parked.replace(parked, [ParkedLine(group, describe(error), True, line) for line in lines])

@@ -20,7 +20,7 @@ from grid.record.courier import Courier, describe
 from grid.record.delivery import ArtifactCarrier, EventCarrier, artifact_line
 from grid.record.events import Ended, EpochEnded, Event, Started, Suspended, to_json
 from grid.record.spool import ParkedLine, Spool
-from grid.record.store import UNREACHABLE, Store, StoredTrial
+from grid.record.store import UNREACHABLE, LeaseLostError, Store, StoredTrial
 from grid.wording import count, first_line, format_seconds
 
 MOST_RESUMES = 150
@@ -126,6 +126,8 @@ class Recorder:
             if found:
                 self._carrier.run_ids = self.store.run_ids(self._kind)
             self._catch_up()
+        except LeaseLostError:
+            raise
         except Exception as error:
             kept = f"the events of an earlier run stay in {self._spool.path}"
             raise InputError(f"can't write to the store {mask(self.store.uri)}: {describe(error)}; {kept}") from error
@@ -134,6 +136,8 @@ class Recorder:
     def _catch_up(self) -> None:
         try:
             self._events.catch_up()
+        except LeaseLostError:
+            raise
         except Exception as error:  # noqa: BLE001  (of whichever library)
             self.store.client.get_run(self.store.parent_id)  # raises if it is the store that fails
             self._events.park_backlog(error)
@@ -309,7 +313,7 @@ class Recorder:
     def _end_parent(self, finished: bool) -> bool:
         try:
             self.store.client.set_terminated(self.store.parent_id, "FINISHED" if finished else "KILLED")
-        except UNREACHABLE as error:
+        except (*UNREACHABLE, LeaseLostError) as error:
             self._last_error = first_line(error)
         return not self._last_error
 

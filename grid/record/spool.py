@@ -6,8 +6,10 @@ again, which changes nothing in the store. What the store does not take is parke
 
 import errno
 import fcntl
+import itertools
 import json
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -91,6 +93,12 @@ class Queue:
             self._mark.unlink(missing_ok=True)
             self.path.unlink()
 
+    def _empty(self) -> None:
+        self.delivered(0)
+        self._file.truncate(0)
+        self.appended = 0
+        self.unreadable.clear()
+
     def _read_mark(self, content: bytes) -> int:
         """Return how much was delivered; 0 if the file that says so is damaged or of another queue."""
         try:
@@ -119,7 +127,8 @@ class Spool(Queue):
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = path.with_suffix(".lock").open("w")
+        path.with_suffix(".lock").touch()
+        self._lock = path.with_suffix(".lock").open("r+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
             super().__init__(path)
@@ -127,10 +136,50 @@ class Spool(Queue):
             self._lock.close()
             raise
 
+    @property
+    def owner(self) -> str:
+        """The lease under which it was last written to; empty if unknown. It outlives the events."""
+        self._lock.seek(0)
+        return self._lock.read()
+
+    @owner.setter
+    def owner(self, lease: str) -> None:
+        self._lock.seek(0)
+        self._lock.write(lease)
+        self._lock.truncate()
+        self._lock.flush()
+        os.fsync(self._lock.fileno())
+
     @cached_property
     def artifacts(self) -> Queue:
         """Files for the artifacts of runs, which wait on their own: they may take long, and hold no event up."""
         return Queue(self.path.with_suffix(".artifacts.jsonl"))
+
+    def set_aside(self) -> tuple[int, Path | None]:
+        """Move all that waits or is parked to a folder of its own, from which nothing is delivered.
+
+        Returns:
+            The number of lines, and the folder; None if there is none.
+
+        Raises:
+            OSError: They can't be moved.
+        """
+        events = self.pending(limit=sys.maxsize)[0]
+        suffixes = (".parked.jsonl", ".artifacts.jsonl", ".artifacts.parked.jsonl")
+        others = [path for suffix in suffixes if (path := self.path.with_suffix(suffix)).exists()]
+        if not events and not others:
+            return 0, None
+        folders = (self.path.with_suffix(f".superseded-{number}") for number in itertools.count(1))
+        folder = next(folder for folder in folders if not folder.exists())
+        folder.mkdir()
+        write_durably(folder / self.path.name, b"".join(map(_encode, events)))
+        lines = len(events)
+        for path in others:
+            lines += path.read_bytes().count(b"\n")
+            path.rename(folder / path.name)
+        self.path.with_suffix(".artifacts.delivered").unlink(missing_ok=True)
+        self._empty()
+        return lines, folder
 
     def close(self) -> None:
         """Close the files, remove those of which everything was delivered, and unlock them; may be called twice."""

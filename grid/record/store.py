@@ -4,13 +4,14 @@ import json
 import logging
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
 from grid.config import InputError, TrialConfig
@@ -25,14 +26,34 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the recorder re
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 import mlflow.exceptions
+import requests
 from mlflow.entities import Metric, RunTag
 from mlflow.tracking import MlflowClient
+from sqlalchemy import Engine, event
 from sqlalchemy.exc import DataError, SQLAlchemyError
 
 MANIFEST = "grid.json"
 PAGE_SIZE = 1000
 UNREACHABLE = (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError)
 """What a store raises when it is down, locked or slow."""
+
+
+class LeaseLostError(InputError):
+    """Another driver has taken the experiment over; this one may not write any more."""
+
+
+class Fence(Protocol):
+    """Says whether this driver may still write."""
+
+    def check(self) -> None:
+        """Ask the store if need be.
+
+        Raises:
+            LeaseLostError: It may not.
+        """
+
+    def is_fresh(self) -> bool:
+        """Return whether the last answer was yes and still counts; asks nobody."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +102,17 @@ class Store:
             raise InputError(f"can't open the store {mask(uri)}: {first_line(error)}; pass another --store") from error
         self.experiment_id = ""
         self.parent_id = ""
-        """The run with tag `kind=grid`."""
+        """The run with tag `kind=grid`; empty if there is none yet."""
+        self.lost = ""
+        """Who has taken the experiment over from this driver, as a message; empty while nobody has."""
 
-    def create(self, *, missing: bool = True) -> None:
-        """Create database, experiment and parent run if they are missing.
+    def create(self) -> None:
+        """Create database, experiment and parent run if they are missing; nobody else does so at the same time."""
+        self.open()
+        self.create_parent()
+
+    def open(self, *, missing: bool = True) -> None:
+        """Create database and experiment if they are missing; another driver may do so at the same time.
 
         Args:
             missing: Whether a missing experiment may be created.
@@ -97,20 +125,43 @@ class Store:
             if found is None and not missing:
                 others = (other.name for other in self.client.search_experiments())
                 raise missing_experiment(self.experiment, self.uri, others)
-            if found is None:
-                location = artifact_location(self.uri, self.experiment)
-                tags = {"mlflow.experimentKind": "custom_model_development"}  # the UI's view for trainings
-                self.experiment_id = self.client.create_experiment(self.experiment, location, tags)
-            elif found.lifecycle_stage == "deleted":
+            found = found or self._create_experiment()
+            if found.lifecycle_stage == "deleted":
                 hint = "restore it or pass another --experiment"
                 raise InputError(f"experiment '{self.experiment}' is deleted in {mask(self.uri)}; {hint}")
-            else:
-                self.experiment_id = found.experiment_id
-            parents = self.client.search_runs([self.experiment_id], "tags.kind = 'grid'", max_results=1)
-            self.parent_id = (parents[0] if parents else self._create_parent()).info.run_id
+            self.experiment_id = found.experiment_id
+            self.parent_id = self._find_parent()
 
-    def _create_parent(self) -> Any:
-        return self.client.create_run(self.experiment_id, tags={"kind": "grid"}, run_name=self.experiment)
+    def create_parent(self) -> None:
+        """Create the parent run if it is missing; only who holds the lease may.
+
+        Raises:
+            InputError: The store can't be written.
+        """
+        with self.answering():
+            self.parent_id = self._find_parent() or self._create_parent()
+
+    def fence(self, fence: Fence) -> None:
+        """Ask a fence before everything that writes."""
+        self.client = cast(MlflowClient, _Fenced(self.client, fence))
+
+    def _create_experiment(self) -> Any:
+        location = artifact_location(self.uri, self.experiment)
+        tags = {"mlflow.experimentKind": "custom_model_development"}  # the UI's view for trainings
+        try:
+            return self.client.get_experiment(self.client.create_experiment(self.experiment, location, tags))
+        except mlflow.exceptions.MlflowException as error:
+            if not already_exists(error):
+                raise
+            return self.client.get_experiment_by_name(self.experiment)  # another driver was faster
+
+    def _find_parent(self) -> str:
+        parents = self.client.search_runs([self.experiment_id], "tags.kind = 'grid'", max_results=1)
+        return parents[0].info.run_id if parents else ""
+
+    def _create_parent(self) -> str:
+        run = self.client.create_run(self.experiment_id, tags={"kind": "grid"}, run_name=self.experiment)
+        return str(run.info.run_id)
 
     def is_gone(self, run_id: str | None, error: BaseException) -> bool:
         """Return whether a write failed because its run was deleted, so that no later attempt can succeed."""
@@ -139,6 +190,8 @@ class Store:
         Raises:
             InputError: The store does not answer.
         """
+        if not self.parent_id:
+            return None
         folder, _, _ = name.rpartition("/")
         with self.answering(), _errors_of_artifact_stores(), tempfile.TemporaryDirectory() as target:
             if name not in (file.path for file in self.client.list_artifacts(self.parent_id, folder or None)):
@@ -272,6 +325,60 @@ def _errors_of_artifact_stores() -> Iterator[None]:
         raise
     except Exception as error:
         raise OSError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+class _Fenced:
+    """An MLflow client that asks a fence before every method that may write, and again just before it does.
+
+    The process may be stopped, for hours, between the question and the write.
+    """
+
+    READING = ("get_", "search_", "list_", "download_")
+    """How the names of methods begin that only read."""
+
+    def __init__(self, client: MlflowClient, fence: Fence):
+        self._client = client
+        self._fence = fence
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+        if name.startswith(self.READING) or not callable(method):
+            return method
+
+        def write(*given: Any, **named: Any) -> Any:
+            self._fence.check()
+            _writing.fence = self._fence
+            try:
+                return method(*given, **named)
+            finally:
+                del _writing.fence
+
+        return write
+
+
+_writing = threading.local()
+"""`fence` of the write that this thread is in."""
+
+
+def _check_again(*given: Any) -> None:
+    fence: Fence | None = getattr(_writing, "fence", None)
+    if fence is not None and not fence.is_fresh():
+        raise TimeoutError("this driver was stopped in the middle of a write, which is tried again")
+
+
+def _send(session: requests.Session, request: requests.PreparedRequest, **options: Any) -> requests.Response:
+    _check_again()
+    return _send_unchecked(session, request, **options)
+
+
+_send_unchecked = requests.Session.send
+requests.Session.send = _send  # type: ignore[method-assign, assignment]
+event.listen(Engine, "commit", _check_again)
+
+
+def already_exists(error: mlflow.exceptions.MlflowException) -> bool:
+    """Return whether something was not created because there is one of that name."""
+    return bool(error.error_code == "RESOURCE_ALREADY_EXISTS")
 
 
 def _number(tag: str | None) -> float | None:

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,20 @@ class Checkpoints:
         with self._using("write to"), suppress(FileNotFoundError):
             self._filesystem.delete_file(self._path(trial_key))
 
+    def delete_newer(self, epochs: Mapping[str, int]) -> None:
+        """Delete checkpoints whose epochs were not all recorded: a trial that resumed there would lack them.
+
+        Args:
+            epochs: Recorded epochs by trial key; other trials are left alone.
+
+        Raises:
+            StorageError: The storage has failed.
+        """
+        for trial_key in self._saved() & epochs.keys():
+            state = self.load(trial_key, "cpu")
+            if state is not None and state["epoch"] > epochs[trial_key]:
+                self.delete(trial_key)
+
     def clear(self) -> None:
         """Delete all checkpoints, and files that killed workers left half-written.
 
@@ -129,6 +143,11 @@ class Checkpoints:
             rename_durably(Path(unfinished), Path(path))
         else:
             self._filesystem.move(unfinished, path)
+
+    def _saved(self) -> set[str]:
+        folder = fs.FileSelector(self._folder, allow_not_found=True)
+        with self._using("read"):
+            return {file.base_name.removesuffix(".pt") for file in self._filesystem.get_file_info(folder)}
 
     def _path(self, trial_key: str) -> str:
         return f"{self._folder}/{trial_key}.pt"

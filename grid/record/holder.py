@@ -1,0 +1,168 @@
+"""The process that holds a lease, as another process can recognise it: alive, certainly dead, or unknown."""
+
+import fcntl
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TextIO
+
+from grid.store_uri import sqlite_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """A driver, and what identifies its process."""
+
+    driver: str = "another driver"
+    """`HOST:PID`, for people."""
+    boot: str = ""
+    """Identifies one start of one kernel, which containers share; empty if unknown."""
+    spaces: str = ""
+    """Namespaces in which `pid` and `started` mean something."""
+    pid: int = 0
+    started: str = ""
+    """Start of the process, in clock ticks since that of the kernel."""
+    lock: str = ""
+    """Device and inode of the file that it has locked; empty if none."""
+
+    @classmethod
+    def here(cls, lock: str = "") -> "Holder":
+        """Return this process."""
+        pid = os.getpid()
+        started = _started(pid)
+        return cls(
+            driver=f"{socket.gethostname()}:{pid}",
+            boot=_boot(),
+            spaces=_spaces(),
+            pid=pid,
+            started=started,
+            lock=lock,
+        )
+
+    @classmethod
+    def from_tags(cls, tags: Mapping[str, str]) -> "Holder":
+        """Return the holder that `to_tags` described; what is missing is unknown."""
+        known = {field.name: tags[field.name] for field in fields(cls) if field.name in tags}
+        pid = known.pop("pid", "")
+        return cls(**known, pid=int(pid) if pid.isdecimal() else 0)
+
+    def to_tags(self) -> dict[str, str]:
+        """Return everything as text."""
+        return {name: str(value) for name, value in asdict(self).items()}
+
+    def is_dead(self, here: "Holder") -> bool:
+        """Return whether its process has certainly ended, as seen from another one."""
+        if not self.boot or self.boot != here.boot:
+            return False
+        if self.lock and self.lock == here.lock:  # a lock has one owner, and ends with it
+            return True
+        return bool(self.spaces) and self.spaces == here.spaces and not _runs(self.pid, self.started)
+
+
+class StoreLock:
+    """A lock on an experiment in a sqlite file: of all processes on one kernel, containers included, one has it.
+
+    Args:
+        uri: Of the store. Only for a sqlite file there is a lock.
+        experiment_id: Which experiment of the store.
+    """
+
+    def __init__(self, uri: str, experiment_id: str):
+        database = sqlite_file(uri)
+        self._path = None if database is None else database.with_name(f"{database.name}.{experiment_id}.lock")
+        self._file: TextIO | None = None
+        self._is_taken = False
+
+    @property
+    def name(self) -> str:
+        """Device and inode of the file that this process has locked; empty if it has locked none."""
+        return "" if self._file is None else _inode(os.fstat(self._file.fileno()))
+
+    def acquire(self) -> None:
+        """Lock it, if that is possible."""
+        self._is_taken = False
+        while self._path is not None and self._file is None:
+            try:
+                file = self._path.open("w")
+            except OSError:  # a folder that may not be written; the store decides alone
+                return
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                self._is_taken = isinstance(error, BlockingIOError)  # otherwise: a file system without locks
+                file.close()
+                return
+            if _is_at(self._path, file):
+                self._file = file
+            else:
+                file.close()
+
+    def is_held_by(self, other: Holder, here: Holder) -> bool:
+        """Return whether another process has it, which is alive therefore."""
+        if self._path is None or self._file is not None or not self._is_taken or other.boot != here.boot:
+            return False
+        with suppress(OSError):
+            return other.lock == _inode(self._path.stat())
+        return False
+
+    def release(self) -> None:
+        """Unlock it and remove its file, if this process has it."""
+        if self._file is None or self._path is None:
+            return
+        with suppress(OSError):
+            if _is_at(self._path, self._file):
+                self._path.unlink()
+        self._file.close()
+        self._file = None
+
+
+def _is_at(path: Path, file: TextIO) -> bool:
+    """Return whether a file has not been removed, by an earlier owner of the lock, since it was opened."""
+    with suppress(FileNotFoundError):
+        return _inode(os.fstat(file.fileno())) == _inode(path.stat())
+    return False
+
+
+def _inode(status: os.stat_result) -> str:
+    return f"{status.st_dev}:{status.st_ino}"
+
+
+def _boot() -> str:
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+def _spaces() -> str:
+    with suppress(OSError):
+        return " ".join(os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "time"))  # noqa: PTH115  (no path)
+    return ""
+
+
+def _runs(pid: int, started: str) -> bool:
+    """Return whether a process may be alive; another user's may not be visible in /proc."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass
+    try:
+        state = _state(pid)
+    except OSError:
+        return True
+    return state[0] != "Z" and (not started or state[19] == started)
+
+
+def _started(pid: int) -> str:
+    with suppress(OSError):
+        return _state(pid)[19]
+    return ""
+
+
+def _state(pid: int) -> list[str]:
+    """Return the fields of a process from its state on; its name, which comes before, may contain anything."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
