@@ -121,6 +121,10 @@ def test_a_control_is_recorded_with_the_rung_at_which_asha_would_have_stopped_it
     assert auditor.audit().wrong_decisions == wrong
 
 
+def test_two_drivers_are_not_clean() -> None:
+    assert not Audit(two_drivers=1).clean
+
+
 def test_reports_left_in_the_spool_are_orphans(auditor: Auditor) -> None:
     auditor.record(GOOD)
     (auditor.folder / "spool").mkdir()
@@ -144,7 +148,7 @@ def test_the_table_counts_the_failures_and_what_the_audit_found(capsys: pytest.C
     assert totals == [
         "3 failures injected, 2 survived",
         "2 grids of 32 trials, 2,571 values compared",
-        "1 lost, 0 doubled, 0 orphans, 0 different, 0 wrong decisions",
+        "1 lost, 0 doubled, 0 orphans, 0 different, 0 wrong decisions, 0 times two drivers",
     ]
 
 

@@ -27,6 +27,7 @@ import psutil
 
 from benchmarks.chaos import recording
 from benchmarks.chaos.audit import Audit, audit
+from benchmarks.chaos.drivers import DRIVER_FAILURES
 from benchmarks.chaos.infrastructure import stop_worker, take_storage_away
 from grid.arguments import Parser
 from grid.wording import count
@@ -54,6 +55,10 @@ class Arena:
     driver: subprocess.Popen[bytes] | None = None
     starts: int = 0
     """Number of drivers started so far."""
+    experiment: str = ""
+    """That the driver runs."""
+    two_drivers: int = 0
+    """How often a second driver trained, or a driver went on that had been replaced."""
     notes: Counter[str] = field(default_factory=Counter)
     """What is printed below the table, with how often it happened."""
 
@@ -76,19 +81,23 @@ class Arena:
 
     def start_driver(self, experiment: str) -> None:
         """Start or continue the grid, and wait until trials run."""
-        command = [
-            sys.executable,
-            "-m",
-            recording.__name__,
-            *self.grid,
-            "--data-dir",
-            str(self.folder / "data"),
-            "--no-report",
-        ]
         self.starts += 1
-        log = f"driver-{self.starts}.log"
-        self.driver = self._spawn([*command, "--store", self.uri, "--experiment", experiment], log)
-        wait_until(lambda: self.ended() or "left to run" in (self.folder / log).read_text(), PATIENCE_SECONDS)
+        self.experiment = experiment
+        self.driver = self._spawn(
+            [sys.executable, "-m", recording.__name__, *self.options], f"driver-{self.starts}.log"
+        )
+        wait_until(lambda: self.ended() or "left to run" in self.log, PATIENCE_SECONDS)
+
+    @property
+    def options(self) -> list[str]:
+        """Of `grid.run`, as the driver is given them."""
+        place = ["--store", self.uri, "--experiment", self.experiment, "--data-dir", str(self.folder / "data")]
+        return [*self.grid, *place, "--no-report"]
+
+    @property
+    def log(self) -> str:
+        """What the driver has printed."""
+        return (self.folder / f"driver-{self.starts}.log").read_text(errors="replace")
 
     def ended(self) -> bool:
         """Return whether the driver has ended."""
@@ -183,6 +192,7 @@ FAILURES: dict[str, Callable[[Arena], None]] = {
     "database locked 30 s": lock_database,
     "client broken": recording.break_client,
     "reports refused": recording.refuse_reports,
+    **DRIVER_FAILURES,
 }
 
 
@@ -208,6 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             arena.wait_for_driver()
             survived, experiments = run_schedule(arena, schedule)
             result = audit(arena.uri, arena.folder, "undisturbed", experiments)
+            result.two_drivers = arena.two_drivers
         finally:
             kill_tree(arena.driver)
             arena.stop_server()

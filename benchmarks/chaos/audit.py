@@ -37,18 +37,22 @@ class Audit:
     """Values that differ from the undisturbed ones, and unstopped controls that ended with another status."""
     wrong_decisions: int = 0
     """Decisions at rungs that ASHA does not make when the recorded arrivals are replayed in their order."""
+    two_drivers: int = 0
+    """How often two drivers worked on one experiment, as far as their logs and exit codes say."""
 
     @property
     def clean(self) -> bool:
         """Whether nothing is wrong."""
-        return not (self.lost or self.doubled or self.orphans or self.different or self.wrong_decisions)
+        return not (
+            self.lost or self.doubled or self.orphans or self.different or self.wrong_decisions or self.two_drivers
+        )
 
     @property
     def summary(self) -> str:
         """All counts in one line."""
         return (
             f"{self.lost} lost, {self.doubled} doubled, {self.orphans} orphans, {self.different} different, "
-            f"{self.wrong_decisions} wrong decisions"
+            f"{self.wrong_decisions} wrong decisions, {self.two_drivers} times two drivers"
         )
 
 
