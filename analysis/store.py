@@ -4,24 +4,31 @@ It relies on the contract in docs/store.md alone, so that it also reads a store 
 contract. Runs that can't be used are counted and reported.
 """
 
+import atexit
 import gc
 import json
 import logging
 import os
+import shutil
+import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from math import isnan, nan, prod
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # else on stderr where tqdm is installed
+from grid.store_access import experiment_names, mlflow_settings, proxy_hint, waiting_for
 
+os.environ.update(mlflow_settings(writes=False))
+
+import mlflow.db
 import mlflow.exceptions
 import pandas as pd
+from alembic.util import CommandError
 from mlflow.entities import Run, ViewType
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
@@ -29,7 +36,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from grid.config import FACTORS, InputError, TrialConfig
 from grid.masking import mask
 from grid.metrics import AS_VALIDATED_METRIC, FINAL_METRIC, RUNG_METRIC, STATUSES, TEST_METRICS, rung_epochs
-from grid.store_uri import check_store_uri, missing_experiment, slug
+from grid.store_uri import check_store_uri, client_uri, missing_experiment, slug, sqlite_path, sqlite_tables
 from grid.wording import count, first_line
 
 ROUNDS = "more_controls.json"
@@ -37,6 +44,10 @@ Rounds = Sequence[tuple[int, tuple[str, ...]]]
 """For each round of `--more-controls`: the number of trials that it drew from, and the keys of those drawn."""
 PAGE_SIZE = 5000
 HISTORY_THREADS = 4
+BUSY_SECONDS = 20.0
+"""How long a locked sqlite file is waited for, as MLflow does."""
+NEEDS_WRITING = ("readonly database", "unable to open database file", "out-of-date database schema")
+"""In errors of a store that has to be recovered, or given the tables of this version of MLflow, before it is read."""
 UNREACHABLE = (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError, ImportError)
 COLUMNS = {
     "run_id": "str",
@@ -120,17 +131,17 @@ def read_experiment(uri: str | None, name: str) -> Experiment:
     """Read an experiment with one (paged) search.
 
     Args:
-        uri: MLflow tracking URI; None for `mlflow.db` in the current folder.
+        uri: MLflow tracking URI; None for the `default_store_uri`. It may be read-only: nothing is written to it.
         name: Of the experiment.
 
     Raises:
         InputError: The store does not answer or has no such experiment, or none of its trials has ended.
     """
-    uri = check_store_uri(uri, must_exist=True)
+    uri = check_store_uri(uri, read_only=True)
     with _answering(uri) as client:
         experiment_id = _find(client, uri, name)
-        runs = list(_search(client, experiment_id, ViewType.ACTIVE_ONLY))
-        deleted = sum(1 for _ in _search(client, experiment_id, ViewType.DELETED_ONLY))
+        runs = list(_search(client, uri, experiment_id, ViewType.ACTIVE_ONLY))
+        deleted = sum(1 for _ in _search(client, uri, experiment_id, ViewType.DELETED_ONLY))
     by_kind: dict[str, list[Run]] = {"grid": [], "trial": [], "confirm": []}
     foreign = 0
     for run in runs:
@@ -243,7 +254,7 @@ def read_artifact(uri: str, run_id: str, path: str) -> bytes | None:
     if not run_id:
         return None
     folder, _, _ = path.rpartition("/")
-    with _answering(uri) as client, tempfile.TemporaryDirectory() as target:
+    with _answering(uri) as client, waiting_for(uri), tempfile.TemporaryDirectory() as target:
         if path not in (artifact.path for artifact in client.list_artifacts(run_id, folder or None)):
             return None
         return Path(client.download_artifacts(run_id, path, target)).read_bytes()
@@ -285,7 +296,8 @@ def read_curves(experiment: Experiment, run_ids: Iterable[str], metric: str = "v
     missing = sorted(set(wanted.index) - set(kept["run_id"]))
     if missing:
         with _answering(experiment.uri) as client, ThreadPoolExecutor(HISTORY_THREADS) as threads:
-            histories = list(threads.map(lambda run_id: client.get_metric_history(run_id, metric), missing))
+            answers = threads.map(lambda run_id: client.get_metric_history(run_id, metric), missing)
+            histories = [_wait_for_next(answers, experiment.uri) for _ in missing]
         rows = [
             (run_id, int(wanted[run_id]), point.step, point.value)
             for run_id, history in zip(missing, histories, strict=True)
@@ -295,6 +307,11 @@ def read_curves(experiment: Experiment, run_ids: Iterable[str], metric: str = "v
         _write_cache(path, kept)
     chosen = kept[kept["run_id"].isin(wanted.index)]
     return chosen.sort_values(["run_id", "epoch"], ignore_index=True)[["run_id", "epoch", metric]]
+
+
+def _wait_for_next(answers: Iterator[Any], uri: str) -> Any:
+    with waiting_for(uri):
+        return next(answers)
 
 
 def _cache_folder() -> Path:
@@ -322,24 +339,60 @@ def _answering(uri: str) -> Iterator[MlflowClient]:
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # it logs the tracebacks of what it also raises
     try:
-        yield MlflowClient(tracking_uri=uri)
-    except UNREACHABLE as error:
-        raise InputError(f"can't read the store {mask(uri)}: {first_line(error)}; pass another --store") from error
+        yield _open(uri)
+    except (*UNREACHABLE, CommandError, sqlite3.Error) as error:
+        reason = f"{first_line(error)}{proxy_hint(uri)}"
+        raise InputError(f"can't read the store {mask(uri)}: {reason}; pass another --store") from error
+
+
+def _open(uri: str) -> MlflowClient:
+    """Return a client that changes nothing: of a sqlite file itself or, if it can't be read as it is, of a copy."""
+    path = sqlite_path(uri)
+    if path is None:
+        return MlflowClient(tracking_uri=uri)
+    try:
+        with waiting_for(uri):
+            sqlite_tables(path, patience_seconds=BUSY_SECONDS)
+        return MlflowClient(tracking_uri=client_uri(uri, read_only=True))
+    except (*UNREACHABLE, sqlite3.Error) as error:
+        if not any(symptom in str(error) for symptom in NEEDS_WRITING):
+            raise
+        with waiting_for(uri):
+            return MlflowClient(tracking_uri=_copy(path, path.stat().st_mtime_ns))
+
+
+@cache
+def _copy(path: Path, changed: int) -> str:
+    """Return the URI of a copy of a sqlite store, for the rest of the process; its tables are those of this MLflow.
+
+    Args:
+        path: Of the store.
+        changed: When it was last changed; a copy is as old as that.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="store-", suffix=f"-{changed}")
+    atexit.register(folder.cleanup)
+    for suffix in ("", "-journal", "-wal"):  # what sqlite needs to restore the last transaction
+        if Path(f"{path}{suffix}").exists():
+            shutil.copyfile(f"{path}{suffix}", f"{folder.name}/mlflow.db{suffix}")
+    uri = f"sqlite:///{folder.name}/mlflow.db"
+    mlflow.db.upgrade.main([uri], standalone_mode=False)
+    return uri
 
 
 def _find(client: MlflowClient, uri: str, name: str) -> str:
-    found = client.get_experiment_by_name(name)
+    with waiting_for(uri):
+        found = client.get_experiment_by_name(name)
     if found is None:
-        raise missing_experiment(name, uri, (other.name for other in client.search_experiments()))
+        raise missing_experiment(name, uri, experiment_names(client))
     if found.lifecycle_stage == "deleted":
         raise InputError(f"experiment '{name}' is deleted in {mask(uri)}; restore it or name another --experiment")
     return str(found.experiment_id)
 
 
-def _search(client: MlflowClient, experiment_id: str, view: int) -> Iterator[Run]:
+def _search(client: MlflowClient, uri: str, experiment_id: str, view: int) -> Iterator[Run]:
     token = None
     while token != "":
-        with _no_collection():
+        with _no_collection(), waiting_for(uri):
             page = client.search_runs([experiment_id], "", view, PAGE_SIZE, page_token=token)
         yield from page
         token = page.token or ""

@@ -19,6 +19,7 @@ from typing import Any, NoReturn, Protocol, TextIO
 
 from grid.config import InputError
 from grid.masking import mask_message
+from grid.store_uri import DEFAULT_STORE, STORE_VARIABLE
 from grid.wording import first_line
 
 DEBUG = "GRID_DEBUG"
@@ -58,8 +59,8 @@ def add_experiment(options: Options) -> None:
 
 
 def add_store(options: Options) -> None:
-    """Add `--store`."""
-    options.add_argument("--store", metavar="URI", help="MLflow tracking URI (sqlite:///mlflow.db)")
+    """Add `--store`; None stands for `grid.store_uri.default_store_uri`."""
+    options.add_argument("--store", metavar="URI", help=f"MLflow tracking URI (${STORE_VARIABLE}, or {DEFAULT_STORE})")
 
 
 def add_data_dir(options: Options) -> None:

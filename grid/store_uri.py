@@ -3,64 +3,115 @@
 import os
 import re
 import socket
+import sqlite3
 import tempfile
 from collections.abc import Iterable
+from contextlib import closing
+from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from grid.config import InputError
 from grid.masking import mask
-from grid.wording import first_line
+from grid.store_access import bypass_proxies, find_proxy, proxy_hint
+from grid.wording import count, first_line
 
-SQLITE_MAGIC = b"SQLite format 3\0"
-DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+STORE_VARIABLE = "MLFLOW_TRACKING_URI"
+DEFAULT_STORE = "sqlite:///mlflow.db"
+SQLITE = "sqlite:///"
+PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306}
+DATABASES = ("postgresql", "mysql", "mssql")
+CONNECT_SECONDS = 5
+NAMES_SHOWN = 5
+NAME_LENGTH_SHOWN = 100
 
 
-def check_store_uri(uri: str | None, *, must_exist: bool = False) -> str:
+def check_store_uri(uri: str | None, *, must_exist: bool = False, read_only: bool = False) -> str:
     """Return an absolute store URI that can be opened and written, as far as can be checked without writing to it.
 
     Args:
-        uri: Any MLflow tracking URI; None for `mlflow.db` in the working directory.
-        must_exist: Refuse a missing sqlite file, which MLflow would otherwise create.
+        uri: Any MLflow tracking URI; None for the `default_store_uri`.
+        must_exist: Refuse a missing or empty sqlite file, which MLflow would otherwise create.
+        read_only: The store is only read, so it need not be writable, but must exist.
+
+    Returns:
+        Of a sqlite file: `sqlite:///` and its path, in which only `%` and `?` are escaped; see `sqlite_path`.
 
     Raises:
         InputError: It can't be opened or written.
     """
-    uri = uri or "sqlite:///mlflow.db"
+    named = uri or default_store_uri()
+    origin = f" (from {STORE_VARIABLE})" if not uri and os.environ.get(STORE_VARIABLE) else ""
     try:
-        return _check(uri, must_exist)
+        return _check(named, must_exist=must_exist or read_only, read_only=read_only)
     except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"can't open the store '{mask(uri)}': {first_line(error)}; pass another --store") from error
+        reason = str(error) if isinstance(error, InputError) else _cannot_open(named, first_line(error))
+        raise InputError(f"{reason}{origin}") from error
+
+
+def default_store_uri() -> str:
+    """Return where the store is if no `--store` is given: what MLflow's users have set, else `mlflow.db` here."""
+    return os.environ.get(STORE_VARIABLE) or DEFAULT_STORE
+
+
+def is_default(uri: str) -> bool:
+    """Return whether a command in this folder finds a store without `--store`, in any shell."""
+    return (
+        not os.environ.get(STORE_VARIABLE) and sqlite_path(uri) == Path(DEFAULT_STORE.removeprefix(SQLITE)).absolute()
+    )
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """Return the file of a store, by a URI from `check_store_uri`; None if it is not a sqlite file."""
+    return Path(unquote(uri.removeprefix(SQLITE))) if uri.startswith(SQLITE) else None
+
+
+def client_uri(uri: str, *, read_only: bool = False) -> str:
+    """Return a store's URI for MLflow, by one from `check_store_uri`.
+
+    Args:
+        uri: Of the store.
+        read_only: Open a sqlite file so that nothing is written, not even a missing table.
+    """
+    path = sqlite_path(uri)
+    if path is None or not (read_only or unquote(uri) != uri):
+        return uri
+    from sqlalchemy.engine import URL  # noqa: PLC0415  (heavy; its versions escape differently)
+
+    # sqlite's own escapes keep `?` and `%` from SQLAlchemy; with a driver named, MLflow creates no folder `file:`.
+    query = {"mode": "ro" if read_only else "rwc", "uri": "true"}
+    return URL.create("sqlite+pysqlite", database=f"file:{quote(str(path))}", query=query).render_as_string()
 
 
 def missing_experiment(name: str, uri: str, others: Iterable[str]) -> InputError:
-    """Return the error of an experiment that its store lacks; MLflow's own empty one is not offered."""
-    offered = ", ".join(sorted(set(others) - {"Default"})) or "none"
-    return InputError(f"no experiment '{name}' in {mask(uri)}; it has {offered}")
+    """Return the error of an experiment that its store lacks, with the nearest names that it has.
+
+    MLflow's own empty experiment is not offered.
+    """
+    offered = sorted(set(others) - {"Default"})
+    nearest = get_close_matches(name, offered, n=NAMES_SHOWN, cutoff=0.5) if len(offered) > NAMES_SHOWN else []
+    shown = nearest or offered[:NAMES_SHOWN]
+    names = ", ".join(map(_shorten, shown)) or "none"
+    number = f"{count(len(offered), 'experiment')}, such as " if len(offered) > len(shown) else ""
+    return InputError(f"no experiment '{_shorten(name)}' in {mask(uri)}; it has {number}{names}")
 
 
-def _check(uri: str, must_exist: bool) -> str:
+def _check(uri: str, *, must_exist: bool, read_only: bool) -> str:
     scheme = urlsplit(uri).scheme.split("+")[0]
     if scheme == "sqlite":
-        return _check_sqlite(uri, must_exist)
-    if scheme in ("http", "https"):
-        return _check_server(uri)
-    if scheme not in DATABASES:
+        return _check_sqlite(uri, must_exist=must_exist, read_only=read_only)
+    if scheme not in ("http", "https", *DATABASES):
         raise InputError(f"can't open the store '{mask(uri)}'; give sqlite:///FILE, http://HOST:PORT or a database URI")
-    if uri.count("@") > 1 or "@" in urlsplit(uri).path:
+    if scheme in DATABASES and (uri.count("@") > 1 or "@" in urlsplit(uri).path):
         raise InputError(f"can't open the store '{mask(uri)}': write @ in a password as %40, / as %2F")
-    _ = urlsplit(uri).port  # raises if it is not a number
-    return uri
+    return _check_server(uri, scheme)
 
 
 def artifact_location(uri: str, experiment: str) -> str | None:
     """Return where the artifacts of a new experiment go: next to a sqlite file; None lets the server choose."""
-    if not uri.startswith("sqlite:///"):
-        return None
-    return (_sqlite_path(uri).parent / "mlartifacts" / slug(uri, experiment)).as_uri()
+    path = sqlite_path(uri)
+    return None if path is None else (path.parent / "mlartifacts" / slug(uri, experiment)).as_uri()
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -84,47 +135,98 @@ def write_problem(folder: Path) -> str:
     return ""
 
 
-def _sqlite_path(uri: str) -> Path:
-    return Path(uri.removeprefix("sqlite:///"))
-
-
-def _check_sqlite(uri: str, must_exist: bool) -> str:
-    path = _sqlite_path(uri).absolute()
-    absolute = f"sqlite:///{path}"
-    problem = ""
-    if not uri.startswith("sqlite:///") or path.name == "":
-        problem = "it names no file"
-    elif path.exists() and not path.is_file():
-        problem = "it is not a file"
-    elif not path.parent.is_dir():
-        problem = f"there is no folder {path.parent}"
-    elif must_exist and not path.exists():
-        problem = "there is no such file"
-    elif not _is_sqlite_or_new(path):
-        problem = "the file is not a sqlite database"
-    elif path.exists() and not os.access(path, os.W_OK):
-        problem = "the file can't be written"
-    else:
-        problem = write_problem(path.parent)
+def _check_sqlite(uri: str, *, must_exist: bool, read_only: bool) -> str:
+    path = _named_file(uri)
+    absolute = f"{SQLITE}{path}".replace("%", "%25").replace("?", "%3F")
+    problem = (
+        _name_problem(uri, path)
+        or _access_problem(path, must_exist=must_exist, read_only=read_only)
+        or _content_problem(path, must_exist=must_exist)
+    )
     if problem:
-        raise InputError(f"can't open the store {absolute}: {problem}; pass another --store")
+        raise InputError(_cannot_open(f"{SQLITE}{path}", problem))
     return absolute
 
 
-def _is_sqlite_or_new(path: Path) -> bool:
-    if not path.exists():
-        return True
-    with path.open("rb") as file:
-        return file.read(len(SQLITE_MAGIC)) in (b"", SQLITE_MAGIC)
+def _named_file(uri: str) -> Path:
+    """Return the absolute path in a sqlite URI, where `%20` is a space, as for MLflow, unless it is spelt so."""
+    text = uri.removeprefix(SQLITE)
+    spellings = (Path(text).absolute(), Path(unquote(text)).absolute())
+    return max(spellings, key=lambda path: (path.is_file(), path.parent.is_dir()))
 
 
-def _check_server(uri: str) -> str:
-    parts = urlsplit(uri)
+def _name_problem(uri: str, path: Path) -> str:
+    if not uri.startswith(SQLITE) or path.name == "":
+        return "it names no file"
+    if re.search(r"\?\w+=", uri):
+        return "options such as ?mode=ro are not taken; write ? in the name of a file as %3F"
+    if str(path) != os.fsencode(path).decode(errors="replace"):
+        return "its path is not UTF-8"
+    return ""
+
+
+def _access_problem(path: Path, *, must_exist: bool, read_only: bool) -> str:
+    if path.exists() and not path.is_file():
+        return "it is not a file"
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}"
+    if must_exist and not path.exists():
+        return "there is no such file"
+    if path.exists() and not os.access(path, os.R_OK):
+        return "the file can't be read"
+    if read_only:
+        return ""
+    if path.exists() and not os.access(path, os.W_OK):
+        return "the file can't be written"
+    return write_problem(path.parent)
+
+
+def _content_problem(path: Path, *, must_exist: bool) -> str:
     try:
-        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-        socket.create_connection((parts.hostname or "", port), timeout=5).close()
+        tables = sqlite_tables(path)
+    except sqlite3.OperationalError:  # locked, or to be recovered first: MLflow waits, and tells
+        return ""
+    except sqlite3.DatabaseError as error:
+        is_damaged = "malformed" in str(error)
+        return f"the database is damaged ({error})" if is_damaged else "the file is not a sqlite database"
+    if not tables:
+        return "it is empty, no grid has been recorded in it" if must_exist else ""
+    return "" if "experiments" in tables else "it is a sqlite database, but not one of MLflow"
+
+
+def sqlite_tables(path: Path, patience_seconds: float = 1.0) -> set[str]:
+    """Return the names of the tables of a sqlite file, which may be missing; nothing is written.
+
+    Raises:
+        sqlite3.Error: They can't be read.
+    """
+    if not path.exists():
+        return set()
+    with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=patience_seconds)) as database:
+        return {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+
+
+def _check_server(uri: str, scheme: str) -> str:
+    """Connect to a server, or to the proxy that requests to it go through."""
+    bypass_proxies(uri)
+    name, proxy = find_proxy(uri)
+    parts = urlsplit(proxy if "//" in proxy else f"http://{proxy}") if proxy else urlsplit(uri)
+    try:
+        port = parts.port or PORTS.get(parts.scheme.split("+")[0])
+        if parts.hostname and port:  # else a socket file, or a name that only the database's driver knows
+            socket.create_connection((parts.hostname, port), timeout=CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:
+        where = f"its proxy ({name}) does not answer: " if name else ""
+        reason = f"{where}{first_line(error)}{proxy_hint(uri)}"
         raise InputError(
-            f"can't open the store {mask(uri)}: {error}; start the server or pass another --store"
+            f"can't open the store {mask(uri)}: {reason}; start the server or pass another --store"
         ) from error
     return uri
+
+
+def _cannot_open(uri: str, problem: str) -> str:
+    return f"can't open the store {mask(uri)}: {problem}; pass another --store"
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= NAME_LENGTH_SHOWN else f"{name[:NAME_LENGTH_SHOWN]}..."

@@ -38,6 +38,12 @@ from grid.record.store import Store  # noqa: E402
 from grid.train.evaluation import confused_pairs, per_class  # noqa: E402
 
 
+@pytest.fixture(autouse=True)
+def _no_store_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep tests out of the store that the environment names; `mlflow.set_tracking_uri` in a test sets it, too."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _fresh_ray_token() -> Iterator[None]:
     """Make Ray forget its access token after each file of tests; it would keep the first one until the process ends."""

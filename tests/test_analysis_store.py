@@ -1,4 +1,12 @@
 import math
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,6 +17,7 @@ from grid.metrics import EpochReport
 from grid.record.recorder import Recorder
 from grid.record.spool import Spool
 from grid.record.store import Store
+from grid.store_uri import check_store_uri
 
 CONFIG = TrialConfig(learning_rate=1e-3, epochs=9, seed=3, lr_scale=0.5)
 
@@ -243,7 +252,119 @@ def test_a_deleted_experiment_is_an_error(store: Store) -> None:
         read_experiment(store.uri, "some grid")
 
 
-def test_a_broken_database_is_an_error_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "broken.db").write_bytes(b"SQLite format 3\0" + b"garbage" * 1000)
-    with pytest.raises(InputError, match=r"^can't read the store sqlite:.*; pass another --store$"):
-        read_experiment(f"sqlite:///{tmp_path}/broken.db", "some grid")
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"SQLite format 3\0" + b"garbage" * 1000, "the file is not a sqlite database"),
+        (b"", "it is empty, no grid has been recorded in it"),
+    ],
+)
+def test_a_file_without_a_store_is_an_error_in_one_line_and_stays_as_it_is(
+    tmp_path: Path, content: bytes, problem: str
+) -> None:
+    (tmp_path / "mlflow.db").write_bytes(content)
+    with pytest.raises(InputError, match=rf"^can't open the store sqlite:.*: {problem}; pass another --store$"):
+        read_experiment(f"sqlite:///{tmp_path}/mlflow.db", "some grid")
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"mlflow.db": content}
+
+
+def test_a_wrong_name_in_a_store_of_many_is_answered_with_the_nearest(store: Store, tmp_path: Path) -> None:
+    names = [f"night-{number:04d}-{'x' * 200}" for number in range(1500)]
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
+        columns = "experiment_id, name, lifecycle_stage, artifact_location, workspace"
+        rows = [(1000 + number, name, "active", "/", "default") for number, name in enumerate(names)]
+        database.executemany(f"INSERT INTO experiments ({columns}) VALUES (?, ?, ?, ?, ?)", rows)
+    with pytest.raises(InputError, match=r"; it has 1,502 experiments, such as some grid$"):
+        read_experiment(store.uri, "some grit")
+    with pytest.raises(InputError, match=r"; it has 1,502 experiments, such as night-0000-x*\.\.\., ") as error:
+        read_experiment(store.uri, "day")
+    assert len(str(error.value)) < 1000
+    with pytest.raises(InputError, match=r"; it has 1,502 experiments, such as some grid$"):
+        Store(store.uri, "some grit").create(missing=False)
+
+
+# A store that may only be read
+
+
+@pytest.fixture
+def archive(store: Store, tmp_path: Path) -> Iterator[Path]:
+    """A store with a trial in a folder that everybody may read, and root alone may change."""
+    record(store, tmp_path, "stopped")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        shutil.copy(tmp_path / "mlflow.db", folder)
+        for artifacts in (tmp_path, tmp_path.parent, tmp_path.parent.parent):  # pytest's are root's
+            artifacts.chmod(0o755)
+        yield folder
+
+
+@contextmanager
+def reading_only(folder: Path) -> Iterator[None]:
+    """Become somebody who may not change a folder, and check that it is left as it was."""
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    is_root = os.getuid() == 0
+    for file in folder.iterdir():
+        file.chmod(0o444)
+    folder.chmod(0o555)
+    if is_root:
+        os.setresuid(65534, 65534, 0)
+    try:
+        assert not os.access(folder, os.W_OK)
+        yield
+    finally:
+        if is_root:
+            os.setresuid(0, 0, 0)
+        folder.chmod(0o755)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def interrupt_a_write(path: Path) -> None:
+    """Leave what a program leaves that is killed while it writes: half a transaction, and how to undo it."""
+    with sqlite3.connect(path) as database:  # more than the cache holds, so that pages reach the file before the end
+        database.execute("CREATE TABLE big (content BLOB)")
+        database.executemany("INSERT INTO big VALUES (zeroblob(?))", [(10_000,)] * 50)
+    database.close()
+    crash = (
+        "import os, sqlite3, sys; database = sqlite3.connect(sys.argv[1]); database.execute('PRAGMA cache_size = 1');"
+        "database.execute('UPDATE tags SET value = 1'); database.execute('UPDATE big SET content = randomblob(10000)');"
+        "os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", crash, str(path)], check=False)
+    assert Path(f"{path}-journal").stat().st_size > 0
+
+
+def use_a_log(path: Path) -> None:
+    """Let a sqlite file have a write-ahead log, for which a reader needs two more files beside it."""
+    with sqlite3.connect(path) as database:
+        database.execute("PRAGMA journal_mode = WAL")
+    database.close()
+
+
+@pytest.mark.parametrize("change", [None, interrupt_a_write, use_a_log])
+def test_a_store_that_may_only_be_read_is_read_and_left_as_it_is(
+    archive: Path, change: Callable[[Path], None] | None
+) -> None:
+    if change:
+        change(archive / "mlflow.db")
+    with reading_only(archive):
+        experiment = read_experiment(f"sqlite:///{archive}/mlflow.db", "some grid")
+    assert list(experiment.trials["status"]) == ["stopped"]
+    assert experiment.val_images == 940
+
+
+def test_a_driver_says_that_it_cannot_write_to_a_store(archive: Path) -> None:
+    uri = f"sqlite:///{archive}/mlflow.db"
+    with (
+        reading_only(archive),
+        pytest.raises(InputError, match="^can't open the store .*: the file can't be written; "),
+    ):
+        check_store_uri(uri)
+
+
+def test_reading_an_own_store_changes_nothing_either(store: Store, tmp_path: Path) -> None:
+    record(store, tmp_path, "stopped")
+    before = (tmp_path / "mlflow.db").read_bytes()
+    read_experiment(store.uri, "some grid")
+    assert (tmp_path / "mlflow.db").read_bytes() == before
+    assert not list(tmp_path.glob("mlflow.db-*"))

@@ -1,10 +1,15 @@
 import socket
+import sqlite3
+from contextlib import closing
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from analysis.store import read_experiment
 from grid.config import InputError
-from grid.store_uri import artifact_location, check_store_uri, slug
+from grid.record.store import Store
+from grid.store_uri import artifact_location, check_store_uri, client_uri, is_default, slug, sqlite_path
 
 
 def test_the_default_is_a_file_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,3 +89,112 @@ def test_a_password_is_never_shown(uri: str) -> None:
         check_store_uri(uri)
     assert "sec" not in str(error.value)
     assert "ret" not in str(error.value).replace("store", "")
+
+
+# Names that a URI escapes
+
+ODD_NAMES = ("what?", "a=b?c", "a#b", "100%", "x%20y", "%3F", "two words", "gr\u00fc\u00dfe", "a&b;c", "file:x")
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_store_lies_where_the_user_is_whatever_the_folder_is_called(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    uri = check_store_uri(None)
+    Store(uri, "a").create()
+    assert {file.name for file in tmp_path.iterdir()} == {name}
+    assert {file.name for file in folder.iterdir()} == {"mlflow.db"}
+    assert (sqlite_path(uri), is_default(uri), check_store_uri(uri)) == (folder / "mlflow.db", True, uri)
+    with pytest.raises(InputError, match="^experiment 'a' in .* has no trial yet"):
+        read_experiment(uri, "a")
+
+
+@pytest.mark.parametrize("name", ODD_NAMES[2:])
+def test_an_absolute_store_may_be_given_as_the_shell_spells_it(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    assert sqlite_path(check_store_uri(f"sqlite:///{tmp_path}/{name}/x.db")) == tmp_path / name / "x.db"
+
+
+def test_an_escaped_store_is_taken_as_mlflow_takes_it(tmp_path: Path) -> None:
+    (tmp_path / "two words?").mkdir()
+    assert sqlite_path(check_store_uri(f"sqlite:///{tmp_path}/two%20words%3F/x.db")) == tmp_path / "two words?/x.db"
+
+
+def test_an_ordinary_store_has_the_same_uri_everywhere(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert check_store_uri(uri) == client_uri(uri) == uri
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///x.db?mode=ro", "sqlite:///file:x.db?mode=ro&uri=true"])
+def test_options_of_sqlite_are_refused(uri: str) -> None:
+    with pytest.raises(InputError, match=r"options such as \?mode=ro are not taken"):
+        check_store_uri(uri)
+
+
+# Files that are no store
+
+
+def test_the_database_of_another_program_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "places.sqlite"
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE places (url TEXT)")
+    before = path.read_bytes()
+    for read_only in (False, True):
+        with pytest.raises(InputError, match="it is a sqlite database, but not one of MLflow; pass another --store$"):
+            check_store_uri(f"sqlite:///{path}", read_only=read_only)
+    assert path.read_bytes() == before
+
+
+def test_a_damaged_store_is_refused(store_uri: str, tmp_path: Path) -> None:
+    content = (tmp_path / "mlflow.db").read_bytes()
+    (tmp_path / "mlflow.db").write_bytes(content[:100] + b"\xff" * 4000 + content[4100:])
+    with pytest.raises(InputError, match="the database is damaged"):
+        check_store_uri(store_uri)
+
+
+# The default
+
+
+def test_what_users_of_mlflow_have_set_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/ours.db")
+    assert check_store_uri(None) == f"sqlite:///{tmp_path}/ours.db"
+    given = check_store_uri("sqlite:///mlflow.db")
+    assert given == f"sqlite:///{tmp_path}/mlflow.db"
+    assert not is_default(given)
+
+
+COMMANDS = (
+    "grid.run",
+    "grid.confirm",
+    "grid.record.__main__",
+    "analysis.rank",
+    "analysis.audit",
+    "analysis.effects",
+    "analysis.report",
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_takes_that_default_and_says_so(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "databricks")
+    main = import_module(command).main
+    replay = ["--replay"] if "record" in command else []
+    assert main(["--experiment", "a", *replay]) == 2
+    message = "can't open the store 'databricks'; give sqlite:///FILE, http://HOST:PORT or a database URI"
+    assert f"{message} (from MLFLOW_TRACKING_URI)\n" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "$MLFLOW_TRACKING_URI" in capsys.readouterr().out
+
+
+def test_a_database_server_that_does_not_answer_is_refused() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        with pytest.raises(InputError, match="refused; start the server or pass another --store"):
+            check_store_uri(f"postgresql://me@127.0.0.1:{closed.getsockname()[1]}/db")

@@ -15,6 +15,7 @@ from grid.plan.forecast import Forecast
 from grid.plan.packing import Packing
 from grid.plan.request import Place, Request, resume_command
 from grid.plan.trials import Plan
+from grid.store_uri import is_default
 from grid.wording import count, format_seconds
 
 
@@ -122,8 +123,7 @@ def conclude(request: Request, watcher: Watcher, undelivered: str) -> Conclusion
 
 def experiment_options(place: Place) -> str:
     """Return the options that name an experiment in this folder, without secrets and without the default store."""
-    is_default = place.store == f"sqlite:///{Path('mlflow.db').absolute()}"
-    store = [] if is_default else ["--store", mask(place.store)]
+    store = [] if is_default(place.store) else ["--store", mask(place.store)]
     return shlex.join(["--experiment", place.experiment, *store])
 
 

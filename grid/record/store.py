@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import sqlite3
 import tempfile
 import threading
 import time
@@ -17,20 +18,21 @@ from urllib.parse import unquote, urlsplit
 from grid.config import InputError, TrialConfig
 from grid.files import sync
 from grid.masking import mask
+from grid.store_access import experiment_names, mlflow_settings, proxy_hint, waiting_for
 from grid.store_uri import artifact_location, missing_experiment
 from grid.wording import first_line
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # else on stderr where tqdm is installed
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the recorder retries, after checking what has arrived
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+os.environ.update(mlflow_settings(writes=True))
 
 import mlflow.exceptions
 import requests
+from alembic.util import CommandError
 from mlflow.entities import Metric, RunTag
 from mlflow.tracking import MlflowClient
 from sqlalchemy import Engine, event
 from sqlalchemy.exc import DataError, SQLAlchemyError
+
+from grid.record.database import open_client
 
 MANIFEST = "grid.json"
 PAGE_SIZE = 1000
@@ -97,8 +99,8 @@ class Store:
         self.uri = uri
         self.experiment = experiment
         try:
-            self.client = MlflowClient(tracking_uri=uri)
-        except (*UNREACHABLE, ImportError) as error:
+            self.client = open_client(uri)
+        except (*UNREACHABLE, CommandError, ImportError, sqlite3.Error) as error:
             raise InputError(f"can't open the store {mask(uri)}: {first_line(error)}; pass another --store") from error
         self.experiment_id = ""
         self.parent_id = ""
@@ -123,8 +125,7 @@ class Store:
         with self.answering():
             found = self.client.get_experiment_by_name(self.experiment)
             if found is None and not missing:
-                others = (other.name for other in self.client.search_experiments())
-                raise missing_experiment(self.experiment, self.uri, others)
+                raise missing_experiment(self.experiment, self.uri, experiment_names(self.client))
             found = found or self._create_experiment()
             if found.lifecycle_stage == "deleted":
                 hint = "restore it or pass another --experiment"
@@ -280,11 +281,11 @@ class Store:
     def answering(self) -> Iterator[None]:
         """Turn the errors of a store that is down, locked or slow into an `InputError`."""
         try:
-            yield
+            with waiting_for(self.uri):
+                yield
         except UNREACHABLE as error:
-            raise InputError(
-                f"can't use the store {mask(self.uri)}: {first_line(error)}; pass another --store"
-            ) from error
+            reason = f"{first_line(error)}{proxy_hint(self.uri)}"
+            raise InputError(f"can't use the store {mask(self.uri)}: {reason}; pass another --store") from error
 
     def _search(self, kind: str, trial_key: str = "") -> Iterable[Any]:
         query = f"tags.kind = '{kind}'" + (f" and tags.trial_key = '{trial_key}'" if trial_key else "")
