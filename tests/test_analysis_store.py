@@ -288,23 +288,23 @@ def test_a_wrong_name_in_a_store_of_many_is_answered_with_the_nearest(store: Sto
 
 @pytest.fixture
 def archive(store: Store, tmp_path: Path) -> Iterator[Path]:
-    """A store with a trial in a folder that everybody may read, and root alone may change."""
-    record(store, tmp_path, "stopped")
+    """A folder with a store of one trial, outside pytest's own folders, which nobody else may enter."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
         shutil.copy(tmp_path / "mlflow.db", folder)
-        for artifacts in (tmp_path, tmp_path.parent, tmp_path.parent.parent):  # pytest's are root's
-            artifacts.chmod(0o755)
+        archived = Store(f"sqlite:///{folder}/mlflow.db", "archived grid")
+        archived.create()
+        record(archived, tmp_path, "stopped")
         yield folder
 
 
 @contextmanager
 def reading_only(folder: Path) -> Iterator[None]:
     """Become somebody who may not change a folder, and check that it is left as it was."""
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     is_root = os.getuid() == 0
-    for file in folder.iterdir():
+    for file in before:
         file.chmod(0o444)
     folder.chmod(0o555)
     if is_root:
@@ -316,7 +316,7 @@ def reading_only(folder: Path) -> Iterator[None]:
         if is_root:
             os.setresuid(0, 0, 0)
         folder.chmod(0o755)
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
 
 
 def interrupt_a_write(path: Path) -> None:
@@ -348,7 +348,7 @@ def test_a_store_that_may_only_be_read_is_read_and_left_as_it_is(
     if change:
         change(archive / "mlflow.db")
     with reading_only(archive):
-        experiment = read_experiment(f"sqlite:///{archive}/mlflow.db", "some grid")
+        experiment = read_experiment(f"sqlite:///{archive}/mlflow.db", "archived grid")
     assert list(experiment.trials["status"]) == ["stopped"]
     assert experiment.val_images == 940
 

@@ -44,7 +44,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["--data-dir", "x" * 300], f"--data-dir can't be '{'x' * 60}': File name too long"),
         (["--storage", "x" * 300], f"--storage can't be '{'x' * 60}': File name too long"),
         (["--storage", "gopher://x"], "unknown storage 'gopher://x'"),
-        (["--store", "http://[x"], "can't open the store 'http://[x'"),
+        (["--store", "http://[x"], "can't open the store http://[x: "),
         (["--store", "sqlite:///" + "x" * 300], "can't open the store"),
         (["--store", "foo://me:secret@x"], "can't open the store 'foo://***@x'"),
         (["--experiment", "two\nlines"], "--experiment must be 1 to 200 printable characters"),
