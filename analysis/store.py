@@ -21,7 +21,18 @@ from math import isnan, nan, prod
 from pathlib import Path
 from typing import Any
 
-from grid.store_access import experiment_names, mlflow_settings, proxy_hint, waiting_for
+from grid.store_uri import (
+    check_store_uri,
+    client_uri,
+    experiment_names,
+    missing_experiment,
+    mlflow_settings,
+    proxy_hint,
+    slug,
+    sqlite_path,
+    sqlite_tables,
+    waiting_for,
+)
 
 os.environ.update(mlflow_settings(writes=False))
 
@@ -36,7 +47,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from grid.config import FACTORS, InputError, TrialConfig
 from grid.masking import mask
 from grid.metrics import AS_VALIDATED_METRIC, FINAL_METRIC, RUNG_METRIC, STATUSES, TEST_METRICS, rung_epochs
-from grid.store_uri import check_store_uri, client_uri, missing_experiment, slug, sqlite_path, sqlite_tables
 from grid.wording import count, first_line
 
 ROUNDS = "more_controls.json"

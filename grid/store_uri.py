@@ -1,20 +1,28 @@
-"""Where the store is: makes its address absolute and checks it, before anything heavy is imported or written."""
+"""Where the store is and how it is asked: its address, proxies, time limits, a word while it does not answer.
+
+Checks the address before anything heavy is imported or written.
+"""
 
 import os
 import re
+import shutil
 import socket
 import sqlite3
+import sys
 import tempfile
-from collections.abc import Iterable
-from contextlib import closing
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from difflib import get_close_matches
 from hashlib import sha256
+from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from grid.config import InputError
 from grid.masking import mask
-from grid.store_access import bypass_proxies, find_proxy, proxy_hint
 from grid.wording import count, first_line
 
 STORE_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -25,6 +33,17 @@ DATABASES = ("postgresql", "mysql", "mssql")
 CONNECT_SECONDS = 5
 NAMES_SHOWN = 5
 NAME_LENGTH_SHOWN = 100
+MLFLOW_SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # else on stderr where tqdm is installed
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines per run of a server, through the progress line
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "PGCONNECT_TIMEOUT": "20",  # of PostgreSQL's client; without it, minutes
+}
+"""Environment variable -> value, for whatever the user has not set; a locked sqlite file is waited for as long."""
+RETRIES_VARIABLE = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+READER_RETRIES = 2
+QUIET_SECONDS = 5.0
 
 
 def check_store_uri(uri: str | None, *, must_exist: bool = False, read_only: bool = False) -> str:
@@ -95,6 +114,69 @@ def missing_experiment(name: str, uri: str, others: Iterable[str]) -> InputError
     names = ", ".join(map(_shorten, shown)) or "none"
     number = f"{count(len(offered), 'experiment')}, such as " if len(offered) > len(shown) else ""
     return InputError(f"no experiment '{_shorten(name)}' in {mask(uri)}; it has {number}{names}")
+
+
+def mlflow_settings(*, writes: bool) -> Mapping[str, str]:
+    """Return the environment variables that MLflow should see; to be set before it is imported.
+
+    A question may be repeated by MLflow itself. What writes may not: an attempt whose answer was lost may have
+    arrived, so the recorder looks before it tries again.
+    """
+    return {**MLFLOW_SETTINGS, RETRIES_VARIABLE: str(0 if writes else READER_RETRIES), **os.environ}
+
+
+@contextmanager
+def waiting_for(uri: str) -> Iterator[None]:
+    """Say on stderr that an answer takes long: after 5 s, and in one line once the wait is over.
+
+    Args:
+        uri: Of the store that is asked.
+    """
+    over = threading.Event()
+    thread = threading.Thread(target=_say_how_long, args=(mask(uri), over), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def experiment_names(client: Any) -> list[str]:
+    """Return the names of all experiments of a store, by an `MlflowClient`, which returns them in pages."""
+    names: list[str] = []
+    token: str | None = None
+    while token != "":
+        page = client.search_experiments(page_token=token)
+        names += [experiment.name for experiment in page]
+        token = page.token or ""
+    return names
+
+
+def bypass_proxies(uri: str) -> None:
+    """Make requests to a server on this machine go there, not through a proxy, which would look on its own machine."""
+    host = urlsplit(uri).hostname
+    if host and find_proxy(uri) and _is_here(host):
+        hosts = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{hosts},{host}".lstrip(",")
+
+
+def find_proxy(uri: str) -> tuple[str, str]:
+    """Return the environment variable that sends requests to a server through a proxy, and its value; else empty."""
+    variables = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
+    if not variables or urlsplit(uri).scheme not in ("http", "https"):
+        return "", ""
+    from requests.utils import get_environ_proxies, select_proxy  # noqa: PLC0415  (heavy; what MLflow asks as well)
+
+    proxy = select_proxy(uri, get_environ_proxies(uri))
+    return next(((name, value) for name, value in variables.items() if value and value == proxy), ("", ""))
+
+
+def proxy_hint(uri: str) -> str:
+    """Return what to say about the proxy when a server does not answer; empty if there is none."""
+    name, _ = find_proxy(uri)
+    host = urlsplit(uri).hostname
+    return f"; {name} sends requests through a proxy, NO_PROXY={host} sends them directly" if name else ""
 
 
 def _check(uri: str, *, must_exist: bool, read_only: bool) -> str:
@@ -230,3 +312,29 @@ def _cannot_open(uri: str, problem: str) -> str:
 
 def _shorten(name: str) -> str:
     return name if len(name) <= NAME_LENGTH_SHOWN else f"{name[:NAME_LENGTH_SHOWN]}..."
+
+
+def _is_here(host: str) -> bool:
+    try:
+        return all(ip_address(str(found[4][0])).is_loopback for found in socket.getaddrinfo(host, None))
+    except (OSError, ValueError):
+        return False
+
+
+def _say_how_long(store: str, over: threading.Event) -> None:
+    start = time.monotonic()
+    if over.wait(QUIET_SECONDS):
+        return
+    with suppress(OSError, ValueError, AttributeError):  # stderr is closed or missing
+        is_terminal = sys.stderr.isatty()
+        _say(f"waiting for the store {store}", start, replace=is_terminal)
+        while not over.wait(1.0 if is_terminal else None):
+            _say(f"waiting for the store {store}", start, replace=is_terminal)
+        _say(f"waited for the store {store}", start, before="\033[K" if is_terminal else "")
+
+
+def _say(text: str, start: float, *, before: str = "", replace: bool = False) -> None:
+    line = f"{text} ({time.monotonic() - start:.0f} s)"
+    if replace:  # a longer line would wrap, and the next one would not replace it
+        line = line[: shutil.get_terminal_size().columns - 1]
+    print(f"{before}{line}", end="\r" if replace else "\n", file=sys.stderr, flush=True)

@@ -18,8 +18,14 @@ from urllib.parse import unquote, urlsplit
 from grid.config import InputError, TrialConfig
 from grid.files import sync
 from grid.masking import mask
-from grid.store_access import experiment_names, mlflow_settings, proxy_hint, waiting_for
-from grid.store_uri import artifact_location, missing_experiment
+from grid.store_uri import (
+    artifact_location,
+    experiment_names,
+    missing_experiment,
+    mlflow_settings,
+    proxy_hint,
+    waiting_for,
+)
 from grid.wording import first_line
 
 os.environ.update(mlflow_settings(writes=True))
