@@ -44,7 +44,9 @@ def test_an_error_of_the_database_is_raised_and_not_printed_as_well(
     with closing(sqlite3.connect(store.uri.removeprefix("sqlite:///"))) as database:
         database.execute("PRAGMA foreign_keys = OFF")
         database.execute(damage)
-    with pytest.raises(InputError, match="^can't (use|read|open) the store sqlite.*(no such (table|column)|not one of MLflow)"):
+    with pytest.raises(
+        InputError, match="^can't (use|read|open) the store sqlite.*(no such (table|column)|not one of MLflow)"
+    ):
         use(store.uri)
     assert capfd.readouterr() == ("", "")
 
