@@ -196,11 +196,6 @@ def artifact_location(uri: str, experiment: str) -> str | None:
     return None if path is None else (path.parent / "mlartifacts" / slug(uri, experiment)).as_uri()
 
 
-def sqlite_file(uri: str) -> Path | None:
-    """Return the file of a sqlite store, symbolic links resolved; None for any other store."""
-    return _sqlite_path(uri).resolve() if uri.startswith("sqlite:///") else None
-
-
 def slug(uri: str, experiment: str) -> str:
     """Return a file name for an experiment of a store."""
     return (

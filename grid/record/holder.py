@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TextIO
 
-from grid.store_uri import sqlite_file
+from grid.store_uri import sqlite_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +71,9 @@ class StoreLock:
     """
 
     def __init__(self, uri: str, experiment_id: str):
-        database = sqlite_file(uri)
-        self._path = None if database is None else database.with_name(f"{database.name}.{experiment_id}.lock")
+        database = sqlite_path(uri)
+        database = database and database.resolve()  # whatever symbolic link it is reached by
+        self._path = database and database.with_name(f"{database.name}.{experiment_id}.lock")
         self._file: TextIO | None = None
         self._is_taken = False
 
