@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grid.record.code_version import PACKAGES, NumericCode, package_versions
+from grid.train.code_version import PACKAGES, NumericCode, package_versions
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,7 +76,7 @@ def test_code_that_does_not_train_does_not_count(tree: Path, file: str) -> None:
 def test_every_module_that_trains_counts(tree: Path) -> None:
     folders = ("nets", "grid/train", "grid/data")
     files = {str(file.relative_to(tree)) for folder in folders for file in (tree / folder).rglob("*.py")}
-    assert files < NumericCode.of(tree, "2.11.0").files.keys()
+    assert files - {"grid/train/code_version.py"} < NumericCode.of(tree, "2.11.0").files.keys()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from grid.record.code_version import PACKAGES, NumericCode
 from grid.record.commands import (
     commands_of,
     describe_code,
@@ -22,6 +21,7 @@ from grid.record.commands import (
 )
 from grid.record.store import Store
 from grid.run import _parser, read_request
+from grid.train.code_version import PACKAGES, NumericCode
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,12 +14,12 @@ from grid import confirm
 from grid.config import InputError, TrialConfig
 from grid.driver.provenance import check_code, describe_command
 from grid.metrics import EpochReport
-from grid.record.code_version import NumericCode
 from grid.record.commands import commands_of, describe_numeric_code, read_command, record_command
 from grid.record.recorder import Recorder
 from grid.record.spool import Spool
 from grid.record.store import Store
 from grid.run import _parser, read_request
+from grid.train.code_version import NumericCode
 
 ROOT = Path(__file__).parents[1]
 HERE = NumericCode.here()

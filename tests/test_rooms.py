@@ -15,8 +15,8 @@ import torch
 from jaxtyping import TypeCheckError
 
 from grid.config import TrialConfig
-from grid.record.code_version import digest_of
 from grid.record.predictor import save_predictor
+from grid.train.code_version import digest_of
 from grid.train.evaluation import inference_state
 from grid.train.trial import DeviceData, Trial
 

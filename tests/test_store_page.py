@@ -15,10 +15,10 @@ from mlflow.tracking import MlflowClient
 from analysis.store import COLUMNS
 from grid.config import TrialConfig
 from grid.metrics import EPOCH_METRICS, FINAL_METRIC, RUNG_METRIC, TEST_METRICS
-from grid.record.code_version import NUMERIC_CODE
 from grid.record.commands import commands_of, read_command
 from grid.record.lease import Lease
 from grid.record.store import Store
+from grid.train.code_version import NUMERIC_CODE
 
 PAGE = (Path(__file__).parents[1] / "docs" / "store.md").read_text()
 OURS = re.compile(r"(?!mlflow\.)")

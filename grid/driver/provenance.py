@@ -6,7 +6,6 @@ from typing import Any
 
 from grid.config import InputError
 from grid.plan.request import Place
-from grid.record.code_version import NumericCode
 from grid.record.commands import (
     commands_of,
     describe_code,
@@ -16,6 +15,7 @@ from grid.record.commands import (
     read_command,
 )
 from grid.record.store import Store, StoredTrial
+from grid.train.code_version import NumericCode
 from grid.wording import count
 
 MOST_NAMES = 3

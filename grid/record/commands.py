@@ -15,8 +15,8 @@ from typing import Any
 
 from grid.config import NUMERICS_VERSION
 from grid.masking import mask, mask_arguments
-from grid.record.code_version import NumericCode, package_versions
 from grid.record.store import Store, StoredTrial
+from grid.train.code_version import NumericCode, package_versions
 
 FOLDER = "commands"
 RECORD = "record"

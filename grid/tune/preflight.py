@@ -14,8 +14,8 @@ import yaml
 from grid.config import InputError
 from grid.plan.memory import BYTES_PER_TRIAL
 from grid.plan.packing import Node, Packing, pack_nodes
-from grid.record.code_version import digest_here, package_versions
 from grid.train.checkpoints import Checkpoints, StorageError
+from grid.train.code_version import digest_here, package_versions
 from grid.tune.gpus import device_names, find_gpus
 from grid.tune.limits import Limits, find_limits
 from grid.tune.machines import HEAD, describe, has_fast_bfloat16, to_node, with_growth

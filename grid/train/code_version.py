@@ -17,7 +17,7 @@ NUMERIC_CODE = (
     *("nets", "grid/data", "grid/train", "grid/config.py", "grid/metrics.py"),
     *("grid/plan/asha.py", "grid/plan/controls.py"),
 )
-"""Folders and files that decide what a trial yields, which trials are stopped, and which are controls.
+"""Folders and files that decide what a trial yields, which trials are stopped, and which are controls; not this file.
 
 The rest decides when and where a trial runs, how it is recorded, or what it is asked for; that is among its parameters.
 """
@@ -40,10 +40,9 @@ class NumericCode:
     @classmethod
     def of(cls, root: Path, torch: str) -> "NumericCode":
         """Return the code below a folder that holds `grid` and `nets`."""
-        sources = [file for part in NUMERIC_CODE for file in sorted([root / part, *(root / part).rglob("*.py")])]
-        return cls(
-            {str(file.relative_to(root)): _hash(_meaning(file)) for file in sources if file.suffix == ".py"}, torch
-        )
+        found = [file for part in NUMERIC_CODE for file in sorted([root / part, *(root / part).rglob("*.py")])]
+        sources = [file for file in found if file.suffix == ".py" and file.name != Path(__file__).name]
+        return cls({str(file.relative_to(root)): _hash(_meaning(file)) for file in sources}, torch)
 
     @property
     def digest(self) -> str:
