@@ -27,7 +27,7 @@ from grid.record.store import Store
 
 EXPERIMENT = "some grid"
 EPOCHS = 10**6
-HEARTBEAT, EXPIRY = 0.3, 3.0
+HEARTBEAT, EXPIRY = 0.3, 6.0
 
 
 def shorten(patch: pytest.MonkeyPatch) -> None:
