@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from grid.config import InputError
-from grid.files import sync, write_durably
+from grid.files import rename_durably, sync, write_durably
 from grid.store_uri import slug
 
 Line = dict[str, Any]
@@ -176,7 +176,7 @@ class Spool(Queue):
         lines = len(events)
         for path in others:
             lines += path.read_bytes().count(b"\n")
-            path.rename(folder / path.name)
+            rename_durably(path, folder / path.name)
         self.path.with_suffix(".artifacts.delivered").unlink(missing_ok=True)
         self._empty()
         return lines, folder
