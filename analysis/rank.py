@@ -6,12 +6,14 @@ Diverged and failed trials are counted, not ranked.
 """
 
 import sys
+from base64 import b64decode
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy import stats
 
 from analysis.store import Experiment, read_experiment
@@ -20,18 +22,20 @@ from grid.config import FACTORS, InputError, cell_name
 from grid.metrics import RUNG_METRIC, STATUSES, rung_epochs
 from grid.ranking import RankedCell, TrialSummary
 from grid.ranking import rank_cells as rank_summaries
-from grid.ties import CONFIDENCE, image_variance, seed_variance, tied_with_best
+from grid.ties import CONFIDENCE, compare_paired, image_variance, seed_variance, tied_with_best
 from grid.wording import count, explain_spared
 
 RANK_COLUMNS = ("rank", "tier", "tied", *FACTORS, "epochs_run", "epochs", "lr_scale")
 REPLICATE_COLUMNS = ("seeds", "diverged", "stopped", "controls", "controls_end")
 INTERVAL_COLUMNS = ("val_accuracy", "spread", "seed_half", "image_half", "low", "high")
 TEST_COLUMNS = ("test_accuracy_as_validated", "test_seed_half", "test_image_half", "test_accuracy")
-COLUMNS = (*RANK_COLUMNS, *REPLICATE_COLUMNS, *INTERVAL_COLUMNS, *TEST_COLUMNS)
+BEHIND_COLUMNS = ("behind", "behind_seed_half", "behind_image_half")
+COLUMNS = (*RANK_COLUMNS, *REPLICATE_COLUMNS, *INTERVAL_COLUMNS, *TEST_COLUMNS, *BEHIND_COLUMNS)
 SHOWN_PER_MODEL = 3
 SAME = 1e-9
 """Accuracies that differ by less are equal but for rounding."""
 Row = dict[str, Any]
+Right = NDArray[np.float64] | None
 
 
 def rank_cells(
@@ -57,7 +61,9 @@ def rank_cells(
           `image_half` (half-widths of its 95% intervals for another seed and for other images; NaN if unknown), `low`
           and `high` (95% interval for both);
         - of tested finalists, else NaN: `test_accuracy_as_validated` (mean over the nets, classes weighted as in the
-          validation data), its `test_seed_half` and `test_image_half`, and `test_accuracy` (plain share).
+          validation data), its `test_seed_half` and `test_image_half`, and `test_accuracy` (plain share);
+        - of finalists after the first, else NaN: how far they are `behind` it on the seeds and images that both have,
+          with the half-widths of 95% intervals for another seed and for other images (NaN if unknown).
 
     Raises:
         InputError: The trials have different budgets.
@@ -82,8 +88,10 @@ def _rank_finalists(finalists: pd.DataFrame, val_images: int | None) -> list[Row
     """Return a row per finalist, best first."""
     cells = [cell for cell in rank_summaries(_summaries(finalists)) if cell.epochs_run == cell.epochs]
     ties = tied_with_best(cells, val_images=val_images, paired=True)
-    rows = zip(_rows(cells, val_images), _tests(finalists, cells), ties, strict=True)
-    return [row | test | {"tier": "finalist", "tied": tied} for row, test, tied in rows]
+    rows = zip(
+        _rows(cells, val_images), _tests(finalists, cells), _behind(finalists, cells, val_images), ties, strict=True
+    )
+    return [row | test | behind | {"tier": "finalist", "tied": tied} for row, test, behind, tied in rows]
 
 
 def _summaries(trials: pd.DataFrame) -> Iterable[TrialSummary]:
@@ -165,6 +173,56 @@ def _combine(first: float, second: float) -> float:
     return np.nan if np.isnan([first, second]).all() else float(np.sqrt(np.nansum([first**2, second**2])))
 
 
+def _behind(finalists: pd.DataFrame, cells: Sequence[RankedCell], val_images: int | None) -> list[dict[str, float]]:
+    """Return how far each cell is behind the first one; an image that both nets get right tells nothing apart."""
+    if not cells:
+        return []
+    behind, errors, degrees = compare_paired(cells)
+    seed_halves = errors * (stats.t.ppf((1 + CONFIDENCE) / 2, degrees) if degrees else np.nan)
+    correct = {
+        (*(row[factor] for factor in FACTORS), row["seed"]): right_of(row["val_correct"], val_images)
+        for row in finalists.to_dict("records")
+    }
+    rows = [dict.fromkeys(BEHIND_COLUMNS, np.nan)]
+    for number, cell in enumerate(cells[1:], start=1):
+        shared = cells[0].accuracies.keys() & cell.accuracies.keys()
+        pairs = [(correct[*cells[0].cell.values(), seed], correct[*cell.cell.values(), seed]) for seed in shared]
+        figures = (behind[number], seed_halves[number], _image_half(pairs))
+        rows.append(dict(zip(BEHIND_COLUMNS, map(float, figures), strict=True)))
+    return rows
+
+
+def _image_half(pairs: Sequence[tuple[Right, Right]]) -> float:
+    """Return the half-width for other images of a mean difference between nets that were measured on the same images.
+
+    Args:
+        pairs: What both nets got right, for each seed.
+
+    Reference: with one seed, McNemar 1947, https://doi.org/10.1007/BF02295996
+    """
+    known = [(first, second) for first, second in pairs if first is not None and second is not None]
+    if not known or len(known) < len(pairs):
+        return np.nan
+    differences = np.mean([first - second for first, second in known], axis=0)
+    return float(stats.norm.ppf((1 + CONFIDENCE) / 2) * differences.std(ddof=1) / np.sqrt(len(differences)))
+
+
+def right_of(val_correct: str, images: int | None) -> Right:
+    """Return 1 for each validation image that a net got right, else 0, `[image]`; None if the store does not say.
+
+    Args:
+        val_correct: See `analysis.store.COLUMNS`.
+        images: Number of validation images; None if unknown.
+    """
+    try:
+        packed = np.frombuffer(b64decode(val_correct, validate=True), np.uint8)
+    except ValueError:  # another program may have written anything
+        return None
+    if not images or images < 2 or len(packed) != -(-images // 8):
+        return None
+    return np.unpackbits(packed, count=images).astype(float)
+
+
 def _tests(finalists: pd.DataFrame, cells: Sequence[RankedCell]) -> list[dict[str, float]]:
     """Return the columns about the test of each finalist; those of untested ones are NaN."""
     factors, name = list(FACTORS), TEST_COLUMNS[0]
@@ -199,6 +257,7 @@ def format_ranking(cells: pd.DataFrame, experiment: Experiment, top: int) -> str
     blocks = []
     if len(finalists):
         blocks.append(f"finalists, trained again on new seeds\n{_table(finalists, 'test')}")
+        blocks += _lags(finalists)
     others = cells[cells["tier"] != "finalist"]
     blocks.append(f"cells of the grid\n{_table(others.head(top), 'epochs')}")
     counts = trials["status"].value_counts()
@@ -213,6 +272,21 @@ def format_ranking(cells: pd.DataFrame, experiment: Experiment, top: int) -> str
         blocks += [f"best {model}\n{_table(best, 'epochs')}" for model, best in zip(models, of_models, strict=True)]
     notes = [*_explain_controls(others.head(top)), *_doubts(cells, experiment.val_images), *experiment.notes]
     return "\n\n".join([*blocks, "\n".join(notes)]).rstrip()
+
+
+def _lags(finalists: pd.DataFrame) -> list[str]:
+    """Return how far finalists are behind the first one, where they share seeds with it."""
+    rows = finalists[finalists["behind"].notna()].to_dict("records")
+    if not rows:
+        return []
+    columns = {
+        "rank": [f"{row['rank']}" for row in rows],
+        "points": [f"{100 * row['behind']:.2f}" for row in rows],
+        "+- seed": [_points(row["behind_seed_half"]) for row in rows],
+        "+- images": [_points(row["behind_image_half"]) for row in rows],
+    }
+    lines = _align({name: texts for name, texts in columns.items() if any(texts)})
+    return ["\n".join(["behind the first, on the same seeds and images", *lines])]
 
 
 def _explain_controls(shown: pd.DataFrame) -> list[str]:

@@ -150,6 +150,8 @@ def _lead(cells: pd.DataFrame) -> str:
     if len(rivals) == 1:
         return "No other cell trained for as many epochs."
     ahead = f"It is {100 * (best['val_accuracy'] - rivals['val_accuracy'].iloc[1]):.2f} points above the next"
+    margins = _margins(rivals.iloc[1], "behind_").removeprefix("; ")
+    ahead += f" ({margins}, on the same seeds and images)" if margins else ""
     tied = int(rivals["tied"].sum()) - 1
     if tied > 0:
         return f"{ahead}; {count(tied, 'other')} may be as good."

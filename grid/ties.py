@@ -41,7 +41,7 @@ def tied_with_best(cells: Sequence[RankedCell], *, val_images: int | None = None
     full = [cell for cell in cells if cell.epochs_run == cell.epochs]
     if not full:
         return [False] * len(cells)
-    behind, errors, degrees = _compare_paired(full) if paired else _compare(full, val_images)
+    behind, errors, degrees = compare_paired(full) if paired else _compare(full, val_images)
     worse = behind > dunnett_quantile(len(full) - 1, degrees) * errors
     worse[0] = False
     tied = iter((~worse).tolist())
@@ -73,6 +73,19 @@ def dunnett_quantile(comparisons: int, degrees: float, confidence: float = CONFI
         return float(chances @ below @ weights) - confidence
 
     return float(optimize.brentq(excess, 0, 100))
+
+
+def compare_paired(cells: Sequence[RankedCell]) -> Comparison:
+    """Compare cells with the first one on the seeds that both have; seeds that diverged count as accuracy 0."""
+    error, degrees = _paired_error(cells)
+    best = cells[0].scores
+    shared = [best.keys() & cell.scores.keys() for cell in cells]
+    behind = [
+        sum(best[seed] - cell.scores[seed] for seed in seeds) / (len(seeds) or math.nan)
+        for cell, seeds in zip(cells, shared, strict=True)
+    ]
+    errors = [error * math.sqrt(2 / len(seeds)) if seeds else math.nan for seeds in shared]
+    return np.array(behind), np.array(errors), degrees
 
 
 def seed_variance(cells: Sequence[RankedCell]) -> tuple[float, float]:
@@ -107,19 +120,6 @@ def _compare(cells: Sequence[RankedCell], val_images: int | None) -> Comparison:
         variances, degrees = np.array([image_variance(cell.mean, val_images) for cell in cells]), math.inf
     scores = np.array([cell.score for cell in cells])
     return scores[0] - scores, np.sqrt(variances[0] + variances), degrees
-
-
-def _compare_paired(cells: Sequence[RankedCell]) -> Comparison:
-    """Compare cells with the first one on the seeds that both have."""
-    error, degrees = _paired_error(cells)
-    best = cells[0].scores
-    shared = [best.keys() & cell.scores.keys() for cell in cells]
-    behind = [
-        sum(best[seed] - cell.scores[seed] for seed in seeds) / (len(seeds) or math.nan)
-        for cell, seeds in zip(cells, shared, strict=True)
-    ]
-    errors = [error * math.sqrt(2 / len(seeds)) if seeds else math.nan for seeds in shared]
-    return np.array(behind), np.array(errors), degrees
 
 
 def _paired_error(cells: Sequence[RankedCell]) -> tuple[float, int]:

@@ -1,4 +1,5 @@
 import math
+from base64 import b64encode
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ def trial(accuracy: float, status: str = "completed", epochs_run: int = 9, **cha
         "stop_epoch": epochs_run if status == "stopped" else np.nan,
         "best_val_accuracy": (1 + accuracy) / 2,
         "final_val_accuracy": accuracy if status == "completed" else np.nan,
+        "val_correct": "",
         "val_accuracy_at_1": accuracy / 2,
         "val_accuracy_at_3": accuracy / 1.5 if epochs_run >= 3 else np.nan,
     }
@@ -67,6 +69,61 @@ def test_replicates_that_ended_otherwise_are_counted() -> None:
     (cell,) = rank_cells(pd.DataFrame(ends)).to_dict("records")
     assert (cell["seeds"], cell["stopped"], cell["diverged"], cell["epochs_run"]) == (2, 1, 1, 9)
     assert cell["val_accuracy"] == pytest.approx(0.75)
+
+
+def right(*wrong: int, images: int = 100) -> str:
+    """Return what a store has of a net that got all images but some right."""
+    return b64encode(np.packbits(~np.isin(np.arange(images), wrong)).tobytes()).decode()
+
+
+def compared(first: list[str], second: list[str], val_images: int | None = 100) -> dict[str, float]:
+    """Return how far the second of two finalists, of 90% and 88%, is behind the first."""
+    table = finalists({"relu": [0.90, 0.90, 0.90], "gelu": [0.87, 0.88, 0.89]}).assign(val_correct=[*first, *second])
+    cells = rank_cells(pd.DataFrame([trial(0.9)]), table, val_images=val_images)
+    assert cells.loc[cells["activation"] == "relu", "behind"].isna().all()
+    return (
+        cells.loc[cells["activation"] == "gelu", ["behind", "behind_seed_half", "behind_image_half"]].iloc[0].to_dict()
+    )
+
+
+def test_finalists_are_compared_on_the_same_seeds_and_the_same_images() -> None:
+    shared, more = [*range(10)], [*range(10), 50, 51]
+    found = compared([right(*shared)] * 3, [right(*more, 52), right(*more), right(*more[:-1])])
+    apart = np.zeros(100)
+    apart[[50, 51, 52]] = 1, 2 / 3, 1 / 3
+    assert found["behind"] == pytest.approx(apart.mean())
+    assert found["behind_image_half"] == pytest.approx(1.96 * apart.std(ddof=1) / 10, rel=1e-4)
+    paired_error = np.std([0.03, 0.02, 0.01], ddof=1) / math.sqrt(3)
+    assert found["behind_seed_half"] == pytest.approx(stats.t.ppf(0.975, 2) * paired_error)
+
+
+def test_with_one_seed_other_images_change_a_difference_as_mcnemar_has_it() -> None:
+    first, second = set(range(10)), {*range(8), 20, 21, 22, 23}
+    table = finalists({"relu": [0.90], "gelu": [0.88]}).assign(val_correct=[right(*first), right(*second)])
+    cells = rank_cells(pd.DataFrame([trial(0.9)]), table, val_images=100)
+    only_first, only_second = len(second - first), len(first - second)
+    variance = (only_first + only_second - (only_first - only_second) ** 2 / 100) / 99
+    assert cells["behind_image_half"].dropna().tolist() == [pytest.approx(1.96 * math.sqrt(variance) / 10, rel=1e-4)]
+
+
+def test_equal_images_right_leave_nothing_to_other_images() -> None:
+    assert compared([right(1, 2)] * 3, [right(1, 2)] * 3)["behind_image_half"] == 0
+
+
+@pytest.mark.parametrize("strange", ["", "not base64!", right(images=50), "é"])
+def test_without_knowing_which_images_were_right_only_seeds_are_compared(strange: str) -> None:
+    found = compared([right()] * 3, [right(), right(), strange])
+    assert math.isnan(found["behind_image_half"])
+    assert found["behind_seed_half"] > 0
+    assert math.isnan(compared([right()] * 3, [right()] * 3, val_images=None)["behind_image_half"])
+
+
+def test_the_text_says_how_far_finalists_are_behind_on_the_same_images() -> None:
+    table = finalists({"relu": [0.90, 0.90, 0.90], "gelu": [0.87, 0.88, 0.89]})
+    table["val_correct"] = [right(*range(10))] * 3 + [right(*range(number)) for number in (13, 12, 11)]
+    lines = text_of(experiment([trial(0.9)], 100, finalists=table)).splitlines()
+    place = lines.index("behind the first, on the same seeds and images")
+    assert lines[place + 1 : place + 3] == ["rank points +- seed +- images", "   2   2.00    2.48      2.47"]
 
 
 def test_finalists_come_first_and_are_not_repeated() -> None:
