@@ -148,6 +148,7 @@ def test_more_controls_are_drawn_among_the_stopped_with_the_chance_that_a_store_
     drawn = trials["control"] & ~before["control"]
     stopped = before["status"] == "stopped"
     assert drawn.sum() == 50
+    assert trials["drawn_later"].equals(drawn)
     assert stopped[drawn].all()
     assert (trials.loc[drawn, "final_val_accuracy"] == table.accuracies[drawn, -1]).all()
     assert trials.loc[drawn, "stop_epoch"].equals(before.loc[drawn, "stop_epoch"])

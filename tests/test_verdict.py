@@ -1,4 +1,5 @@
 import re
+from base64 import b64encode
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +20,7 @@ LONG = "Matters at the end (9 epochs)"
 
 
 def trial(accuracy: float, status: str = "completed", epochs_run: int = 9, **changes: object) -> dict[str, object]:
-    row = {**CELL, "seed": 0, "lr_scale": 1.0, "status": status, "control": False, "epochs": 9, "val_correct": ""}
+    row = {**CELL, "seed": 0, "lr_scale": 1.0, "status": status, "control": False, "drawn_later": False, "epochs": 9}
     rungs = {f"val_accuracy_at_{rung}": accuracy / 2 if epochs_run >= rung else np.nan for rung in (1, 3)}
     stop = float(epochs_run) if status == "stopped" else np.nan
     ends = {"final_val_accuracy": accuracy if status == "completed" else np.nan, "best_val_accuracy": accuracy}
@@ -236,3 +237,18 @@ def test_the_scope_names_data_budget_and_rates() -> None:
 
 def test_a_cell_is_named_after_its_levels() -> None:
     assert name_of(trial(0.8, batch_norm="on", regularization="l2")) == "mlp constant relu sgd batch_norm l2"
+
+
+def test_a_lead_among_finalists_has_intervals_on_the_same_seeds_and_images() -> None:
+    rows = [trial(0.5, activation=name, seed=seed) for name in ("relu", "gelu") for seed in (0, 1)]
+    tested = {"test_accuracy": np.nan, "test_accuracy_as_validated": np.nan, "test_images": np.nan}
+    right = {("relu", 0): b"\xff\xf0", ("relu", 1): b"\xff\xe0", ("gelu", 0): b"\xfe\xf0", ("gelu", 1): b"\xf8\xe0"}
+    finalists = pd.DataFrame(
+        {**row, **tested, "val_correct": b64encode(right[row["activation"], row["seed"]]).decode()} for row in rows
+    )
+    finalists["final_val_accuracy"] = [12 / 16, 11 / 16, 11 / 16, 8 / 16]
+    experiment = Experiment("sqlite://", "x", "", pd.DataFrame(rows), finalists, {"data": {"val_images": 16}}, ())
+    details = " ".join(fact(analyse(experiment), "Use").details)
+    assert re.search(
+        r"12\.50 points above the next \(±[\d.]+ for another seed, ±14\.1 for other images, on the same", details
+    )

@@ -155,8 +155,8 @@ def with_verdicts(experiment: Experiment) -> pd.DataFrame:
 def measure_spread(trials: pd.DataFrame) -> tuple[float, float]:
     """Return how much ends vary, as standard deviations: around what levels explain, and around their forecast.
 
-    The forecast is that of the rungs for a trial that ASHA stops; a control shows how far it is off, left out of it.
-    Without such controls the first number stands for both.
+    The forecast is that of the rungs for a trial that ASHA stops. Controls show how far it is off; their residuals are
+    inflated as they are in the intervals. Without such controls the first number stands for both.
 
     Args:
         trials: As for `measure_final_effects`.

@@ -105,12 +105,13 @@ def replay(
             if not continues:
                 allowed[trial] = rung
                 break
+    drawn_later = np.zeros(len(groups), dtype=np.bool_)
     if later:
         stopped = np.flatnonzero(allowed < EPOCHS)
-        drawn = rng.choice(stopped, min(later, len(stopped)), replace=False)
-        allowed[drawn], controls = EPOCHS, controls | np.isin(np.arange(len(groups)), drawn)
-        chance = 1 - (1 - chance) * (1 - len(drawn) / len(stopped))
-    return _observe(table, allowed, stop, controls, chance, asha.rungs)
+        drawn_later[rng.choice(stopped, min(later, len(stopped)), replace=False)] = True
+        allowed[drawn_later], controls = EPOCHS, controls | drawn_later
+        chance = 1 - (1 - chance) * (1 - drawn_later.sum() / len(stopped))
+    return _observe(table, allowed, stop, controls, chance, asha.rungs).assign(drawn_later=drawn_later)
 
 
 def _observe(
@@ -142,7 +143,6 @@ def _observe(
         final_val_accuracy=np.where(completed, table.accuracies[:, -1], np.nan),
         best_val_accuracy=np.fmax.reduce(seen, axis=1),
         epoch_seconds=np.nan,
-        drawn_later=False,
         val_correct="",
         **{f"{RUNG_METRIC}{rung}": seen[:, rung - 1] for rung in rungs},
     )

@@ -105,6 +105,8 @@ def examine(task: tuple[Setting, int], curves: Path, seed: int) -> pd.DataFrame:
     number = setting.times * number_of_controls(len(table.cells), setting.share)
     controls, chance = (draw_controls if setting.designed else draw_at_random)(table.cells, number, rng)
     trials = replay(table, setting.rule, controls, chance, rng, number if setting.more else 0)
+    if not setting.designed:
+        trials["drawn_later"] = trials["control"]  # nothing kept their levels in balance either
     parts = [
         compare(ESTIMATORS[name](trials), _truth(curves, place)).assign(estimator=name) for name in setting.estimators
     ]

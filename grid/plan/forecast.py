@@ -32,7 +32,7 @@ class EndSpread:
     around_levels: float
     """Around what the levels and their pairs explain."""
     around_forecast: float
-    """Around what the rungs predict of stopped trials, as a control shows it that is left out of the prediction."""
+    """Around what the rungs predict of stopped trials."""
     source: str
     """Where these are from, to end a sentence with."""
 
