@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from grid.store_uri import (
+    artifact_folder,
     check_store_uri,
     client_uri,
     experiment_names,
@@ -265,6 +266,9 @@ def read_artifact(uri: str, run_id: str, path: str) -> bytes | None:
         return None
     folder, _, _ = path.rpartition("/")
     with _answering(uri) as client, waiting_for(uri), tempfile.TemporaryDirectory() as target:
+        here = artifact_folder(uri, client.get_run(run_id).info.artifact_uri)
+        if here is not None:
+            return (here / path).read_bytes() if (here / path).exists() else None
         if path not in (artifact.path for artifact in client.list_artifacts(run_id, folder or None)):
             return None
         return Path(client.download_artifacts(run_id, path, target)).read_bytes()

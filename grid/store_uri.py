@@ -196,6 +196,32 @@ def artifact_location(uri: str, experiment: str) -> str | None:
     return None if path is None else (path.parent / "mlartifacts" / slug(uri, experiment)).as_uri()
 
 
+def local_path(location: str) -> Path:
+    """Return the path of a `file:` URI."""
+    return Path(unquote(urlsplit(location).path))
+
+
+def artifact_folder(uri: str, recorded: str) -> Path | None:
+    """Return where on this machine the artifacts of a run are; None if MLflow has to find them.
+
+    MLflow records absolute paths. If a sqlite file was moved or copied with its artifacts, they are beside it.
+
+    Args:
+        uri: Of the store.
+        recorded: The run's `artifact_uri`.
+    """
+    path = sqlite_path(uri)
+    if path is None or urlsplit(recorded).scheme not in ("", "file"):
+        return None
+    folder = local_path(recorded)
+    if "mlartifacts" in folder.parts:
+        start = len(folder.parts) - folder.parts[::-1].index("mlartifacts") - 1
+        beside = path.parent.joinpath(*folder.parts[start:])
+        if beside.is_dir():
+            return beside
+    return folder
+
+
 def slug(uri: str, experiment: str) -> str:
     """Return a file name for an experiment of a store."""
     return (

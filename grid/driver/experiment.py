@@ -22,6 +22,7 @@ from grid.plan.space import ORDER_SEED, settings_of
 from grid.plan.trials import Plan, check_comparable, make_plan
 from grid.record.commands import CODE_KEYS, RECORD, path_of, record_command
 from grid.record.lease import Lease
+from grid.record.moved import find_move
 from grid.record.recorder import Recorder
 from grid.record.rounds import read_rounds
 from grid.record.spool import Spool, open_spool
@@ -55,6 +56,9 @@ def prepare(request: Request, checkpoints: Checkpoints, stack: ExitStack) -> Pre
         InputError: The request can't be met. Nothing is in the store if the images or the storage are the reason.
     """
     dataset = load(request.data, request.data_dir, per_class=request.per_class, split_seed=ORDER_SEED)
+    move = find_move(request.store, request.experiment)
+    if move is not None:
+        move.take_reports(request.spool)
     spool = stack.enter_context(closing(open_spool(request.spool, request.store, request.experiment)))
     checkpoints.check()
     store = Store(request.store, request.experiment)
@@ -64,6 +68,8 @@ def prepare(request: Request, checkpoints: Checkpoints, stack: ExitStack) -> Pre
     lease.acquire()
     draw = import_module("grid.driver.pictures").sample_sheet
     samples = draw(dataset.train_images, dataset.train_labels, dataset.classes)
+    if move is not None:
+        move.take_rest(request.storage)
     return Prepared(dataset, samples, spool, store)
 
 

@@ -27,6 +27,7 @@ from grid.plan.trials import Plan
 from grid.ranking import RankedCell, rank_cells
 from grid.record.commands import record_command
 from grid.record.lease import Lease
+from grid.record.moved import find_move
 from grid.record.predictor import register
 from grid.record.recorder import Recorder
 from grid.record.spool import Parked, open_spool
@@ -79,7 +80,12 @@ def confirm(request: Confirmation) -> int:
     test_images, test_labels = load_test(dataset.name, request.data_dir)
     name = f"{request.experiment} confirm"
     checkpoints = Checkpoints(request.storage, slug(request.store, name))
+    move = find_move(request.store, request.experiment)
+    if move is not None:
+        move.take_reports(request.spool)
     with closing(open_spool(request.spool, request.store, name)) as spool, Lease(store, spool, KIND):
+        if move is not None:
+            move.take_rest(request.storage)
         finalists = Finalists(chosen, also_tied, trained, Prepared(dataset, b"", spool, store), checkpoints, check)
         trials, exit_code = _train(request, finalists)
         if exit_code:

@@ -8,6 +8,7 @@ from pathlib import Path
 from grid.arguments import Parser, add_experiment, add_store, run_command
 from grid.masking import mask
 from grid.record.lease import Lease
+from grid.record.moved import find_move
 from grid.record.recorder import Recorder
 from grid.record.spool import open_spool
 from grid.record.store import Store
@@ -29,9 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def replay() -> int:
         store = Store(check_store_uri(options.store), options.experiment)
+        move = find_move(store.uri, options.experiment)
+        if move is not None:
+            move.take_reports(options.spool.absolute())
         with closing(open_spool(options.spool.absolute(), store.uri, options.experiment)) as spool:
             store.open()
             with Lease(store, spool):
+                if move is not None:
+                    move.take_rest(str(Path("storage").absolute()))
                 recorder = Recorder(store, spool)
                 reports, files = recorder.replay()
             complaints = recorder.complain("run the same command to try again, or delete the file to give them up")

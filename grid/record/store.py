@@ -19,6 +19,7 @@ from grid.config import InputError, TrialConfig
 from grid.files import sync
 from grid.masking import mask
 from grid.store_uri import (
+    artifact_folder,
     artifact_location,
     experiment_names,
     missing_experiment,
@@ -201,6 +202,9 @@ class Store:
             return None
         folder, _, _ = name.rpartition("/")
         with self.answering(), _errors_of_artifact_stores(), tempfile.TemporaryDirectory() as target:
+            here = artifact_folder(self.uri, self.client.get_run(self.parent_id).info.artifact_uri)
+            if here is not None:
+                return (here / name).read_bytes() if (here / name).exists() else None
             if name not in (file.path for file in self.client.list_artifacts(self.parent_id, folder or None)):
                 return None
             return Path(self.client.download_artifacts(self.parent_id, name, target)).read_bytes()

@@ -130,6 +130,25 @@ class Checkpoints:
         with self._using("write to"):
             self._filesystem.delete_dir_contents(self._folder, missing_dir_ok=True)
 
+    def take_over(self, former: "Checkpoints", *, keep: bool) -> None:
+        """Take the checkpoints of the same experiment under another name, if they are missing here.
+
+        Args:
+            former: On the same storage.
+            keep: Whether it keeps its own.
+
+        Raises:
+            StorageError: The storage has failed.
+        """
+        for trial_key in former._saved() - self._saved():
+            with self._using("write to"):
+                self._filesystem.create_dir(self._folder, recursive=True)
+                unfinished = f"{self._folder}/{trial_key}.{uuid4().hex}.part"
+                self._filesystem.copy_file(former._path(trial_key), unfinished)
+                self._move(unfinished, self._path(trial_key))
+        if not keep:
+            former.clear()
+
     @contextmanager
     def _using(self, purpose: str) -> Iterator[None]:
         """Turn whatever a file system raises into a `StorageError`."""
@@ -147,7 +166,8 @@ class Checkpoints:
     def _saved(self) -> set[str]:
         folder = fs.FileSelector(self._folder, allow_not_found=True)
         with self._using("read"):
-            return {file.base_name.removesuffix(".pt") for file in self._filesystem.get_file_info(folder)}
+            files = self._filesystem.get_file_info(folder)
+            return {file.base_name.removesuffix(".pt") for file in files if file.extension == "pt"}
 
     def _path(self, trial_key: str) -> str:
         return f"{self._folder}/{trial_key}.pt"
