@@ -252,7 +252,7 @@ def _check_sqlite(uri: str, *, must_exist: bool, read_only: bool) -> str:
 
 
 def _named_file(uri: str) -> Path:
-    """Return the absolute path in a sqlite URI, where `%20` is a space, as for MLflow, unless it is spelt so."""
+    """Return the absolute path in a sqlite URI; `%20` is a space, as for MLflow, unless a file is called that."""
     text = uri.removeprefix(SQLITE)
     spellings = (Path(text).absolute(), Path(unquote(text)).absolute())
     return max(spellings, key=lambda path: (path.is_file(), path.parent.is_dir()))

@@ -280,7 +280,7 @@ def test_a_wrong_name_in_a_store_of_many_is_answered_with_the_nearest(store: Sto
         read_experiment(store.uri, "day")
     assert len(str(error.value)) < 1000
     with pytest.raises(InputError, match=r"; it has 1,502 experiments, such as some grid$"):
-        Store(store.uri, "some grit").create(missing=False)
+        Store(store.uri, "some grit").open(missing=False)
 
 
 # A store that may only be read

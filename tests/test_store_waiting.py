@@ -82,7 +82,7 @@ def ask_as_analysis(uri: str) -> None:
 
 
 def ask_as_driver(uri: str) -> None:
-    Store(check_store_uri(uri), "mine").create(missing=False)
+    Store(check_store_uri(uri), "mine").open(missing=False)
 
 
 ASKING = pytest.mark.parametrize("ask", [ask_as_analysis, ask_as_driver])
