@@ -12,12 +12,13 @@ import os
 import shutil
 import sqlite3
 import tempfile
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from math import isnan, nan, prod
+from math import nan, prod
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,26 @@ from mlflow.entities import Run, ViewType
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
-from grid.config import FACTORS, InputError, TrialConfig
+from grid.config import FACTORS, InputError
 from grid.masking import mask
-from grid.metrics import AS_VALIDATED_METRIC, FINAL_METRIC, RUNG_METRIC, STATUSES, TEST_METRICS, rung_epochs
+from grid.metrics import AS_VALIDATED_METRIC, FINAL_METRIC, RUNG_METRIC, TEST_METRICS, rung_epochs
+from grid.recorded import (
+    PARENT_TAG,
+    TWIN,
+    RecordedTrial,
+    Round,
+    UnreadableError,
+    describe_unreadable,
+    first_values,
+    parse_rounds,
+    read_trial,
+)
 from grid.wording import count, first_line
 
 ROUNDS = "more_controls.json"
-Rounds = Sequence[tuple[int, tuple[str, ...]]]
-"""For each round of `--more-controls`: the number of trials that it drew from, and the keys of those drawn."""
+Rounds = Sequence[Round]
+LARGEST = 10**9
+"""Number that a manifest may name; nothing that it counts is larger."""
 PAGE_SIZE = 5000
 HISTORY_THREADS = 4
 BUSY_SECONDS = 20.0
@@ -153,27 +166,29 @@ def read_experiment(uri: str | None, name: str) -> Experiment:
         experiment_id = _find(client, uri, name)
         runs = list(_search(client, uri, experiment_id, ViewType.ACTIVE_ONLY))
         deleted = sum(1 for _ in _search(client, uri, experiment_id, ViewType.DELETED_ONLY))
-    by_kind: dict[str, list[Run]] = {"grid": [], "trial": [], "confirm": []}
-    foreign = 0
-    for run in runs:
-        kind = run.data.tags.get("kind", "")
-        foreign += kind not in by_kind
-        by_kind.get(kind, []).append(run)
+    by_kind = _by_kind(runs)
     if not by_kind["trial"]:
         raise InputError(f"experiment '{name}' in {mask(uri)} has no trial yet; run python -m grid.run first")
-    parent_id = by_kind["grid"][0].info.run_id if by_kind["grid"] else ""
+    parent_id, notes = _choose_parent(by_kind["grid"], by_kind["trial"])
     manifest, problem = _parse_manifest(read_artifact(uri, parent_id, "grid.json") or b"{}")
-    rounds = _parse_rounds(read_artifact(uri, parent_id, ROUNDS) or b"[]")
-    trials, notes = _tabulate(by_kind["trial"], "trial", rounds)
-    if trials.empty:
-        reasons = "; ".join(notes)
-        raise InputError(f"no trial of experiment '{name}' in {mask(uri)} has ended yet ({reasons}); wait for one")
-    finalists, more_notes = _tabulate(by_kind["confirm"], "finalist", ())
-    notes += more_notes + _lost_finalists(finalists)
-    notes += [f"{count(foreign, 'run')} left out: no tag kind=trial, kind=confirm or kind=grid"] if foreign else []
-    notes += [f"{count(deleted, 'run')} left out: deleted"] if deleted else []
     notes += [problem] if problem else []
-    notes += _unfinished_rounds(rounds, trials)
+    rounds = _parse_rounds(read_artifact(uri, parent_id, ROUNDS) or b"[]")
+    trials, left_out = _tabulate(by_kind["trial"], "trial", rounds)
+    if trials.empty:
+        reasons = "; ".join(left_out)
+        raise InputError(f"no trial of experiment '{name}' in {mask(uri)} has ended yet ({reasons}); wait for one")
+    finalists, left_out_finalists = _tabulate(by_kind["confirm"], "finalist", ())
+    foreign = len(by_kind[""])
+    notes = [
+        *left_out,
+        *left_out_finalists,
+        *_lost_finalists(finalists),
+        *([f"{count(foreign, 'run')} left out: no tag kind=trial, kind=confirm or kind=grid"] if foreign else []),
+        *([f"{count(deleted, 'run')} left out: deleted"] if deleted else []),
+        *notes,
+        *_unfinished_rounds(rounds, trials),
+        *_unknown_chances(trials),
+    ]
     return Experiment(uri, name, parent_id, trials, finalists, manifest, tuple(notes))
 
 
@@ -196,6 +211,31 @@ def read_manifests(uri: str | None, limit: int) -> Iterator[tuple[str, Mapping[s
             yield experiment.name, _parse_manifest(content or b"{}")[0]
 
 
+def _by_kind(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Return the runs of each kind; a run with a parent is no parent, and those of unknown kinds are under no name."""
+    by_kind: dict[str, list[Run]] = {"grid": [], "trial": [], "confirm": [], "": []}
+    for run in runs:
+        tags = run.data.tags
+        kind = tags.get("kind", "")
+        is_known = kind in by_kind and not (kind == "grid" and PARENT_TAG in tags)
+        by_kind[kind if is_known else ""].append(run)
+    return by_kind
+
+
+def _choose_parent(parents: Sequence[Run], trials: Iterable[Run]) -> tuple[str, list[str]]:
+    """Return the id of the run of kind `grid` that most trials name, empty if there is none; and what is wrong."""
+    named = Counter(run.data.tags.get(PARENT_TAG, "") for run in trials)
+    ids = [run.info.run_id for run in sorted(parents, key=lambda run: run.info.start_time)]
+    notes = [f"{len(ids)} runs of kind grid: the one that most trials name counts"] if len(ids) > 1 else []
+    missing = [run_id for run_id in named if run_id and run_id not in ids]
+    notes += [
+        f"the run of kind grid that {count(named[run_id], 'trial')} name is missing, with grid.json and {ROUNDS}: "
+        f"restore run {run_id} in MLflow"
+        for run_id in missing
+    ]
+    return max(ids, key=lambda run_id: named[run_id], default=""), notes
+
+
 def _lost_finalists(finalists: pd.DataFrame) -> list[str]:
     """Return notes on finalists' trainings that have no accuracy; no table of cells shows them."""
     trainings = finalists["status"].value_counts()
@@ -212,7 +252,8 @@ def _parse_manifest(content: bytes) -> tuple[Mapping[str, Any], str]:
     """Return the manifest and the reason why it could not be read, if any."""
     try:
         manifest = json.loads(content)
-    except ValueError as error:
+        json.dumps(manifest, ensure_ascii=False).encode()  # else half a surrogate pair could not be printed
+    except (ValueError, RecursionError) as error:
         return {}, f"the manifest (grid.json) is damaged and was ignored: {first_line(error)}"
     if not isinstance(manifest, dict):
         return {}, "the manifest (grid.json) is not a JSON object and was ignored"
@@ -222,38 +263,50 @@ def _parse_manifest(content: bytes) -> tuple[Mapping[str, Any], str]:
 def _parse_rounds(content: bytes) -> Rounds | None:
     """Return the rounds of controls that were drawn after the grid had ended; None if they can't be read."""
     try:
-        rounds = [(int(each["among"]), tuple(map(str, each["drawn"]))) for each in json.loads(content)]
-    except (ValueError, TypeError, KeyError):
+        return parse_rounds(content)
+    except ValueError:
         return None
-    return rounds if all(0 < len(drawn) <= among for among, drawn in rounds) else None
 
 
 def _unfinished_rounds(rounds: Rounds | None, trials: pd.DataFrame) -> list[str]:
     """Return a note on controls that were drawn and have not been trained to the end."""
     if rounds is None:
         return [f"{ROUNDS} is damaged, so the chances of controls are unknown"]
-    drawn = {key for _, keys in rounds for key in keys}
+    drawn = {key for each in rounds for key in each.drawn}
     left = int(trials.loc[trials["status"] == "stopped", "trial_key"].isin(drawn).sum())
     note = f"{count(left, 'control')} of --more-controls not trained to the end yet: run grid.run again"
     return [note] if left else []
 
 
-def _combine_chances(own: float, rounds: Rounds | None, before: int) -> float:
-    """Return the chance that a trial which ASHA stops, or would have stopped, is a control in the end.
+def _unknown_chances(trials: pd.DataFrame) -> list[str]:
+    """Return a note on chances of being a control that some trials have and others lack; see `Sample.seen_chances`."""
+    probed = trials.loc[trials["stop_epoch"].notna(), "control_chance"]
+    unknown = int(probed.isna().sum())
+    if not unknown or trials["control_chance"].isna().all():
+        return []
+    return [f"{count(unknown, 'trial')} without a known chance of being a control: all chances count as equal"]
 
-    Args:
-        own: Chance when it began.
-        rounds: Drawn later, each among the stopped trials that were no controls yet.
-        before: How many of them were drawn before it began.
-    """
-    if rounds is None:
+
+def _combine_chances(trial: RecordedTrial, rounds: Rounds | None) -> float:
+    """Return the chance that a trial is a control in the end; one that ASHA stops has a chance in each later round."""
+    own, before = trial.control_chance, trial.rounds_before
+    if own is None or trial.stop_epoch is None:
+        return nan if own is None else own
+    drawn_later = trial.stopped_at is not None and trial.would_stop_at is not None
+    if rounds is None or before > len(rounds) or (drawn_later and not _is_drawn(trial, rounds)):
         return nan
-    return 1 - (1 - own) * prod(1 - len(drawn) / among for among, drawn in rounds[before:])
+    return 1 - (1 - own) * prod(1 - len(each.drawn) / each.among for each in rounds[before:])
+
+
+def _is_drawn(trial: RecordedTrial, rounds: Rounds) -> bool:
+    return any(trial.trial_key in each.drawn for each in rounds)
 
 
 def _whole(value: object, *, at_least: int) -> int | None:
     """Return a value if it is a whole number in range; another program may have written anything."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= at_least else None
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    return value if at_least <= value <= LARGEST else None
 
 
 def read_artifact(uri: str, run_id: str, path: str) -> bytes | None:
@@ -313,9 +366,10 @@ def read_curves(experiment: Experiment, run_ids: Iterable[str], metric: str = "v
             answers = threads.map(lambda run_id: client.get_metric_history(run_id, metric), missing)
             histories = [_wait_for_next(answers, experiment.uri) for _ in missing]
         rows = [
-            (run_id, int(wanted[run_id]), point.step, point.value)
+            (run_id, int(wanted[run_id]), epoch, value)
             for run_id, history in zip(missing, histories, strict=True)
-            for point in history
+            for epoch, value in first_values(history).items()
+            if 1 <= epoch <= wanted[run_id]
         ]
         kept = pd.concat([kept, pd.DataFrame(rows, columns=kept.columns).astype(kept.dtypes)], ignore_index=True)
         _write_cache(path, kept)
@@ -426,59 +480,66 @@ def _no_collection() -> Iterator[None]:
 
 def _tabulate(runs: list[Run], noun: str, rounds: Rounds | None) -> tuple[pd.DataFrame, list[str]]:
     """Return the runs that have ended and are readable as a table, and a sentence on each kind of the others."""
-    rows = [_row(run, rounds) for run in runs]
-    read = [row for row in rows if row is not None]
-    ended = [row for row in read if row["status"] in STATUSES]
-    rungs = [f"{RUNG_METRIC}{epoch}" for epoch in rung_epochs({name for row in ended for name in row})]
+    read, unreadable = _read(runs)
+    ended = [trial for trial in read if trial.status]
+    counting = {trial.trial_key: trial for trial in sorted(ended, key=lambda trial: trial.precedence)}
+    rungs = [f"{RUNG_METRIC}{epoch}" for epoch in rung_epochs({name for each in ended for name in each.metrics})]
     extra = rungs if noun == "trial" else [*rungs, *TEST_METRICS]
-    table = pd.DataFrame(ended, columns=[*COLUMNS, *extra]).astype(COLUMNS | dict.fromkeys(extra, "float64"))
-    # If a trial has several runs, the longest counts.
-    table = table.sort_values(["epochs_run", "run_id"], kind="stable")
-    unique = table.drop_duplicates("trial_key", keep="last").sort_values("trial_key", ignore_index=True)
-    left_out = {
-        "not ended yet": len(read) - len(ended),
-        "parameters are not a trial's": len(rows) - len(read),
-        "another run of the same trial trained longer": len(table) - len(unique),
-    }
-    return unique, [f"{count(number, noun)} left out: {why}" for why, number in left_out.items() if number]
+    rows = [_row(counting[key], rounds) for key in sorted(counting)]
+    table = pd.DataFrame(rows, columns=[*COLUMNS, *extra]).astype(COLUMNS | dict.fromkeys(extra, "float64"))
+    table, strays = _drop_strays(table)
+    left_out = {"not ended yet": len(read) - len(ended), TWIN: len(ended) - len(counting)}
+    notes = [f"{count(number, noun)} left out: {why}" for why, number in left_out.items() if number]
+    return table, notes + describe_unreadable(unreadable, noun) + strays
 
 
-def _row(run: Run, rounds: Rounds | None) -> dict[str, Any] | None:
-    """Return a run as a row; None if its parameters are not a trial's."""
-    params, tags, metrics = run.data.params, run.data.tags, run.data.metrics
-    wanted = ("seed", "lr_scale", "epochs", *FACTORS)
-    try:
-        config = TrialConfig.from_params({"learning_rate": "1"} | {name: params[name] for name in wanted})
-    except (KeyError, InputError):
-        return None
-    stop_epoch = _epoch(tags.get("would_stop_at_epoch", tags.get("stopped_at_epoch", "")))
-    chance = _chance(tags.get("control_chance", ""))
-    if not isnan(stop_epoch):
-        before = tags.get("controls_rounds_before", "")
-        chance = _combine_chances(chance, rounds, int(before) if before.isdecimal() else 0)
-    trial_key = tags.get("trial_key", run.info.run_id)
+def _drop_strays(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Drop the accuracies at epochs that are no rung, as most trials that trained so long have none there."""
+    strays = []
+    for epoch in rung_epochs(table.columns):
+        known = table[f"{RUNG_METRIC}{epoch}"].notna()
+        reached = (table["epochs_run"] >= epoch) & table["status"].isin(["completed", "stopped"])
+        if 2 * known.sum() < reached.sum():
+            strays.append((f"{RUNG_METRIC}{epoch}", int(known.sum())))
+    notes = [f"metric {name} of {count(number, 'trial')} ignored: it is no rung" for name, number in strays]
+    return table.drop(columns=[name for name, _ in strays]), notes
+
+
+def _read(runs: Iterable[Run]) -> tuple[list[RecordedTrial], Mapping[str, list[str]]]:
+    """Return the runs that are trials, and why the others are not -> their ids."""
+    read, unreadable = [], defaultdict(list)
+    for run in runs:
+        try:
+            read.append(read_trial(run.info.run_id, run.data.tags, run.data.params, run.data.metrics))
+        except UnreadableError as reason:
+            unreadable[str(reason)].append(run.info.run_id)
+    return read, unreadable
+
+
+def _row(trial: RecordedTrial, rounds: Rounds | None) -> dict[str, Any]:
+    config, metrics, stop_epoch = trial.config, trial.metrics, trial.stop_epoch
     recorded = {*TEST_METRICS, *(f"{RUNG_METRIC}{epoch}" for epoch in rung_epochs(metrics))}
     return {
-        "run_id": run.info.run_id,
-        "trial_key": trial_key,
+        "run_id": trial.run_id,
+        "trial_key": trial.trial_key,
         "cell_key": config.cell_key,
         **config.cell,
         "seed": config.seed,
         "lr_scale": config.lr_scale,
         "epochs": config.epochs,
-        "status": tags.get("status", ""),
-        "control": tags.get("control") == "true",
-        "control_chance": chance,
-        "drawn_later": any(trial_key in drawn for _, drawn in rounds or ()),
-        "stopped_at_epoch": _epoch(tags.get("stopped_at_epoch", "")),
-        "stop_epoch": stop_epoch,
-        "epochs_run": int(metrics.get("epochs_run", 0)),
-        "final_val_accuracy": _final(tags.get("status", ""), metrics),
+        "status": trial.status,
+        "control": trial.control,
+        "control_chance": _combine_chances(trial, rounds),
+        "drawn_later": _is_drawn(trial, rounds or ()),
+        "stopped_at_epoch": nan if trial.stopped_at is None else float(trial.stopped_at),
+        "stop_epoch": nan if stop_epoch is None else float(stop_epoch),
+        "epochs_run": trial.epochs_run,
+        "final_val_accuracy": _final(trial.status, metrics),
         "best_val_accuracy": metrics.get("best_val_accuracy", nan),
         "epoch_seconds": metrics.get("epoch_seconds", nan),
-        "val_correct": tags.get("val_correct", ""),
-        "command": tags.get("command", ""),
-        "resumed_by": tags.get("resumed_by", ""),
+        "val_correct": trial.tags.get("val_correct", ""),
+        "command": trial.tags.get("command", ""),
+        "resumed_by": trial.tags.get("resumed_by", ""),
         AS_VALIDATED_METRIC: metrics.get("test_accuracy", nan),
         **{name: value for name, value in metrics.items() if name in recorded},
     }
@@ -487,15 +548,3 @@ def _row(run: Run, rounds: Rounds | None) -> dict[str, Any] | None:
 def _final(status: str, metrics: Mapping[str, float]) -> float:
     """Return the accuracy at the end of the budget: in older stores the last value, which MLflow keeps."""
     return metrics.get(FINAL_METRIC, metrics.get("val_accuracy", nan)) if status == "completed" else nan
-
-
-def _chance(tag: str) -> float:
-    try:
-        chance = float(tag)
-    except ValueError:
-        return nan
-    return chance if 0 <= chance <= 1 else nan
-
-
-def _epoch(tag: str) -> float:
-    return float(tag) if tag.isdecimal() else nan

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,14 +29,17 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def record(store: Store, folder: Path, status: str | None, epochs_run: int = 1, kind: str = "trial") -> None:
+    config = replace(CONFIG, seed=1003) if kind == "confirm" else CONFIG
     recorder = Recorder(store, Spool(folder / "spool.jsonl"), kind)
     recorder.begin({"grid.json": b'{"data": {"val_images": 940}}'}, {})
-    recorder.started(CONFIG, control=True)
+    recorder.started(config, control=True)
     for epoch in range(1, epochs_run + 1):
-        recorder.epoch_ended(CONFIG, EpochReport(epoch=epoch, val_accuracy=0.25 * epoch), is_rung=epoch in (1, 3))
+        diverged = status == "diverged" and epoch == epochs_run
+        accuracy = math.nan if diverged else min(1, 0.25 * epoch)
+        recorder.epoch_ended(config, EpochReport(epoch=epoch, val_accuracy=accuracy), is_rung=epoch in (1, 3))
     if status:
-        best = None if status == "failed" else 0.25 * epochs_run
-        recorder.ended(CONFIG, status, epochs_run=epochs_run, best_val_accuracy=best)
+        best = None if status == "failed" else min(1, 0.25 * epochs_run)
+        recorder.ended(config, status, epochs_run=epochs_run, best_val_accuracy=best)
     recorder.close(finished=True)
 
 
@@ -106,13 +110,11 @@ def test_the_stopping_rule_is_that_of_the_manifest(
     assert (experiment.rung_factor, experiment.compared_within) == (factor, within)
 
 
-def test_tags_and_metrics_without_an_epoch_are_ignored(store: Store, tmp_path: Path) -> None:
+def test_metrics_without_an_epoch_are_ignored(store: Store, tmp_path: Path) -> None:
     record(store, tmp_path, "stopped")
     run_id = store.run_ids()[CONFIG.trial_key]
     store.client.log_metric(run_id, "val_accuracy_at_best", 0.5)
-    store.client.set_tag(run_id, "stopped_at_epoch", "first")
     (row,) = read_experiment(store.uri, "some grid").trials.to_dict("records")
-    assert math.isnan(row["stopped_at_epoch"])
     assert [name for name in row if name.startswith("val_accuracy_at_")] == ["val_accuracy_at_1"]
 
 
@@ -144,7 +146,7 @@ def test_of_two_runs_of_a_trial_the_longer_counts_with_a_note_on_the_other(store
     record(store, tmp_path, "stopped", epochs_run=3)
     experiment = read_experiment(store.uri, "some grid")
     assert list(experiment.trials["epochs_run"]) == [3]
-    assert experiment.notes == ("1 trial left out: another run of the same trial trained longer",)
+    assert experiment.notes == ("1 trial left out: another run of the same trial counts",)
 
 
 def test_notes_count_deleted_foreign_unfinished_and_unreadable_runs(store: Store, tmp_path: Path) -> None:
@@ -152,7 +154,7 @@ def test_notes_count_deleted_foreign_unfinished_and_unreadable_runs(store: Store
     make = store.client.create_run
     store.client.delete_run(make(store.experiment_id, tags={"kind": "trial"}).info.run_id)
     make(store.experiment_id)
-    make(store.experiment_id, tags={"kind": "trial", "status": "stopped"})
+    unreadable = make(store.experiment_id, tags={"kind": "trial", "status": "stopped"}).info.run_id
     unfinished = make(store.experiment_id, tags={"kind": "trial"}).info.run_id
     for name, value in CONFIG.to_params().items():
         store.client.log_param(unfinished, name, value)
@@ -160,7 +162,7 @@ def test_notes_count_deleted_foreign_unfinished_and_unreadable_runs(store: Store
     assert len(experiment.trials) == 1
     assert set(experiment.notes) == {
         "1 trial left out: not ended yet",
-        "1 trial left out: parameters are not a trial's",
+        f"1 trial left out: parameters are not a trial's (run {unreadable})",
         "1 run left out: no tag kind=trial, kind=confirm or kind=grid",
         "1 run left out: deleted",
     }

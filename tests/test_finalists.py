@@ -19,7 +19,7 @@ from grid.config import InputError, TrialConfig
 from grid.confirm import main as confirm
 from grid.data.load import load, load_test
 from grid.driver.final_test import FinalTest
-from grid.driver.finalists import FIRST_SEED, _best_replicate, _describe, choose, finalist_trials
+from grid.driver.finalists import FIRST_FINALIST_SEED, _best_replicate, _describe, choose, finalist_trials
 from grid.plan.packing import Packing
 from grid.ranking import RankedCell
 from grid.record.store import Store, StoredTrial
@@ -67,7 +67,7 @@ def test_finalists_are_paired_on_seeds_that_the_grid_has_not_used() -> None:
     trained = [CONFIG, replace(CONFIG, dropout=True), replace(CONFIG, lr_scale=1.0, seed=7)]
     trials = finalist_trials([cell(0.7), cell(0.6, dropout="on")], trained, 3, CPU)
     assert {(trial.dropout, trial.seed) for trial in trials} == {
-        (dropout, FIRST_SEED + seed) for dropout in (False, True) for seed in range(3)
+        (dropout, FIRST_FINALIST_SEED + seed) for dropout in (False, True) for seed in range(3)
     }
     assert {trial.lr_scale for trial in trials} == {0.5}
 

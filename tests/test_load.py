@@ -220,7 +220,7 @@ def test_a_damaged_test_file_does_not_disturb_training(data_dir: Path, raw: Path
 @pytest.mark.parametrize("name", ["emnist-balanced", "glyphs"])
 def test_a_folder_that_cannot_be_made_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"^cannot .*file.*Not a directory.*choose another"):
+    with pytest.raises(InputError, match="^cannot .*file.*Not a directory.*choose another|file: a file where a folder"):
         load(name, tmp_path / "file")
 
 

@@ -19,9 +19,12 @@ from grid.driver.watcher import restore_rungs
 from grid.metrics import EpochReport
 from grid.plan.asha import DEFAULT_RULE, Asha
 from grid.plan.packing import Packing
-from grid.record.rounds import COPY, ROUNDS, Round, read_rounds, record_rounds
+from grid.plan.request import Request
+from grid.plan.trials import make_plan
+from grid.record.rounds import COPY, ROUNDS, read_rounds, record_rounds
 from grid.record.spool import open_spool
 from grid.record.store import Store
+from grid.recorded import Round
 from grid.run import _parser, main, read_request
 from grid.train.checkpoints import Checkpoints
 from grid.tune.listener import Listener
@@ -30,9 +33,16 @@ GRID = ["--grid", "smoke", "--only", "model=mlp", "--epochs", "4", "--controls",
 """16 trials, rungs after epochs 1 and 3; without a control 4 to 8 continue past the first."""
 
 
+PACKING = Packing(1, 1.0, 0.0)
+
+
 def accuracy(config: TrialConfig, epoch: int) -> float:
     """Return what a trial reaches: the same whenever it is trained."""
-    return random.Random(f"{config.trial_key} {epoch}").uniform(0.2, 0.4) + 0.1 * epoch
+    return accuracy_of(config.trial_key, epoch)
+
+
+def accuracy_of(trial_key: str, epoch: int) -> float:
+    return random.Random(f"{trial_key} {epoch}").uniform(0.2, 0.4) + 0.1 * epoch
 
 
 class Trainer:
@@ -92,14 +102,21 @@ class Driver:
     def __init__(self, uri: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
         self.uri, self.folder, self._monkeypatch = uri, folder, monkeypatch
 
+    def request(self, *options: str) -> Request:
+        return read_request(_parser().parse_args([*GRID, "--store", self.uri, "--experiment", "tiny", *options]))
+
+    def planned(self, *options: str) -> list[TrialConfig]:
+        """Return the trials of the grid."""
+        return make_plan(self.request(*options), packing=PACKING, fingerprint=blank_dataset().fingerprint).trials
+
     def run(self, *options: str, trainer: Trainer | None = None) -> tuple[int, Trainer]:
         """Return the exit code, and what was trained."""
         trainer = trainer or Trainer()
         self._monkeypatch.setattr("grid.tune.tuner.run_trials", trainer)
-        request = read_request(_parser().parse_args([*GRID, "--store", self.uri, "--experiment", "tiny", *options]))
+        request = self.request(*options)
         spool = open_spool(self.folder / "spool", request.store, request.experiment)
         prepared = Prepared(blank_dataset(), b"", spool, self.store())
-        training = Training(Packing(1, 1.0, 0.0), Checkpoints(str(self.folder / "storage"), "tiny"))
+        training = Training(PACKING, Checkpoints(str(self.folder / "storage"), "tiny"))
         try:
             return experiment.run(request, prepared, training), trainer
         finally:

@@ -139,7 +139,7 @@ def test_a_single_trial_has_a_page(store: Store, tmp_path: Path) -> None:
 
 
 def test_a_single_cell_with_several_seeds_has_a_page(store: Store, tmp_path: Path) -> None:
-    fill(store, tmp_path, *[("relu", "completed", [accuracy]) for accuracy in (0.5, 0.5, 0.6, 0.6)])
+    fill(store, tmp_path, *[("relu", "completed", [accuracy] * 3) for accuracy in (0.5, 0.5, 0.6, 0.6)])
     text = words(report(store, tmp_path))
     assert "55.00% of the validation images (2 seeds; " in text
     assert "Effects at the end" not in text

@@ -1,5 +1,6 @@
 """What the watcher sums up of a trial, live and from the store: the values that cells are ranked by."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,11 @@ def recorder(store: Store, tmp_path: Path) -> Recorder:
     return recorder
 
 
-def watch(recorder: Recorder, folder: Path, known: dict[str, StoredTrial] | None = None) -> Watcher:
-    watcher = Watcher(PLAN, recorder, Checkpoints(str(folder), "some grid"), rungs=RUNGS, concurrency=1)
+def watch(
+    recorder: Recorder, folder: Path, known: dict[str, StoredTrial] | None = None, *, control: bool = False
+) -> Watcher:
+    plan = replace(PLAN, controls=frozenset({CONFIG.trial_key} if control else {}))
+    watcher = Watcher(plan, recorder, Checkpoints(str(folder), "some grid"), rungs=RUNGS, concurrency=1)
     watcher.resume(known or {})
     return watcher
 
@@ -60,7 +64,7 @@ def test_a_trial_is_summed_up_alike_live_and_from_the_store(
     recorder: Recorder,
     tmp_path: Path,
 ) -> None:
-    live = run_trial(watch(recorder, tmp_path), accuracies, status, spared=spared)
+    live = run_trial(watch(recorder, tmp_path, control=spared), accuracies, status, spared=spared)
     assert (live.final_val_accuracy, live.stop_epoch, live.rung_accuracies) == (final, stop_epoch, {1: 0.5})
     recorder.close(finished=True)
     assert summarise_trial(recorder.store.trials()[CONFIG.trial_key]) == live

@@ -1,19 +1,20 @@
-"""EMNIST's files: found in a folder, downloaded from NIST if missing, unpacked, and checked before they are read.
+"""EMNIST's files: found in a folder, downloaded from NIST if missing, unpacked, and checked while they are read.
 
 A file is written completely or not at all; an interrupted download continues. Glyphs are stored in the same format.
 """
 
+import errno
 import gzip
-import math
 import os
+import shlex
 import shutil
-import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import IO
 from urllib.error import HTTPError
@@ -23,14 +24,20 @@ from torchvision.datasets import EMNIST
 from torchvision.datasets.utils import USER_AGENT, check_md5
 
 from grid.config import InputError
-from grid.data.dataset import Labels
+from grid.data.idx import HINT, describe_start, reason_of
 from grid.files import rename_durably
 
-IMAGE_SIZE = 28
 CHUNK_BYTES = 1 << 18
 TIMEOUT_SECONDS = 30
 """How long to wait for a server that sends nothing."""
-HINT = "delete it and run again"
+STARTING_BYTES = 64
+"""Of a file of another kind, shown to people."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ZIP_MAGIC = b"PK"
+DEEPEST = 3
+"""Folders below the data folder in which files are looked for."""
+MOST_FOLDERS = 1000
+"""That are looked into."""
 
 
 def idx_files(raw: Path, split: str, part: str) -> tuple[Path, Path]:
@@ -39,81 +46,97 @@ def idx_files(raw: Path, split: str, part: str) -> tuple[Path, Path]:
     return raw / f"{prefix}-images-idx3-ubyte", raw / f"{prefix}-labels-idx1-ubyte"
 
 
-def check_pair(images_file: Path, labels_file: Path) -> None:
-    """Check the headers of two IDX files before torchvision reads them.
+def find_files(data_dir: Path, split: str, part: str) -> tuple[Path, Path] | None:
+    """Return the images and the labels of one part if both are anywhere in the data folder, packed or not.
+
+    `EMNIST/raw` comes first. Capitals and a dot before `idx` count as the same name, as some unpackers write them.
 
     Raises:
-        InputError: A file is damaged, or the two files do not match.
+        InputError: The folder can't be read, is none, or has a broken link of that name.
     """
-    count, height, width = _read_header(images_file, axes=3)
-    if (height, width) != (IMAGE_SIZE, IMAGE_SIZE):
-        raise InputError(f"{images_file}: the images are {height}x{width}, not 28x28; {HINT}")
-    (label_count,) = _read_header(labels_file, axes=1)
-    if label_count != count:
-        raise InputError(f"{labels_file}: {label_count} labels for {count} images; delete both files and run again")
-
-
-def _read_header(path: Path, *, axes: int) -> tuple[int, ...]:
-    """Return the sizes declared by an IDX file of bytes, after a check of its magic number and its length."""
-    header_bytes = 4 + 4 * axes
+    wanted = idx_files(data_dir / "EMNIST" / "raw", split, part)
     try:
-        with path.open("rb") as file:
-            header, file_bytes = file.read(header_bytes), os.fstat(file.fileno()).st_size
+        found = {path.name: path for path in wanted if path.is_file()}
+        if len(found) < len(wanted):
+            _check_folders(data_dir)
+            found = _lying_around(data_dir, {path.name for path in wanted}) | found
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable") from error
-    magic = bytes([0, 0, 8, axes])
-    if header[:4] != magic[: len(header)]:
-        raise InputError(f"{path}: not an IDX file, it begins with {header[:4].hex()} and not {magic.hex()}; {HINT}")
-    if len(header) < header_bytes:
-        raise InputError(f"{path}: truncated, {file_bytes} bytes are less than a header; {HINT}")
-    sizes = struct.unpack(f">{axes}I", header[4:])
-    expected_bytes = header_bytes + math.prod(sizes)
-    if file_bytes != expected_bytes:
-        problem = "truncated" if file_bytes < expected_bytes else "too long"
-        raise InputError(f"{path}: {problem}, {file_bytes} bytes where its header declares {expected_bytes}; {HINT}")
-    return sizes
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); make it readable") from error
+    images, labels = (found.get(path.name) for path in wanted)
+    return None if images is None or labels is None else (images, labels)
 
 
-def check_labels(labels: Labels, class_count: int, path: Path) -> None:
-    """Check that all labels, shifted to start from 0, are below `class_count`.
-
-    Raises:
-        InputError: One is not; the text names the file, `path`, and the label as the file has it.
-    """
-    wrong = labels[(labels < 0) | (labels >= class_count)]
-    if wrong.size:
-        shift = 1 if "-letters-" in path.name else 0
-        allowed = f"{shift}..{class_count - 1 + shift}"
-        raise InputError(f"{path}: label {wrong[0] + shift} is outside {allowed}; {HINT}")
+def _check_folders(data_dir: Path) -> None:
+    for folder in (data_dir, data_dir / "EMNIST", data_dir / "EMNIST" / "raw"):
+        if folder.is_symlink() and not folder.exists():
+            raise InputError(f"{folder}: a broken link to {folder.readlink()}; restore it, or pass another --data-dir")
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder}: a file where a folder is wanted; move it, or pass another --data-dir")
+        if folder.exists():
+            os.scandir(folder).close()  # raises if it can't be read
 
 
-def download_if_missing(raw: Path, split: str, part: str) -> None:
-    """Download and unpack the two files of one part of EMNIST to `raw` if they are missing.
+def check_above(data_dir: Path, split: str, part: str) -> None:
+    """Raise `InputError` if the files lie above the data folder, so that they need not be downloaded."""
+    above = data_dir.absolute().parent
+    names = {path.name for path in idx_files(above, split, part)}
+    for folder in (above / "EMNIST" / "raw", above / "raw", above):
+        with suppress(OSError):
+            if names <= {_plain_name(path) for path in folder.iterdir()}:
+                problem = f"no emnist-{split}-{part}-* in {data_dir}, but in {folder}"
+                right = above if folder.name == "raw" and folder.parent.name == "EMNIST" else folder
+                raise InputError(f"{problem}; pass --data-dir {shlex.quote(str(right))}")
+
+
+def _lying_around(data_dir: Path, names: Collection[str]) -> dict[str, Path]:
+    """Return name -> file for the wanted names that are in the folder or a few levels below; unpacked ones first."""
+    found: dict[str, Path] = {}
+    for path in sorted(_walk(data_dir, names), key=lambda path: (_is_packed(path), len(path.parts), path)):
+        if not path.exists():
+            raise InputError(f"{path}: a broken link to {path.readlink()}; restore or delete it")
+        found.setdefault(_plain_name(path), path)
+    return found
+
+
+def _is_packed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
+def _plain_name(path: Path) -> str:
+    """Return the name that NIST gives a file: in small letters, with `-idx`, without `.gz`."""
+    return path.name.lower().removesuffix(".gz").replace(".idx", "-idx")
+
+
+def _walk(data_dir: Path, names: Collection[str]) -> Iterator[Path]:
+    """Yield the files of these names in a folder and `DEEPEST` levels below, but for folders that can't be read."""
+    for number, (folder, below, files) in enumerate(os.walk(data_dir, followlinks=True)):
+        is_deep = len(Path(folder).relative_to(data_dir).parts) >= DEEPEST
+        below[:] = [] if is_deep or number >= MOST_FOLDERS else sorted(name for name in below if name[0] != ".")
+        yield from (path for name in files if _plain_name(path := Path(folder, name)) in names)
+
+
+def download(data_dir: Path, split: str, part: str) -> None:
+    """Download and unpack the files of a split that `EMNIST/raw` lacks.
 
     Each file is written completely or not at all.
+
+    Args:
+        data_dir: Folder that holds, or is to hold, `EMNIST/raw`.
+        split: Which of the six.
+        part: That is missing, for messages.
 
     Raises:
         InputError: They can't be downloaded, unpacked or written.
     """
-    if not missing_files(raw, split, part):
-        return
+    raw = data_dir / "EMNIST" / "raw"
     made = _make_folder(raw, split)
-    for path in missing_files(raw, split, part):
-        packed = path.with_name(f"{path.name}.gz")
-        if packed.is_file():
-            _unpack(packed, path, packed)
-    if missing_files(raw, split, part):
-        try:
-            archive = _fetch_archive(raw, split, part)
-        except InputError:
-            _remove_empty(made)
-            raise
-        _unpack_archive(archive, [*missing_files(raw, split, "train"), *missing_files(raw, split, "test")])
-
-
-def missing_files(raw: Path, split: str, part: str) -> list[Path]:
-    """Return those of `idx_files` that do not exist."""
-    return [path for path in idx_files(raw, split, part) if not path.is_file()]
+    try:
+        archive = _fetch_archive(raw, split, part)
+    except InputError:
+        _remove_empty(made)
+        raise
+    paths = [*idx_files(raw, split, "train"), *idx_files(raw, split, "test")]
+    _unpack_archive(archive, [path for path in paths if not path.is_file()])
 
 
 def _make_folder(raw: Path, split: str) -> list[Path]:
@@ -136,25 +159,25 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 
 def _unpack_archive(archive: Path, paths: Iterable[Path]) -> None:
-    """Unpack these files only: torchvision would unpack all six splits, and leave half a file if interrupted."""
+    """Unpack these files only, to these paths, whatever paths the archive names."""
     with zipfile.ZipFile(archive) as members:
         for path in paths:
             with members.open(f"gzip/{path.name}.gz") as stream:
                 _unpack(stream, path, archive)
 
 
-def _unpack(stream: IO[bytes] | Path, path: Path, packed: Path) -> None:
-    """Decompress `stream`, which is the file `packed` or a member of it, to `path`."""
+def _unpack(stream: IO[bytes], path: Path, packed: Path) -> None:
+    """Decompress `stream`, a member of the archive `packed`, to `path`."""
     unfinished = path.with_name(f"{path.name}.part")
     try:
         with gzip.open(stream) as source, unfinished.open("wb") as sink:
             shutil.copyfileobj(source, sink)
         rename_durably(unfinished, path)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{packed}: damaged ({_reason(error)}); {HINT}") from error
+    except (gzip.BadGzipFile, zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{packed}: damaged ({reason_of(error)}); {HINT}") from error
     except OSError as error:
         raise InputError(
-            f"cannot unpack {packed} to {path} ({_reason(error)}); make room or choose another data folder"
+            f"cannot unpack {packed} to {path} ({reason_of(error)}); make room or choose another data folder"
         ) from error
     finally:
         unfinished.unlink(missing_ok=True)
@@ -163,15 +186,17 @@ def _unpack(stream: IO[bytes] | Path, path: Path, packed: Path) -> None:
 def _fetch_archive(raw: Path, split: str, part: str) -> Path:
     """Return the path of NIST's archive of all six splits, downloaded if missing, its checksum verified."""
     archive, unfinished = raw / "gzip.zip", raw / "gzip.zip.part"
+    for folder in (raw.parents[1], raw.parent, raw):  # this one last: it counts if there are several
+        archive = folder / "gzip.zip" if (folder / "gzip.zip").is_file() else archive
     if archive.is_file():
         if not check_md5(archive, EMNIST.md5):
-            raise InputError(f"{archive}: wrong checksum, the download was damaged or cut short; {HINT}")
+            raise InputError(f"{archive}: {_describe_archive(archive, split)}")
         return archive
     try:
         _download(EMNIST.url, unfinished)
     except (OSError, HTTPException) as error:
         raise InputError(
-            f"no emnist-{split}-{part}-*-ubyte in {raw} and the download failed ({_reason(error)}); "
+            f"no emnist-{split}-{part}-*-ubyte in {raw} and the download failed ({reason_of(error)}); "
             "put them there or run again with a network, which continues the download"
         ) from error
     if not check_md5(unfinished, EMNIST.md5):
@@ -180,8 +205,26 @@ def _fetch_archive(raw: Path, split: str, part: str) -> Path:
     return rename_durably(unfinished, archive)
 
 
+def _describe_archive(archive: Path, split: str) -> str:
+    """Say what a file is that should be NIST's archive, and what to do."""
+    with archive.open("rb") as file:
+        start = file.read(STARTING_BYTES)
+    if not start.startswith(ZIP_MAGIC):
+        return f"no zip archive but {describe_start(start)}; {HINT}"
+    try:
+        with zipfile.ZipFile(archive) as members:
+            names = members.namelist()
+    except (zipfile.BadZipFile, OSError):
+        return f"wrong checksum, the download was damaged or cut short; {HINT}"
+    if any(Path(name).name.lower().startswith(f"emnist-{split}-") for name in names):
+        return f"wrong checksum, so not NIST's archive; if you trust it, unpack its emnist-{split}-* here; else {HINT}"
+    return f"wrong checksum and no emnist-{split}-* among its {len(names)} files, so not NIST's archive; {HINT}"
+
+
 def _download(url: str, path: Path) -> None:
     """Download `url` to `path`, continuing after the bytes that are there if the server supports it."""
+    if path.exists() and not _begins_as_zip(path):
+        path.unlink()
     done = path.stat().st_size if path.exists() else 0
     headers = {"User-Agent": USER_AGENT} | ({"Range": f"bytes={done}-"} if done else {})
     try:
@@ -194,9 +237,47 @@ def _download(url: str, path: Path) -> None:
     with response:
         if response.status != HTTPStatus.PARTIAL_CONTENT:
             done = 0
+        elif not response.headers.get("Content-Range", f"bytes {done}-").startswith(f"bytes {done}-"):
+            path.unlink()
+            raise ConnectionError("the server continued at another place; it begins again")
         total = None if response.length is None else done + response.length
-        with path.open("ab" if done else "wb") as sink:
-            _copy(response, sink, done, total)
+        start = b"" if done else _check_answer(response, url)
+        with _writing(path), path.open("ab" if done else "wb") as sink:
+            sink.write(start)
+            _copy(response, sink, done + len(start), total)
+
+
+def _begins_as_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+
+
+def _check_answer(response: HTTPResponse, url: str) -> bytes:
+    """Return the first bytes of an answer.
+
+    Raises:
+        InputError: They are no zip archive, but the page of a proxy or of a server in trouble.
+    """
+    start = response.read(STARTING_BYTES)
+    if start.startswith(ZIP_MAGIC):
+        return start
+    size = "" if response.length is None else f" of {len(start) + response.length:,} bytes"
+    kind = response.headers.get_content_type()
+    problem = f"sent no zip archive but {kind}{size}, {describe_start(start)}"
+    raise InputError(f"{url} {problem}; get gzip.zip with a browser and put it into EMNIST/raw of the data folder")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Tell a disk that is full from a connection that is lost."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise InputError(
+            f"cannot write {path} ({error.strerror}); make room and run again, which continues the download"
+        ) from error
 
 
 def _copy(source: IO[bytes], sink: IO[bytes], done: int, total: int | None) -> None:
@@ -215,9 +296,3 @@ def _copy(source: IO[bytes], sink: IO[bytes], done: int, total: int | None) -> N
 def _show(text: str) -> None:
     if sys.stderr.isatty():
         print(text, end="", file=sys.stderr, flush=True)
-
-
-def _reason(error: BaseException) -> str:
-    """Return the text of an error on one line, without `<urlopen error ...>`."""
-    text = str(error) if isinstance(error, HTTPError) else str(getattr(error, "reason", error))
-    return " ".join(text.split()) or type(error).__name__

@@ -14,8 +14,9 @@ from torchvision.datasets import EMNIST
 from grid.config import InputError
 from grid.data.catalogue import DATASETS, VALIDATION_SHARE, check_name, check_per_class
 from grid.data.dataset import Dataset, Images, Labels
-from grid.data.emnist import check_labels, check_pair, download_if_missing, idx_files, missing_files
+from grid.data.emnist import check_above, download, find_files, idx_files
 from grid.data.glyphs import Glyphs, render_if_missing
+from grid.data.idx import check_classes, check_labels, read_pair
 
 Indices = NDArray[np.int64]
 
@@ -45,8 +46,10 @@ def load(name: str, data_dir: Path, *, per_class: int | None = None, split_seed:
 
 def is_on_disk(name: str, data_dir: Path) -> bool:
     """Return whether the train files are on disk."""
-    raw = data_dir / _source(name).__name__ / "raw"
-    return not missing_files(raw, DATASETS[name].split, "train")
+    split = DATASETS[name].split
+    if name == "glyphs":
+        return all(path.is_file() for path in idx_files(data_dir / "Glyphs" / "raw", split, "train"))
+    return find_files(data_dir, split, "train") is not None
 
 
 def load_test(name: str, data_dir: Path) -> tuple[Images, Labels]:
@@ -112,15 +115,24 @@ def _fingerprint(name: str, classes: tuple[str, ...], arrays: Iterable[NDArray[n
 
 def _read(name: str, data_dir: Path, part: str) -> tuple[Images, Labels]:
     """Return the upright images and the labels of the `train` or the `test` file."""
-    source, split = _source(name), DATASETS[name].split
-    raw = data_dir / source.__name__ / "raw"
-    if source is Glyphs:
-        render_if_missing(data_dir)
-    else:
-        download_if_missing(raw, split, part)
-    images_file, labels_file = idx_files(raw, split, part)
-    check_pair(images_file, labels_file)
-    torch_set = source(data_dir, split=split, train=part == "train")
-    labels = torch_set.targets.numpy() - (1 if split == "letters" else 0)
-    check_labels(labels, len(_classes(name)), labels_file)
-    return np.ascontiguousarray(torch_set.data.numpy().transpose(0, 2, 1)), labels
+    images_file, labels_file = _files(name, data_dir, part)
+    images, labels = read_pair(images_file, labels_file)
+    labels -= 1 if name == "emnist-letters" else 0
+    classes = _classes(name)
+    check_labels(labels, len(classes), labels_file)
+    if part == "train":
+        check_classes(labels, classes, VALIDATION_SHARE, labels_file)
+    return np.ascontiguousarray(images.transpose(0, 2, 1)), labels
+
+
+def _files(name: str, data_dir: Path, part: str) -> tuple[Path, Path]:
+    """Return the images and the labels of one part, downloaded or rendered if they are missing."""
+    split = DATASETS[name].split
+    if name == "glyphs":
+        return idx_files(render_if_missing(data_dir), split, part)
+    found = find_files(data_dir, split, part)
+    if found is None:
+        check_above(data_dir, split, part)
+        download(data_dir, split, part)
+        found = idx_files(data_dir / "EMNIST" / "raw", split, part)
+    return found

@@ -8,10 +8,17 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from grid.config import InputError, TrialConfig
+from grid.config import FACTORS, InputError, TrialConfig
 from grid.data.dataset import Dataset
 from grid.data.load import load
-from grid.driver.messages import conclude, describe_packing, describe_plan, experiment_options, print_facts
+from grid.driver.messages import (
+    conclude,
+    describe_left_out,
+    describe_packing,
+    describe_plan,
+    experiment_options,
+    print_facts,
+)
 from grid.driver.more_controls import draw_if_asked, reopen_drawn
 from grid.driver.provenance import check_code, describe_command
 from grid.driver.watcher import Watcher, restore_rungs
@@ -99,6 +106,7 @@ def run(request: Request, prepared: Prepared, training: Training) -> int:
     recorder.recover()
     rounds = read_rounds(store)
     stored = reopen_drawn(store, store.trials(), rounds)
+    left_out = describe_left_out(store)
     begun = {key: trial.control for key, trial in stored.items()}
     plan = make_plan(request, packing=training.packing, fingerprint=dataset.fingerprint, begun=begun)
     check_comparable(plan.trials, [trial.config for trial in stored.values()], request.experiment)
@@ -108,7 +116,7 @@ def run(request: Request, prepared: Prepared, training: Training) -> int:
     if stored:
         _check_same_rule(store.manifest(), plan, asha, request.experiment)
     plan, stored, remark = draw_if_asked(request.more_controls, plan, stored, store, rounds)
-    facts = describe_plan(request, plan) | ({"controls": remark} if remark else {}) | dict(check.facts)
+    facts = describe_plan(request, plan) | ({"controls": remark} if remark else {}) | left_out | dict(check.facts)
     record = describe_command("grid.run", request, check, training.packing.devices)
     described = _manifest(request, plan, asha, dataset)
     command = record_command(store, {**record, "plan": described})
@@ -214,13 +222,22 @@ def _describe_rule(plan: Plan, asha: Asha) -> dict[str, Any]:
 
 
 def _check_same_rule(manifest: Mapping[str, Any], plan: Plan, asha: Asha, experiment: str) -> None:
-    before, now = manifest.get("rungs"), _describe_rule(plan, asha)
-    if isinstance(before, Mapping) and before != now:
-        changed = "; ".join(
-            f"{name} {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]
-        )
+    rungs, now = manifest.get("rungs"), _describe_rule(plan, asha)
+    before = rungs if isinstance(rungs, Mapping) else {}
+    known = [name for name in now if _is_rule_entry(name, before.get(name))]
+    changed = "; ".join(f"{name} {before[name]!r}, now {now[name]!r}" for name in known if before[name] != now[name])
+    if changed:
         hint = "ask for the same --grace, --stop-factor, --stop-within and --no-stopping, or pick another --experiment"
         raise InputError(f"experiment '{experiment}' was stopped early by another rule ({changed}); {hint}")
+
+
+def _is_rule_entry(name: str, value: object) -> bool:
+    """Return whether an entry of the manifest says something; people may have edited it."""
+    if name == "epochs":
+        return isinstance(value, list) and all(type(epoch) is int for epoch in value)
+    if name == "factor":
+        return type(value) is int and value >= 1
+    return isinstance(value, str) and set(filter(None, value.split(","))) <= set(FACTORS)
 
 
 def _manifest(request: Request, plan: Plan, asha: Asha, dataset: Dataset) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from grid.data.dataset import Dataset
 from grid.data.load import load, load_test
 from grid.driver.experiment import Prepared, Training, train_all
 from grid.driver.final_test import FinalTest
-from grid.driver.messages import experiment_options, print_facts
+from grid.driver.messages import describe_left_out, experiment_options, print_facts
 from grid.driver.provenance import CodeCheck, check_code, describe_command
 from grid.driver.watcher import summarise_trial
 from grid.masking import mask
@@ -32,6 +32,7 @@ from grid.record.predictor import register
 from grid.record.recorder import Recorder
 from grid.record.spool import Parked, open_spool
 from grid.record.store import UNREACHABLE, Store, StoredTrial
+from grid.recorded import FIRST_FINALIST_SEED
 from grid.store_uri import slug
 from grid.ties import tied_with_best
 from grid.train.checkpoints import Checkpoints
@@ -41,8 +42,6 @@ from grid.wording import count, first_line
 
 KIND = "confirm"
 """Of the runs of finalists in the store."""
-FIRST_SEED = 1000
-"""Of the finalists: the grid's own seeds are below, so that no finalist profits from the luck that made it one."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def finalist_trials(
     Args:
         chosen: Cells to confirm.
         trained: Configurations of the grid.
-        seeds: Replicates of each, `FIRST_SEED` and up.
+        seeds: Replicates of each, `FIRST_FINALIST_SEED` and up.
         packing: Where they are trained.
 
     Raises:
@@ -141,7 +140,7 @@ def finalist_trials(
     if any(template.device != packing.device for template in templates):
         settings = numeric_settings(packing.device, bfloat16=packing.bfloat16)
         templates = [TrialConfig.from_params(template.to_params() | settings) for template in templates]
-    replicates = range(FIRST_SEED, FIRST_SEED + seeds)
+    replicates = range(FIRST_FINALIST_SEED, FIRST_FINALIST_SEED + seeds)
     return [replace(template, seed=seed, shared_seed=True) for seed in replicates for template in templates]
 
 
@@ -151,13 +150,12 @@ def _load_as_before(manifest: Mapping[str, Any], trained: Sequence[TrialConfig],
     Raises:
         InputError: They are other ones.
     """
-    try:
-        name, per_class = manifest["data"]["name"], manifest["data"]["per_class"]
-        split_seed = manifest["order_seed"]
-    except (KeyError, TypeError) as error:
-        hint = "(grid.json); run grid.run again"
-        raise InputError(f"'{request.experiment}' does not say what it was trained on {hint}") from error
-    dataset = load(name, request.data_dir, per_class=per_class, split_seed=split_seed)
+    match manifest:
+        case {"data": {"name": str(name), "per_class": int() | None as per_class}, "order_seed": int(split_seed)}:
+            dataset = load(name, request.data_dir, per_class=per_class, split_seed=split_seed)
+        case _:
+            hint = "(grid.json); run grid.run again"
+            raise InputError(f"'{request.experiment}' does not say what it was trained on {hint}")
     if {config.data_fingerprint for config in trained} != {dataset.fingerprint}:
         raise InputError(f"the images in {request.data_dir} are not those of the grid; pass its --data-dir")
     return dataset
@@ -186,11 +184,12 @@ def _train_left(request: Confirmation, trials: Sequence[TrialConfig], finalists:
     recorder = Recorder(store, prepared.spool, KIND)
     recorder.recover()
     stored = store.trials(KIND)
+    left_out = describe_left_out(store)
     record = describe_command("grid.confirm", request, finalists.check, training.packing.devices)
     recorder.begin({}, stored, command=record_command(store, record))
     plan = Plan([], {}, list(trials), frozenset(trial.trial_key for trial in trials), rule=NO_STOPPING)
     asha = Asha.of(plan.rule, trials[0].epochs)
-    facts = _describe(trials, finalists.also_tied) | dict(finalists.check.facts)
+    facts = _describe(trials, finalists.also_tied) | left_out | dict(finalists.check.facts)
     watcher, delivered = train_all(plan, stored, prepared.dataset, recorder, asha, training, facts)
     for complaint in recorder.complain("run the same command to try again"):
         print(complaint, file=sys.stderr)

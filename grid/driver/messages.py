@@ -15,6 +15,8 @@ from grid.plan.forecast import Forecast
 from grid.plan.packing import Packing
 from grid.plan.request import Place, Request, resume_command
 from grid.plan.trials import Plan
+from grid.record.store import Store
+from grid.recorded import describe_unreadable
 from grid.store_uri import is_default
 from grid.wording import count, format_seconds
 
@@ -50,6 +52,12 @@ def _describe_rule(rule: StoppingRule, epochs: int) -> str:
         return "too short for early stopping"
     whose = f"of each {' x '.join(rule.within)} the best" if rule.within else "the best"
     return f"{whose} 1/{rule.factor} continue after epoch {rungs}"
+
+
+def describe_left_out(store: Store) -> dict[str, str]:
+    """Return which of the recorded runs are left out because somebody has edited them, and why; nothing if none is."""
+    reasons = describe_unreadable(store.left_out, "run")
+    return {"left out": "; ".join(reason.replace(" left out", "") for reason in reasons)} if reasons else {}
 
 
 def describe_packing(packing: Packing) -> dict[str, str]:

@@ -11,8 +11,9 @@ from grid.metrics import FINAL_STATUSES
 from grid.plan.controls import draw_more
 from grid.plan.space import ORDER_SEED
 from grid.plan.trials import Plan
-from grid.record.rounds import Round, record_rounds
+from grid.record.rounds import record_rounds
 from grid.record.store import Store, StoredTrial
+from grid.recorded import Round
 from grid.wording import count
 
 

@@ -5,23 +5,14 @@ A copy is written first: whenever a crash interrupts the writing, one of the two
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from grid.config import InputError
 from grid.record.store import Store
+from grid.recorded import Round, parse_rounds
 
 ROUNDS = "more_controls.json"
 COPY = "more_controls.copy.json"
-
-
-@dataclass(frozen=True)
-class Round:
-    """Controls that were drawn at once, each of the stopped trials with the same chance."""
-
-    among: int
-    """Number of trials that were stopped and no controls yet."""
-    drawn: tuple[str, ...]
-    """Keys of the trials."""
 
 
 def read_rounds(store: Store) -> tuple[Round, ...]:
@@ -33,8 +24,8 @@ def read_rounds(store: Store) -> tuple[Round, ...]:
     files = [content for name in (ROUNDS, COPY) if (content := store.artifact(name)) is not None]
     for content in files:
         try:
-            return tuple(Round(each["among"], tuple(each["drawn"])) for each in json.loads(content))
-        except (ValueError, TypeError, KeyError):
+            return parse_rounds(content)
+        except ValueError:
             continue
     if files:
         hint = "put a whole copy into the artifacts of its run of kind grid"

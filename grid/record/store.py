@@ -7,6 +7,7 @@ import sqlite3
 import tempfile
 import threading
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,8 @@ from urllib.parse import unquote, urlsplit
 from grid.config import InputError, TrialConfig
 from grid.files import sync
 from grid.masking import mask
+from grid.metrics import rung_epochs
+from grid.recorded import PARENT_TAG, TWIN, RecordedTrial, UnreadableError, first_values, read_trial
 from grid.store_uri import (
     artifact_folder,
     artifact_location,
@@ -34,7 +37,7 @@ os.environ.update(mlflow_settings(writes=True))
 import mlflow.exceptions
 import requests
 from alembic.util import CommandError
-from mlflow.entities import Metric, RunTag
+from mlflow.entities import Metric, RunTag, ViewType
 from mlflow.tracking import MlflowClient
 from sqlalchemy import Engine, event
 from sqlalchemy.exc import DataError, SQLAlchemyError
@@ -114,6 +117,8 @@ class Store:
         """The run with tag `kind=grid`; empty if there is none yet."""
         self.lost = ""
         """Who has taken the experiment over from this driver, as a message; empty while nobody has."""
+        self.left_out: dict[str, list[str]] = {}
+        """Why `trials` last left runs out -> their ids."""
 
     def create(self) -> None:
         """Create database, experiment and parent run if they are missing; nobody else does so at the same time."""
@@ -164,8 +169,31 @@ class Store:
             return self.client.get_experiment_by_name(self.experiment)  # another driver was faster
 
     def _find_parent(self) -> str:
-        parents = self.client.search_runs([self.experiment_id], "tags.kind = 'grid'", max_results=1)
-        return parents[0].info.run_id if parents else ""
+        """Return the run of kind `grid` that most trials name; empty if there is none.
+
+        Raises:
+            InputError: It is deleted, and its trials are not.
+        """
+        parents = self._parents(ViewType.ACTIVE_ONLY)
+        if not parents:
+            self._refuse_deleted_parent()
+        if len(parents) < 2:
+            return parents[0] if parents else ""
+        named = Counter(run.data.tags.get(PARENT_TAG) for run in self._search("trial"))
+        return max(parents, key=lambda run_id: named[run_id])
+
+    def _parents(self, view: int) -> list[str]:
+        """Return the runs of kind `grid`, oldest first, but for a trial whose kind was changed."""
+        order = ["attributes.start_time"]
+        found = self.client.search_runs([self.experiment_id], "tags.kind = 'grid'", view, order_by=order)
+        return [run.info.run_id for run in found if PARENT_TAG not in run.data.tags]
+
+    def _refuse_deleted_parent(self) -> None:
+        for run_id in self._parents(ViewType.DELETED_ONLY):
+            orphans = f"tags.kind = 'trial' and tags.`{PARENT_TAG}` = '{run_id}'"
+            if self.client.search_runs([self.experiment_id], orphans, max_results=1):
+                what = f"the run of kind grid of experiment '{self.experiment}' is deleted, but not its trials"
+                raise InputError(f"{what}; restore run {run_id} in MLflow, or delete the trials as well")
 
     def _create_parent(self) -> str:
         run = self.client.create_run(self.experiment_id, tags={"kind": "grid"}, run_name=self.experiment)
@@ -261,21 +289,42 @@ class Store:
         self.client.log_batch(run_id, metrics=values, tags=tags)
 
     def run_ids(self, kind: str = "trial", trial_key: str = "") -> dict[str, str]:
-        """Return trial key -> run id of all recorded trials of a kind, or of one trial."""
-        return {run.data.tags["trial_key"]: run.info.run_id for run in self._search(kind, trial_key)}
+        """Return trial key -> run id of all recorded trials of a kind, or of one trial.
+
+        A run whose parameters have not arrived yet is one of them, unless its trial has another.
+        """
+        runs = list(self._search(kind, trial_key))
+        begun = {run.data.tags["trial_key"]: run.info.run_id for run in runs if _has_only_begun(run)}
+        return begun | {key: trial.run_id for key, trial in self._read(runs).items()}
 
     def trials(self, kind: str = "trial") -> dict[str, StoredTrial]:
-        """Return the recorded trials by their keys.
+        """Return the recorded trials by their keys; `left_out` says which runs were left out.
 
         Args:
             kind: `trial` for those of the grid, `confirm` for finalists.
 
         Raises:
-            InputError: The store does not answer, or a run can't be read as a trial.
+            InputError: The store does not answer.
         """
         with self.answering():
-            runs = [run for run in self._search(kind) if run.data.params]  # else it has only just been created
-            return {run.data.tags["trial_key"]: self._stored(run) for run in runs}
+            return {key: self._stored(trial) for key, trial in self._read(self._search(kind)).items()}
+
+    def _read(self, runs: Iterable[Any]) -> dict[str, RecordedTrial]:
+        """Return the runs that can be read as trials, by key; of several runs of a trial that which counts."""
+        read: dict[str, RecordedTrial] = {}
+        left_out = defaultdict(list)
+        for run in runs:
+            try:
+                trial = _read_run(run)
+            except UnreadableError as reason:
+                left_out[str(reason)].append(run.info.run_id)
+                continue
+            twin = read.get(trial.trial_key, trial)
+            read[trial.trial_key] = max(trial, twin, key=lambda each: each.precedence)
+            if twin is not trial:
+                left_out[TWIN].append(min(trial, twin, key=lambda each: each.precedence).run_id)
+        self.left_out = dict(left_out)
+        return read
 
     def reopen(self, trial: StoredTrial) -> StoredTrial:
         """Return a stopped trial as one that has to continue, as an unstopped control.
@@ -284,7 +333,7 @@ class Store:
             InputError: The store does not answer.
         """
         with self.answering():
-            accuracies = self._accuracies(trial.run_id)
+            accuracies = self._accuracies(trial.run_id, trial.config.epochs)
         return replace(trial, status="", control=True, reopened=True, was_stopped=False, val_accuracies=accuracies)
 
     @contextmanager
@@ -305,26 +354,31 @@ class Store:
             yield from page
             token = page.token or ""
 
-    def _stored(self, run: Any) -> StoredTrial:
-        tags = run.data.tags
-        status = tags.get("status", "")
+    def _stored(self, trial: RecordedTrial) -> StoredTrial:
+        ended = trial.status not in ("", "failed")
+        accuracies = () if ended else self._accuracies(trial.run_id, trial.config.epochs)
+        last = trial.epochs_run if trial.status else len(accuracies)
+        rungs = {name for name in trial.metrics if any(epoch > last for epoch in rung_epochs([name]))}
+        metrics = {name: value for name, value in trial.metrics.items() if name not in rungs}
         return StoredTrial(
-            run_id=run.info.run_id,
-            status=status,
-            config=TrialConfig.from_params(run.data.params),
-            metrics=run.data.metrics,
-            control=tags.get("control") == "true",
-            control_chance=_number(tags.get("control_chance")),
-            tags=tags,
-            was_stopped="stopped_at_epoch" in tags,
-            stop_epoch=_first_epoch(tags.get("would_stop_at_epoch"), tags.get("stopped_at_epoch")),
-            val_accuracies=self._accuracies(run.info.run_id) if status in ("", "failed") else (),
+            run_id=trial.run_id,
+            status=trial.status,
+            config=trial.config,
+            metrics=metrics | ({"epochs_run": trial.epochs_run} if trial.status else {}),
+            control=trial.control,
+            control_chance=trial.control_chance,
+            tags=trial.tags,
+            was_stopped=trial.stopped_at is not None and trial.would_stop_at is None,
+            stop_epoch=trial.stop_epoch,
+            val_accuracies=accuracies,
         )
 
-    def _accuracies(self, run_id: str) -> tuple[float, ...]:
-        epochs = [point.step for point in self.client.get_metric_history(run_id, "epoch_seconds")]
-        accuracies = {point.step: point.value for point in self.client.get_metric_history(run_id, "val_accuracy")}
-        return tuple(accuracies.get(epoch, nan) for epoch in range(1, max(epochs, default=0) + 1))
+    def _accuracies(self, run_id: str, epochs: int) -> tuple[float, ...]:
+        """Return the accuracies up to the last recorded epoch of the budget, NaN where one is missing."""
+        accuracies = first_values(self.client.get_metric_history(run_id, "val_accuracy"))
+        recorded = first_values(self.client.get_metric_history(run_id, "epoch_seconds"))
+        last = max((epoch for epoch in recorded if epoch <= epochs), default=0)
+        return tuple(accuracies.get(epoch, nan) for epoch in range(1, last + 1))
 
 
 @contextmanager
@@ -392,9 +446,17 @@ def already_exists(error: mlflow.exceptions.MlflowException) -> bool:
     return bool(error.error_code == "RESOURCE_ALREADY_EXISTS")
 
 
-def _number(tag: str | None) -> float | None:
-    return None if tag is None else float(tag)
+def _has_only_begun(run: Any) -> bool:
+    return "trial_key" in run.data.tags and not run.data.params
 
 
-def _first_epoch(*tags: str | None) -> int | None:
-    return next((int(tag) for tag in tags if tag), None)
+def _read_run(run: Any) -> RecordedTrial:
+    """Return a run that can be continued.
+
+    Raises:
+        UnreadableError: It can't be read, or lacks parameters.
+    """
+    trial = read_trial(run.info.run_id, run.data.tags, run.data.params, run.data.metrics)
+    if not trial.complete:
+        raise UnreadableError("parameters are missing")
+    return trial
