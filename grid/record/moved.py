@@ -166,7 +166,7 @@ def _location(path: Path, experiment: str) -> str | None:
 
 
 def _names(path: Path, experiment: str) -> dict[str, str]:
-    """Return name of the experiment's artifacts -> URI of a store, for the ways in which its URI may be spelt."""
+    """Return name of the experiment's artifacts -> URI of a store, for the ways in which its URI may be written."""
     uris = (f"sqlite:///{path}", f"sqlite:///{path}".replace("%", "%25").replace("?", "%3F"))
     return {slug(uri, experiment): uri for uri in uris}
 
