@@ -7,7 +7,7 @@ Diverged and failed trials are counted, not ranked.
 
 import sys
 from base64 import b64decode
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from analysis.store import Experiment, read_experiment
+from analysis.summaries import summarise_trials
 from grid.arguments import Parser, add_experiment, add_store, run_command
 from grid.config import FACTORS, InputError, cell_name
-from grid.metrics import RUNG_METRIC, STATUSES, rung_epochs
-from grid.ranking import RankedCell, TrialSummary
+from grid.metrics import STATUSES
+from grid.ranking import RankedCell
 from grid.ranking import rank_cells as rank_summaries
 from grid.ties import CONFIDENCE, compare_paired, image_variance, seed_variance, tied_with_best
 from grid.wording import count, explain_spared
@@ -77,7 +78,7 @@ def rank_cells(
 
 def _rank_trials(trials: pd.DataFrame, val_images: int | None) -> list[Row]:
     """Return a row per cell of the grid, best first."""
-    cells = rank_summaries(_summaries(trials))
+    cells = rank_summaries(summarise_trials(trials))
     ties = tied_with_best(cells, val_images=val_images)
     tiers = ("completed" if cell.epochs_run == cell.epochs else "stopped" for cell in cells)
     rows = zip(_rows(cells, val_images), tiers, ties, strict=True)
@@ -86,33 +87,12 @@ def _rank_trials(trials: pd.DataFrame, val_images: int | None) -> list[Row]:
 
 def _rank_finalists(finalists: pd.DataFrame, val_images: int | None) -> list[Row]:
     """Return a row per finalist, best first."""
-    cells = [cell for cell in rank_summaries(_summaries(finalists)) if cell.epochs_run == cell.epochs]
+    cells = [cell for cell in rank_summaries(summarise_trials(finalists)) if cell.epochs_run == cell.epochs]
     ties = tied_with_best(cells, val_images=val_images, paired=True)
     rows = zip(
         _rows(cells, val_images), _tests(finalists, cells), _behind(finalists, cells, val_images), ties, strict=True
     )
     return [row | test | behind | {"tier": "finalist", "tied": tied} for row, test, behind, tied in rows]
-
-
-def _summaries(trials: pd.DataFrame) -> Iterable[TrialSummary]:
-    rungs = rung_epochs(trials.columns)
-    for row in trials.to_dict("records"):
-        yield TrialSummary(
-            cell={factor: row[factor] for factor in FACTORS},
-            seed=row["seed"],
-            lr_scale=row["lr_scale"],
-            epochs=row["epochs"],
-            status=row["status"],
-            epochs_run=row["epochs_run"],
-            best_val_accuracy=_known(row["best_val_accuracy"]),
-            final_val_accuracy=_known(row["final_val_accuracy"]),
-            stop_epoch=None if pd.isna(row["stop_epoch"]) else int(row["stop_epoch"]),
-            rung_accuracies={rung: row[f"{RUNG_METRIC}{rung}"] for rung in rungs},
-        )
-
-
-def _known(value: float) -> float | None:
-    return None if pd.isna(value) else value
 
 
 def _rows(cells: Sequence[RankedCell], val_images: int | None) -> list[Row]:

@@ -103,8 +103,19 @@ class RankedCell:
 def rank_cells(summaries: Iterable[TrialSummary]) -> list[RankedCell]:
     """Rank the cells of which at least half of the replicates have an accuracy, best first.
 
-    The learning-rate scale of a cell is the one at which all its replicates together rank best. Failed trials have no
-    part: they are run again.
+    Failed trials have no part: they are run again.
+
+    Raises:
+        InputError: The trials are of several budgets.
+    """
+    return sorted((cell for cell in choose_scales(summaries) if cell.epochs_run), key=_place)
+
+
+def choose_scales(summaries: Iterable[TrialSummary]) -> list[RankedCell]:
+    """Return each cell with the learning-rate scale at which all its replicates together rank best, in no order.
+
+    What a control did after ASHA would have stopped it has no part in the choice. So the choice is the same whichever
+    trials are unstopped controls.
 
     Raises:
         InputError: The trials are of several budgets.
@@ -117,8 +128,7 @@ def rank_cells(summaries: Iterable[TrialSummary]) -> list[RankedCell]:
             by_scale[tuple(summary.cell[factor] for factor in FACTORS)][summary.lr_scale].append(summary)
     if len(budgets) > 1:
         raise InputError(f"trials of {' and '.join(map(str, sorted(budgets)))} epochs can't be ranked together")
-    best = [min(map(_summarise_cell, scales.values()), key=_place) for scales in by_scale.values()]
-    return sorted((cell for cell in best if cell.epochs_run), key=_place)
+    return [min(map(_summarise_cell, scales.values()), key=_place) for scales in by_scale.values()]
 
 
 def _summarise_cell(replicates: Sequence[TrialSummary]) -> RankedCell:

@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -12,8 +12,9 @@ from analysis.estimates.final_effects import (
     usable_trials,
 )
 from analysis.store import Experiment
+from analysis.summaries import at_best_scales
 from grid.config import FACTORS, LEVELS, InputError
-from tests.stopped_grids import EPOCHS, Grid, cells_of, make_grid, true_effects
+from tests.stopped_grids import EPOCHS, SIZES, Grid, cells_of, make_grid, true_effects
 
 TABLES = ("levels", "differences", "interactions")
 
@@ -317,9 +318,51 @@ def test_where_no_verdict_on_controls_is_recorded_the_rule_is_replayed() -> None
     assert REPLAYED in effects.notes
 
 
-def test_all_learning_rate_scales_count() -> None:
+def test_of_several_learning_rate_scales_the_one_counts_at_which_a_cell_is_ranked() -> None:
     trials = make_grid(seeds=2).never_stopped()
     worse = trials.assign(lr_scale=0.3, final_val_accuracy=trials["final_val_accuracy"] - 0.1)
-    effects = measure_final_effects(pd.concat([trials, worse], ignore_index=True))
-    assert effects.grand_mean == pytest.approx(trials["final_val_accuracy"].mean() - 0.05)
-    assert "all 2 learning-rate scales of a cell count, not only its best" in effects.notes
+    both, alone = measure_final_effects(pd.concat([trials, worse], ignore_index=True)), measure_final_effects(trials)
+    for name in TABLES:
+        pd.testing.assert_frame_equal(getattr(both, name), getattr(alone, name))
+    assert both.divergence["trials"].sum() == 2 * alone.divergence["trials"].sum()
+    assert "of 2 learning-rate scales, for each cell the one counts at which it is ranked" in both.notes
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A stopped grid with two learning-rate scales, of which adam wants the small one and the others the large one."""
+
+    grid: Grid
+
+    @classmethod
+    def of(cls, random_state: int) -> "Scaled":
+        random = np.random.default_rng(random_state)
+        cells = pd.concat([cells_of(SIZES).assign(scale=scale) for scale in (0.1, 1.0)], ignore_index=True)
+        fits = (cells["optimizer"] == "adam") == (cells["scale"] == 0.1)
+        slow, luck = cells["lr_schedule"] == "one_cycle", random.normal(0, 0.01, len(cells))
+        final = 0.7 + 0.06 * fits + 0.03 * slow + luck
+        first = 0.4 + 0.06 * fits - 0.16 * slow + luck + random.normal(0, 0.01, len(cells))
+        stop = np.where(first < np.quantile(first, 0.85), 1.0, np.nan)
+        return cls(Grid(cells, np.column_stack([first, 0.3 * first + 0.65 * final]), final.to_numpy(), stop))
+
+    def stopped_early(self, share: float, random: np.random.Generator) -> pd.DataFrame:
+        trials = self.grid.stopped_early(self.grid.draw(share, random), share)
+        return trials.assign(lr_scale=self.grid.cells["scale"])
+
+
+def test_the_choice_of_scales_is_the_same_whichever_trials_are_controls() -> None:
+    scaled, random = Scaled.of(0), np.random.default_rng(0)
+    chosen = [at_best_scales(scaled.stopped_early(share, random)).index.tolist() for share in (0, 0.1, 0.4)]
+    assert chosen[0] == chosen[1] == chosen[2]
+    assert len(chosen[0]) == len(scaled.grid.cells) / 2
+
+
+def test_effects_at_the_scales_of_the_ranking_are_without_bias() -> None:
+    scaled, random = Scaled.of(1), np.random.default_rng(1)
+    kept = at_best_scales(scaled.stopped_early(0, random)).index
+    best = Grid(scaled.grid.cells.loc[kept].reset_index(), scaled.grid.rungs, scaled.grid.final[kept], scaled.grid.stop)
+    draws = [measure_final_effects(scaled.stopped_early(0.4, random)).levels for _ in range(60)]
+    found = pd.concat([levels.set_index(["factor", "level"])["effect"] for levels in draws], axis=1)
+    errors = found.sub(true_effects(best).rename_axis(["factor", "level"]), axis=0)
+    assert (errors.mean(axis=1).abs() < 4 * errors.std(axis=1) / np.sqrt(len(draws)) + 0.0005).all()
+    assert errors.std(axis=1).max() < 0.01

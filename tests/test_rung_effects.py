@@ -226,12 +226,12 @@ def test_failed_trials_are_missing_but_not_counted_as_diverged() -> None:
     assert (effects.missing, effects.divergence["diverged"].sum()) == (1, 0)
 
 
-def test_the_best_learning_rate_scale_counts() -> None:
-    trials = grid()
-    worse = trials.assign(lr_scale=0.5, val_accuracy_at_1=trials["val_accuracy_at_1"] - 0.1)
+def test_the_learning_rate_scale_counts_at_which_a_cell_is_ranked() -> None:
+    trials = grid().assign(best_val_accuracy=0.9, stop_epoch=np.nan)
+    worse = trials.assign(lr_scale=0.5, final_val_accuracy=0.8, val_accuracy_at_1=trials["val_accuracy_at_1"] + 0.1)
     both = measure_rung_effects(pd.concat([worse, trials], ignore_index=True))
     pd.testing.assert_frame_equal(both.levels, measure_rung_effects(trials).levels)
-    assert both.notes[-1] == "for each cell and seed the best of 2 learning-rate scales counts"
+    assert both.notes[-1] == "of 2 learning-rate scales, for each cell the one counts at which it is ranked"
 
 
 def test_a_factor_with_one_level_is_fixed() -> None:

@@ -30,6 +30,7 @@ from analysis.estimates.two_phase import Ends, Sample, estimate_ends
 from analysis.multiplicity import holm, level_quantile
 from analysis.stopping.verdicts import FACTOR, WITHIN, has_verdicts, stop_epochs
 from analysis.store import Experiment
+from analysis.summaries import at_best_scales, explain_scales
 from grid.config import FACTORS, InputError
 from grid.metrics import RUNG_METRIC, rung_epochs
 from grid.wording import count
@@ -85,7 +86,8 @@ def measure_final_effects(
 ) -> FinalEffects:
     """Estimate the effects of all levels, their differences and the interactions of pairs at the end of training.
 
-    Diverged trials have no accuracy and are left out; a note says which effects would move if they counted as guesses.
+    Of several learning-rate scales, the one at which a cell is ranked counts. Diverged trials have no accuracy and are
+    left out; a note says which effects would move if they counted as guesses.
 
     Args:
         trials: From `analysis.store.read_experiment`, one budget, their `stop_epoch` filled in.
@@ -96,10 +98,10 @@ def measure_final_effects(
         InputError: The budgets differ, no factor has two levels, the trials are too few, or too few ends of trials
             that ASHA would have stopped are seen.
     """
-    epochs = _budget(trials)
+    epochs, chosen = _budget(trials), at_best_scales(trials)
     levels = {factor: in_order(factor, trials[factor]) for factor in FACTORS}
     varied = {factor: names for factor, names in levels.items() if len(names) > 1}
-    rows = usable_trials(trials)
+    rows = usable_trials(chosen)
     sample, terms = make_sample(rows), _terms(rows, varied)
     _check_probed(sample)
     ends, weights = estimate_ends(sample, terms), effect_weights(terms)
@@ -112,13 +114,13 @@ def measure_final_effects(
         seen=int(sample.seen.sum()),
         probed=int(sample.probed.sum()),
         stopped=int((sample.stopped & ~sample.seen).sum()),
-        diverged=int((trials["status"] == "diverged").sum()),
+        diverged=int((chosen["status"] == "diverged").sum()),
         grand_mean=mean,
         levels=_levels(effects, mean),
         differences=_differences(terms, weights, ends, confidence),
         interactions=_interactions(effects, confidence),
         divergence=divergence_rates(trials, varied, confidence),
-        notes=tuple(_notes(trials, rows, terms, varied, classes)),
+        notes=(*explain_scales(trials), *_notes(chosen, rows, terms, varied, classes)),
         confidence=confidence,
     )
 
@@ -165,7 +167,7 @@ def measure_spread(trials: pd.DataFrame) -> tuple[float, float]:
         InputError: As `measure_final_effects`.
     """
     varied = {factor: names for factor in FACTORS if len(names := in_order(factor, trials[factor])) > 1}
-    rows = usable_trials(trials)
+    rows = usable_trials(at_best_scales(trials))
     sample, terms = make_sample(rows), _terms(rows, varied)
     _check_probed(sample)
     ends = estimate_ends(sample, terms)
@@ -292,8 +294,6 @@ def _notes(
     ]
     if unseen:
         yield f"no accuracy at all, hence no effect: {', '.join(unseen)}"
-    if (scales := trials["lr_scale"].nunique()) > 1:
-        yield f"all {scales} learning-rate scales of a cell count, not only its best"
     diverged = int((trials["status"] == "diverged").sum())
     if diverged:
         consequence = _if_guessing(trials, rows, terms, classes)

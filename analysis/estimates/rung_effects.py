@@ -14,6 +14,7 @@ import pandas as pd
 from statsmodels.stats.proportion import proportion_confint
 
 from analysis.estimates.anova import Levels, estimable_terms, estimate, fit_terms, in_order, mean_square, variance_table
+from analysis.summaries import at_best_scales, explain_scales
 from grid.config import FACTORS, InputError
 from grid.metrics import RUNG_METRIC, rung_epochs
 from grid.wording import count
@@ -62,8 +63,8 @@ class RungEffects:
 def measure_rung_effects(trials: pd.DataFrame, *, epoch: int | None = None, confidence: float = 0.95) -> RungEffects:
     """Split the variance at a rung among factors, two-way interactions and seeds (blocks), and estimate all effects.
 
-    For each cell and seed the best learning-rate scale counts. A trial that diverged after the rung counts with its
-    accuracy at the rung.
+    Of several learning-rate scales, the one at which a cell is ranked counts. A trial that diverged after the rung
+    counts with its accuracy at the rung.
 
     Args:
         trials: From `analysis.store.read_experiment`; all with the same budget.
@@ -74,11 +75,12 @@ def measure_rung_effects(trials: pd.DataFrame, *, epoch: int | None = None, conf
         InputError: The budgets differ, `epoch` is not a rung, no trial has an accuracy, no factor has two levels, or
             the observations are too few to separate the factors.
     """
-    rung, accuracies = _accuracies(trials, epoch)
+    rung, _ = _accuracies(trials, epoch)
+    chosen = at_best_scales(trials)
+    _, accuracies = _accuracies(chosen, rung)
     levels = {factor: in_order(factor, trials[factor]) for factor in FACTORS}
     varied = {factor: names for factor, names in levels.items() if len(names) > 1}
-    seen = trials.assign(accuracy=accuracies).dropna(subset="accuracy")
-    observed = seen.groupby([*FACTORS, "seed"])["accuracy"].max().reset_index()
+    observed = chosen.assign(accuracy=accuracies).dropna(subset="accuracy").reset_index(drop=True)
     missing = prod(map(len, varied.values())) * trials["seed"].nunique() - len(observed)
     terms = estimable_terms(observed, varied, complete=not missing)
     fitted = fit_terms(observed, terms)
@@ -101,7 +103,7 @@ def measure_rung_effects(trials: pd.DataFrame, *, epoch: int | None = None, conf
         survivors=_survivors(trials, varied),
         notes=(),
     )
-    return replace(effects, notes=tuple(_notes(effects, trials, accuracies)))
+    return replace(effects, notes=(*_notes(effects, chosen, accuracies), *explain_scales(trials)))
 
 
 def _accuracies(trials: pd.DataFrame, epoch: int | None) -> tuple[int, "pd.Series[float]"]:
@@ -188,8 +190,6 @@ def _notes(effects: RungEffects, trials: pd.DataFrame, accuracies: "pd.Series[fl
         yield "as many terms as accuracies: no residual is left, so the effects have no intervals"
     elif effects.seeds == 1:
         yield "one seed: the residual mixes noise with interactions of three or more factors"
-    if (scales := trials["lr_scale"].nunique()) > 1:
-        yield f"for each cell and seed the best of {scales} learning-rate scales counts"
 
 
 def _divergence_note(diverged: int) -> Iterator[str]:
