@@ -99,6 +99,10 @@ class Arena:
         """What the driver has printed."""
         return (self.folder / f"driver-{self.starts}.log").read_text(errors="replace")
 
+    def is_driving(self) -> bool:
+        """Return whether the driver still works: it gives its lease up once it has printed its table."""
+        return not self.ended() and "cells shown" not in self.log
+
     def ended(self) -> bool:
         """Return whether the driver has ended."""
         return self.driver is not None and self.driver.poll() is not None
@@ -266,7 +270,7 @@ def inject(arena: Arena, waiting: list[str]) -> list[str]:
     injected = []
     while waiting:
         time.sleep(arena.rng.uniform(0.5, 5))
-        if arena.ended():
+        if not arena.is_driving():
             break
         name = waiting.pop(0)
         print(f"{time.strftime('%X')}  {name}, {len(waiting)} to come", file=sys.stderr, flush=True)

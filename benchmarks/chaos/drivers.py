@@ -44,15 +44,14 @@ class Grid(Protocol):
     two_drivers: int
 
     @property
-    def log(self) -> str:
-        """What the driver has printed."""
-
-    @property
     def options(self) -> list[str]:
         """Of `grid.run`, as the driver was given them."""
 
     def ended(self) -> bool:
         """Return whether the driver has ended."""
+
+    def is_driving(self) -> bool:
+        """Return whether the driver still works."""
 
 
 def start_slow_driver(grid: Grid) -> None:
@@ -80,14 +79,12 @@ def stop_driver(grid: Grid) -> None:
     """SIGSTOP the driver until another one has taken over, then wake it, and let the other one finish."""
     assert grid.driver is not None
     grid.driver.send_signal(signal.SIGSTOP)
-    if not _is_driving(grid):
-        grid.driver.send_signal(signal.SIGCONT)
-        return
+    was_driving = grid.is_driving()
     with _second(grid) as (second, log):
         _wait(lambda: _drives(log) or second.poll() is not None)
         grid.driver.send_signal(signal.SIGCONT)
         _wait(grid.ended)
-        if _drives(log) and grid.driver.poll() in (None, 0):
+        if was_driving and _drives(log) and grid.driver.poll() in (None, 0):
             grid.two_drivers += 1
         _wait(lambda: second.poll() is not None)
 
@@ -104,7 +101,7 @@ DRIVER_FAILURES: dict[str, Callable[[Grid], None]] = {
 def _start_second(grid: Grid, *, offset: float = 0, delay: float = 0, wrap: Sequence[str] = ()) -> None:
     with _second(grid, offset=offset, delay=delay, wrap=wrap) as (second, log):
         while second.poll() is None:
-            if _drives(log) and _is_driving(grid):
+            if _drives(log) and grid.is_driving():
                 grid.two_drivers += 1
                 return
             time.sleep(0.2)
@@ -126,11 +123,6 @@ def _second(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(second.pid, signal.SIGKILL)
         second.wait()
-
-
-def _is_driving(grid: Grid) -> bool:
-    """Return whether the driver still works: a lease is released once the table has been printed."""
-    return not grid.ended() and "cells shown" not in grid.log
 
 
 def _drives(log: Path) -> bool:
