@@ -67,6 +67,8 @@ Rounds = Sequence[Round]
 LARGEST = 10**9
 """Number that a manifest may name; nothing that it counts is larger."""
 PAGE_SIZE = 5000
+SERVER_PAGE_SIZE = 1000
+"""Of a server: it has a limited time for an answer."""
 HISTORY_THREADS = 4
 BUSY_SECONDS = 20.0
 """How long a locked sqlite file is waited for, as MLflow does."""
@@ -458,10 +460,11 @@ def _find(client: MlflowClient, uri: str, name: str) -> str:
 
 
 def _search(client: MlflowClient, uri: str, experiment_id: str, view: int) -> Iterator[Run]:
+    size = SERVER_PAGE_SIZE if uri.startswith("http") else PAGE_SIZE
     token = None
     while token != "":
         with _no_collection(), waiting_for(uri):
-            page = client.search_runs([experiment_id], "", view, PAGE_SIZE, page_token=token)
+            page = client.search_runs([experiment_id], "", view, size, page_token=token)
         yield from page
         token = page.token or ""
 

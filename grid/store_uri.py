@@ -254,8 +254,8 @@ def _check_sqlite(uri: str, *, must_exist: bool, read_only: bool) -> str:
 def _named_file(uri: str) -> Path:
     """Return the absolute path in a sqlite URI; `%20` is a space, as for MLflow, unless a file is called that."""
     text = uri.removeprefix(SQLITE)
-    spellings = (Path(text).absolute(), Path(unquote(text)).absolute())
-    return max(spellings, key=lambda path: (path.is_file(), path.parent.is_dir()))
+    readings = (Path(text).absolute(), Path(unquote(text)).absolute())
+    return max(readings, key=lambda path: (path.is_file(), path.parent.is_dir()))
 
 
 def _name_problem(uri: str, path: Path) -> str:

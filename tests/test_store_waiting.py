@@ -58,6 +58,14 @@ class Refusal(Handler):
         super().answer(403, "not from here")
 
 
+class OneRun(Handler):
+    """Answers as an MLflow server does whose only run has ended."""
+
+    def answer(self, status: int, content: object) -> None:
+        info = {"run_id": "a", "run_uuid": "a", "run_name": "a", "experiment_id": "1", "status": "FINISHED"}
+        super().answer(200, {"run": {"info": info, "data": {}}, "run_info": info})
+
+
 @contextmanager
 def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[int]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -140,6 +148,12 @@ def test_a_host_that_the_user_excludes_has_no_proxy(no_proxy: str, monkeypatch: 
     monkeypatch.setenv("NO_PROXY", no_proxy)
     assert find_proxy("http://store.example:5000") == ("", "")
     assert find_proxy("sqlite:////x.db") == ("", "")
+
+
+def test_the_end_of_a_run_on_a_server_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(OneRun) as port:
+        Store(f"http://127.0.0.1:{port}", "mine").client.set_terminated("a")
+    assert capsys.readouterr() == ("", "")
 
 
 @ASKING

@@ -32,6 +32,8 @@ def describe_plan(request: Request, plan: Plan) -> dict[str, str]:
         f"{count(len(request.lr_scales), 'lr scale')}; {_describe_controls(request, plan)}"
     )
     facts["budget"] = f"{count(request.epochs, 'epoch')}; {_describe_rule(plan.rule, request.epochs)}"
+    if not is_default(request.store):
+        facts["store"] = mask(request.store)
     return facts
 
 
