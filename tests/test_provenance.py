@@ -173,9 +173,8 @@ def test_a_very_often_resumed_trial_keeps_a_tag_that_mlflow_takes(store: Store, 
     assert trial.tags["resumed_by"].split(",") == [*ids[41:190], command]
 
 
-def test_confirm_has_the_option_and_passes_it_on(tmp_path: Path) -> None:
-    (tmp_path / "mlflow.db").touch()
-    options = ["--experiment", "some grid", "--store", f"sqlite:///{tmp_path}/mlflow.db"]
+def test_confirm_has_the_option_and_passes_it_on(store_uri: str) -> None:
+    options = ["--experiment", "some grid", "--store", store_uri]
     assert not confirm.read_confirmation(confirm._parser().parse_args(options)).accept_code
     assert confirm.read_confirmation(confirm._parser().parse_args([*options, "--accept-code"])).accept_code
 
