@@ -26,7 +26,10 @@ def write_report(uri: str | None, experiment: str, path: Path, *, only_ranked: b
     """
     verdict = analyse(read_experiment(uri, experiment))
     if len(verdict.cells) or not only_ranked:
-        path.write_text(render(verdict), encoding="utf-8")
+        try:
+            path.write_text(render(verdict), encoding="utf-8")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk names no file
     return verdict
 
 

@@ -117,6 +117,7 @@ def run_command(
         interrupted: What to say after Ctrl-C, exit code 130.
         debug: Raise errors, for their tracebacks; so does the environment variable GRID_DEBUG=1.
     """
+    sys.excepthook = sys.__excepthook__  # from here on, nothing is raised but for developers
     debug = debug or os.environ.get(DEBUG) == "1"
     with _surviving_output() as lost, nullcontext() if debug else _quiet(name):
         try:

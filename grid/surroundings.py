@@ -7,6 +7,7 @@ import getpass
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -21,6 +22,8 @@ def make_do() -> None:
         Path.home()
     except RuntimeError:
         os.environ["HOME"] = "/"  # what Docker sets for such a user
+    if sys.argv[:1] == ["-m"] and os.environ.get("GRID_DEBUG") != "1":  # so it is while `python -m` imports a command
+        sys.excepthook = _report_early
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # else three lines if its cache can't be written
 
 
@@ -32,3 +35,16 @@ def _open_closed_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor
             setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8", closefd=False))
+
+
+def _report_early(kind: type[BaseException], error: BaseException, _: object) -> None:
+    """Say in one line why a command could not even be imported, as for want of memory or of a package, and end it."""
+    name = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else sys.argv[0]
+    is_interrupted = issubclass(kind, KeyboardInterrupt)
+    what = " ".join(str(error).split())[:300]
+    line = (
+        "interrupted" if is_interrupted else f"can't start: {kind.__name__}: {what}; GRID_DEBUG=1 shows its traceback"
+    )
+    with suppress(OSError):
+        os.write(2, f"{name}: {line}\n".encode(errors="replace"))
+    os._exit(130 if is_interrupted else 70)

@@ -41,6 +41,29 @@ def test_who_has_a_name_and_a_home_keeps_them() -> None:
     assert done.stdout == "True\n"
 
 
+@pytest.mark.parametrize(
+    ("problem", "exit_code", "said"),
+    [
+        ("MemoryError('no room\\nfor it')", 70, "can't start: MemoryError: no room for it; GRID_DEBUG=1 shows"),
+        ("ImportError('libcuda.so is missing')", 70, "can't start: ImportError: libcuda.so is missing; GRID_DEBUG"),
+        ("KeyboardInterrupt", 130, "interrupted"),
+    ],
+)
+def test_a_command_that_cannot_be_imported_says_so_in_one_line(
+    problem: str, exit_code: int, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "pandas.py").write_text(f"raise {problem}\n")
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])}
+    command = [sys.executable, "-m", "analysis.rank", "--experiment=x"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=900, check=False)
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, line.startswith(f"analysis.rank: {said}")) == (exit_code, True), line
+    done = subprocess.run(
+        command, env={**variables, "GRID_DEBUG": "1"}, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert "Traceback" in done.stderr
+
+
 def as_unknown_user(*command: str, cwd: Path, home: str | None) -> subprocess.CompletedProcess[str]:
     """Run Python as a user without name and home, who may read everything and write nothing but `cwd`."""
     if os.geteuid() != 0 or not shutil.which("setpriv"):
