@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
+from grid.config import TrialConfig
 from grid.record.commands import (
     commands_of,
     describe_code,
@@ -64,8 +66,11 @@ def test_the_repository_around_an_installed_copy_is_not_its_own(tmp_path: Path) 
 
 def test_settings_are_recorded_whole_and_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    secret = ["--store", "postgresql://me:SECRET@db/grid?password=SECRET", "--storage", "s3://KEY:SECRET@bucket"]
-    request = read_request(_parser().parse_args(["--grid", "smoke", "--only", "model=mlp", "--epochs", "9", *secret]))
+    with socket.create_server(("127.0.0.1", 0)) as database:
+        uri = f"postgresql://me:SECRET@127.0.0.1:{database.getsockname()[1]}/grid?password=SECRET"
+        secret = ["--store", uri, "--storage", "s3://KEY:SECRET@bucket"]
+        options = ["--grid", "smoke", "--only", "model=mlp", "--epochs", "9", *secret]
+        request = read_request(_parser().parse_args(options))
     settings = describe_settings(request)
     assert "SECRET" not in json.dumps(settings)
     assert settings["levels"]["model"] == ["mlp"]
@@ -119,11 +124,16 @@ def test_a_damaged_record_names_no_code(content: bytes, store: Store) -> None:
 def test_trials_name_their_commands_latest_first_and_nonsense_is_passed_over(store: Store) -> None:
     ids = [f"2026013{day}T000000Z-0a1b2c3d" for day in range(3)]
     client: MlflowClient = store.client
-    params = {"learning_rate": "0.1", "epochs": "3"}
-    for tags in ({"command": ids[1], "resumed_by": f"{ids[2]},../../etc"}, {"command": ids[0]}, {"command": "?"}, {}):
-        run = client.create_run(
-            store.experiment_id, tags={"kind": "trial", "trial_key": str(len(tags)) + str(tags), **tags}
-        )
-        for name, value in params.items():
+    named: tuple[dict[str, str], ...] = (
+        {"command": ids[1], "resumed_by": f"{ids[2]},../../etc"},
+        {"command": ids[0]},
+        {"command": "?"},
+        {},
+    )
+    for seed, tags in enumerate(named):
+        config = TrialConfig(learning_rate=0.1, epochs=3, seed=seed)
+        keys = {"kind": "trial", "trial_key": config.trial_key, "cell_key": config.cell_key}
+        run = client.create_run(store.experiment_id, tags=keys | tags)
+        for name, value in config.to_params().items():
             client.log_param(run.info.run_id, name, value)
     assert commands_of(store.trials().values()) == ids[::-1]

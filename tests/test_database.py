@@ -141,12 +141,12 @@ def test_the_store_of_an_older_mlflow_is_read_from_a_copy_and_written_only_after
     recorder = Recorder(store, Spool(tmp_path / "spool.jsonl"))
     recorder.begin({}, {})
     recorder.started(config, control=False)
-    recorder.ended(config, "stopped", epochs_run=1, best_val_accuracy=0.5)
+    recorder.ended(config, "failed", epochs_run=0, best_val_accuracy=None, error="lost")
     recorder.close(finished=True)
     older = tmp_path / "older.db"
     make_older(tmp_path / "mlflow.db", older, steps)
     before = older.read_bytes()
-    assert list(read_experiment(f"sqlite:///{older}", "some grid").trials["status"]) == ["stopped"]
+    assert list(read_experiment(f"sqlite:///{older}", "some grid").trials["status"]) == ["failed"]
     with pytest.raises(InputError, match=rf"keep a copy of the file, then run:  mlflow db upgrade sqlite:///{older}$"):
         Store(f"sqlite:///{older}", "some grid")
     assert older.read_bytes() == before

@@ -356,7 +356,7 @@ def test_the_command_says_what_is_wrong_in_one_line(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err.startswith("grid.record: can't open the store 'foo://x'")
 
 
-def test_a_trial_that_was_put_down_is_not_left_running_and_goes_on_in_the_same_run(
+def test_a_trial_that_was_suspended_is_not_left_running_and_goes_on_in_the_same_run(
     store: Store, recorder: Recorder, tmp_path: Path
 ) -> None:
     recorder.started(CONFIG, control=False)

@@ -8,7 +8,6 @@ import pytest
 from numpy.typing import NDArray
 
 from analysis.estimates.final_effects import measure_final_effects
-from analysis.store import _combine_chances
 from benchmarks.replay.__main__ import main
 from benchmarks.replay.__main__ import run as run_replays
 from benchmarks.replay.curves import EPOCHS, PATH, VAL_IMAGES, describe, export, load_curves
@@ -154,7 +153,7 @@ def test_more_controls_are_drawn_among_the_stopped_with_the_chance_that_a_store_
     assert trials.loc[drawn, "stop_epoch"].equals(before.loc[drawn, "stop_epoch"])
     assert trials.loc[~drawn, "status"].equals(before.loc[~drawn, "status"])
     own = before["control_chance"].iloc[0]
-    expected = _combine_chances(own, [(int(stopped.sum()), tuple(map(str, range(50))))], 0)
+    expected = 1 - (1 - own) * (1 - 50 / stopped.sum())
     assert trials["control_chance"].unique() == pytest.approx([expected])
 
 

@@ -236,8 +236,8 @@ def test_a_cycle_is_found() -> None:
 
 
 @pytest.mark.parametrize("package", ["grid", "nets", "analysis"])
-def test_no_folder_holds_more_than_twelve_modules(package: str) -> None:
+def test_no_folder_holds_more_than_fifteen_modules(package: str) -> None:
     sizes = defaultdict(list)
     for file in (ROOT / package).rglob("*.py"):
         sizes[file.parent].append(file.name)
-    assert {str(path): len(names) for path, names in sizes.items() if len(set(names) - {"__init__.py"}) > 12} == {}
+    assert {str(path): len(names) for path, names in sizes.items() if len(set(names) - {"__init__.py"}) > 15} == {}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grid.config import InputError
+from grid.files import rename_durably
 from grid.store_uri import artifact_location, local_path, slug, sqlite_path
 from grid.train.checkpoints import Checkpoints
 from grid.wording import first_line
@@ -97,12 +98,12 @@ class Move:
         if target.exists() or not source.is_dir():
             return
         if (came_along and self._is_same_file_name()) or (not came_along and not self.is_copy):
-            source.rename(target)
+            rename_durably(source, target)
             return
         unfinished = target.with_name(f"{target.name}.part")
         shutil.rmtree(unfinished, ignore_errors=True)
         shutil.copytree(source, unfinished, symlinks=True)
-        unfinished.rename(target)
+        rename_durably(unfinished, target)
 
     def _is_same_file_name(self) -> bool:
         """Return whether no other store of this folder can have the artifacts that came along."""
