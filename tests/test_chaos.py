@@ -180,8 +180,8 @@ def test_a_broken_client_costs_time_and_a_refused_trial_waits_for_the_next_drive
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in Linux's /proc")
-def test_a_grid_survives_the_death_of_each_process_around_it(capsys: pytest.CaptureFixture[str]) -> None:
-    kinds = ["driver killed", "worker killed", "server killed", "Ray killed"]
+def test_a_grid_survives_the_death_of_its_driver_and_of_its_server(capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = ["driver killed", "server killed"]
     failures = [word for kind in kinds for word in ("--failure", kind)]
-    assert main(["--kills", "4", "--seeds", "1", *failures]) == 0
+    assert main(["--kills", "2", "--seeds", "1", *failures]) == 0
     assert "0 lost, 0 doubled, 0 orphans, 0 different, 0 wrong decisions" in capsys.readouterr().out

@@ -334,8 +334,8 @@ def test_a_trial_that_is_said_to_have_failed_is_trained_again_in_its_run(of: dic
     _, trainer = edited.driver.run(*OPTIONS)
     assert {config.trial_key for config in trainer.trained} == {edited.taken[run_id]} | edited.open
     after = edited.client.get_run(run_id).data
-    mended = {"error": "", "resumed_by": after.tags["resumed_by"]}
-    assert after.tags | mended == before.tags | mended
+    renewed = {"error": "", "resumed_by": after.tags["resumed_by"]}
+    assert after.tags | renewed == before.tags | renewed
     assert after.metrics == before.metrics
     edited.taken.clear()
     check_recorded_once(edited)

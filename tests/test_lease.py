@@ -243,6 +243,7 @@ def test_a_lease_that_was_released_is_free_at_once_and_leaves_nothing(
     assert {name: tags[name] for name in tags if name.startswith("lease_")} == {"lease_4": "released"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [[], ["--elsewhere"]], ids=["lock", "process id"])
 def test_the_lease_of_a_dead_driver_on_this_machine_is_free_at_once(
     store: Store, tmp_path: Path, place: list[str], monkeypatch: pytest.MonkeyPatch
@@ -258,6 +259,7 @@ def test_the_lease_of_a_dead_driver_on_this_machine_is_free_at_once(
                 assert lease.number == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [-150, 0, 86400])
 def test_a_lease_elsewhere_ends_with_its_heartbeats_whatever_the_clocks_say(
     store: Store, tmp_path: Path, offset: int
@@ -304,6 +306,7 @@ def test_waiting_can_be_ended_from_another_thread(store: Store, monkeypatch: pyt
     assert waiting.number == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_command_that_waits_for_a_lease(store: Store, tmp_path: Path) -> None:
     with elsewhere():
         first = Lease(opened(store))
@@ -470,6 +473,7 @@ def test_a_driver_that_is_stopped_in_the_middle_of_a_write_does_not_write(store:
     assert "some tag" not in reading.get_run(store.parent_id).data.tags
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [[], ["--elsewhere"]], ids=["here", "elsewhere"])
 def test_a_stopped_driver_is_replaced_only_where_it_can_be_fenced_and_records_nothing_when_it_wakes(
     store: Store, tmp_path: Path, place: list[str]
