@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from socket import AF_UNIX, socket
@@ -163,7 +163,13 @@ def require_token() -> None:
 def own_token() -> AbstractContextManager[None]:
     """Give the private Ray of the block a token of its own, unless the user has set one: Ray would save it at home."""
     is_set = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
-    return _environment({} if is_set else {"RAY_AUTH_TOKEN": secrets.token_hex(32)})
+    return _environment({} if is_set else {"RAY_AUTH_TOKEN": _token()})
+
+
+@cache
+def _token() -> str:
+    """Return the token of this process: Ray reads it once, so a second private Ray must have the same."""
+    return secrets.token_hex(32)
 
 
 @contextmanager
