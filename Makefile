@@ -27,7 +27,7 @@ test: setup  ## run the fast tests, one real Ray run and one real kill among the
 test-all: test  ## run all tests: clusters, failures, browser, notebooks, wheel (half an hour)
 	@# the simulated hosts see nothing of this machine's Ray, so their tests run beside the others
 	$(BIN)/python -m pytest -m slow tests/test_cluster.py & hosts=$$!; \
-	$(BIN)/python -m pytest -m slow --ignore tests/test_cluster.py; others=$$?; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --ignore tests/test_cluster.py; others=$$?; \
 	wait $$hosts && exit $$others
 
 compat: setup  ## prove the lower bounds of all dependencies, and the newest Ray (half an hour, 1 GB)
