@@ -29,8 +29,9 @@ def summary(accuracy: float | None, status: str = "completed", epochs_run: int =
 
 
 def stopped(accuracy: float, epoch: int = 1, **changes: object) -> TrialSummary:
-    """Return a trial with an accuracy at the rung at which it was stopped."""
-    return summary(accuracy, "stopped", epoch, **({"rung_accuracies": {epoch: accuracy}} | changes))
+    """Return a trial with an accuracy at the rung at which it was stopped, and at those before."""
+    rungs = {rung: accuracy * rung / epoch for rung in (1, 3) if rung <= epoch}
+    return summary(accuracy, "stopped", epoch, **({"rung_accuracies": rungs} | changes))
 
 
 def spared(at_rung: float, end: float | None, **changes: object) -> TrialSummary:
