@@ -7,6 +7,7 @@ import getpass
 import logging
 import os
 import sys
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def make_do() -> None:
         os.environ["HOME"] = "/"  # what Docker sets for such a user
     if sys.argv[:1] == ["-m"] and os.environ.get("GRID_DEBUG") != "1":  # so it is while `python -m` imports a command
         sys.excepthook = _report_early
+        warnings.showwarning = lambda *_, **__: None
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # else three lines if its cache can't be written
 
 

@@ -52,7 +52,7 @@ def test_who_has_a_name_and_a_home_keeps_them() -> None:
 def test_a_command_that_cannot_be_imported_says_so_in_one_line(
     problem: str, exit_code: int, said: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "pandas.py").write_text(f"raise {problem}\n")
+    (tmp_path / "pandas.py").write_text(f"import warnings\nwarnings.warn('old')\nraise {problem}\n")
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])}
     command = [sys.executable, "-m", "analysis.rank", "--experiment=x"]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=900, check=False)
