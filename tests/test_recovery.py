@@ -20,45 +20,44 @@ LOST = Death("its node was lost", own=False)
 
 
 @pytest.mark.parametrize(
-    ("kind", "text", "killed", "reason", "own"),
+    ("text", "killed", "reason", "own"),
     [
+        (DIED, False, "killed, or crashed; the kernel's log (dmesg) of its machine may say why", True),
+        (DIED, True, "killed by the kernel for want of memory", True),
         (
-            "ActorDiedError",
-            DIED,
-            False,
-            "killed, or crashed; the kernel's log (dmesg) of its machine may say why",
+            "OutOfMemoryError: 1 worker(s) were killed due to the node running low on memory. ...\n17 0.5 preempt.py",
             True,
-        ),
-        ("ActorDiedError", DIED, True, "killed by the kernel for want of memory", True),
-        (
-            "RayActorError",
-            "OutOfMemoryError: Task was killed due to the node running low on memory.",
-            False,
             "killed by Ray because its node ran low on memory",
             True,
         ),
-        ("ActorDiedError", "The actor died because its node has died. Node Id: 1f", True, "its node was lost", False),
-        ("RayActorError", "NodeDiedError: Task failed because the node ...", False, "its node was lost", False),
+        ("The actor died because its node has died. Node Id: 1f", True, "its node was lost", False),
+        ("NodeDiedError: Task failed because the node ...", False, "its node was lost", False),
         (
-            "ActorDiedError",
             "The actor died because its node has died. the actor's node was preempted: spot",
             False,
             "its node was preempted",
             False,
         ),
-        ("ActorUnavailableError", "The actor 1f is unavailable: ...", False, "its node does not answer", False),
+        ("The actor 1f is unavailable: ...", False, "its node does not answer", False),
         (
-            "ActorDiedError",
             "The actor died because of an error raised in its creation task, ray::TrialWorker.__init__()\n"
             "  File ...\nImportError: no torch",
             False,
             "it could not start: ImportError: no torch",
             True,
         ),
+        (
+            "ray::TrialWorker.train()\nTraceback (most recent call last):\n  ...\nValueError: is unavailable",
+            False,
+            "it raised ValueError: is unavailable",
+            True,
+        ),
+        ("Something new.", False, "Something new.", True),
+        ("", False, "no reason given", True),
     ],
 )
-def test_a_death_is_explained(kind: str, text: str, killed: bool, reason: str, own: bool) -> None:
-    assert explain_death(kind, text, killed_for_memory=killed) == Death(reason, own)
+def test_a_death_is_explained(text: str, killed: bool, reason: str, own: bool) -> None:
+    assert explain_death(text, killed_for_memory=killed) == Death(reason, own)
 
 
 def test_a_trial_whose_worker_dies_again_and_again_fails_with_the_reason() -> None:

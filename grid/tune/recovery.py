@@ -35,28 +35,31 @@ class Death:
     """Whether the trial may be to blame: not if its node was lost."""
 
 
-def explain_death(kind: str, text: str, *, killed_for_memory: bool) -> Death:
+def explain_death(text: str, *, killed_for_memory: bool) -> Death:
     """Return how a worker died.
 
     Args:
-        kind: Name of the type of Ray's exception.
-        text: Its text.
+        text: What Ray says of it.
         killed_for_memory: Whether the kernel has just killed a process of this machine for want of memory.
     """
-    low = f"{kind} {text}".lower()
-    if "preempt" in low:
-        return Death("its node was preempted", own=False)
-    if "node has died" in low or "nodedied" in low or "node it was running on" in low:
-        return Death("its node was lost", own=False)
-    if "unavailable" in low or "owner has died" in low or "intended_system_exit" in low:
-        return Death("its node does not answer", own=False)
-    if "outofmemory" in low or "low on memory" in low:
+    low, last_line = text.lower(), (text.strip().splitlines() or ["no reason given"])[-1].strip()
+    if "outofmemoryerror" in low or "low on memory" in low:
         return Death("killed by Ray because its node ran low on memory", own=True)
     if "creation task" in low:
-        return Death(f"it could not start: {text.strip().splitlines()[-1].strip()}", own=True)
+        return Death(f"it could not start: {last_line}", own=True)
+    if "traceback (most recent call last)" in low:
+        return Death(f"it raised {last_line}", own=True)
+    if "preempt" in low:
+        return Death("its node was preempted", own=False)
+    if "node has died" in low or "nodediederror" in low or "node it was running on" in low:
+        return Death("its node was lost", own=False)
+    if "is unavailable" in low or "owner has died" in low or "intended_system_exit" in low:
+        return Death("its node does not answer", own=False)
     if killed_for_memory:
         return Death("killed by the kernel for want of memory", own=True)
-    return Death("killed, or crashed; the kernel's log (dmesg) of its machine may say why", own=True)
+    if "worker process has died" in low:
+        return Death("killed, or crashed; the kernel's log (dmesg) of its machine may say why", own=True)
+    return Death(last_line, own=True)
 
 
 class Recovery:

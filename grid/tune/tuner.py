@@ -8,6 +8,7 @@ import socket
 import tempfile
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 # Read when Ray Tune is imported.
@@ -335,10 +336,9 @@ class _Bridge(_DriverOnly, tune.Callback):
             self._listener.give_up(self._recovery.futile)
 
     def _explain_death(self, trial: TuneTrial) -> Death:
-        error = trial.get_pickled_error()
         before, self._kills = self._kills, out_of_memory_kills()
         here = self._kills > before and is_one_machine()
-        return explain_death(type(error).__name__, str(error or trial.get_error()), killed_for_memory=here)
+        return explain_death(_last_error(trial), killed_for_memory=here)
 
     def _start(self, config: TrialConfig) -> None:
         self._started[config.trial_key] = config
@@ -372,6 +372,12 @@ class _Interruption(_DriverOnly, tune.Stopper):
 def _config(trial: TuneTrial) -> TrialConfig:
     config: TrialConfig = trial.config["trial"]
     return config
+
+
+def _last_error(trial: TuneTrial) -> str:
+    """Return what Ray says of the last error of a trial; `trial.get_error()` finds it only once Tune has copied it."""
+    file = trial.error_file
+    return Path(file).read_text().rpartition("Failure # ")[2] if file and Path(file).exists() else ""
 
 
 def _status(config: TrialConfig, result: dict[str, Any]) -> str:
