@@ -36,6 +36,7 @@ from grid.record.recorder import Recorder  # noqa: E402
 from grid.record.spool import Spool  # noqa: E402
 from grid.record.store import Store  # noqa: E402
 from grid.train.evaluation import confused_pairs, per_class  # noqa: E402
+from grid.tune.private_ray import listen_on  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -45,14 +46,15 @@ def _no_store_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _fresh_ray_token() -> Iterator[None]:
-    """Make Ray forget its access token after each file of tests; it would keep the first one until the process ends."""
+def _fresh_ray() -> Iterator[None]:
+    """Make Ray forget its access token and its address after each file of tests; it would keep them for the process."""
     mode = os.environ.get("RAY_AUTH_MODE")
     yield
     if "ray" in sys.modules:
         os.environ.pop("RAY_AUTH_MODE", None)
         if mode is not None:
             os.environ["RAY_AUTH_MODE"] = mode
+        listen_on(loopback=False)
         raylet = sys.modules["ray"]._raylet
         raylet.Config.initialize("")
         raylet.AuthenticationTokenLoader.instance().reset_cache()

@@ -371,7 +371,12 @@ def test_the_workers_command_waits_for_free_gpus_of_the_requested_market(tmp_pat
         environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
         said = [
             subprocess.run(
-                [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True, check=False
+                [sys.executable, "-c", script, *arguments],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=300,
             )
             for arguments in (["2"], ["2", "spot"], ["1", "on-demand"], ["3"])
         ]

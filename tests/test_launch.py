@@ -45,7 +45,7 @@ def test_damaged_files_are_reported_in_one_line_while_ray_starts_and_nothing_is_
     done = python("-m", "grid.run", "--grid", "mlp", "--data", "emnist-balanced", "--address", "local", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "not an IDX file" in done.stderr
+    assert "text that begins with 'no images', where an IDX file begins with two zeros; delete it" in done.stderr
     assert not (tmp_path / "mlflow.db").exists()
 
 
