@@ -15,8 +15,7 @@ import pandas as pd
 
 from analysis.stopping.figures import ALL, Audit, audit_experiment
 from analysis.store import read_experiment
-from grid.arguments import Parser, add_experiment, add_store, run_command
-from grid.config import InputError
+from grid.arguments import Parser, add_experiment, add_store, run_command, write_output
 from grid.wording import count
 
 
@@ -168,11 +167,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         experiment = read_experiment(options.store, options.experiment)
         audit = audit_experiment(experiment)
         if options.csv:
-            tidy(audit).to_csv(options.csv, index=False)
+            write_output(options.csv, tidy(audit).to_csv(index=False))
         print(format_audit(replace(audit, notes=audit.notes + experiment.notes)))
         return 0
 
-    return run_command(parser.name, report_audit, errors=(InputError, OSError))
+    return run_command(parser.name, report_audit)
 
 
 if __name__ == "__main__":

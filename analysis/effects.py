@@ -18,8 +18,7 @@ from analysis.estimates.final_effects import FinalEffects, measure_experiment
 from analysis.estimates.rung_effects import RungEffects, measure_rung_effects
 from analysis.plot import draw_main_effects, effect_rows
 from analysis.store import Experiment, read_experiment
-from grid.arguments import Parser, add_experiment, add_store, run_command
-from grid.config import InputError
+from grid.arguments import Parser, add_experiment, add_store, run_command, write_output
 from grid.wording import count
 
 SHOWN_INTERACTIONS, SHOWN_DIVERGED, SHOWN_PAIRS = 6, 8, 10
@@ -196,9 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         experiment = read_experiment(options.store, options.experiment)
         effects = measure(experiment, options.epoch)
         if options.svg:
-            options.svg.write_text(draw_main_effects(effect_rows(effects.levels)), encoding="utf-8")
+            write_output(options.svg, draw_main_effects(effect_rows(effects.levels)))
         if options.csv:
-            tabulate(effects).to_csv(options.csv, index=False)
+            write_output(options.csv, tabulate(effects).to_csv(index=False))
         if options.json:
             print(json.dumps(describe(effects, experiment), indent=1))
             return 0
@@ -206,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join([text, *map(_wrap, experiment.notes)]))
         return 0
 
-    return run_command(parser.name, report_effects, errors=(InputError, OSError))
+    return run_command(parser.name, report_effects)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from scipy import stats
 
 from analysis.store import Experiment, read_experiment
 from analysis.summaries import summarise_trials
-from grid.arguments import Parser, add_experiment, add_store, run_command
+from grid.arguments import Parser, add_experiment, add_store, run_command, write_output
 from grid.config import FACTORS, InputError, cell_name
 from grid.metrics import STATUSES
 from grid.ranking import RankedCell
@@ -365,11 +365,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         experiment = read_experiment(options.store, options.experiment)
         cells = rank_cells(experiment.trials, experiment.finalists, val_images=experiment.val_images)
         if options.csv:
-            cells.to_csv(options.csv, index=False)
+            write_output(options.csv, cells.to_csv(index=False))
         print(format_ranking(cells, experiment, options.top))
         return 0
 
-    return run_command(parser.name, rank, errors=(InputError, OSError))
+    return run_command(parser.name, rank)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ from pathlib import Path
 from analysis.page.render import render
 from analysis.store import read_experiment
 from analysis.verdict import Verdict, analyse, headline
-from grid.arguments import Parser, add_experiment, add_store, run_command
-from grid.config import InputError
+from grid.arguments import Parser, add_experiment, add_store, run_command, write_output
 
 
 def write_report(uri: str | None, experiment: str, path: Path, *, only_ranked: bool = False) -> Verdict:
@@ -21,15 +20,12 @@ def write_report(uri: str | None, experiment: str, path: Path, *, only_ranked: b
         only_ranked: Whether nothing is written if no cell has an accuracy.
 
     Raises:
-        InputError: The store does not answer or has no such experiment, or none of its trials has ended.
-        OSError: The file can't be written.
+        InputError: The store does not answer or has no such experiment, none of its trials has ended, or the file
+            can't be written.
     """
     verdict = analyse(read_experiment(uri, experiment))
     if len(verdict.cells) or not only_ranked:
-        try:
-            path.write_text(render(verdict), encoding="utf-8")
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk names no file
+        write_output(path, render(verdict))
     return verdict
 
 
@@ -53,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{options.out}  {options.out.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")
         return 0
 
-    return run_command(parser.name, report, errors=(InputError, OSError))
+    return run_command(parser.name, report)
 
 
 if __name__ == "__main__":

@@ -97,11 +97,22 @@ def add_debug(options: Options) -> None:
     options.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
+def write_output(path: Path, text: str) -> None:
+    """Write a file whose name the user has given.
+
+    Raises:
+        InputError: It can't be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"can't write {path}: {error.strerror}; pass another file, or make room") from error
+
+
 def run_command(
     name: str,
     body: Callable[[], int],
     *,
-    errors: tuple[type[Exception], ...] = (InputError,),
     interrupted: str = "interrupted",
     debug: bool = False,
 ) -> int:
@@ -112,10 +123,10 @@ def run_command(
     Args:
         name: Of the command, such as `grid.run`; starts every message.
         body: Does the work and returns an exit code.
-        errors: Reported on stderr as one line, exit code 2; any other as one line that names a file with its
-            traceback, exit code 70.
         interrupted: What to say after Ctrl-C, exit code 130.
-        debug: Raise errors, for their tracebacks; so does the environment variable GRID_DEBUG=1.
+        debug: Raise errors, for their tracebacks; so does the environment variable GRID_DEBUG=1. Otherwise an
+            `InputError` is reported on stderr as one line, exit code 2; any other as one line that names a file with
+            its traceback, exit code 70.
     """
     sys.excepthook = sys.__excepthook__  # from here on, nothing is raised but for developers
     debug = debug or os.environ.get(DEBUG) == "1"
@@ -129,7 +140,7 @@ def run_command(
         except Exception as error:
             if debug:
                 raise
-            if not isinstance(error, errors):
+            if not isinstance(error, InputError):
                 return _report_unexpected(name, error)
             print(f"{name}: {mask_message(str(error))}", file=sys.stderr)
             return 2

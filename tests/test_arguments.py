@@ -1,5 +1,6 @@
 """How every command meets the machine: output that can't be written, errors that no one has foreseen."""
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from grid.arguments import run_command
+from grid.arguments import run_command, write_output
 from grid.config import InputError
 
 PRINTS = """
@@ -141,3 +142,12 @@ def test_wrong_input_and_ctrl_c_have_exit_codes_of_their_own(capsys: pytest.Capt
     assert run_command("some.command", lambda: raise_(InputError("wrong"))) == 2
     assert run_command("some.command", lambda: raise_(KeyboardInterrupt()), interrupted="stopped") == 130
     assert capsys.readouterr().err == "some.command: wrong\nsome.command: stopped\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [("/dev/full", "No space left on device"), ("no/folder.csv", "No such file or directory"), (".", "Is a directory")],
+)
+def test_a_file_that_the_user_named_and_that_can_not_be_written_is_named(path: str, why: str) -> None:
+    with pytest.raises(InputError, match=rf"can't write {re.escape(path)}: {why}; pass another file, or make room"):
+        write_output(Path(path), "a,b\n1,2\n")

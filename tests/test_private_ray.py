@@ -13,7 +13,7 @@ import pytest
 import ray  # noqa: F401  (sets variables of its own when it is imported)
 
 from grid.config import InputError
-from grid.tune import private_ray
+from grid.tune import connection, private_ray
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--only", "lr_schedule=constant", "--only", "dropout=off", "--per-class", "10", "--epochs", "3")
@@ -178,3 +178,15 @@ def test_the_smoke_grid_runs_without_any_private_part_of_ray(tmp_path: Path, gly
     done = run_python(*command, cwd=tmp_path, GRID_PLAIN_RAY="1")
     assert done.returncode == 0, done.stderr
     assert "16/16 done" in done.stdout
+
+
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise Exception("The current node timed out during startup.\nSome of the raylet failed to start up.")
+
+    monkeypatch.setattr("ray.init", init)
+    try:
+        with pytest.raises(InputError, match=r"can't start Ray on this machine: The current node timed out"):
+            connection.connect(None, 1)
+    finally:
+        connection.disconnect()

@@ -211,7 +211,7 @@ def test_a_page_that_cannot_be_written_is_reported_in_one_line(
 ) -> None:
     fill(store, tmp_path, ("relu", "completed", GOOD))
     line = wrong(capsys, "--experiment", "some grid", "--store", store.uri, "--out", str(tmp_path / "no" / "page.html"))
-    assert line.startswith("analysis.report: [Errno 2] No such file or directory")
+    assert line.startswith(f"analysis.report: can't write {tmp_path}/no/page.html: No such file or directory")
 
 
 @pytest.fixture

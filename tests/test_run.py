@@ -278,7 +278,7 @@ def test_a_page_that_cannot_be_written_is_one_line_and_the_exit_code_stands(
     end(store, tmp_path, 0.5)
     assert run_ended(monkeypatch, store, 0, "--report", "no/folder.html") == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("grid.run: no report: [Errno 2] No such file or directory")
+    assert line.startswith("grid.run: no report: can't write no/folder.html: No such file or directory")
     assert line.endswith("; write it with:  python -m analysis.report --experiment 'some grid'")
 
 

@@ -20,7 +20,6 @@ from benchmarks.replay.examine import DRAWS, IMPORTANCE, RULES, SETTINGS, Settin
 from benchmarks.replay.importance import HINT, missing_packages
 from benchmarks.replay.summary import format_draws, format_estimators, format_importances, format_rules
 from grid.arguments import Parser, run_command
-from grid.config import InputError
 
 FORMATS: Mapping[str, Callable[[pd.DataFrame], str]] = {
     "shares": format_estimators,
@@ -66,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{time.monotonic() - begun:.0f} s")
         return 0
 
-    return run_command(parser.name, report, errors=(InputError, OSError))
+    return run_command(parser.name, report)
 
 
 if __name__ == "__main__":

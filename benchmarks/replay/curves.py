@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{number:,} curves in {options.output} ({describe(load_curves(options.output))})")
         return 0
 
-    return run_command(parser.name, write, errors=(InputError, OSError))
+    return run_command(parser.name, write)
 
 
 if __name__ == "__main__":

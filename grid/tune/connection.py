@@ -37,12 +37,13 @@ from grid.tune.preflight import (
     plan_packing,
     unmark_storage,
 )
-from grid.wording import last_line
+from grid.wording import first_line, last_line
 
 RAY_OPTIONS: dict[str, Any] = {"logging_level": "CRITICAL", "log_to_driver": False, "configure_logging": True}
 OBJECT_STORE_SHARE = 0.3
 """Of the memory, as Ray has it by default."""
 SMALLEST_OBJECT_STORE = 80 * 2**20
+NO_START = "wait until it is less busy, or look at its limits (ulimit -a), free memory and /dev/shm"
 _leaving = threading.Event()
 _private = ExitStack()
 """What a private Ray needs as long as it runs."""
@@ -102,13 +103,16 @@ def start(packing: Packing) -> None:
     _private.enter_context(private_ray.own_folder())
     _private.enter_context(private_ray.own_token())
     with private_ray.fast_start(), private_ray.quiet_errors():
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            object_store_memory=_object_store_memory(),
-            **RAY_OPTIONS,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=_object_store_memory(),
+                **RAY_OPTIONS,
+            )
+        except Exception as error:  # Ray raises a plain one
+            raise InputError(f"can't start Ray on this machine: {first_line(error)}; {NO_START}") from error
 
 
 def _object_store_memory() -> int | None:
