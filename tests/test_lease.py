@@ -82,6 +82,11 @@ def line(started: subprocess.Popen[str]) -> str:
     return started.stdout.readline().strip()
 
 
+def until_zombie(killed: subprocess.Popen[str]) -> None:
+    """Return once a process that was killed is dead, which may take a while, without asking for its exit code."""
+    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)
+
+
 def points(store: Store, seed: int) -> list[int]:
     """Return the recorded epochs of the trial with this seed."""
     key = TrialConfig(learning_rate=0.1, epochs=lease_driver.EPOCHS, seed=seed).trial_key
@@ -250,7 +255,8 @@ def test_the_lease_of_a_dead_driver_on_this_machine_is_free_at_once(
 ) -> None:
     with process(store, tmp_path, *place) as driver:
         assert line(driver) == "drives"
-        driver.kill()  # and a zombie, until somebody asks for its exit code
+        driver.kill()
+        until_zombie(driver)
         monkeypatch.setattr(lease_module, "POLL_SECONDS", 1000.0)
         with ExitStack() as stack:
             if place:
@@ -314,7 +320,14 @@ def test_ctrl_c_ends_a_command_that_waits_for_a_lease(store: Store, tmp_path: Pa
     crash(first)
     command = [sys.executable, "-m", "grid.record", "--replay", "--store", store.uri, "--experiment", "some grid"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    waiting = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    waiting = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore it
+    )
     assert waiting.stderr is not None
     assert "which may be alive: watching its heartbeat for up to 90 s" in waiting.stderr.readline()
     waiting.send_signal(signal.SIGINT)
