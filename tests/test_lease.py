@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -31,6 +31,7 @@ from grid.record.spool import Spool
 from grid.record.store import LeaseLostError, Store, _Fenced
 from tests import lease_driver
 from tests.lease_driver import EXPERIMENT, EXPIRY, elsewhere
+from tests.waiting import wait_until
 
 CONFIG = TrialConfig(learning_rate=0.1, epochs=9)
 REFUSED = r"^experiment 'some grid' is being run by {}; wait for it or stop it$"
@@ -627,10 +628,3 @@ def test_a_folder_that_may_not_be_written_leaves_the_lease_to_the_store(
 
 def unplugged(*given: object, **named: object) -> None:
     raise OSError("the cable is cut")
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 100
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

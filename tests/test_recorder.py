@@ -21,6 +21,7 @@ from grid.record.events import EpochEnded, to_json
 from grid.record.recorder import Recorder
 from grid.record.spool import Spool, open_spool
 from grid.record.store import Store
+from tests.waiting import wait_until
 
 CONFIG = TrialConfig(learning_rate=1e-3, epochs=3, batch_norm=True)
 METRICS = dict.fromkeys(EPOCH_METRICS, 0.25)
@@ -439,8 +440,7 @@ def test_reports_of_a_deleted_run_are_dropped_and_counted_and_the_others_arrive(
     store: Store, recorder: Recorder
 ) -> None:
     recorder.started(CONFIG, control=False)
-    while not runs(store):
-        time.sleep(0.05)
+    wait_until(lambda: bool(runs(store)))
     store.client.delete_run(runs(store)[0].info.run_id)
     recorder.epoch_ended(CONFIG, EpochReport(epoch=1, **METRICS), is_rung=False)
     record_trial(recorder, config=(other := TrialConfig(learning_rate=1.0, epochs=3)))
@@ -520,17 +520,10 @@ def test_a_silent_store_is_told_while_the_grid_runs_and_no_longer_when_it_answer
     monkeypatch.setattr(store.client, "create_run", lambda *given: (released.wait(60), create_run(*given))[1])
     record_trial(recorder)
     silent = re.compile(r"MLflow not answering for \d+ s, 5 reports waiting")
-    wait_for(lambda: bool(silent.fullmatch(recorder.trouble)))
+    wait_until(lambda: bool(silent.fullmatch(recorder.trouble)))
     released.set()
-    wait_for(lambda: recorder.trouble == "")
+    wait_until(lambda: recorder.trouble == "")
     assert recorder.close(finished=True)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_trial_that_fails_alone_holds_no_other_up_and_arrives_once_it_can(
@@ -548,7 +541,7 @@ def test_a_trial_that_fails_alone_holds_no_other_up_and_arrives_once_it_can(
     record_trial(recorder)
     for seed in range(1, 9):
         record_trial(recorder, config=TrialConfig(learning_rate=1.0, epochs=3, seed=seed))
-        wait_for(lambda seed=seed: len([run for run in runs(store) if run.info.status == "FINISHED"]) == seed)
+        wait_until(lambda seed=seed: len([run for run in runs(store) if run.info.status == "FINISHED"]) == seed)
     assert recorder.trouble == "5 reports refused by MLflow"
     assert not recorder.close(finished=True, patience_seconds=0.2)
     (complaint,) = recorder.complain("try again")
@@ -658,10 +651,10 @@ def test_a_traceback_that_cannot_be_stored_holds_no_metric_up_and_survives_a_res
     recorder.started(CONFIG, control=False)
     recorder.ended(CONFIG, "failed", epochs_run=0, best_val_accuracy=None, error="RuntimeError: no luck")
     record_trial(recorder, config=OTHER)
-    wait_for(lambda: sorted(run.info.status for run in runs(store)) == ["FAILED", "FINISHED"])
+    wait_until(lambda: sorted(run.info.status for run in runs(store)) == ["FAILED", "FINISHED"])
     monkeypatch.setattr(record, "PATIENCE_SECONDS", 0.0)
     silent = re.compile(r"artifact store not answering for \d+ s, 1 file waiting")
-    wait_for(lambda: bool(silent.fullmatch(recorder.trouble)))
+    wait_until(lambda: bool(silent.fullmatch(recorder.trouble)))
     assert not recorder.close(finished=True, patience_seconds=0.5)
     assert recorder.error.endswith(str(error))
     monkeypatch.undo()
@@ -684,7 +677,7 @@ def test_an_upload_that_hangs_holds_no_metric_up(
     recorder.started(CONFIG, control=False)
     recorder.ended(CONFIG, "failed", epochs_run=0, best_val_accuracy=None, error="RuntimeError: no luck")
     record_trial(recorder, config=OTHER)
-    wait_for(lambda: sorted(run.info.status for run in runs(store)) == ["FAILED", "FINISHED"])
+    wait_until(lambda: sorted(run.info.status for run in runs(store)) == ["FAILED", "FINISHED"])
     released.set()
     assert recorder.close(finished=True)
 
@@ -705,7 +698,7 @@ def test_a_recorder_whose_thread_has_died_is_noticed(
         recorder = Recorder(store, spool)
         recorder.begin({}, {})
         record_trial(recorder)
-        wait_for(lambda: "the recorder has died" in recorder.trouble)
+        wait_until(lambda: "the recorder has died" in recorder.trouble)
         assert recorder.trouble.endswith("5 reports waiting")
         assert not recorder.close(finished=True, patience_seconds=0.2)
         assert len(spool.path.read_text().splitlines()) == 5
@@ -716,11 +709,11 @@ def test_reports_wait_for_an_experiment_that_was_deleted_until_it_is_restored(
 ) -> None:
     monkeypatch.setattr(courier, "LONGEST_WAIT_SECONDS", 0.1)
     recorder.started(CONFIG, control=False)
-    wait_for(lambda: bool(runs(store)))
+    wait_until(lambda: bool(runs(store)))
     store.client.delete_experiment(store.experiment_id)
     record_trial(recorder)
     record_trial(recorder, config=OTHER)
-    wait_for(lambda: recorder.error != "")
+    wait_until(lambda: recorder.error != "")
     store.client.restore_experiment(store.experiment_id)
     assert recorder.close(finished=True)
     assert (recorder.parked, recorder.dropped) == ({}, {})
