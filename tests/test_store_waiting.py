@@ -97,8 +97,9 @@ ASKING = pytest.mark.parametrize("ask", [ask_as_analysis, ask_as_driver])
 
 
 @ASKING
-@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+@pytest.mark.parametrize(
+    ("variable", "host"), [("HTTP_PROXY", "127.0.0.1"), ("http_proxy", "localhost"), ("ALL_PROXY", "127.0.0.1")]
+)
 def test_a_server_on_this_machine_is_never_asked_through_a_proxy(
     ask: Callable[[str], None], variable: str, host: str, dead_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
