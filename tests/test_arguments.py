@@ -51,8 +51,13 @@ def test_output_that_cannot_be_written_never_ends_in_a_traceback(
     assert shell(f"python '{tmp_path}/prints.py' {redirection}", cwd=Path(__file__).parents[1]) == (exit_code, said)
 
 
-@pytest.mark.parametrize("redirection", ["> /dev/full", ">&-", "2>&-", "| head -1"])
-@pytest.mark.parametrize("command", ["grid.run", "analysis.rank"])
+@pytest.mark.parametrize(
+    ("command", "redirection"),
+    [
+        *(("grid.run", redirection) for redirection in ("> /dev/full", ">&-", "2>&-", "| head -1")),
+        ("analysis.rank", "> /dev/full"),
+    ],
+)
 def test_help_that_cannot_be_printed_is_no_error(command: str, redirection: str) -> None:
     assert shell(f"python -m {command} --help {redirection}") == (0, "")
 
@@ -88,7 +93,7 @@ def test_an_error_that_no_one_has_foreseen_is_one_line_that_names_its_traceback(
     what = "unexpected ZeroDivisionError: no answer from sqlite://me:***@host/x"
     assert capsys.readouterr().err == f"some.command: {what}; its traceback is in {file}\n"
     assert "in fail" in file.read_text()
-    assert "secret@" not in file.read_text().replace('raise ZeroDivisionError("no answer from', "")
+    assert "secret" not in file.read_text()
     assert file.stat().st_mode & 0o077 == 0
 
 

@@ -1,6 +1,5 @@
 import random
 import sys
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from grid.metrics import EPOCH_METRICS, EpochReport
 from grid.record.recorder import Recorder
 from grid.record.spool import Spool
 from grid.record.store import Store
+from tests.waiting import wait_until
 
 CONFIG = TrialConfig(learning_rate=1e-3, epochs=3)
 
@@ -164,8 +164,7 @@ def test_a_broken_client_costs_time_and_a_refused_trial_waits_for_the_next_drive
     recorder.begin({}, {})
     (tmp_path / recording.BROKEN).touch()
     recorder.started(CONFIG, control=False)
-    while "ExpiredToken" not in recorder.error:
-        time.sleep(0.01)
+    wait_until(lambda: "ExpiredToken" in recorder.error)
     (tmp_path / recording.REFUSED).touch()
     (tmp_path / recording.BROKEN).unlink()
     assert recorder.close(finished=False)

@@ -1,5 +1,5 @@
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -7,6 +7,7 @@ import pytest
 from grid.record import courier
 from grid.record.courier import Courier, Refusal, describe
 from grid.record.spool import Line, Spool
+from tests.waiting import wait_until
 
 
 class Shelf:
@@ -121,18 +122,11 @@ def test_the_thread_retries_parked_lines_while_it_runs(desk: Desk, monkeypatch: 
     desk.shelf.failing = {"p"}
     desk.courier.start()
     desk.send("p")
-    wait_for(lambda: desk.send("a") or desk.courier.wake() or desk.courier.parked.held == {"p"})
+    wait_until(lambda: desk.send("a") or desk.courier.wake() or desk.courier.parked.held == {"p"})
     desk.shelf.failing = set()
-    wait_for(lambda: desk.shelf.of("p") == [1])
+    wait_until(lambda: desk.shelf.of("p") == [1])
     assert desk.courier.close(time.monotonic() + 60)
     assert not desk.courier.parked.path.exists()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_disk_that_is_full_while_lines_are_parked_loses_none(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

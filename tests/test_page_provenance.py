@@ -1,5 +1,7 @@
 """The table of the commands that trained an experiment, as the page shows it."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 
@@ -63,9 +65,8 @@ def test_a_store_that_names_no_command_or_nonsense_has_no_table(store: Store) ->
 
 
 def test_the_page_shows_the_commands_and_hides_what_an_older_version_did_not(finished_store: Store) -> None:
-    verdict = analyse(read_experiment(finished_store.uri, "finished"))
-    object.__setattr__(verdict.experiment, "manifest", {"command": ["--store=mysql://db/grid?password=SECRET"]})
-    page = render(verdict)
+    manifest = {"command": ["--store=mysql://db/grid?password=SECRET"]}
+    page = render(analyse(replace(read_experiment(finished_store.uri, "finished"), manifest=manifest)))
     assert "<h3>Commands that trained</h3>" in page
     assert "python -m grid.run" in page
     assert "mysql://db/grid?password=***" in page

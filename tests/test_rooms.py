@@ -51,15 +51,17 @@ def copy_training_code(folder: Path) -> list[Path]:
     ]
 
 
-@pytest.mark.parametrize(
-    "file", sorted(str(file.relative_to(ROOT)) for name in TRAINING_CODE for file in (ROOT / name).rglob("*.py"))
-)
-def test_the_digest_changes_with_every_file_of_the_training_code(file: str, tmp_path: Path) -> None:
+def test_the_digest_changes_with_every_file_of_the_training_code(tmp_path: Path) -> None:
     folders = copy_training_code(tmp_path)
-    before = digest_of(folders)
-    with (tmp_path / file).open("a") as source:
-        source.write("# changed\n")
-    assert digest_of(folders) != before
+    before, unnoticed = digest_of(folders), []
+    for file in sorted(file for folder in folders for file in folder.rglob("*.py")):
+        with file.open("a") as source:
+            source.write("# changed\n")
+        after = digest_of(folders)
+        if after == before:
+            unnoticed.append(file)
+        before = after
+    assert unnoticed == []
 
 
 def test_the_digest_changes_with_a_new_file_a_new_folder_and_a_move_and_with_nothing_else(tmp_path: Path) -> None:

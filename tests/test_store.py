@@ -87,4 +87,3 @@ def test_an_artifact_is_on_the_disk_before_it_counts(store: Store, monkeypatch: 
     monkeypatch.setattr("grid.record.store.sync", lambda path: synced.append(path.name))
     store.attach(store.parent_id, {"test/one.csv": b"1"})
     assert synced == ["one.csv", "test"]
-    assert store.artifact("grid.json") is None

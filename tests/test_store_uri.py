@@ -82,6 +82,8 @@ def test_one_experiment_name_in_two_stores_is_two_slugs() -> None:
         "postgresql://me:sec@ret@127.0.0.1:1/db",
         "postgresql://me:sec/ret@127.0.0.1:1/db",
         "postgresql://me:secret@127.0.0.1:none/db",
+        "postgresql://db:none/grid?password=secret",
+        "http://127.0.0.1:1/?token=secret",
     ],
 )
 def test_a_password_is_never_shown(uri: str) -> None:
