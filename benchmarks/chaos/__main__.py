@@ -219,7 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arena.start_server()
         try:
             arena.start_driver("undisturbed")
-            arena.wait_for_driver()
+            if code := arena.wait_for_driver():
+                parser.exit(1, f"the undisturbed run ended with exit code {code}:\n{arena.log}")
             survived, experiments = run_schedule(arena, schedule)
             result = audit(arena.uri, arena.folder, "undisturbed", experiments)
             result.two_drivers = arena.two_drivers
