@@ -27,12 +27,13 @@ from grid.store_uri import (
     check_store_uri,
     client_uri,
     experiment_names,
+    find_experiment,
     missing_experiment,
     mlflow_settings,
-    proxy_hint,
     slug,
     sqlite_path,
     sqlite_tables,
+    store_problem,
     waiting_for,
 )
 
@@ -411,8 +412,7 @@ def _answering(uri: str) -> Iterator[MlflowClient]:
     try:
         yield _open(uri)
     except (*UNREACHABLE, CommandError, sqlite3.Error) as error:
-        reason = f"{first_line(error)}{proxy_hint(uri)}"
-        raise InputError(f"can't read the store {mask(uri)}: {reason}; pass another --store") from error
+        raise InputError(f"can't read the store {mask(uri)}: {store_problem(error, uri)}") from error
 
 
 def _open(uri: str) -> MlflowClient:
@@ -451,7 +451,7 @@ def _copy(path: Path, changed: int) -> str:
 
 def _find(client: MlflowClient, uri: str, name: str) -> str:
     with waiting_for(uri):
-        found = client.get_experiment_by_name(name)
+        found = find_experiment(client, uri, name)
     if found is None:
         raise missing_experiment(name, uri, experiment_names(client))
     if found.lifecycle_stage == "deleted":

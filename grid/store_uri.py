@@ -31,6 +31,8 @@ SQLITE = "sqlite:///"
 PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306}
 DATABASES = ("postgresql", "mysql", "mssql")
 CONNECT_SECONDS = 5
+LOGIN_VARIABLES = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+NO_MLFLOW = "what answers there is no MLflow server"
 NAMES_SHOWN = 5
 NAME_LENGTH_SHOWN = 100
 MLFLOW_SETTINGS = {
@@ -38,6 +40,7 @@ MLFLOW_SETTINGS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # else on stderr where tqdm is installed
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines per run of a server, through the progress line
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",  # a server may ask for hours
     "PGCONNECT_TIMEOUT": "20",  # of PostgreSQL's client; without it, minutes
 }
 """Environment variable -> value, for whatever the user has not set; a locked sqlite file is waited for as long."""
@@ -101,6 +104,28 @@ def client_uri(uri: str, *, read_only: bool = False) -> str:
     # sqlite's own escapes keep `?` and `%` from SQLAlchemy; with a driver named, MLflow creates no folder `file:`.
     query = {"mode": "ro" if read_only else "rwc", "uri": "true"}
     return URL.create("sqlite+pysqlite", database=f"file:{quote(str(path))}", query=query).render_as_string()
+
+
+def find_experiment(client: Any, uri: str, name: str) -> Any:
+    """Return an experiment of a store by an `MlflowClient`; None if there is none.
+
+    Raises:
+        InputError: What answers is no MLflow server: MLflow takes any JSON, and even nothing, for an experiment.
+    """
+    found = client.get_experiment_by_name(name)
+    if found is not None and found.name != name:
+        raise InputError(f"can't use the store {mask(uri)}: {NO_MLFLOW}; pass another --store")
+    return found
+
+
+def store_problem(error: BaseException, uri: str) -> str:
+    """Return why a store could not be used, and what to do: the end of a message that begins with its name."""
+    line = first_line(error)
+    refused = re.search(r" failed with error code (401|403) != 200", line)
+    is_page = " valid JSON format" in line or re.search(r" error code \d+ != 200.*'<", line)
+    login = f"set {' and '.join(LOGIN_VARIABLES)} or MLFLOW_TRACKING_TOKEN, or " if refused else ""
+    what = f"{NO_MLFLOW}: " if is_page and not refused else ""
+    return f"{what}{line}{proxy_hint(uri)}; {login}pass another --store"
 
 
 def missing_experiment(name: str, uri: str, others: Iterable[str]) -> InputError:

@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -64,6 +64,22 @@ class OneRun(Handler):
     def answer(self, status: int, content: object) -> None:
         info = {"run_id": "a", "run_uuid": "a", "run_name": "a", "experiment_id": "1", "status": "FINISHED"}
         super().answer(200, {"run": {"info": info, "data": {}}, "run_info": info})
+
+
+class Other(Handler):
+    """Answers as another program does: with `page`, and `status` and `headers` of its own."""
+
+    page = b"<html>\n<form>please log in</form></html>"
+    status = 200
+    headers_sent: Mapping[str, str] = {}
+
+    def answer(self, status: int, content: object) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(self.status)
+        for name, value in {"Content-Length": str(len(self.page)), **self.headers_sent}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(self.page)
 
 
 @contextmanager
@@ -172,6 +188,31 @@ def test_a_server_that_accepts_and_never_answers_is_left_in_time_with_a_word_on_
         f"waiting for the store {uri}",
         f"waited for the store {uri}",
     ]
+
+
+@ASKING
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ({"page": b""}, "what answers there is no MLflow server; pass"),
+        ({"page": b"{}"}, "what answers there is no MLflow server; pass"),
+        ({}, "what answers there is no MLflow server: .*; pass"),
+        ({"status": 404}, "what answers there is no MLflow server: .* 404 .*; pass"),
+        ({"status": 401}, ": API .* 401 .*; set MLFLOW_TRACKING_USERNAME and .* or pass"),
+        ({"status": 403}, ": API .* 403 .*; set MLFLOW_TRACKING_USERNAME and .* or pass"),
+        ({"status": 302, "headers_sent": {"Location": "?"}}, "redirects.*; pass"),
+        ({"status": 429, "headers_sent": {"Retry-After": "3600"}}, "too many 429 .*; pass"),
+        ({"page": b"x", "headers_sent": {"Content-Encoding": "gzip"}}, "what answers there is no MLflow server; pass"),
+    ],
+)
+def test_what_is_no_mlflow_or_refuses_is_left_at_once(
+    ask: Callable[[str], None], answer: dict[str, object], said: str
+) -> None:
+    with (
+        serving(type("Answer", (Other,), answer)) as port,
+        pytest.raises(InputError, match=f"^can't (use|read) the store .*{said}.* another --store$"),
+    ):
+        ask(f"http://127.0.0.1:{port}")
 
 
 def test_readers_and_writers_have_the_same_time_limit_and_only_readers_repeat(monkeypatch: pytest.MonkeyPatch) -> None:

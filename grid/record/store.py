@@ -25,9 +25,10 @@ from grid.store_uri import (
     artifact_folder,
     artifact_location,
     experiment_names,
+    find_experiment,
     missing_experiment,
     mlflow_settings,
-    proxy_hint,
+    store_problem,
     waiting_for,
 )
 from grid.wording import first_line
@@ -135,7 +136,7 @@ class Store:
             InputError: The store can't be written, or the experiment is deleted or missing.
         """
         with self.answering():
-            found = self.client.get_experiment_by_name(self.experiment)
+            found = find_experiment(self.client, self.uri, self.experiment)
             if found is None and not missing:
                 raise missing_experiment(self.experiment, self.uri, experiment_names(self.client))
             found = found or self._create_experiment()
@@ -343,8 +344,7 @@ class Store:
             with waiting_for(self.uri):
                 yield
         except UNREACHABLE as error:
-            reason = f"{first_line(error)}{proxy_hint(self.uri)}"
-            raise InputError(f"can't use the store {mask(self.uri)}: {reason}; pass another --store") from error
+            raise InputError(f"can't use the store {mask(self.uri)}: {store_problem(error, self.uri)}") from error
 
     def _search(self, kind: str, trial_key: str = "") -> Iterable[Any]:
         query = f"tags.kind = '{kind}'" + (f" and tags.trial_key = '{trial_key}'" if trial_key else "")
