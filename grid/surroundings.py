@@ -25,8 +25,16 @@ def make_do() -> None:
         os.environ["HOME"] = "/"  # what Docker sets for such a user
     if sys.argv[:1] == ["-m"] and os.environ.get("GRID_DEBUG") != "1":  # so it is while `python -m` imports a command
         sys.excepthook = _report_early
-        warnings.showwarning = lambda *_, **__: None
+        _silence_warnings()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # else three lines if its cache can't be written
+
+
+def _silence_warnings() -> None:
+    """Keep warnings of libraries off the screen, and from being errors, which no library is tested with."""
+    warnings.showwarning = lambda *_, **__: None
+    os.environ.pop("PYTHONWARNINGS", None)  # Ray's servers and workers inherit it
+    if sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 def _open_closed_streams() -> None:

@@ -64,6 +64,15 @@ def test_a_command_that_cannot_be_imported_says_so_in_one_line(
     assert "Traceback" in done.stderr
 
 
+def test_what_a_library_warns_of_is_no_error() -> None:
+    code = "import os, sys, warnings; sys.argv = ['-m']; import grid; warnings.warn('old'); print(dict(os.environ))"
+    variables = {**os.environ, "PYTHONWARNINGS": "error"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert (done.returncode, done.stderr, "PYTHONWARNINGS" in done.stdout) == (0, "", False)
+
+
 def as_unknown_user(*command: str, cwd: Path, home: str | None) -> subprocess.CompletedProcess[str]:
     """Run Python as a user without name and home, who may read everything and write nothing but `cwd`."""
     if os.geteuid() != 0 or not shutil.which("setpriv"):
