@@ -21,6 +21,7 @@ from grid.arguments import (
 )
 from grid.plan.request import Confirmation, check_address, check_folder_name, check_storage
 from grid.store_uri import check_store_uri
+from grid.tune.limits import largest_object_store
 
 INTERRUPTED = "interrupted; run the same command to continue"
 
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def confirm() -> int:
         confirmation = read_confirmation(options)
+        largest_object_store()  # too small a one would crash torch
         from grid.driver import finalists  # noqa: PLC0415  (torch and Ray: seconds that a wrong argument need not wait)
 
         return finalists.confirm(confirmation)

@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         request = read_request(options)
+        import_module("grid.tune.limits").largest_object_store()  # too small a one would crash torch
         # The rest imports torch and Ray: seconds that --help and a wrong argument need not wait. Importing allocates a
         # million objects and frees none; looking for garbage among them would take a quarter of the time.
         gc.disable()

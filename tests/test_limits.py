@@ -1,6 +1,8 @@
 """Limits of CPUs and memory: as the kernel writes them, in folders made for the test, and real ones where root may."""
 
 import os
+import re
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +15,8 @@ import pytest
 from grid.config import InputError
 from grid.plan.memory import BYTES_PER_TRIAL, DRIVER_BYTES, Memory
 from grid.plan.packing import Packing, pack
-from grid.tune.limits import find_limits, out_of_memory_kills
+from grid.tune.connection import _object_store_memory
+from grid.tune.limits import ADDRESS_SPACE, UNLIMITED, find_limits, largest_object_store, out_of_memory_kills
 
 MIB = 2**20
 GIB = 2**30
@@ -225,3 +228,36 @@ def test_a_grid_in_a_container_that_is_too_small_says_so_in_one_line(memory_grou
     (line,) = done.stderr.splitlines()
     assert "one trial needs 1.6 GiB of memory" in line
     assert "1.3 GiB of the container" in line
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "said"),
+    [
+        ("RLIMIT_AS", 4 * GIB, "virtual memory to 4,096 MiB, but torch and Ray need 8,272 MiB; .* ulimit -v unlimited"),
+        ("RLIMIT_FSIZE", 2 * MIB, "the size of a file to 2 MiB, but torch and Ray need 80 MiB; .* ulimit -f unlimited"),
+    ],
+)
+@pytest.mark.parametrize("command", ["grid.run", "grid.confirm"])
+def test_a_limit_of_the_shell_that_is_too_small_is_named(
+    command: str, kind: str, limit: int, said: str, store_uri: str
+) -> None:
+    code = f"import resource, runpy; resource.setrlimit(resource.{kind}, ({limit}, {limit})); "
+    code += f"runpy.run_module('{command}', run_name='__main__')"
+    arguments = ["--experiment=x", f"--store={store_uri}"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=900, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(f"{command}: the shell limits {said}.*\n", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize(("kind", "room"), [("RLIMIT_AS", GIB), ("RLIMIT_FSIZE", GIB)])
+def test_a_limit_of_the_shell_makes_the_object_store_smaller(
+    kind: str, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert largest_object_store() == UNLIMITED
+    found = getattr(resource, kind)
+    limit = room + (ADDRESS_SPACE if kind == "RLIMIT_AS" else 0)
+    monkeypatch.setattr(resource, "getrlimit", lambda asked: (limit if asked == found else -1, -1))
+    assert largest_object_store() == room
+    assert _object_store_memory() == room

@@ -26,7 +26,7 @@ from grid.plan.request import NO_RAY, check_address
 from grid.train.checkpoints import Checkpoints
 from grid.tune import private_ray
 from grid.tune.gpus import device_names, find_gpus
-from grid.tune.limits import find_limits
+from grid.tune.limits import SMALLEST_OBJECT_STORE, UNLIMITED, find_limits, largest_object_store
 from grid.tune.preflight import (
     ANSWER_SECONDS,
     HINT,
@@ -42,7 +42,6 @@ from grid.wording import first_line, last_line
 RAY_OPTIONS: dict[str, Any] = {"logging_level": "CRITICAL", "log_to_driver": False, "configure_logging": True}
 OBJECT_STORE_SHARE = 0.3
 """Of the memory, as Ray has it by default."""
-SMALLEST_OBJECT_STORE = 80 * 2**20
 NO_START = "wait until it is less busy, or look at its limits (ulimit -a), free memory and /dev/shm"
 _leaving = threading.Event()
 _private = ExitStack()
@@ -117,9 +116,10 @@ def start(packing: Packing) -> None:
 
 def _object_store_memory() -> int | None:
     """Return the bytes of Ray's object store; None leaves them to Ray, which does not see all limits."""
-    memory = find_limits().memory
-    limited = memory.total < psutil.virtual_memory().total
-    return max(SMALLEST_OBJECT_STORE, int(OBJECT_STORE_SHARE * memory.total)) if limited else None
+    memory, largest = find_limits().memory, largest_object_store()
+    if memory.total == psutil.virtual_memory().total and largest == UNLIMITED:
+        return None
+    return min(largest, max(SMALLEST_OBJECT_STORE, int(OBJECT_STORE_SHARE * memory.total)))
 
 
 def _join(address: str, concurrency: int | None, checkpoints: Checkpoints | None) -> Packing:

@@ -5,16 +5,21 @@ for each resource, version 2 one for all.
 """
 
 import os
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from grid.config import InputError
 from grid.plan.memory import Memory
 
 UNLIMITED = 2**60
 """Limits as large as this are none; version 1 writes 2^63 rounded down to a page."""
+SMALLEST_OBJECT_STORE = 80 * 2**20
+ADDRESS_SPACE = 8 * 2**30
+"""Bytes that a process with torch and Ray maps at most, beside Ray's object store; most of them it never uses."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,28 @@ def find_limits(root: Path = Path("/")) -> Limits:
     free += max(0, own.rss - getattr(own, "shared", 0))
     memory = Memory(total, free, "the container" if total < machine.total else "this machine")
     return Limits(min(cpus, quota), f"a quota of {quota:.2g} CPUs" if quota < cpus else "", memory)
+
+
+def largest_object_store() -> int:
+    """Return how many bytes Ray's object store may have by the limits of the shell: a file that each process maps.
+
+    Raises:
+        InputError: They leave too few for it; torch or Ray would crash.
+    """
+    largest = UNLIMITED
+    for kind, option, what, taken in (
+        (resource.RLIMIT_AS, "v", "virtual memory", ADDRESS_SPACE),
+        (resource.RLIMIT_FSIZE, "f", "the size of a file", 0),
+    ):
+        limit = resource.getrlimit(kind)[0]
+        if limit == resource.RLIM_INFINITY:
+            continue
+        largest = min(largest, limit - taken)
+        if largest < SMALLEST_OBJECT_STORE:
+            needed = f"torch and Ray need {(taken + SMALLEST_OBJECT_STORE) / 2**20:,.0f} MiB"
+            hint = f"lift it with  ulimit -{option} unlimited  or, of a batch job, where it is submitted"
+            raise InputError(f"the shell limits {what} to {limit / 2**20:,.0f} MiB, but {needed}; {hint}")
+    return largest
 
 
 def out_of_memory_kills(root: Path = Path("/")) -> int:
