@@ -21,6 +21,7 @@ from mlflow.tracking import MlflowClient
 from analysis.store import read_experiment
 from grid.config import InputError, TrialConfig
 from grid.record import database
+from grid.record.moved import find_move
 from grid.record.recorder import Recorder
 from grid.record.spool import Spool
 from grid.record.store import Store
@@ -91,6 +92,7 @@ def test_a_driver_that_is_killed_while_it_makes_a_store_does_not_stop_the_next(t
     crash = """
 import itertools, os, sys
 from grid.record import database
+from grid.record.moved import find_move
 def die():
     os.kill(os.getpid(), 9)
     yield
@@ -150,3 +152,29 @@ def test_the_store_of_an_older_mlflow_is_read_from_a_copy_and_written_only_after
     with pytest.raises(InputError, match=rf"keep a copy of the file, then run:  mlflow db upgrade sqlite:///{older}$"):
         Store(f"sqlite:///{older}", "some grid")
     assert older.read_bytes() == before
+
+
+def interrupt_a_write(path: Path) -> None:
+    """Leave what a program leaves that is killed while it writes: half a transaction, and how to undo it."""
+    crash = (
+        "import os, sqlite3, sys; database = sqlite3.connect(sys.argv[1]); database.execute('PRAGMA cache_size = 1');"
+        "[database.execute('INSERT INTO experiment_tags VALUES (?, ?, 0)', (str(n), 'x' * 4000)) for n in range(50)];"
+        "os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", crash, str(path)], check=False)
+    assert Path(f"{path}-journal").stat().st_size > 0
+
+
+def test_a_store_whose_driver_was_killed_while_it_wrote_goes_on(tmp_path: Path, store_uri: str) -> None:
+    interrupt_a_write(tmp_path / "mlflow.db")
+    Store(store_uri, "mine").create()
+    assert Store(store_uri, "mine").client.get_experiment("0").tags == {}
+
+
+def test_a_moved_store_whose_driver_was_killed_while_it_wrote_is_taken_over(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    there = (tmp_path / "mlflow.db").rename(tmp_path / "there" / "mlflow.db")
+    interrupt_a_write(there)
+    move = find_move(f"sqlite:///{there}", store.experiment)
+    assert move is not None
+    assert move.former_uri == store.uri

@@ -32,10 +32,18 @@ def open_client(uri: str) -> MlflowClient:
     """
     path = sqlite_path(uri)
     if path is not None:
+        _recover(path)
         if not sqlite_tables(path):
             _fill(path)
         _check_schema(path, uri)
     return MlflowClient(tracking_uri=client_uri(uri))
+
+
+def _recover(path: Path) -> None:
+    """Undo what a process had begun to write when it was killed: while it is there, nobody can read only."""
+    if path.exists():
+        with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as database:
+            database.execute("SELECT name FROM sqlite_master").fetchone()
 
 
 def _fill(path: Path) -> None:

@@ -159,7 +159,7 @@ def find_move(uri: str, experiment: str) -> Move | None:
 def _location(path: Path, experiment: str) -> str | None:
     query = "SELECT artifact_location FROM experiments WHERE name = ?"
     try:
-        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=LOCKED_SECONDS)) as database:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=LOCKED_SECONDS)) as database:
             (found,) = database.execute(query, (experiment,)).fetchone() or (None,)
     except sqlite3.Error:  # no database yet; else MLflow says what is wrong
         return None
