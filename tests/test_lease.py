@@ -621,6 +621,20 @@ def test_a_spool_that_can_not_be_written_refuses_the_lease(
         pass
 
 
+@pytest.mark.parametrize(
+    ("edited", "name"),
+    [
+        ({"driver": "a\nb\x1b[2J\u202e"}, "ab[2J"),
+        ({"driver": "\n"}, "another driver"),
+        ({"driver": "host" * 1000}, "host" * 25),
+        ({"pid": "9" * 5000, "driver": "a:1"}, "a:1"),
+    ],
+)
+def test_a_holder_that_somebody_has_edited_still_fits_into_one_line(edited: dict[str, str], name: str) -> None:
+    found = Holder.from_tags(edited)
+    assert (found.driver, found.pid) == (name, 0)
+
+
 # --- the store ---
 
 

@@ -11,6 +11,9 @@ from typing import TextIO
 
 from grid.store_uri import sqlite_path
 
+LONGEST_NAME = 100
+"""Of a driver: a host has at most 64 characters on Linux."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
@@ -46,8 +49,8 @@ class Holder:
     def from_tags(cls, tags: Mapping[str, str]) -> "Holder":
         """Return the holder that `to_tags` described; what is missing is unknown."""
         known = {field.name: tags[field.name] for field in fields(cls) if field.name in tags}
-        pid = known.pop("pid", "")
-        return cls(**known, pid=int(pid) if pid.isdecimal() else 0)
+        pid, driver = known.pop("pid", ""), _printable(known.pop("driver", ""))
+        return cls(**known, driver=driver or cls.driver, pid=int(pid) if pid.isdecimal() and len(pid) < 10 else 0)
 
     def to_tags(self) -> dict[str, str]:
         """Return everything as text."""
@@ -129,6 +132,11 @@ def _is_at(path: Path, file: TextIO) -> bool:
 
 def _inode(status: os.stat_result) -> str:
     return f"{status.st_dev}:{status.st_ino}"
+
+
+def _printable(text: str) -> str:
+    """Return what of a text, which somebody may have edited, fits into a line on the screen."""
+    return "".join(filter(str.isprintable, text))[:LONGEST_NAME].strip()
 
 
 def _boot() -> str:
