@@ -26,6 +26,7 @@ def make_do() -> None:
     if sys.argv[:1] == ["-m"] and os.environ.get("GRID_DEBUG") != "1":  # so it is while `python -m` imports a command
         sys.excepthook = _report_early
         _silence_warnings()
+    os.environ.pop("PYTHONOPTIMIZE", None)  # a server of Ray needs its docstrings, and dies without
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # else three lines if its cache can't be written
 
 

@@ -73,6 +73,15 @@ def test_what_a_library_warns_of_is_no_error() -> None:
     assert (done.returncode, done.stderr, "PYTHONWARNINGS" in done.stdout) == (0, "", False)
 
 
+def test_ray_is_not_started_without_its_docstrings() -> None:
+    code = "import grid, os, subprocess, sys; subprocess.run([sys.executable, '-c', 'import ray.util.state.common'])"
+    variables = {**os.environ, "PYTHONOPTIMIZE": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert "NoneType" not in done.stderr
+
+
 def as_unknown_user(*command: str, cwd: Path, home: str | None) -> subprocess.CompletedProcess[str]:
     """Run Python as a user without name and home, who may read everything and write nothing but `cwd`."""
     if os.geteuid() != 0 or not shutil.which("setpriv"):
