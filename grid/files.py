@@ -5,6 +5,7 @@ Standard library only.
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from uuid import uuid4
 
@@ -29,6 +30,21 @@ def rename_durably(unfinished: Path, path: Path) -> Path:
     unfinished.replace(path)
     sync(path.parent)
     return path
+
+
+def copy_folder_durably(source: Path, path: Path) -> Path:
+    """Copy a folder completely or not at all; return the new path once it is on the disk.
+
+    Raises:
+        OSError: It can't be read or written; what there is of the copy is replaced by the next one.
+    """
+    unfinished = path.with_name(f"{path.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(source, unfinished, symlinks=True)
+    for copied in unfinished.rglob("*"):
+        if not copied.is_symlink():
+            sync(copied)
+    return rename_durably(unfinished, path)
 
 
 def sync(path: Path) -> None:

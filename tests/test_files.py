@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from grid.files import rename_durably, sync, write_durably
+from grid.files import copy_folder_durably, rename_durably, sync, write_durably
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,6 +66,20 @@ def test_a_file_is_moved_to_its_place(tmp_path: Path) -> None:
     (tmp_path / "x.part").write_bytes(b"new")
     assert rename_durably(tmp_path / "x.part", tmp_path / "x").read_bytes() == b"new"
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_folder_is_on_the_disk_before_its_copy_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "old" / "inner").mkdir(parents=True)
+    (tmp_path / "old" / "inner" / "file.txt").write_bytes(b"content")
+    (tmp_path / "old" / "link").symlink_to("nowhere")
+    (tmp_path / "new.part" / "rest").mkdir(parents=True)
+    seen = watch_the_disk(monkeypatch)
+    copy_folder_durably(tmp_path / "old", tmp_path / "new")
+    assert {*seen[:2]} == {"sync inner", "sync file"}
+    assert seen[2:] == ["sync new", "rename new", f"sync {tmp_path.name}"]
+    copied = {str(path.relative_to(tmp_path / "new")) for path in (tmp_path / "new").rglob("*")}
+    assert copied == {"inner", "inner/file.txt", "link"}
+    assert (tmp_path / "old" / "inner" / "file.txt").exists()
 
 
 def renames(tree: ast.AST) -> Iterator[ast.Call]:

@@ -3,9 +3,11 @@ of the original is touched."""
 
 import fcntl
 import json
+import resource
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import closing
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,12 @@ def copy_file(original: Path, target: Path) -> Path:
     return shutil.copy(original / "mlflow.db", target / "other.db")
 
 
+def move_file(original: Path, target: Path) -> Path:
+    """Move the database alone."""
+    target.mkdir()
+    return Path(shutil.move(original / "mlflow.db", target / "mlflow.db"))
+
+
 def copy_beside(original: Path, target: Path) -> Path:
     return shutil.copy(original / "mlflow.db", original / "backup.db")
 
@@ -107,7 +115,7 @@ def drive(database: Path, folder: Path) -> tuple[Store, list[dict[str, object]]]
     return store, waiting
 
 
-MOVES = [move, move_twice, copy, copy_file, copy_beside, rename]
+MOVES = [move, move_twice, move_file, copy, copy_file, copy_beside, rename]
 
 
 @pytest.mark.parametrize("how", MOVES)
@@ -136,10 +144,11 @@ def test_a_driver_takes_over_what_belongs_to_the_store_into_the_store_s_own_fold
     database = how(original, tmp_path / "new")
     store, waiting = drive(database, database.parent)
     assert store.manifest() == MANIFEST
-    assert waiting == ([] if how is copy_file else [{"left": "over"}])
+    alone = how in (move_file, copy_file)
+    assert waiting == ([] if alone else [{"left": "over"}])
     for name in (NAME, f"{NAME} confirm"):
         found = Checkpoints(str(database.parent / "storage"), slug(store.uri, name)).load("some-key", "cpu")
-        assert found == (None if how is copy_file else {"epoch": 3})
+        assert found == (None if alone else {"epoch": 3})
     assert len(store.trials()) == 3
     client = MlflowClient(store.uri)
     own = f"{database.parent.as_uri()}/mlartifacts/{slug(store.uri, NAME)}"
@@ -185,6 +194,66 @@ def test_a_moved_store_whose_reports_are_being_delivered_is_refused(original: Pa
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="is being run by another process from here"):
             found.take_reports(tmp_path / "new" / "spool")
+
+
+@contextmanager
+def disk_that_fills_up(size: int) -> Iterator[None]:
+    """Refuse to write more than so many bytes to a file."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_reports_are_taken_over_whole_or_not_at_all(original: Path, tmp_path: Path) -> None:
+    database = move(original, tmp_path / "new")
+    spool = database.parent / "spool"
+    uri = check_store_uri(f"sqlite:///{database}")
+    found = find_move(uri, NAME)
+    assert found is not None
+    (reports,) = spool.glob("*.jsonl")
+    with reports.open("ab") as file:
+        file.writelines(b'{"line": %d}\n' % number for number in range(9_999))
+    whole = reports.read_bytes()
+    with disk_that_fills_up(len(whole) // 2), pytest.raises(InputError, match="the reports that wait for it can't be"):
+        found.take_reports(spool)
+    found.take_reports(spool)
+    assert (spool / f"{slug(uri, NAME)}.jsonl").read_bytes() == whole
+    assert not reports.exists()
+
+
+def test_what_was_set_aside_before_a_move_is_in_nobody_s_way(original: Path, tmp_path: Path) -> None:
+    old = check_store_uri(f"sqlite:///{original}/mlflow.db")
+    with closing(open_spool(original / "spool", old, NAME)) as spool:
+        _, aside = spool.set_aside()
+        spool.append({"left": "over"})
+    assert aside is not None
+    set_aside = content(aside)
+    database = move(original, tmp_path / "new")
+    _, waiting = drive(database, database.parent)
+    assert waiting == [{"left": "over"}]
+    assert content(database.parent / "spool" / aside.name) == set_aside
+
+
+@pytest.fixture
+def other_disk(tmp_path: Path) -> Iterator[Path]:
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no second file system")
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        yield Path(folder)
+
+
+def test_a_database_that_was_moved_alone_to_another_disk_gets_its_artifacts(original: Path, other_disk: Path) -> None:
+    database = move_file(original, other_disk / "new")
+    before = content(original / "mlartifacts")
+    store, _ = drive(database, database.parent)
+    assert store.manifest() == MANIFEST
+    artifacts = database.parent / "mlartifacts"
+    assert {Path(path).name for path in content(artifacts)} == {Path(path).name for path in before} | {"new.json"}
+    assert content(original / "mlartifacts") == {}
 
 
 def test_artifacts_that_cannot_be_taken_over_are_said(original: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ MLflow records artifact places as absolute paths, and checkpoints and reports ar
 store that was moved takes all of them along; a copy gets its own, and the original stays as it is.
 """
 
+import errno
 import fcntl
 import glob
 import shutil
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grid.config import InputError
-from grid.files import rename_durably
+from grid.files import copy_folder_durably, rename_durably, write_durably
 from grid.store_uri import artifact_location, local_path, slug, sqlite_path
 from grid.train.checkpoints import Checkpoints
 from grid.wording import first_line
@@ -82,11 +83,16 @@ class Move:
             yield slug(self.former_uri, finalists), slug(self.uri, finalists)
 
     def _take_reports(self, folder: Path, old: str, new: str) -> None:
+        """Copy the files, the reports themselves last: once they are there, so is the rest.
+
+        Folders with what was set aside keep their names: nothing is delivered from them.
+        """
         if (folder / f"{new}.jsonl").exists():
             return
-        files = sorted(folder.glob(f"{glob.escape(old)}.*"), key=lambda file: file.name == f"{old}.jsonl")
-        for file in files:  # the last of which makes it complete
-            shutil.copyfile(file, folder / f"{new}{file.name.removeprefix(old)}")
+        found = [path for path in folder.glob(f"{glob.escape(old)}.*") if path.is_file()]
+        files = sorted(found, key=lambda file: file.name == f"{old}.jsonl")
+        for file in files:
+            write_durably(folder / f"{new}{file.name.removeprefix(old)}", file.read_bytes())
         for file in files if not self.is_copy else ():
             file.unlink()
 
@@ -97,13 +103,13 @@ class Move:
         source = beside if came_along else recorded
         if target.exists() or not source.is_dir():
             return
-        if (came_along and self._is_same_file_name()) or (not came_along and not self.is_copy):
-            rename_durably(source, target)
+        target.parent.mkdir(exist_ok=True)
+        is_ours = self._is_same_file_name() if came_along else not self.is_copy
+        if is_ours and _renamed(source, target):
             return
-        unfinished = target.with_name(f"{target.name}.part")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(source, unfinished, symlinks=True)
-        rename_durably(unfinished, target)
+        copy_folder_durably(source, target)
+        if is_ours:
+            shutil.rmtree(source, ignore_errors=True)
 
     def _is_same_file_name(self) -> bool:
         """Return whether no other store of this folder can have the artifacts that came along."""
@@ -180,6 +186,17 @@ def _candidates(folder: Path, path: Path) -> Iterator[Path]:
         yield from folder.iterdir()
     except OSError:
         return
+
+
+def _renamed(source: Path, target: Path) -> bool:
+    """Rename a folder, and return whether that was possible: not to another disk."""
+    try:
+        rename_durably(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        return False
+    return True
 
 
 def _exists(path: Path) -> bool:
