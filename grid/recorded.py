@@ -6,7 +6,9 @@ with the reason. Standard library only.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import isfinite
 from typing import Protocol
@@ -22,6 +24,11 @@ REQUIRED = (*FACTORS, "seed", "lr_scale", "epochs")
 """Parameters without which a run is no trial."""
 TWIN = "another run of the same trial counts"
 PARENT_TAG = "mlflow.parentRunId"
+MANIFEST = "grid.json"
+"""Artifact of the parent run: what the last `grid.run` planned."""
+ROUNDS = "more_controls.json"
+"""Artifact of the parent run: see `parse_rounds`."""
+COMMAND_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 
 
 class UnreadableError(ValueError):
@@ -63,6 +70,41 @@ class RecordedTrial:
     def precedence(self) -> tuple[bool, bool, int, str]:
         """Of several runs of a trial the highest counts: one that ended without an error, or that trained longest."""
         return self.status in FINAL_STATUSES, bool(self.status), self.epochs_run, self.run_id
+
+
+def command_path(command_id: str) -> str:
+    """Return the artifact of the parent run that holds the record of a command."""
+    return f"commands/{command_id}.json"
+
+
+def is_parent(tags: Mapping[str, str]) -> bool:
+    """Return whether a run is the parent of trials; a trial whose kind was changed has a parent itself."""
+    return tags.get("kind") == "grid" and PARENT_TAG not in tags
+
+
+def choose_parent(parents: Sequence[str], named: Iterable[str]) -> str:
+    """Return which parent counts: the one that most trials name, of these the oldest; empty if there is none.
+
+    Args:
+        parents: Ids, oldest first.
+        named: Id that each trial names; not asked for unless there are several parents.
+    """
+    if len(parents) < 2:
+        return next(iter(parents), "")
+    times = Counter(named)
+    return max(parents, key=lambda run_id: times[run_id])
+
+
+def drop_twins(trials: Iterable[RecordedTrial]) -> tuple[dict[str, RecordedTrial], list[str]]:
+    """Return by key, of several runs of a trial, that which counts, and the ids of the others."""
+    counting: dict[str, RecordedTrial] = {}
+    others = []
+    for trial in trials:
+        twin = counting.get(trial.trial_key, trial)
+        counting[trial.trial_key] = max(trial, twin, key=lambda each: each.precedence)
+        if twin is not trial:
+            others.append(min(trial, twin, key=lambda each: each.precedence).run_id)
+    return counting, others
 
 
 def read_trial(

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from difflib import get_close_matches
 from hashlib import sha256
@@ -43,9 +43,11 @@ MLFLOW_SETTINGS = {
     "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",  # a server may ask for hours
     "PGCONNECT_TIMEOUT": "20",  # of PostgreSQL's client; without it, minutes
 }
-"""Environment variable -> value, for whatever the user has not set; a locked sqlite file is waited for as long."""
+"""Environment variable -> value, for whatever the user has not set."""
 RETRIES_VARIABLE = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 READER_RETRIES = 2
+BUSY_SECONDS = 20
+"""How long a locked sqlite file is waited for; MLflow waits as long."""
 QUIET_SECONDS = 5.0
 
 
@@ -176,6 +178,25 @@ def experiment_names(client: Any) -> list[str]:
         names += [experiment.name for experiment in page]
         token = page.token or ""
     return names
+
+
+def artifact_contents(client: Any, uri: str, run: Any, paths: Collection[str]) -> dict[str, bytes]:
+    """Return path -> content of those artifacts of a run that exist, by an `MlflowClient`; lists each folder once.
+
+    Args:
+        client: Of the store.
+        uri: Of the store.
+        run: As the client returns it.
+        paths: Such as `grid.json` or `commands/ID.json`.
+    """
+    here = artifact_folder(uri, run.info.artifact_uri)
+    if here is not None:
+        return {path: (here / path).read_bytes() for path in paths if (here / path).exists()}
+    run_id, folders = run.info.run_id, {path.rpartition("/")[0] for path in paths}
+    known = {artifact.path for folder in folders for artifact in client.list_artifacts(run_id, folder or None)}
+    with tempfile.TemporaryDirectory() as target:
+        found = {path: client.download_artifacts(run_id, path, target) for path in paths if path in known}
+        return {path: Path(file).read_bytes() for path, file in found.items()}
 
 
 def bypass_proxies(uri: str) -> None:

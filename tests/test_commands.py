@@ -17,11 +17,11 @@ from grid.record.commands import (
     describe_numeric_code,
     describe_settings,
     numeric_code_of,
-    path_of,
     read_command,
     record_command,
 )
 from grid.record.store import Store
+from grid.recorded import command_path
 from grid.run import _parser, read_request
 from grid.train.code_version import PACKAGES, NumericCode
 
@@ -84,7 +84,7 @@ def test_a_record_is_added_and_never_replaced(store: Store, tmp_path: Path, monk
     first = record_command(store, {"commit": "a"})
     second = record_command(store, {"commit": "b"})
     assert first != second
-    assert records(store) == sorted([path_of(first), path_of(second)])
+    assert records(store) == sorted([command_path(first), command_path(second)])
     assert [read_command(store, name)["commit"] for name in (first, second)] == ["a", "b"]
     assert not (tmp_path / "commands").exists()
 
@@ -94,10 +94,10 @@ def test_what_an_earlier_version_described_is_kept_when_its_description_is_repla
     store.attach(store.parent_id, {"grid.json": json.dumps(manifest).encode()})
     assert len(records(store)) == 0
     confirming = record_command(store, {"commit": "a"})  # grid.confirm does not replace it
-    running = record_command(store, {"commit": "b", "plan": {"grid": "smoke"}})
+    running = record_command(store, {"commit": "b", "plan": {"grid": "smoke"}}, store.manifest())
     store.attach(store.parent_id, {"grid.json": b'{"grid": "smoke", "record": "of running"}'})
-    again = record_command(store, {"commit": "b", "plan": {"grid": "smoke"}})
-    assert set(records(store)) == set(map(path_of, [confirming, running, again, f"{running}.earlier"]))
+    again = record_command(store, {"commit": "b", "plan": {"grid": "smoke"}}, store.manifest())
+    assert set(records(store)) == set(map(command_path, [confirming, running, again, f"{running}.earlier"]))
     earlier = read_command(store, f"{running}.earlier")
     assert (earlier["commit"], earlier["versions"], earlier["plan"]) == (
         "0123",
@@ -116,7 +116,7 @@ def test_the_code_of_a_record_is_read_back(store: Store) -> None:
     "content", [b"", b'{"code"', b"[]", b'{"code": 3}', b'{"code": {"files": []}, "versions": {"torch": "1"}}']
 )
 def test_a_damaged_record_names_no_code(content: bytes, store: Store) -> None:
-    store.attach(store.parent_id, {path_of("20260131T235959Z-0a1b2c3d"): content})
+    store.attach(store.parent_id, {command_path("20260131T235959Z-0a1b2c3d"): content})
     assert numeric_code_of(read_command(store, "20260131T235959Z-0a1b2c3d")) is None
     assert read_command(store, "20260131T235959Z-00000000") == {}
 

@@ -21,10 +21,10 @@ from grid.plan.asha import DEFAULT_RULE, Asha
 from grid.plan.packing import Packing
 from grid.plan.request import Request
 from grid.plan.trials import make_plan
-from grid.record.rounds import COPY, ROUNDS, read_rounds, record_rounds
+from grid.record.rounds import COPY, read_rounds, record_rounds
 from grid.record.spool import open_spool
 from grid.record.store import Store
-from grid.recorded import Round
+from grid.recorded import ROUNDS, Round
 from grid.run import _parser, main, read_request
 from grid.train.checkpoints import Checkpoints
 from grid.tune.listener import Listener

@@ -3,13 +3,22 @@ import sqlite3
 from contextlib import closing
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from analysis.store import read_experiment
 from grid.config import InputError
 from grid.record.store import Store
-from grid.store_uri import artifact_location, check_store_uri, client_uri, is_default, slug, sqlite_path
+from grid.store_uri import (
+    artifact_contents,
+    artifact_location,
+    check_store_uri,
+    client_uri,
+    is_default,
+    slug,
+    sqlite_path,
+)
 
 
 def test_the_default_is_a_file_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,3 +209,27 @@ def test_a_database_server_that_does_not_answer_is_refused() -> None:
         closed.bind(("127.0.0.1", 0))
         with pytest.raises(InputError, match="refused; start the server or pass another --store"):
             check_store_uri(f"postgresql://me@127.0.0.1:{closed.getsockname()[1]}/db")
+
+
+class Asked:
+    """A client that keeps the names of what it is asked."""
+
+    def __init__(self, client: Any):
+        self._client = client
+        self.questions: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        self.questions.append(name)
+        return getattr(self._client, name)
+
+
+@pytest.mark.parametrize("uri", ["sqlite:////store.db", "http://127.0.0.1:5000"])
+def test_files_of_a_run_are_read_here_or_listed_once_for_each_folder(uri: str, store: Store) -> None:
+    files = {f"commands/{number}.json": b"%d" % number for number in range(3)}
+    store.attach(store.parent_id, {**files, "grid.json": b"{}", "samples.png": b"not asked for"})
+    client = Asked(store.client)
+    wanted = [*files, "grid.json", "commands/3.json", "more_controls.json"]
+    found = artifact_contents(client, uri, store.client.get_run(store.parent_id), wanted)
+    assert found == {**files, "grid.json": b"{}"}
+    remotely = ["list_artifacts"] * 2 + ["download_artifacts"] * 4
+    assert client.questions == ([] if uri.startswith("sqlite") else remotely)

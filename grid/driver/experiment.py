@@ -27,13 +27,14 @@ from grid.plan.packing import Packing
 from grid.plan.request import Request
 from grid.plan.space import ORDER_SEED, settings_of
 from grid.plan.trials import Plan, check_comparable, make_plan
-from grid.record.commands import CODE_KEYS, RECORD, path_of, record_command
+from grid.record.commands import CODE_KEYS, RECORD, record_command
 from grid.record.lease import Lease
 from grid.record.moved import find_move
 from grid.record.recorder import Recorder
 from grid.record.rounds import read_rounds
 from grid.record.spool import Spool, open_spool
-from grid.record.store import MANIFEST, LeaseLostError, Store, StoredTrial
+from grid.record.store import LeaseLostError, Store, StoredTrial
+from grid.recorded import MANIFEST, command_path
 from grid.train.checkpoints import Checkpoints
 from grid.train.trial import DeviceData, Trial
 from grid.tune import tuner
@@ -113,14 +114,15 @@ def run(request: Request, prepared: Prepared, training: Training) -> int:
     check = check_code(store, stored.values(), accept=request.accept_code)
     asha = Asha.of(plan.rule, request.epochs)
     restore_rungs(asha, stored)
+    before = store.manifest()
     if stored:
-        _check_same_rule(store.manifest(), plan, asha, request.experiment)
+        _check_same_rule(before, plan, asha, request.experiment)
     plan, stored, remark = draw_if_asked(request.more_controls, plan, stored, store, rounds)
     facts = describe_plan(request, plan) | ({"controls": remark} if remark else {}) | left_out | dict(check.facts)
     record = describe_command("grid.run", request, check, training.packing.devices)
     described = _manifest(request, plan, asha, dataset)
-    command = record_command(store, {**record, "plan": described})
-    manifest = {**described, **{name: record[name] for name in CODE_KEYS}, RECORD: path_of(command)}
+    command = record_command(store, {**record, "plan": described}, before)
+    manifest = {**described, **{name: record[name] for name in CODE_KEYS}, RECORD: command_path(command)}
     files, pictures = {MANIFEST: json.dumps(manifest, indent=2).encode()}, {"samples.png": prepared.samples}
     recorder.begin(files, stored, command=command, pictures=pictures)
     watcher, delivered = train_all(plan, stored, dataset, recorder, asha, training, facts)

@@ -2,7 +2,6 @@
 
 import json
 import platform
-import re
 import socket
 import subprocess
 import sys
@@ -16,14 +15,13 @@ from typing import Any
 from grid.config import NUMERICS_VERSION
 from grid.masking import mask, mask_arguments
 from grid.record.store import Store, StoredTrial
+from grid.recorded import COMMAND_ID, command_path
 from grid.train.code_version import NumericCode, package_versions
 
-FOLDER = "commands"
 RECORD = "record"
 """Key of `grid.json`: the record of the command that wrote it."""
 CODE_KEYS = ("commit", "dirty", "versions", "host", "platform", "command")
 """What `describe_code` returns."""
-_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 
 
 def describe_code(command: str = "grid.run") -> dict[str, Any]:
@@ -55,10 +53,14 @@ def describe_settings(request: Any) -> Any:
     return request if isinstance(request, bool | int | float | None) else mask(str(request))
 
 
-def record_command(store: Store, record: Mapping[str, Any]) -> str:
+def record_command(store: Store, record: Mapping[str, Any], replaced: Mapping[str, Any] | None = None) -> str:
     """Add a record to an experiment, and return its id.
 
-    The plan of a record replaces `grid.json`: what a version without records described there becomes a record first.
+    Args:
+        store: The experiment.
+        record: Of this command.
+        replaced: `grid.json`, if this command will replace it: what a version without records described there becomes
+            a record as well.
 
     Raises:
         InputError: The store does not take them.
@@ -66,20 +68,14 @@ def record_command(store: Store, record: Mapping[str, Any]) -> str:
     now, command_id = time.gmtime(), _new_id()
     record = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", now), **record}
     records = {command_id: record}
-    before = store.manifest() if "plan" in record else {}
-    if before and RECORD not in before:
-        described = {name: before.get(name) for name in CODE_KEYS}
-        plan = {name: value for name, value in before.items() if name not in CODE_KEYS}
+    if replaced and RECORD not in replaced:
+        described = {name: replaced.get(name) for name in CODE_KEYS}
+        plan = {name: value for name, value in replaced.items() if name not in CODE_KEYS}
         records[f"{command_id}.earlier"] = {"time": None, **described, "plan": plan}
     with store.answering():
-        files = {path_of(name): json.dumps(content, indent=2).encode() for name, content in records.items()}
+        files = {command_path(name): json.dumps(content, indent=2).encode() for name, content in records.items()}
         store.attach(store.parent_id, files)
     return command_id
-
-
-def path_of(command_id: str) -> str:
-    """Return the artifact that holds the record of a command."""
-    return f"{FOLDER}/{command_id}.json"
 
 
 def read_command(store: Store, command_id: str) -> dict[str, Any]:
@@ -89,7 +85,7 @@ def read_command(store: Store, command_id: str) -> dict[str, Any]:
         InputError: The store does not answer.
     """
     try:
-        record = json.loads(store.artifact(path_of(command_id)) or b"{}")
+        record = json.loads(store.artifact(command_path(command_id)) or b"{}")
     except ValueError:
         return {}
     return record if isinstance(record, dict) else {}
@@ -108,7 +104,7 @@ def commands_of(trials: Iterable[StoredTrial]) -> list[str]:
     """Return the ids of all commands that trained any of the trials, latest first."""
     named = (name for trial in trials for name in (trial.tags.get("command"), trial.tags.get("resumed_by")))
     found = {command_id for names in named if names for command_id in names.split(",")}
-    return sorted(filter(_ID.fullmatch, found), reverse=True)
+    return sorted(filter(COMMAND_ID.fullmatch, found), reverse=True)
 
 
 def _new_id() -> str:

@@ -13,10 +13,8 @@ from mlflow.tracking import MlflowClient
 
 from grid.config import InputError
 from grid.masking import mask
-from grid.store_uri import client_uri, sqlite_path, sqlite_tables
+from grid.store_uri import BUSY_SECONDS, client_uri, sqlite_path, sqlite_tables
 
-BUSY_SECONDS = 20
-"""How long a locked sqlite file is waited for; MLflow waits as long."""
 SETTLED_SECONDS = 5
 """A file that has not changed for so long is in nobody's hands."""
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from grid.config import InputError
 from grid.files import copy_folder_durably, rename_durably, write_durably
-from grid.store_uri import artifact_location, local_path, slug, sqlite_path
+from grid.store_uri import BUSY_SECONDS, artifact_location, local_path, slug, sqlite_path
 from grid.train.checkpoints import Checkpoints
 from grid.wording import first_line
 
@@ -29,7 +29,6 @@ PLACES = (
     ("model_versions", "storage_location"),
 )
 """Where MLflow's database names places of artifacts; older ones lack some."""
-LOCKED_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class Move:
 
     def _record_places(self) -> None:
         new = str(artifact_location(self.uri, self.experiment))
-        with closing(sqlite3.connect(str(sqlite_path(self.uri)), timeout=LOCKED_SECONDS)) as database, database:
+        with closing(sqlite3.connect(str(sqlite_path(self.uri)), timeout=BUSY_SECONDS)) as database, database:
             for table, column in PLACES:
                 if column in {row[1] for row in database.execute(f"PRAGMA table_info({table})")}:
                     database.execute(
@@ -165,7 +164,7 @@ def find_move(uri: str, experiment: str) -> Move | None:
 def _location(path: Path, experiment: str) -> str | None:
     query = "SELECT artifact_location FROM experiments WHERE name = ?"
     try:
-        with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=LOCKED_SECONDS)) as database:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=BUSY_SECONDS)) as database:
             (found,) = database.execute(query, (experiment,)).fetchone() or (None,)
     except sqlite3.Error:  # no database yet; else MLflow says what is wrong
         return None

@@ -9,9 +9,8 @@ from dataclasses import asdict
 
 from grid.config import InputError
 from grid.record.store import Store
-from grid.recorded import Round, parse_rounds
+from grid.recorded import ROUNDS, Round, parse_rounds
 
-ROUNDS = "more_controls.json"
 COPY = "more_controls.copy.json"
 
 
@@ -21,8 +20,8 @@ def read_rounds(store: Store) -> tuple[Round, ...]:
     Raises:
         InputError: The store does not answer, or its files are damaged.
     """
-    files = [content for name in (ROUNDS, COPY) if (content := store.artifact(name)) is not None]
-    for content in files:
+    files = store.artifacts(ROUNDS, COPY)
+    for content in files.values():
         try:
             return parse_rounds(content)
         except ValueError:

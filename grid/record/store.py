@@ -7,25 +7,37 @@ import sqlite3
 import tempfile
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from math import nan
 from pathlib import Path
 from typing import Any, Protocol, cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from grid.config import InputError, TrialConfig
 from grid.files import sync
 from grid.masking import mask
 from grid.metrics import rung_epochs
-from grid.recorded import PARENT_TAG, TWIN, RecordedTrial, UnreadableError, first_values, read_trial
+from grid.recorded import (
+    MANIFEST,
+    PARENT_TAG,
+    TWIN,
+    RecordedTrial,
+    UnreadableError,
+    choose_parent,
+    drop_twins,
+    first_values,
+    is_parent,
+    read_trial,
+)
 from grid.store_uri import (
-    artifact_folder,
+    artifact_contents,
     artifact_location,
     experiment_names,
     find_experiment,
+    local_path,
     missing_experiment,
     mlflow_settings,
     store_problem,
@@ -45,7 +57,6 @@ from sqlalchemy.exc import DataError, SQLAlchemyError
 
 from grid.record.database import open_client
 
-MANIFEST = "grid.json"
 PAGE_SIZE = 1000
 UNREACHABLE = (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError)
 """What a store raises when it is down, locked or slow."""
@@ -178,16 +189,13 @@ class Store:
         parents = self._parents(ViewType.ACTIVE_ONLY)
         if not parents:
             self._refuse_deleted_parent()
-        if len(parents) < 2:
-            return parents[0] if parents else ""
-        named = Counter(run.data.tags.get(PARENT_TAG) for run in self._search("trial"))
-        return max(parents, key=lambda run_id: named[run_id])
+        return choose_parent(parents, (run.data.tags.get(PARENT_TAG, "") for run in self._search("trial")))
 
     def _parents(self, view: int) -> list[str]:
-        """Return the runs of kind `grid`, oldest first, but for a trial whose kind was changed."""
+        """Return the parents of trials, oldest first."""
         order = ["attributes.start_time"]
         found = self.client.search_runs([self.experiment_id], "tags.kind = 'grid'", view, order_by=order)
-        return [run.info.run_id for run in found if PARENT_TAG not in run.data.tags]
+        return [run.info.run_id for run in found if is_parent(run.data.tags)]
 
     def _refuse_deleted_parent(self) -> None:
         for run_id in self._parents(ViewType.DELETED_ONLY):
@@ -222,21 +230,20 @@ class Store:
         return bool(self.client.get_experiment(self.experiment_id).lifecycle_stage == "deleted")
 
     def artifact(self, name: str) -> bytes | None:
-        """Return a file of the parent run, such as `grid.json` or `commands/ID.json`; None if it has no such file.
+        """Return a file of the parent run; None if it has no such file. See `artifacts`."""
+        return self.artifacts(name).get(name)
+
+    def artifacts(self, *names: str) -> dict[str, bytes]:
+        """Return those files of the parent run that exist, such as `grid.json` or `commands/ID.json`, by name.
 
         Raises:
             InputError: The store does not answer.
         """
         if not self.parent_id:
-            return None
-        folder, _, _ = name.rpartition("/")
-        with self.answering(), _errors_of_artifact_stores(), tempfile.TemporaryDirectory() as target:
-            here = artifact_folder(self.uri, self.client.get_run(self.parent_id).info.artifact_uri)
-            if here is not None:
-                return (here / name).read_bytes() if (here / name).exists() else None
-            if name not in (file.path for file in self.client.list_artifacts(self.parent_id, folder or None)):
-                return None
-            return Path(self.client.download_artifacts(self.parent_id, name, target)).read_bytes()
+            return {}
+        with self.answering(), _errors_of_artifact_stores():
+            run = self.client.get_run(self.parent_id)
+            return artifact_contents(self.client, self.uri, run, names)
 
     def manifest(self) -> dict[str, Any]:
         """Return `grid.json`; empty if there is none, or it is damaged.
@@ -269,9 +276,9 @@ class Store:
 
     def _sync(self, run_id: str, paths: Iterable[str]) -> None:
         """Return once artifacts in a folder of this machine are on the disk; MLflow only copies them."""
-        uri = urlsplit(self.client.get_run(run_id).info.artifact_uri)
-        for path in paths if uri.scheme in ("", "file") else ():
-            artifact = Path(unquote(uri.path), path)
+        location = self.client.get_run(run_id).info.artifact_uri
+        for path in paths if urlsplit(location).scheme in ("", "file") else ():
+            artifact = local_path(location) / path
             with suppress(FileNotFoundError):
                 sync(artifact)
                 sync(artifact.parent)
@@ -312,20 +319,18 @@ class Store:
 
     def _read(self, runs: Iterable[Any]) -> dict[str, RecordedTrial]:
         """Return the runs that can be read as trials, by key; of several runs of a trial that which counts."""
-        read: dict[str, RecordedTrial] = {}
+        read = []
         left_out = defaultdict(list)
         for run in runs:
             try:
-                trial = _read_run(run)
+                read.append(_read_run(run))
             except UnreadableError as reason:
                 left_out[str(reason)].append(run.info.run_id)
-                continue
-            twin = read.get(trial.trial_key, trial)
-            read[trial.trial_key] = max(trial, twin, key=lambda each: each.precedence)
-            if twin is not trial:
-                left_out[TWIN].append(min(trial, twin, key=lambda each: each.precedence).run_id)
+        counting, twins = drop_twins(read)
+        if twins:
+            left_out[TWIN] = twins
         self.left_out = dict(left_out)
-        return read
+        return counting
 
     def reopen(self, trial: StoredTrial) -> StoredTrial:
         """Return a stopped trial as one that has to continue, as an unstopped control.
