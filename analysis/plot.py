@@ -64,7 +64,7 @@ def curve_table(sample: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         sample: From `curve_sample`.
-        curves: From `analysis.store.read_curves`.
+        curves: From `analysis.curves.read_curves`.
 
     Returns:
         `model`, `status`, `epoch`, `trials` (that trained that epoch), and `lowest`, `median`, `highest` accuracy.

@@ -191,7 +191,7 @@ def right_of(val_correct: str, images: int | None) -> Right:
     """Return 1 for each validation image that a net got right, else 0, `[image]`; None if the store does not say.
 
     Args:
-        val_correct: See `analysis.store.COLUMNS`.
+        val_correct: See `analysis.trial_table.COLUMNS`.
         images: Number of validation images; None if unknown.
     """
     try:

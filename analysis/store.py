@@ -1,4 +1,4 @@
-"""The only reader of MLflow: an experiment becomes a table with a row per trial.
+"""The only reader of MLflow: an experiment becomes tables with a row per trial.
 
 It relies on the contract in docs/store.md alone, so that it also reads a store that another program wrote by that
 contract. Runs that can't be used are counted and reported.
@@ -12,25 +12,23 @@ import os
 import shutil
 import sqlite3
 import tempfile
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from math import nan, prod
 from pathlib import Path
 from typing import Any
 
 from grid.store_uri import (
-    artifact_folder,
+    BUSY_SECONDS,
+    artifact_contents,
     check_store_uri,
     client_uri,
     experiment_names,
     find_experiment,
     missing_experiment,
     mlflow_settings,
-    slug,
     sqlite_path,
     sqlite_tables,
     store_problem,
@@ -47,65 +45,20 @@ from mlflow.entities import Run, ViewType
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
+from analysis.trial_table import Rounds, lost_finalists, tabulate, unfinished_rounds, unknown_chances
 from grid.config import FACTORS, InputError
 from grid.masking import mask
-from grid.metrics import AS_VALIDATED_METRIC, FINAL_METRIC, RUNG_METRIC, TEST_METRICS, rung_epochs
-from grid.recorded import (
-    PARENT_TAG,
-    TWIN,
-    RecordedTrial,
-    Round,
-    UnreadableError,
-    describe_unreadable,
-    first_values,
-    parse_rounds,
-    read_trial,
-)
+from grid.recorded import MANIFEST, PARENT_TAG, ROUNDS, choose_parent, command_path, is_parent, parse_rounds
 from grid.wording import count, first_line
 
-ROUNDS = "more_controls.json"
-Rounds = Sequence[Round]
 LARGEST = 10**9
 """Number that a manifest may name; nothing that it counts is larger."""
 PAGE_SIZE = 5000
 SERVER_PAGE_SIZE = 1000
 """Of a server: it has a limited time for an answer."""
-HISTORY_THREADS = 4
-BUSY_SECONDS = 20.0
-"""How long a locked sqlite file is waited for, as MLflow does."""
 NEEDS_WRITING = ("readonly database", "unable to open database file", "out-of-date database schema")
 """In errors of a store that has to be recovered, or given the tables of this version of MLflow, before it is read."""
 UNREACHABLE = (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError, ImportError)
-COLUMNS = {
-    "run_id": "str",
-    "trial_key": "str",
-    "cell_key": "str",
-    **dict.fromkeys(FACTORS, "str"),
-    "seed": "int64",
-    "lr_scale": "float64",
-    "epochs": "int64",
-    "status": "str",
-    "control": "bool",
-    "control_chance": "float64",
-    "drawn_later": "bool",
-    "stopped_at_epoch": "float64",
-    "stop_epoch": "float64",
-    "epochs_run": "int64",
-    "final_val_accuracy": "float64",
-    "best_val_accuracy": "float64",
-    "epoch_seconds": "float64",
-    "val_correct": "str",
-    "command": "str",
-    "resumed_by": "str",
-}
-"""Columns of every table of trials, with their types; NaN marks a missing value.
-
-`control`: whether the trial is an unstopped control; `control_chance`: the chance with which it was drawn to be one, or
-not, in all draws together; `drawn_later`: whether a round of `--more-controls` drew it; `stop_epoch`: the rung at which
-ASHA stopped it or, if it is a control, would have; `final_val_accuracy`: of the weights at the end of the full budget,
-completed trials only; `val_correct`: base64 of `EpochReport.val_correct`; `command`: the one that started
-it; `resumed_by`: those that trained on, joined by commas.
-"""
 
 
 @dataclass(frozen=True)
@@ -165,32 +118,35 @@ def read_experiment(uri: str | None, name: str) -> Experiment:
         InputError: The store does not answer or has no such experiment, or none of its trials has ended.
     """
     uri = check_store_uri(uri, read_only=True)
-    with _answering(uri) as client:
+    with answering(uri) as client:
         experiment_id = _find(client, uri, name)
-        runs = list(_search(client, uri, experiment_id, ViewType.ACTIVE_ONLY))
-        deleted = sum(1 for _ in _search(client, uri, experiment_id, ViewType.DELETED_ONLY))
+        runs = list(_search(client, uri, experiment_id))
+        deleted = sum(1 for _ in _search(client, uri, experiment_id, view=ViewType.DELETED_ONLY))
     by_kind = _by_kind(runs)
     if not by_kind["trial"]:
         raise InputError(f"experiment '{name}' in {mask(uri)} has no trial yet; run python -m grid.run first")
-    parent_id, notes = _choose_parent(by_kind["grid"], by_kind["trial"])
-    manifest, problem = _parse_manifest(read_artifact(uri, parent_id, "grid.json") or b"{}")
+    parent = _choose_parent(by_kind["grid"], by_kind["trial"])
+    parent_id = parent.info.run_id if parent else ""
+    notes = _parent_notes(by_kind["grid"], by_kind["trial"])
+    files = read_artifacts(uri, parent_id, (MANIFEST, ROUNDS))
+    manifest, problem = _parse_manifest(files.get(MANIFEST) or b"{}")
     notes += [problem] if problem else []
-    rounds = _parse_rounds(read_artifact(uri, parent_id, ROUNDS) or b"[]")
-    trials, left_out = _tabulate(by_kind["trial"], "trial", rounds)
+    rounds = _parse_rounds(files.get(ROUNDS) or b"[]")
+    trials, left_out = tabulate(by_kind["trial"], "trial", rounds)
     if trials.empty:
         reasons = "; ".join(left_out)
         raise InputError(f"no trial of experiment '{name}' in {mask(uri)} has ended yet ({reasons}); wait for one")
-    finalists, left_out_finalists = _tabulate(by_kind["confirm"], "finalist", ())
+    finalists, left_out_finalists = tabulate(by_kind["confirm"], "finalist", ())
     foreign = len(by_kind[""])
     notes = [
         *left_out,
         *left_out_finalists,
-        *_lost_finalists(finalists),
+        *lost_finalists(finalists),
         *([f"{count(foreign, 'run')} left out: no tag kind=trial, kind=confirm or kind=grid"] if foreign else []),
         *([f"{count(deleted, 'run')} left out: deleted"] if deleted else []),
         *notes,
-        *_unfinished_rounds(rounds, trials),
-        *_unknown_chances(trials),
+        *unfinished_rounds(rounds, trials),
+        *unknown_chances(trials),
     ]
     return Experiment(uri, name, parent_id, trials, finalists, manifest, tuple(notes))
 
@@ -206,48 +162,46 @@ def read_manifests(uri: str | None, limit: int) -> Iterator[tuple[str, Mapping[s
         InputError: The store does not answer.
     """
     uri = check_store_uri(uri, must_exist=True)
-    with _answering(uri) as client:
+    with answering(uri) as client:
         experiments = client.search_experiments(order_by=["creation_time DESC"], max_results=limit)
         for experiment in experiments:
-            parents = client.search_runs([experiment.experiment_id], "tags.kind = 'grid'", max_results=1)
-            content = read_artifact(uri, parents[0].info.run_id, "grid.json") if parents else None
-            yield experiment.name, _parse_manifest(content or b"{}")[0]
+            yield experiment.name, _parse_manifest(_read_manifest(client, uri, experiment.experiment_id))[0]
+
+
+def _read_manifest(client: MlflowClient, uri: str, experiment_id: str) -> bytes:
+    runs = _search(client, uri, experiment_id, "tags.kind = 'grid'")
+    parents = [run for run in runs if is_parent(run.data.tags)]
+    parent = _choose_parent(parents, _search(client, uri, experiment_id, "tags.kind = 'trial'"))
+    if parent is None:
+        return b"{}"
+    with waiting_for(uri):
+        return artifact_contents(client, uri, parent, [MANIFEST]).get(MANIFEST) or b"{}"
 
 
 def _by_kind(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Return the runs of each kind; a run with a parent is no parent, and those of unknown kinds are under no name."""
+    """Return the runs of each kind; those of unknown kinds are under no name."""
     by_kind: dict[str, list[Run]] = {"grid": [], "trial": [], "confirm": [], "": []}
     for run in runs:
-        tags = run.data.tags
-        kind = tags.get("kind", "")
-        is_known = kind in by_kind and not (kind == "grid" and PARENT_TAG in tags)
+        kind = run.data.tags.get("kind", "")
+        is_known = kind in by_kind and (kind != "grid" or is_parent(run.data.tags))
         by_kind[kind if is_known else ""].append(run)
     return by_kind
 
 
-def _choose_parent(parents: Sequence[Run], trials: Iterable[Run]) -> tuple[str, list[str]]:
-    """Return the id of the run of kind `grid` that most trials name, empty if there is none; and what is wrong."""
+def _choose_parent(parents: Iterable[Run], trials: Iterable[Run]) -> Run | None:
+    runs = {run.info.run_id: run for run in sorted(parents, key=lambda run: run.info.start_time)}
+    return runs.get(choose_parent(list(runs), (run.data.tags.get(PARENT_TAG, "") for run in trials)))
+
+
+def _parent_notes(parents: Sequence[Run], trials: Iterable[Run]) -> list[str]:
+    """Return what is wrong with the runs of kind `grid`."""
     named = Counter(run.data.tags.get(PARENT_TAG, "") for run in trials)
-    ids = [run.info.run_id for run in sorted(parents, key=lambda run: run.info.start_time)]
-    notes = [f"{len(ids)} runs of kind grid: the one that most trials name counts"] if len(ids) > 1 else []
-    missing = [run_id for run_id in named if run_id and run_id not in ids]
-    notes += [
-        f"the run of kind grid that {count(named[run_id], 'trial')} name is missing, with grid.json and {ROUNDS}: "
+    missing = set(named) - {run.info.run_id for run in parents} - {""}
+    notes = [f"{len(parents)} runs of kind grid: the one that most trials name counts"] if len(parents) > 1 else []
+    return notes + [
+        f"the run of kind grid that {count(named[run_id], 'trial')} name is missing, with {MANIFEST} and {ROUNDS}: "
         f"restore run {run_id} in MLflow"
-        for run_id in missing
-    ]
-    return max(ids, key=lambda run_id: named[run_id], default=""), notes
-
-
-def _lost_finalists(finalists: pd.DataFrame) -> list[str]:
-    """Return notes on finalists' trainings that have no accuracy; no table of cells shows them."""
-    trainings = finalists["status"].value_counts()
-    cells = finalists.groupby("status")["cell_key"].nunique()
-    return [
-        f"{count(int(trainings[status]), 'training')} of {count(int(cells[status]), 'finalist')} {status}: "
-        "their means are over the remaining seeds"
-        for status in ("diverged", "failed")
-        if status in trainings
+        for run_id in sorted(missing)
     ]
 
 
@@ -257,9 +211,9 @@ def _parse_manifest(content: bytes) -> tuple[Mapping[str, Any], str]:
         manifest = json.loads(content)
         json.dumps(manifest, ensure_ascii=False).encode()  # else half a surrogate pair could not be printed
     except (ValueError, RecursionError) as error:
-        return {}, f"the manifest (grid.json) is damaged and was ignored: {first_line(error)}"
+        return {}, f"the manifest ({MANIFEST}) is damaged and was ignored: {first_line(error)}"
     if not isinstance(manifest, dict):
-        return {}, "the manifest (grid.json) is not a JSON object and was ignored"
+        return {}, f"the manifest ({MANIFEST}) is not a JSON object and was ignored"
     return manifest, ""
 
 
@@ -271,40 +225,6 @@ def _parse_rounds(content: bytes) -> Rounds | None:
         return None
 
 
-def _unfinished_rounds(rounds: Rounds | None, trials: pd.DataFrame) -> list[str]:
-    """Return a note on controls that were drawn and have not been trained to the end."""
-    if rounds is None:
-        return [f"{ROUNDS} is damaged, so the chances of controls are unknown"]
-    drawn = {key for each in rounds for key in each.drawn}
-    left = int(trials.loc[trials["status"] == "stopped", "trial_key"].isin(drawn).sum())
-    note = f"{count(left, 'control')} of --more-controls not trained to the end yet: run grid.run again"
-    return [note] if left else []
-
-
-def _unknown_chances(trials: pd.DataFrame) -> list[str]:
-    """Return a note on chances of being a control that some trials have and others lack; see `Sample.seen_chances`."""
-    probed = trials.loc[trials["stop_epoch"].notna(), "control_chance"]
-    unknown = int(probed.isna().sum())
-    if not unknown or trials["control_chance"].isna().all():
-        return []
-    return [f"{count(unknown, 'trial')} without a known chance of being a control: all chances count as equal"]
-
-
-def _combine_chances(trial: RecordedTrial, rounds: Rounds | None) -> float:
-    """Return the chance that a trial is a control in the end; one that ASHA stops has a chance in each later round."""
-    own, before = trial.control_chance, trial.rounds_before
-    if own is None or trial.stop_epoch is None:
-        return nan if own is None else own
-    drawn_later = trial.stopped_at is not None and trial.would_stop_at is not None
-    if rounds is None or before > len(rounds) or (drawn_later and not _is_drawn(trial, rounds)):
-        return nan
-    return 1 - (1 - own) * prod(1 - len(each.drawn) / each.among for each in rounds[before:])
-
-
-def _is_drawn(trial: RecordedTrial, rounds: Rounds) -> bool:
-    return any(trial.trial_key in each.drawn for each in rounds)
-
-
 def _whole(value: object, *, at_least: int) -> int | None:
     """Return a value if it is a whole number in range; another program may have written anything."""
     if not isinstance(value, int) or isinstance(value, bool):
@@ -313,21 +233,25 @@ def _whole(value: object, *, at_least: int) -> int | None:
 
 
 def read_artifact(uri: str, run_id: str, path: str) -> bytes | None:
-    """Return the content of a run's artifact; None if there is no such artifact.
+    """Return the content of a run's artifact; None if there is no such artifact. See `read_artifacts`."""
+    return read_artifacts(uri, run_id, [path]).get(path)
+
+
+def read_artifacts(uri: str, run_id: str, paths: Collection[str]) -> dict[str, bytes]:
+    """Return path -> content of those artifacts of a run that exist.
+
+    Args:
+        uri: Of the store.
+        run_id: Empty for no run, which has none.
+        paths: Such as `test/confusion.png`.
 
     Raises:
         InputError: The store does not answer.
     """
     if not run_id:
-        return None
-    folder, _, _ = path.rpartition("/")
-    with _answering(uri) as client, waiting_for(uri), tempfile.TemporaryDirectory() as target:
-        here = artifact_folder(uri, client.get_run(run_id).info.artifact_uri)
-        if here is not None:
-            return (here / path).read_bytes() if (here / path).exists() else None
-        if path not in (artifact.path for artifact in client.list_artifacts(run_id, folder or None)):
-            return None
-        return Path(client.download_artifacts(run_id, path, target)).read_bytes()
+        return {}
+    with answering(uri) as client, waiting_for(uri):
+        return artifact_contents(client, uri, client.get_run(run_id), paths)
 
 
 def read_commands(experiment: Experiment, command_ids: Iterable[str]) -> dict[str, Mapping[str, Any]]:
@@ -336,77 +260,18 @@ def read_commands(experiment: Experiment, command_ids: Iterable[str]) -> dict[st
     Raises:
         InputError: The store does not answer.
     """
-    uri, parent_id = experiment.uri, experiment.parent_id
-    contents = {name: read_artifact(uri, parent_id, f"commands/{name}.json") for name in command_ids}
-    return {name: _parse_manifest(content or b"{}")[0] for name, content in contents.items()}
-
-
-def read_curves(experiment: Experiment, run_ids: Iterable[str], metric: str = "val_accuracy") -> pd.DataFrame:
-    """Return a metric's values epoch by epoch.
-
-    MLflow returns the history of one run at a time, which is slow, so histories are cached as parquet in the user's
-    cache folder; a run is read again only after it has trained further.
-
-    Args:
-        experiment: From `read_experiment`.
-        run_ids: Of trials or finalists of the experiment.
-        metric: One of `grid.metrics.EPOCH_METRICS`.
-
-    Returns:
-        `run_id`, `epoch` (from 1) and a column named after the metric, sorted by run and epoch.
-
-    Raises:
-        InputError: The store does not answer.
-    """
-    both = pd.concat([experiment.trials[["run_id", "epochs_run"]], experiment.finalists[["run_id", "epochs_run"]]])
-    wanted = both[both["run_id"].isin(set(run_ids))].set_index("run_id")["epochs_run"]
-    path = _cache_folder() / f"{slug(experiment.uri, experiment.name)}-{metric}.parquet"
-    kept = _read_cache(path, metric)
-    kept = kept[kept["run_id"].map(both.set_index("run_id")["epochs_run"]) == kept["epochs_run"]]
-    missing = sorted(set(wanted.index) - set(kept["run_id"]))
-    if missing:
-        with _answering(experiment.uri) as client, ThreadPoolExecutor(HISTORY_THREADS) as threads:
-            answers = threads.map(lambda run_id: client.get_metric_history(run_id, metric), missing)
-            histories = [_wait_for_next(answers, experiment.uri) for _ in missing]
-        rows = [
-            (run_id, int(wanted[run_id]), epoch, value)
-            for run_id, history in zip(missing, histories, strict=True)
-            for epoch, value in first_values(history).items()
-            if 1 <= epoch <= wanted[run_id]
-        ]
-        kept = pd.concat([kept, pd.DataFrame(rows, columns=kept.columns).astype(kept.dtypes)], ignore_index=True)
-        _write_cache(path, kept)
-    chosen = kept[kept["run_id"].isin(wanted.index)]
-    return chosen.sort_values(["run_id", "epoch"], ignore_index=True)[["run_id", "epoch", metric]]
-
-
-def _wait_for_next(answers: Iterator[Any], uri: str) -> Any:
-    with waiting_for(uri):
-        return next(answers)
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "factorial-grid"
-
-
-def _read_cache(path: Path, metric: str) -> pd.DataFrame:
-    types = {"run_id": "str", "epochs_run": "int64", "epoch": "int64", metric: "float64"}
-    try:
-        return pd.read_parquet(path)[list(types)].astype(types)
-    except (OSError, KeyError, ValueError):  # pyarrow raises ValueError for a damaged file
-        return pd.DataFrame(columns=list(types)).astype(types)
-
-
-def _write_cache(path: Path, curves: pd.DataFrame) -> None:
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    with suppress(OSError):  # without a writable cache the answer is the same, only later
-        path.parent.mkdir(parents=True, exist_ok=True)
-        curves.to_parquet(unfinished, index=False)
-        unfinished.replace(path)
+    paths = {command_id: command_path(command_id) for command_id in command_ids}
+    contents = read_artifacts(experiment.uri, experiment.parent_id, paths.values())
+    return {command_id: _parse_manifest(contents.get(path) or b"{}")[0] for command_id, path in paths.items()}
 
 
 @contextmanager
-def _answering(uri: str) -> Iterator[MlflowClient]:
+def answering(uri: str) -> Iterator[MlflowClient]:
+    """Open a store for reading, and turn the errors of one that is down, locked or slow into an `InputError`.
+
+    Args:
+        uri: From `grid.store_uri.check_store_uri`.
+    """
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # it logs the tracebacks of what it also raises
     try:
@@ -459,12 +324,14 @@ def _find(client: MlflowClient, uri: str, name: str) -> str:
     return str(found.experiment_id)
 
 
-def _search(client: MlflowClient, uri: str, experiment_id: str, view: int) -> Iterator[Run]:
+def _search(
+    client: MlflowClient, uri: str, experiment_id: str, query: str = "", view: int = ViewType.ACTIVE_ONLY
+) -> Iterator[Run]:
     size = SERVER_PAGE_SIZE if uri.startswith("http") else PAGE_SIZE
     token = None
     while token != "":
         with _no_collection(), waiting_for(uri):
-            page = client.search_runs([experiment_id], "", view, size, page_token=token)
+            page = client.search_runs([experiment_id], query, view, size, page_token=token)
         yield from page
         token = page.token or ""
 
@@ -479,75 +346,3 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _tabulate(runs: list[Run], noun: str, rounds: Rounds | None) -> tuple[pd.DataFrame, list[str]]:
-    """Return the runs that have ended and are readable as a table, and a sentence on each kind of the others."""
-    read, unreadable = _read(runs)
-    ended = [trial for trial in read if trial.status]
-    counting = {trial.trial_key: trial for trial in sorted(ended, key=lambda trial: trial.precedence)}
-    rungs = [f"{RUNG_METRIC}{epoch}" for epoch in rung_epochs({name for each in ended for name in each.metrics})]
-    extra = rungs if noun == "trial" else [*rungs, *TEST_METRICS]
-    rows = [_row(counting[key], rounds) for key in sorted(counting)]
-    table = pd.DataFrame(rows, columns=[*COLUMNS, *extra]).astype(COLUMNS | dict.fromkeys(extra, "float64"))
-    table, strays = _drop_strays(table)
-    left_out = {"not ended yet": len(read) - len(ended), TWIN: len(ended) - len(counting)}
-    notes = [f"{count(number, noun)} left out: {why}" for why, number in left_out.items() if number]
-    return table, notes + describe_unreadable(unreadable, noun) + strays
-
-
-def _drop_strays(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """Drop the accuracies at epochs that are no rung, as most trials that trained so long have none there."""
-    strays = []
-    for epoch in rung_epochs(table.columns):
-        known = table[f"{RUNG_METRIC}{epoch}"].notna()
-        reached = (table["epochs_run"] >= epoch) & table["status"].isin(["completed", "stopped"])
-        if 2 * known.sum() < reached.sum():
-            strays.append((f"{RUNG_METRIC}{epoch}", int(known.sum())))
-    notes = [f"metric {name} of {count(number, 'trial')} ignored: it is no rung" for name, number in strays]
-    return table.drop(columns=[name for name, _ in strays]), notes
-
-
-def _read(runs: Iterable[Run]) -> tuple[list[RecordedTrial], Mapping[str, list[str]]]:
-    """Return the runs that are trials, and why the others are not -> their ids."""
-    read, unreadable = [], defaultdict(list)
-    for run in runs:
-        try:
-            read.append(read_trial(run.info.run_id, run.data.tags, run.data.params, run.data.metrics))
-        except UnreadableError as reason:
-            unreadable[str(reason)].append(run.info.run_id)
-    return read, unreadable
-
-
-def _row(trial: RecordedTrial, rounds: Rounds | None) -> dict[str, Any]:
-    config, metrics, stop_epoch = trial.config, trial.metrics, trial.stop_epoch
-    recorded = {*TEST_METRICS, *(f"{RUNG_METRIC}{epoch}" for epoch in rung_epochs(metrics))}
-    return {
-        "run_id": trial.run_id,
-        "trial_key": trial.trial_key,
-        "cell_key": config.cell_key,
-        **config.cell,
-        "seed": config.seed,
-        "lr_scale": config.lr_scale,
-        "epochs": config.epochs,
-        "status": trial.status,
-        "control": trial.control,
-        "control_chance": _combine_chances(trial, rounds),
-        "drawn_later": _is_drawn(trial, rounds or ()),
-        "stopped_at_epoch": nan if trial.stopped_at is None else float(trial.stopped_at),
-        "stop_epoch": nan if stop_epoch is None else float(stop_epoch),
-        "epochs_run": trial.epochs_run,
-        "final_val_accuracy": _final(trial.status, metrics),
-        "best_val_accuracy": metrics.get("best_val_accuracy", nan),
-        "epoch_seconds": metrics.get("epoch_seconds", nan),
-        "val_correct": trial.tags.get("val_correct", ""),
-        "command": trial.tags.get("command", ""),
-        "resumed_by": trial.tags.get("resumed_by", ""),
-        AS_VALIDATED_METRIC: metrics.get("test_accuracy", nan),
-        **{name: value for name, value in metrics.items() if name in recorded},
-    }
-
-
-def _final(status: str, metrics: Mapping[str, float]) -> float:
-    """Return the accuracy at the end of the budget: in older stores the last value, which MLflow keeps."""
-    return metrics.get(FINAL_METRIC, metrics.get("val_accuracy", nan)) if status == "completed" else nan

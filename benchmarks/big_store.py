@@ -26,10 +26,11 @@ import pandas as pd
 from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlMetric, SqlParam, SqlRun, SqlTag
 from sqlalchemy import create_engine, insert
 
+from analysis.curves import read_curves
 from analysis.estimates.rung_effects import measure_rung_effects
 from analysis.rank import rank_cells
 from analysis.stopping.figures import audit_stopping
-from analysis.store import Experiment, read_curves, read_experiment
+from analysis.store import Experiment, read_experiment
 from grid.arguments import Parser
 from grid.config import FACTORS, LEVELS, TrialConfig
 from grid.metrics import EPOCH_METRICS, RUNG_METRIC

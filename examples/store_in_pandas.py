@@ -7,7 +7,8 @@ import sys
 
 import matplotlib.pyplot as plt
 
-from analysis.store import read_curves, read_experiment
+from analysis.curves import read_curves
+from analysis.store import read_experiment
 from grid.config import FACTORS, cell_name
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 
-from analysis.store import read_artifact, read_curves, read_experiment
+from analysis.curves import read_curves
+from analysis.store import read_artifact, read_artifacts, read_experiment
 from grid.config import FACTORS, InputError, TrialConfig
 from grid.metrics import EpochReport
 from grid.record.recorder import Recorder
@@ -139,6 +141,17 @@ def test_tests_of_older_stores_compare_with_validation_by_their_plain_accuracy(s
 def test_a_missing_artifact_is_none(store: Store) -> None:
     assert read_artifact(store.uri, store.parent_id, "no/such.json") is None
     assert read_artifact(store.uri, "", "grid.json") is None
+
+
+def test_all_artifacts_of_a_run_are_read_with_one_question(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.attach(store.parent_id, {"a.txt": b"a", "commands/b.json": b"b"})
+    asked: list[str] = []
+    get_run = MlflowClient.get_run
+    monkeypatch.setattr(MlflowClient, "get_run", lambda self, run_id: asked.append(run_id) or get_run(self, run_id))
+    paths = ["a.txt", "commands/b.json", "commands/c.json"]
+    assert read_artifacts(store.uri, store.parent_id, paths) == {"a.txt": b"a", "commands/b.json": b"b"}
+    assert read_artifacts(store.uri, "", paths) == {}
+    assert asked == [store.parent_id]
 
 
 def test_of_two_runs_of_a_trial_the_longer_counts_with_a_note_on_the_other(store: Store, tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from analysis.store import read_curves, read_experiment
+from analysis.curves import read_curves
+from analysis.store import read_experiment
 from benchmarks import big_store
 from benchmarks.big_store import (
     EPOCHS,

@@ -101,6 +101,6 @@ def test_files_are_renamed_in_one_place_which_syncs_them() -> None:
         if of_files:
             found[str(path.relative_to(ROOT))] = of_files
     assert found == {
-        "analysis/store.py": ["unfinished.replace(path)"],  # a cache, which is read again if it is damaged
+        "analysis/curves.py": ["unfinished.replace(path)"],  # a cache, which is read again if it is damaged
         "grid/files.py": ["unfinished.replace(path)"],
     }

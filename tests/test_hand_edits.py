@@ -20,9 +20,10 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from analysis.curves import read_curves
 from analysis.page.render import _subtitle
 from analysis.rank import format_ranking, rank_cells
-from analysis.store import Experiment, read_curves, read_experiment
+from analysis.store import Experiment, read_experiment
 from analysis.verdict import Verdict, analyse, headline
 from grid.config import InputError
 from grid.confirm import _parser as confirm_parser

@@ -7,7 +7,8 @@ import pytest
 
 from analysis.page.provenance import command_table
 from analysis.page.render import render
-from analysis.store import COLUMNS, Experiment, read_experiment
+from analysis.store import Experiment, read_experiment
+from analysis.trial_table import COLUMNS
 from analysis.verdict import analyse
 from grid.record.commands import record_command
 from grid.record.store import Store

@@ -269,7 +269,8 @@ for settings in json.loads(sys.argv[2]):
 
 READ = """
 import json, sys
-from analysis.store import read_curves, read_experiment
+from analysis.curves import read_curves
+from analysis.store import read_experiment
 experiment = read_experiment(sys.argv[1], "recipes")
 norms = read_curves(experiment, experiment.trials["run_id"], "weight_norm")
 trials = experiment.trials.merge(norms, on="run_id")

@@ -71,6 +71,16 @@ def test_a_grid_with_too_few_controls_and_a_damaged_manifest_are_passed_over(sto
     assert 0 < prior.around_levels < 0.05
 
 
+def test_a_trial_whose_kind_was_changed_is_no_description_of_its_grid(store: Store, tmp_path: Path) -> None:
+    train(store, tmp_path, "edited")
+    edited = Store(store.uri, "edited")
+    edited.create()
+    edited.client.set_tag(next(iter(edited.run_ids().values())), "kind", "grid")
+    prior = find_prior(store.uri, **WANTED)
+    assert prior is not None
+    assert prior.experiment == "edited"
+
+
 def test_without_a_store_there_is_no_prior_and_none_is_created(tmp_path: Path) -> None:
     assert find_prior(f"sqlite:///{tmp_path}/none.db", **WANTED) is None
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from analysis.store import COLUMNS
+from analysis.trial_table import COLUMNS
 from grid.config import TrialConfig
 from grid.metrics import EPOCH_METRICS, FINAL_METRIC, RUNG_METRIC, TEST_METRICS
 from grid.record.commands import commands_of, read_command

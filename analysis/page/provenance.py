@@ -1,6 +1,5 @@
 """Which commands trained an experiment, and by which code."""
 
-import re
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -10,9 +9,8 @@ import pandas as pd
 from analysis.page.sections import Table
 from analysis.store import Experiment, read_commands
 from grid.masking import mask_arguments
+from grid.recorded import COMMAND_ID
 from grid.wording import count
-
-COMMAND_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 
 
 def command_table(experiment: Experiment) -> Table | None:

@@ -11,9 +11,10 @@ from markupsafe import Markup
 
 from analysis import plot
 from analysis.audit import WORDING, caption_of
+from analysis.curves import read_curves
 from analysis.formatting import INTERVAL, format_table, hundredths, number, percent, points, sentence
 from analysis.stopping.figures import Audit
-from analysis.store import read_artifact, read_curves
+from analysis.store import read_artifact, read_artifacts
 from analysis.verdict import Unavailable, Verdict, name_of
 from grid.wording import count
 
@@ -323,13 +324,14 @@ def _readings(verdict: Verdict) -> Iterator[Figure]:
         return
     run = of_best.sort_values("final_val_accuracy").iloc[-1].to_dict()
     net = f"{name_of(run)}, seed {run['seed']}"
-    pairs, classes = (_read_table(verdict, run["run_id"], name) for name in ("confused_pairs", "per_class"))
-    if pairs is not None and (matrix := read_artifact(experiment.uri, run["run_id"], "test/confusion.png")):
-        yield Figure(
-            f"Which characters are confused: {net}", _image(matrix, "confusion matrix"), format_table(pairs.head(PAIRS))
-        )
-    if classes is not None and (sheet := read_artifact(experiment.uri, run["run_id"], "test/mistakes.png")):
-        hardest = classes.sort_values("accuracy").head(HARDEST)
+    names = ("confused_pairs.csv", "per_class.csv", "confusion.png", "mistakes.png")
+    files = read_artifacts(experiment.uri, run["run_id"], [f"test/{name}" for name in names])
+    pairs, classes, matrix, sheet = (files.get(f"test/{name}") for name in names)
+    if pairs and matrix:
+        table = format_table(_read_table(pairs).head(PAIRS))
+        yield Figure(f"Which characters are confused: {net}", _image(matrix, "confusion matrix"), table)
+    if classes and sheet:
+        hardest = _read_table(classes).sort_values("accuracy").head(HARDEST)
         yield Figure(
             "Its most confident mistakes, and (as numbers) the characters it misread most",
             _image(sheet, "mistakes"),
@@ -337,10 +339,9 @@ def _readings(verdict: Verdict) -> Iterator[Figure]:
         )
 
 
-def _read_table(verdict: Verdict, run_id: str, name: str) -> pd.DataFrame | None:
-    content = read_artifact(verdict.experiment.uri, run_id, f"test/{name}.csv")
+def _read_table(content: bytes) -> pd.DataFrame:
     characters = dict.fromkeys(("true", "predicted", "character"), "str")  # a 4 is a character here
-    return None if content is None else pd.read_csv(io.BytesIO(content), dtype=characters)
+    return pd.read_csv(io.BytesIO(content), dtype=characters)
 
 
 def _image(png: bytes, name: str) -> Markup:

@@ -16,7 +16,8 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.store import read_curves, read_experiment
+from analysis.curves import read_curves
+from analysis.store import read_experiment
 from grid.arguments import Parser, add_experiment, add_store, run_command
 from grid.config import FACTORS, LEVELS, InputError
 from grid.wording import count
