@@ -6,7 +6,7 @@ Standard library only, so that everything can import it at no cost.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from math import inf, isfinite
 from typing import Any
@@ -32,8 +32,25 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """Every setting that takes one of a few names, with these names."""
 
+GIVEN_OTHERWISE = {
+    "seed": "--seeds gives the number of replicates",
+    "shared_seed": "finalists share their seeds, the trials of a grid do not",
+    "lr_scale": "--lr-scales takes the factors on the learning rate",
+    "learning_rate": "--lr-scales multiplies the base rate of each optimizer",
+    "epochs": "--epochs takes the budget, the same for all trials",
+    "device": "the machines that train decide it",
+    "precision": "--precision takes it",
+    "data": "--data takes it",
+    "data_fingerprint": "--data and --per-class decide it",
+    "numerics_version": "the code decides it",
+}
+"""Every field of a trial that is neither a factor nor a setting, and what decides it."""
+
 STEP_PARTS = 3
 """The schedule `step` lowers the rate after each of so many equal parts of the budget; up to then it is `constant`."""
+
+DECAYS = ("momentum", "beta1", "beta2", "rmsprop_decay")
+"""Settings that are the decay of a mean over steps."""
 
 NUMERICS_VERSION = 5
 """Raised by hand whenever a code change alters the numbers that a trial yields; part of every trial key."""
@@ -44,6 +61,18 @@ Params = dict[str, str]
 
 class InputError(ValueError):
     """Input that can't be used. Its text is one line: what is wrong, what is allowed, what to do."""
+
+
+def _later(default: Any) -> Any:
+    """Give a field that stores have not always had its default, at which it is no part of a trial's key."""
+    return field(default=default, metadata={"later": True})
+
+
+def format_value(value: str | float | bool) -> str:
+    """Return a value of a configuration as MLflow stores it; `_parse` inverts it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return repr(value) if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +125,24 @@ class TrialConfig:
     """Width of the CNN's dense layer. 1 or more."""
     initialization: str = "norm_aware"
     """How the initial weights are drawn; a name in `CHOICES["initialization"]`."""
+    momentum: float = _later(0.9)
+    """Of `sgd`, in [0, 1)."""
+    beta1: float = _later(0.9)
+    """Decay of the mean of the gradients, in [0, 1), of `adam`, `adamw` and `nadam`."""
+    beta2: float = _later(0.999)
+    """Decay of the mean of the squared gradients, in [0, 1), of `adam`, `adamw` and `nadam`."""
+    rmsprop_decay: float = _later(0.99)
+    """Decay of the mean of the squared gradients of `rmsprop`, in [0, 1)."""
+    weight_decay: float = _later(0.01)
+    """Of `adamw`, apart from the loss. 0 or more."""
+    final_share: float = _later(0.01)
+    """Last learning rate of `step` and `exponential`, as a share of the peak rate, in (0, 1]."""
+    warmup_share: float = _later(0.3)
+    """Share of the budget over which `one_cycle` raises the learning rate, in (0, 1)."""
+    plateau_factor: float = _later(0.3)
+    """By which `plateau` lowers the learning rate, in (0, 1)."""
+    plateau_patience: float = _later(0.1)
+    """Share of the budget, at least one epoch, for which `plateau` waits for a lower validation loss. 0 to 1."""
 
     device: str = "cpu"
     """Kind of device to train on: `cpu` or `cuda`."""
@@ -134,6 +181,12 @@ class TrialConfig:
             ("hidden_sizes", "whole numbers above 0 joined by '-'", _are_sizes(self.hidden_sizes)),
             ("channels", "whole numbers above 0 joined by '-'", _are_sizes(self.channels)),
             ("dense_size", "1 or more", self.dense_size >= 1),
+            *((name, "0 or more and below 1", 0 <= getattr(self, name) < 1) for name in DECAYS),
+            ("weight_decay", "finite and 0 or more", 0 <= self.weight_decay < inf),
+            ("final_share", "above 0 and at most 1", 0 < self.final_share <= 1),
+            ("warmup_share", "between 0 and 1, both excluded", 0 < self.warmup_share < 1),
+            ("plateau_factor", "between 0 and 1, both excluded", 0 < self.plateau_factor < 1),
+            ("plateau_patience", "0 to 1", 0 <= self.plateau_patience <= 1),
             *((name, " or ".join(choices), getattr(self, name) in choices) for name, choices in CHOICES.items()),
         ]
 
@@ -149,8 +202,8 @@ class TrialConfig:
 
     @cached_property
     def trial_key(self) -> str:
-        """Short hash of all fields: one key, one training, one live MLflow run."""
-        return _hash(self.to_params())
+        """Short hash of all fields, later ones only if changed: one key, one training, one live MLflow run."""
+        return _hash({name: value for name, value in self.to_params().items() if DEFAULTS.get(name) != value})
 
     @property
     def name(self) -> str:
@@ -182,10 +235,37 @@ class TrialConfig:
         return cls(**known)
 
 
+DEFAULTS: Params = {
+    each.name: format_value(getattr(TrialConfig, each.name)) for each in fields(TrialConfig) if "later" in each.metadata
+}
+"""The default of every field that stores have not always had; a run without it has this value."""
+
+SETTINGS = tuple(each.name for each in fields(TrialConfig) if each.name not in (*FACTORS, *GIVEN_OTHERWISE))
+"""Every field of a trial that all trials of a grid share unless the grid varies it."""
+
+
 def cell_name(cell: Mapping[str, str]) -> str:
     """Return a cell's name for people, such as `cnn cosine gelu adam batch_norm`: neither `off` nor `none` is shown."""
     words = [factor if cell[factor] == "on" else cell[factor] for factor in FACTORS if factor in cell]
     return " ".join(word for word in words if word not in ("off", "none"))
+
+
+def changed_settings(settings: Params) -> Params:
+    """Return the settings that differ from their defaults, as MLflow stores them.
+
+    Raises:
+        InputError: One of them is no setting of a trial, or a value is not in its range.
+    """
+    for name in settings:
+        if name in FACTORS:
+            raise InputError(f"{name} is a factor: give --only {name}={settings[name]}")
+        if name in GIVEN_OTHERWISE:
+            raise InputError(f"{name} can't be set: {GIVEN_OTHERWISE[name]}")
+        if name not in SETTINGS:
+            raise InputError(f"unknown setting '{name}'; choose from {', '.join(sorted(SETTINGS))}")
+    default = TrialConfig(learning_rate=1.0, epochs=1).to_params()
+    changed = TrialConfig.from_params({**default, **settings}).to_params()
+    return {name: value for name, value in changed.items() if default[name] != value}
 
 
 def check_level(factor: str, level: str) -> None:
@@ -209,13 +289,6 @@ def _level_problem(factor: str, level: str) -> str:
 
 def _are_sizes(sizes: str) -> bool:
     return all(size.isdecimal() and int(size) > 0 for size in sizes.split("-"))
-
-
-def format_value(value: str | float | bool) -> str:
-    """Return a value of a configuration as MLflow stores it; `_parse` inverts it."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return repr(value) if isinstance(value, float) else str(value)
 
 
 def _parse(name: str, kind: Any, text: str) -> Any:

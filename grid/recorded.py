@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from math import isfinite
 from typing import Protocol
 
-from grid.config import FACTORS, NUMERICS_VERSION, InputError, TrialConfig
+from grid.config import DEFAULTS, FACTORS, NUMERICS_VERSION, InputError, TrialConfig
 from grid.metrics import FINAL_METRIC, FINAL_STATUSES, RUNG_METRIC, STATUSES, TEST_METRICS, rung_epochs
 from grid.wording import count
 
@@ -221,7 +221,7 @@ def _key(run_id: str, tags: Mapping[str, str], params: Mapping[str, str], config
 
 
 def _has_all(params: Mapping[str, str]) -> bool:
-    return all(field.name in params for field in fields(TrialConfig))
+    return all(field.name in params or field.name in DEFAULTS for field in fields(TrialConfig))
 
 
 def _status(tags: Mapping[str, str]) -> str:

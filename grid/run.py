@@ -22,7 +22,7 @@ from grid.arguments import (
     add_workers,
     run_command,
 )
-from grid.config import FACTORS, InputError
+from grid.config import FACTORS, SETTINGS, InputError, changed_settings
 from grid.data.catalogue import NAMES
 from grid.plan.asha import NO_STOPPING, StoppingRule
 from grid.plan.request import DEFAULT_CONTROLS, Request, check_address, check_folder_name, check_storage
@@ -111,6 +111,7 @@ def read_request(options: argparse.Namespace) -> Request:
     return Request(
         grid=options.grid,
         levels=levels,
+        settings=_read_settings(options.set),
         data=data,
         data_dir=check_folder_name("--data-dir", options.data_dir),
         per_class=grid.per_class if options.per_class is None else options.per_class,
@@ -161,6 +162,13 @@ def _add_training(what: Options) -> None:
         default=[],
         metavar="FACTOR=LEVEL[,LEVEL]",
         help="restrict a factor to some of its levels; may be repeated",
+    )
+    what.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SETTING=VALUE",
+        help="of all trials, such as batch_size=256; may be repeated",
     )
     what.add_argument("--data", metavar="NAME", help=f"{', '.join(NAMES)} (the grid's own)")
     add_data_dir(what)
@@ -219,12 +227,26 @@ def _default_name(options: argparse.Namespace, data: str) -> str:
     parts = [options.grid, data]
     parts += [] if options.per_class is None else [f"{options.per_class}-per-class"]
     parts += [] if options.epochs is None else [f"{options.epochs}-epochs"]
+    parts += [f"{name}-{value}" for name, value in sorted(_read_settings(options.set).items())]
     parts += ["no-stopping"] if options.no_stopping else []
     return "-".join(parts)
 
 
 def _describe(grid: str, question: str) -> str:
     return textwrap.fill(question, 79, initial_indent=f"  {grid:<12}", subsequent_indent=" " * 14)
+
+
+def _read_settings(texts: Sequence[str]) -> dict[str, str]:
+    """Return the settings that differ from the defaults, as strings."""
+    settings: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--set takes SETTING=VALUE, got '{text}'; settings: {', '.join(SETTINGS)}")
+        if settings.get(name, value) != value:
+            raise InputError(f"--set gives {name} twice, {settings[name]} and {value}; give it once")
+        settings[name] = value
+    return changed_settings(settings)
 
 
 def _split_only(text: str) -> tuple[str, tuple[str, ...]]:

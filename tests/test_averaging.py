@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from grid.config import TrialConfig
 from grid.train.averaging import averaged_weights
 from grid.train.optimizers import OPTIMIZERS, build_optimizer
 from nets.dropout import SeededDropout
@@ -21,7 +22,8 @@ def trained(
     torch.manual_seed(0)
     masks = torch.Generator().manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), SeededDropout(0.5, masks), nn.Linear(8, 1))
-    optimizer = build_optimizer(name, net.parameters(), learning_rate=0.1, fused=False, average_from_step=AVERAGE_FROM)
+    config = TrialConfig(optimizer=name, learning_rate=0.1, epochs=1)
+    optimizer = build_optimizer(config, net.parameters(), average_from_step=AVERAGE_FROM)
     path = []
     for step in range(steps):
         optimizer.zero_grad()
@@ -103,7 +105,8 @@ def test_the_averaged_net_predicts_differently_from_the_last_one():
 
 def test_a_net_without_norms_reads_no_batch():
     net = nn.Sequential(nn.Linear(4, 1))
-    optimizer = build_optimizer("asgd", net.parameters(), learning_rate=0.1, fused=False, average_from_step=0)
+    config = TrialConfig(optimizer="asgd", learning_rate=0.1, epochs=1)
+    optimizer = build_optimizer(config, net.parameters(), average_from_step=0)
     net(INPUTS).sum().backward()
     optimizer.step()
     batches = iter(BATCHES)

@@ -29,7 +29,7 @@ def edit(file: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("grid/train/optimizers.py", "momentum=0.9", "momentum=0.0"),
+        ("grid/config.py", "momentum: float = _later(0.9)", "momentum: float = _later(0.0)"),
         ("grid/train/schedules.py", "(STEP_PARTS - 1)", "STEP_PARTS"),
         ("grid/train/trial.py", "(levels - mean) ** 2", "levels**2"),
         ("nets/blocks.py", "bias=", "bias=not "),

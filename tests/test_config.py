@@ -7,7 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grid.config import FACTORS, LEVELS, InputError, TrialConfig, cell_name, check_level, parse_sizes
+from grid.config import (
+    DEFAULTS,
+    FACTORS,
+    GIVEN_OTHERWISE,
+    LEVELS,
+    SETTINGS,
+    InputError,
+    TrialConfig,
+    cell_name,
+    changed_settings,
+    check_level,
+    parse_sizes,
+)
 
 levels = st.fixed_dictionaries({factor: st.sampled_from(names) for factor, names in LEVELS.items()})
 configs = st.builds(
@@ -54,6 +66,62 @@ def test_every_field_changes_the_trial_key(name: str) -> None:
     if changed is None:
         changed = value + 1 if isinstance(value, int) else value / 2
     assert replace(plain, **{name: changed}).trial_key != plain.trial_key
+
+
+@pytest.mark.parametrize(
+    ("config", "trial_key", "cell_key"),
+    [
+        (plain, "b8c5625b3c12f4e2", "8fdb9b0534c4ff33"),
+        (
+            TrialConfig(
+                model="cnn",
+                lr_schedule="one_cycle",
+                activation="gelu",
+                optimizer="adamw",
+                batch_norm=True,
+                regularization="l1",
+                dropout=True,
+                seed=3,
+                lr_scale=0.5,
+                learning_rate=0.002,
+                epochs=27,
+                batch_size=256,
+                device="cuda",
+                precision="bfloat16",
+                memory_format="channels_last",
+                fused=True,
+                data="emnist-balanced",
+                data_fingerprint="0123456789abcdef",
+            ),
+            "e2a7ae675e782282",
+            "e5069cf944f7ff82",
+        ),
+    ],
+)
+def test_keys_are_those_of_the_first_stores_with_this_version_of_the_numbers(
+    config: TrialConfig, trial_key: str, cell_key: str
+) -> None:
+    assert (config.trial_key, config.cell_key) == (trial_key, cell_key)
+
+
+def test_runs_from_before_a_setting_existed_are_those_with_its_default() -> None:
+    old = {name: value for name, value in plain.to_params().items() if name not in DEFAULTS}
+    assert set(DEFAULTS) == {
+        *("momentum", "beta1", "beta2", "rmsprop_decay", "weight_decay"),
+        *("final_share", "warmup_share", "plateau_factor", "plateau_patience"),
+    }
+    assert TrialConfig.from_params(old) == plain
+
+
+def test_only_settings_that_differ_from_their_defaults_count() -> None:
+    assert changed_settings({"momentum": "0.90", "batch_size": "0256"}) == {"batch_size": "256"}
+
+
+def test_every_field_is_a_factor_or_a_setting_or_decided_otherwise() -> None:
+    assert {*FACTORS, *SETTINGS, *GIVEN_OTHERWISE} == {field.name for field in fields(TrialConfig)}
+    for name in GIVEN_OTHERWISE:
+        with pytest.raises(InputError, match=f"^{name} can't be set: "):
+            changed_settings({name: getattr(plain, name)})
 
 
 def test_the_cell_key_is_shared_by_replicates_and_nuisance_levels() -> None:

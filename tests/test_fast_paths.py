@@ -15,7 +15,7 @@ from grid.data.load import load
 from grid.train import trial as trial_module
 from grid.train.optimizers import OPTIMIZERS
 from grid.train.penalties import penalised_weights
-from grid.train.schedules import SCHEDULES, Horizon
+from grid.train.schedules import SCHEDULES
 from grid.train.trial import DeviceData, Trial
 from nets.dropout import SeededDropout
 from nets.pooling import PooledActivation
@@ -75,9 +75,12 @@ def plain_losses(config: TrialConfig, data: DeviceData) -> list[float]:
     trial = Trial(config, data)
     net = trial.net.to(memory_format=torch.contiguous_format)
     layers, weights = list(plain_layers(net)), penalised_weights(net)
-    optimizer = OPTIMIZERS[config.optimizer].build(net.parameters(), lr=config.learning_rate, foreach=False)
+    optimizer_spec = OPTIMIZERS[config.optimizer]
+    optimizer = optimizer_spec.build(
+        net.parameters(), lr=config.learning_rate, foreach=False, **optimizer_spec.options(config)
+    )
     steps = len(data.train_labels) // BATCH
-    scheduler = SCHEDULES[config.lr_schedule](optimizer, Horizon(config.epochs, steps, config.learning_rate))
+    scheduler = SCHEDULES[config.lr_schedule](config, optimizer, config.epochs * steps)
     losses = []
     for _ in range(config.epochs):
         order = torch.randperm(len(data.train_labels), generator=trial._order)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from grid.config import CHOICES
+from grid.config import CHOICES, TrialConfig
 from grid.train.optimizers import base_learning_rate, build_optimizer
 from nets.activations import ACTIVATIONS, gain
 from nets.blocks import Techniques, block, conv3x3, linear, output
@@ -87,7 +87,8 @@ def final_loss(rule: str, activation: str, optimizer: str) -> float:
     """Return the loss of ten layers after 400 steps on eight classes that differ by their mean."""
     net, draws = ten_layers(rule, activation), generator()
     rate = base_learning_rate({"optimizer": optimizer, "batch_norm": "off", "model": "mlp"})
-    stepper = build_optimizer(optimizer, net.parameters(), learning_rate=rate, fused=False, average_from_step=1)
+    config = TrialConfig(optimizer=optimizer, learning_rate=rate, epochs=1)
+    stepper = build_optimizer(config, net.parameters(), average_from_step=1)
     centres = torch.randn(8, 64, generator=draws) / 2
     for _ in range(400):
         labels = torch.randint(0, 8, (64,), generator=draws)

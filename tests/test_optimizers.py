@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from grid.config import LEVELS
+from grid.config import LEVELS, TrialConfig
 from grid.train.optimizers import OPTIMIZERS, build_optimizer
 
 CURVATURES = torch.linspace(0.5, 2.0, 10)
@@ -14,11 +14,9 @@ def parameter() -> nn.Parameter:
     return nn.Parameter(torch.linspace(-1.0, 1.0, 10))
 
 
-def optimizer_of(name: str, weights: nn.Parameter, *, fused: bool = False, average_from_step: int = 1):
-    learning_rate = OPTIMIZERS[name].base_learning_rate
-    return build_optimizer(
-        name, [weights], learning_rate=learning_rate, fused=fused, average_from_step=average_from_step
-    )
+def optimizer_of(name: str, weights: nn.Parameter, *, average_from_step: int = 1, **settings):
+    settings = {"learning_rate": OPTIMIZERS[name].base_learning_rate, "epochs": 1, **settings}
+    return build_optimizer(TrialConfig(optimizer=name, **settings), [weights], average_from_step=average_from_step)
 
 
 def descend(optimizer: torch.optim.Optimizer, weights: nn.Parameter, steps: int) -> list[torch.Tensor]:
@@ -48,7 +46,7 @@ def test_base_learning_rates_are_above_zero_and_below_one(name):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_given_learning_rate_is_used(name):
-    optimizer = build_optimizer(name, [parameter()], learning_rate=0.25, fused=False, average_from_step=1)
+    optimizer = optimizer_of(name, parameter(), learning_rate=0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25]
 
 
@@ -104,3 +102,27 @@ def test_asgd_begins_to_average_after_the_given_step():
     assert torch.equal(optimizer.state[weights]["ax"], path[6])
     path += descend(optimizer, weights, steps=13)
     torch.testing.assert_close(optimizer.state[weights]["ax"], torch.stack(path[6:]).mean(dim=0))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "option", "value"),
+    [
+        ("sgd", {"momentum": 0.5}, "momentum", 0.5),
+        ("adam", {"beta1": 0.8, "beta2": 0.95}, "betas", (0.8, 0.95)),
+        ("adamw", {"beta1": 0.8, "beta2": 0.95}, "betas", (0.8, 0.95)),
+        ("nadam", {"beta1": 0.8, "beta2": 0.95}, "betas", (0.8, 0.95)),
+        ("adamw", {"weight_decay": 0.5}, "weight_decay", 0.5),
+        ("rmsprop", {"rmsprop_decay": 0.9}, "alpha", 0.9),
+    ],
+)
+def test_settings_of_an_optimizer_are_used(name, settings, option, value):
+    assert optimizer_of(name, parameter(), **settings).param_groups[0][option] == value
+
+
+@pytest.mark.parametrize("name", set(OPTIMIZERS) - {"sgd", "asgd", "adamw"})
+def test_the_defaults_are_torch_s_own(name):
+    kind = type(optimizer_of(name, parameter()))
+    own, ours = kind([parameter()]).param_groups[0], optimizer_of(name, parameter()).param_groups[0]
+    assert {option: ours[option] for option in own if option not in ("params", "lr")} == {
+        option: value for option, value in own.items() if option not in ("params", "lr")
+    }

@@ -194,7 +194,7 @@ def test_momentum_that_was_changed_in_the_table_is_not_mixed_in_silently(glyphs_
 
     assert run(*grid).returncode == 0
     table = tmp_path / "grid" / "train" / "optimizers.py"
-    table.write_text(table.read_text().replace("momentum=0.9", "momentum=0.0"))
+    table.write_text(table.read_text().replace('"momentum": config.momentum', '"momentum": 0.0'))
     for command in ([*grid, "--seeds", "2"], ["grid.confirm", "--top", "1", "--seeds", "1", *shared]):
         refused = run(*command)
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr

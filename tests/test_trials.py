@@ -43,6 +43,16 @@ def test_the_precision_can_be_chosen() -> None:
     assert {trial.precision for trial in plan("--grid", "smoke", "--precision", "float32").trials} == {"float32"}
 
 
+def test_settings_are_those_of_all_trials_and_part_of_the_name_only_if_they_change_something() -> None:
+    options = ["--grid", "smoke", "--set", "batch_size=64", "--set", "momentum=0.50", "--set", "beta1=0.9"]
+    trials = plan(*options).trials
+    assert {(trial.batch_size, trial.momentum, trial.beta1) for trial in trials} == {(64, 0.5, 0.9)}
+    request = read_request(_parser().parse_args(options))
+    assert request.experiment == "smoke-glyphs-batch_size-64-momentum-0.5"
+    with pytest.raises(InputError, match=r"other settings: momentum \(0.9, now 0.5\);"):
+        check_comparable(trials, plan("--grid", "smoke", "--set", "batch_size=64").trials, "x")
+
+
 def test_the_same_request_is_the_same_plan() -> None:
     assert plan("--grid", "smoke") == plan("--grid", "smoke")
 

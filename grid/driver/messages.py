@@ -31,6 +31,8 @@ def describe_plan(request: Request, plan: Plan) -> dict[str, str]:
         f"{len(plan.trials):,} = cells x {count(request.seeds, 'seed')} x "
         f"{count(len(request.lr_scales), 'lr scale')}; {_describe_controls(request, plan)}"
     )
+    if request.settings:
+        facts["settings"] = ", ".join(f"{name}={value}" for name, value in request.settings.items())
     facts["budget"] = f"{count(request.epochs, 'epoch')}; {_describe_rule(plan.rule, request.epochs)}"
     if not is_default(request.store):
         facts["store"] = mask(request.store)

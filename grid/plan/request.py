@@ -4,7 +4,8 @@ import os
 import shlex
 import socket
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from grid.config import FACTORS, InputError
@@ -57,6 +58,8 @@ class Request(Place):
     """Name in `GRIDS`."""
     levels: Levels
     """The levels to cross: the grid's own, narrowed by `--only`."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Those of all trials, from `--set`, where they differ from the defaults of `TrialConfig`."""
     data: str
     """Name in `DATASETS`."""
     per_class: int | None

@@ -53,6 +53,7 @@ def make_plan(request: Request, *, packing: Packing, fingerprint: str, begun: Ma
     cells, excluded = cross(request.levels)
     shared = {
         **numeric_settings(packing.device, request.precision, packing.bfloat16),
+        **request.settings,
         "epochs": str(request.epochs),
         "data": request.data,
         "data_fingerprint": fingerprint,

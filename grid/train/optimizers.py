@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.optim import ASGD, SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
+
+from grid.config import TrialConfig
 
 
 @dataclass(frozen=True)
@@ -13,23 +15,31 @@ class OptimizerSpec:
     """One row of `OPTIMIZERS`."""
 
     build: Callable[..., Optimizer]
-    """Called with the parameters and `lr`."""
+    """Called with the parameters, `lr` and the options."""
     base_learning_rate: float
     """Learning rate at `lr_scale` 1."""
     fused: bool
     """Whether torch has a fused kernel for it, which updates all weights at once."""
+    options: Callable[[TrialConfig], Mapping[str, Any]] = lambda config: {}
+    """What a configuration sets of it, beside the learning rate."""
+
+
+def _betas(config: TrialConfig) -> dict[str, Any]:
+    return {"betas": (config.beta1, config.beta2)}
 
 
 OPTIMIZERS: dict[str, OptimizerSpec] = {
-    "sgd": OptimizerSpec(partial(SGD, momentum=0.9), 0.05, fused=True),
-    "adam": OptimizerSpec(Adam, 2e-3, fused=True),
-    "rmsprop": OptimizerSpec(RMSprop, 1e-3, fused=False),
-    "asgd": OptimizerSpec(partial(ASGD, lambd=0.0), 0.5, fused=False),
+    "sgd": OptimizerSpec(SGD, 0.05, fused=True, options=lambda config: {"momentum": config.momentum}),
+    "adam": OptimizerSpec(Adam, 2e-3, fused=True, options=_betas),
+    "rmsprop": OptimizerSpec(RMSprop, 1e-3, fused=False, options=lambda config: {"alpha": config.rmsprop_decay}),
+    "asgd": OptimizerSpec(ASGD, 0.5, fused=False, options=lambda config: {"lambd": 0.0}),
     "adagrad": OptimizerSpec(Adagrad, 2e-2, fused=True),
-    "adamw": OptimizerSpec(partial(AdamW, weight_decay=1e-2), 2e-3, fused=True),
-    "nadam": OptimizerSpec(NAdam, 2e-3, fused=False),
+    "adamw": OptimizerSpec(
+        AdamW, 2e-3, fused=True, options=lambda config: _betas(config) | {"weight_decay": config.weight_decay}
+    ),
+    "nadam": OptimizerSpec(NAdam, 2e-3, fused=False, options=_betas),
 }
-"""Name -> factory and base learning rate.
+"""Name -> factory, base learning rate, and what a configuration sets of it.
 
 The base rates were measured by `python -m benchmarks.base_rates` on real images (the table is in LOG.md). `adamw`
 decays weights separately from the loss. `asgd` has torch's decay term turned off, as decay is what the factor
@@ -51,20 +61,17 @@ def base_learning_rate(cell: Mapping[str, str]) -> float:
     return OPTIMIZERS[cell["optimizer"]].base_learning_rate
 
 
-def build_optimizer(
-    name: str, parameters: Iterable[nn.Parameter], *, learning_rate: float, fused: bool, average_from_step: int
-) -> Optimizer:
-    """Build an optimizer of `OPTIMIZERS`.
+def build_optimizer(config: TrialConfig, parameters: Iterable[nn.Parameter], *, average_from_step: int) -> Optimizer:
+    """Build the optimizer of a configuration.
 
     Args:
-        name: A name in `OPTIMIZERS`.
+        config: Names it, its peak learning rate and its settings, and whether to use a fused kernel if there is one.
         parameters: The parameters to update.
-        learning_rate: Peak learning rate.
-        fused: Use torch's fused kernel if the optimizer has one.
         average_from_step: Step at which `asgd` begins to average; torch's default, a million, would never be reached.
     """
-    spec = OPTIMIZERS[name]
-    optimizer = spec.build(parameters, lr=learning_rate, **({"fused": True} if fused and spec.fused else {}))
+    spec = OPTIMIZERS[config.optimizer]
+    fused = {"fused": True} if config.fused and spec.fused else {}
+    optimizer = spec.build(parameters, lr=config.learning_rate, **spec.options(config), **fused)
     for group in optimizer.param_groups:
         if "t0" in group:
             group["t0"] = average_from_step

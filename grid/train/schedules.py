@@ -1,7 +1,6 @@
 """The learning-rate schedules under study. All have the same peak rate and span the full budget."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch.optim import Optimizer
@@ -15,50 +14,51 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from grid.config import STEP_PARTS
-
-FINAL_SHARE = 0.01
-"""Final rate of `step` and `exponential`, as a share of the peak rate."""
+from grid.config import STEP_PARTS, TrialConfig
 
 
-@dataclass(frozen=True)
-class Horizon:
-    """How long a training lasts, and its highest learning rate."""
-
-    epochs: int
-    steps_per_epoch: int
-    peak_learning_rate: float
-
-    @property
-    def steps(self) -> int:
-        """Number of steps in the full budget."""
-        return self.epochs * self.steps_per_epoch
+def step(config: TrialConfig, optimizer: Optimizer, steps: int) -> LRScheduler:
+    """Lower the rate after each third of the budget, by default to a tenth."""
+    gamma = config.final_share ** (1 / (STEP_PARTS - 1))
+    return StepLR(optimizer, step_size=-(-steps // STEP_PARTS), gamma=gamma)
 
 
-def step(optimizer: Optimizer, horizon: Horizon) -> LRScheduler:
-    """Divide the rate by ten after each third of the budget."""
-    return StepLR(optimizer, step_size=-(-horizon.steps // STEP_PARTS), gamma=FINAL_SHARE ** (1 / (STEP_PARTS - 1)))
-
-
-def one_cycle(optimizer: Optimizer, horizon: Horizon) -> LRScheduler:
-    """Warm up over 30 % of the budget, then anneal to nearly zero.
+def one_cycle(config: TrialConfig, optimizer: Optimizer, steps: int) -> LRScheduler:
+    """Warm up over a part of the budget, then anneal to nearly zero.
 
     Momentum stays fixed, so that the schedule means the same for optimizers without momentum.
     """
-    return OneCycleLR(optimizer, max_lr=horizon.peak_learning_rate, total_steps=horizon.steps + 1, cycle_momentum=False)
+    return OneCycleLR(
+        optimizer,
+        max_lr=config.learning_rate,
+        total_steps=steps + 1,
+        pct_start=config.warmup_share,
+        cycle_momentum=False,
+    )
 
 
-SCHEDULES: dict[str, Callable[[Optimizer, Horizon], Any]] = {
-    "constant": lambda optimizer, horizon: ConstantLR(optimizer, factor=1.0, total_iters=0),
+def exponential(config: TrialConfig, optimizer: Optimizer, steps: int) -> LRScheduler:
+    """Lower the rate by the same factor after each step."""
+    return ExponentialLR(optimizer, gamma=config.final_share ** (1 / steps))
+
+
+def plateau(config: TrialConfig, optimizer: Optimizer, steps: int) -> ReduceLROnPlateau:
+    """Lower the rate whenever the validation loss has not fallen for a while."""
+    patience = max(1, int(config.epochs * config.plateau_patience))
+    return ReduceLROnPlateau(optimizer, factor=config.plateau_factor, patience=patience)
+
+
+SCHEDULES: dict[str, Callable[[TrialConfig, Optimizer, int], Any]] = {
+    "constant": lambda config, optimizer, steps: ConstantLR(optimizer, factor=1.0, total_iters=0),
     "step": step,
-    "cosine": lambda optimizer, horizon: CosineAnnealingLR(optimizer, T_max=horizon.steps),
+    "cosine": lambda config, optimizer, steps: CosineAnnealingLR(optimizer, T_max=steps),
     "one_cycle": one_cycle,
-    "exponential": lambda optimizer, horizon: ExponentialLR(optimizer, gamma=FINAL_SHARE ** (1 / horizon.steps)),
-    "plateau": lambda optimizer, horizon: ReduceLROnPlateau(
-        optimizer, factor=0.3, patience=max(1, horizon.epochs // 10)
-    ),
+    "exponential": exponential,
+    "plateau": plateau,
 }
-"""Name -> factory. `plateau` updates the rate once per epoch, by the validation loss; all others once per step.
+"""Name -> factory of a schedule, given the configuration, its optimizer and the number of steps in the budget.
+
+`plateau` updates the rate once per epoch, by the validation loss; all others once per step.
 
 References:
     step: He et al. 2016, https://arxiv.org/abs/1512.03385 (section 3.4)
@@ -73,14 +73,14 @@ class Schedule:
     """A schedule that updates the rate after each step or after each epoch, as its kind requires.
 
     Args:
-        name: A name in `SCHEDULES`.
+        config: Names it, its budget, its peak rate and its settings.
         optimizer: The optimizer whose learning rate it sets.
-        horizon: Budget and peak rate.
+        steps: In the full budget.
     """
 
-    def __init__(self, name: str, optimizer: Optimizer, horizon: Horizon):
+    def __init__(self, config: TrialConfig, optimizer: Optimizer, steps: int):
         self._optimizer = optimizer
-        self._scheduler = SCHEDULES[name](optimizer, horizon)
+        self._scheduler = SCHEDULES[config.lr_schedule](config, optimizer, steps)
         self._by_loss = isinstance(self._scheduler, ReduceLROnPlateau)
 
     @property
@@ -104,5 +104,5 @@ class Schedule:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from the state of another schedule of the same name and horizon."""
+        """Resume from the state of another schedule of the same configuration."""
         self._scheduler.load_state_dict(state)

@@ -27,7 +27,7 @@ from grid.train.averaging import averaged_weights
 from grid.train.models import MODELS, NetSpec
 from grid.train.optimizers import build_optimizer
 from grid.train.penalties import PENALTIES, penalised_weights
-from grid.train.schedules import Horizon, Schedule
+from grid.train.schedules import Schedule
 from nets.blocks import Techniques
 
 EVALUATION_BATCH_SIZE = 1000
@@ -136,16 +136,8 @@ class Trial:
         self._weights = penalised_weights(self.net)
         self._batch_size = min(config.batch_size, len(data.train_labels))
         self._steps = len(data.train_labels) // self._batch_size
-        self._optimizer = build_optimizer(
-            config.optimizer,
-            self.net.parameters(),
-            learning_rate=config.learning_rate,
-            fused=config.fused,
-            average_from_step=self._steps,
-        )
-        self._schedule = Schedule(
-            config.lr_schedule, self._optimizer, Horizon(config.epochs, self._steps, config.learning_rate)
-        )
+        self._optimizer = build_optimizer(config, self.net.parameters(), average_from_step=self._steps)
+        self._schedule = Schedule(config, self._optimizer, config.epochs * self._steps)
 
     def run_epoch(self) -> EpochReport:
         """Train one epoch and validate."""
