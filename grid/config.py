@@ -5,7 +5,7 @@ Standard library only, so that everything can import it at no cost.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from math import inf, isfinite
@@ -40,6 +40,8 @@ GIVEN_OTHERWISE = {
     "epochs": "--epochs takes the budget, the same for all trials",
     "device": "the machines that train decide it",
     "precision": "--precision takes it",
+    "memory_format": "the machines that train decide it",
+    "fused": "the machines that train decide it",
     "data": "--data takes it",
     "data_fingerprint": "--data and --per-class decide it",
     "numerics_version": "the code decides it",
@@ -192,13 +194,13 @@ class TrialConfig:
 
     @cached_property
     def cell(self) -> dict[str, str]:
-        """The level of every factor."""
-        return {name: format_value(getattr(self, name)) for name in FACTORS}
+        """The level of every factor, and every setting."""
+        return {name: format_value(getattr(self, name)) for name in (*FACTORS, *SETTINGS)}
 
     @cached_property
     def cell_key(self) -> str:
-        """Short hash of the cell; the same for all replicates and nuisance levels."""
-        return _hash(self.cell)
+        """Short hash of the cell, of its settings only if changed; the same for all replicates and nuisance levels."""
+        return _hash({name: value for name, value in self.cell.items() if SETTINGS.get(name) != value})
 
     @cached_property
     def trial_key(self) -> str:
@@ -240,14 +242,36 @@ DEFAULTS: Params = {
 }
 """The default of every field that stores have not always had; a run without it has this value."""
 
-SETTINGS = tuple(each.name for each in fields(TrialConfig) if each.name not in (*FACTORS, *GIVEN_OTHERWISE))
-"""Every field of a trial that all trials of a grid share unless the grid varies it."""
+SETTINGS: Params = {
+    each.name: format_value(getattr(TrialConfig, each.name))
+    for each in fields(TrialConfig)
+    if each.name not in (*FACTORS, *GIVEN_OTHERWISE)
+}
+"""Every field of a trial that all trials of a grid share unless the grid varies it, with its default."""
 
 
 def cell_name(cell: Mapping[str, str]) -> str:
-    """Return a cell's name for people, such as `cnn cosine gelu adam batch_norm`: neither `off` nor `none` is shown."""
+    """Return a cell's name for people, such as `cnn cosine gelu adam batch_norm momentum=0.5`.
+
+    Neither `off` nor `none` is shown, nor a setting at its default.
+    """
     words = [factor if cell[factor] == "on" else cell[factor] for factor in FACTORS if factor in cell]
-    return " ".join(word for word in words if word not in ("off", "none"))
+    changed = [f"{name}={cell[name]}" for name, default in SETTINGS.items() if cell.get(name, default) != default]
+    return " ".join(word for word in (*words, *changed) if word not in ("off", "none"))
+
+
+def varied(trials: Sequence[TrialConfig]) -> tuple[str, ...]:
+    """Return the factors of a grid, in order: those of every grid, and the settings that differ between its trials."""
+    changed = [name for name in SETTINGS if len({getattr(trial, name) for trial in trials}) > 1]
+    return (*FACTORS, *changed)
+
+
+def check_setting(name: str) -> None:
+    """Raise `InputError` unless a name is that of a setting."""
+    if name in GIVEN_OTHERWISE:
+        raise InputError(f"{name} can't be set: {GIVEN_OTHERWISE[name]}")
+    if name not in SETTINGS:
+        raise InputError(f"unknown setting '{name}'; choose from {', '.join(sorted(SETTINGS))}")
 
 
 def changed_settings(settings: Params) -> Params:
@@ -259,10 +283,7 @@ def changed_settings(settings: Params) -> Params:
     for name in settings:
         if name in FACTORS:
             raise InputError(f"{name} is a factor: give --only {name}={settings[name]}")
-        if name in GIVEN_OTHERWISE:
-            raise InputError(f"{name} can't be set: {GIVEN_OTHERWISE[name]}")
-        if name not in SETTINGS:
-            raise InputError(f"unknown setting '{name}'; choose from {', '.join(sorted(SETTINGS))}")
+        check_setting(name)
     default = TrialConfig(learning_rate=1.0, epochs=1).to_params()
     changed = TrialConfig.from_params({**default, **settings}).to_params()
     return {name: value for name, value in changed.items() if default[name] != value}

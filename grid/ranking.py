@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from grid.config import FACTORS, InputError
+from grid.config import InputError
 from grid.metrics import FINAL_STATUSES
 
 
@@ -125,7 +125,7 @@ def choose_scales(summaries: Iterable[TrialSummary]) -> list[RankedCell]:
     for summary in summaries:
         budgets.add(summary.epochs)
         if summary.status in FINAL_STATUSES:
-            by_scale[tuple(summary.cell[factor] for factor in FACTORS)][summary.lr_scale].append(summary)
+            by_scale[tuple(summary.cell.values())][summary.lr_scale].append(summary)
     if len(budgets) > 1:
         raise InputError(f"trials of {' and '.join(map(str, sorted(budgets)))} epochs can't be ranked together")
     return [min(map(_summarise_cell, scales.values()), key=_place) for scales in by_scale.values()]
@@ -140,7 +140,7 @@ def _summarise_cell(replicates: Sequence[TrialSummary]) -> RankedCell:
     diverged = tuple(replicate.seed for replicate in replicates if replicate.diverged)
     first = replicates[0]
     return RankedCell(
-        cell={factor: first.cell[factor] for factor in FACTORS},
+        cell=first.cell,
         epochs=first.epochs,
         epochs_run=epochs_run,
         accuracies=accuracies,

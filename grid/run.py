@@ -6,7 +6,7 @@ import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -26,7 +26,7 @@ from grid.config import FACTORS, SETTINGS, InputError, changed_settings
 from grid.data.catalogue import NAMES
 from grid.plan.asha import NO_STOPPING, StoppingRule
 from grid.plan.request import DEFAULT_CONTROLS, Request, check_address, check_folder_name, check_storage
-from grid.plan.space import GRIDS, cross, find_grid, restrict
+from grid.plan.space import GRIDS, cross, find_grid, restrict, vary
 from grid.store_uri import check_store_uri
 from grid.wording import first_line
 
@@ -106,12 +106,15 @@ def read_request(options: argparse.Namespace) -> Request:
     data = options.data or grid.data
     if options.dry_run and options.more_controls is not None:
         raise InputError("--dry-run starts nothing and --more-controls draws trials to start; leave one of them out")
-    levels = restrict(grid.levels, [_split_only(only) for only in options.only])
+    settings, varied = _read_settings(options.set), vary(_split(text, "--vary", SETTINGS) for text in options.vary)
+    if both := settings.keys() & varied:
+        raise InputError(f"--set and --vary both give {min(both)}; leave one of them out")
+    levels = restrict(grid.levels, [_split(text, "--only", FACTORS) for text in options.only]) | varied
     cross(levels)  # raises if nothing is left
     return Request(
         grid=options.grid,
         levels=levels,
-        settings=_read_settings(options.set),
+        settings=settings,
         data=data,
         data_dir=check_folder_name("--data-dir", options.data_dir),
         per_class=grid.per_class if options.per_class is None else options.per_class,
@@ -169,6 +172,13 @@ def _add_training(what: Options) -> None:
         default=[],
         metavar="SETTING=VALUE",
         help="of all trials, such as batch_size=256; may be repeated",
+    )
+    what.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="SETTING=VALUE,VALUE",
+        help="make a setting a factor of this grid, such as batch_size=64,256; may be repeated",
     )
     what.add_argument("--data", metavar="NAME", help=f"{', '.join(NAMES)} (the grid's own)")
     add_data_dir(what)
@@ -228,6 +238,7 @@ def _default_name(options: argparse.Namespace, data: str) -> str:
     parts += [] if options.per_class is None else [f"{options.per_class}-per-class"]
     parts += [] if options.epochs is None else [f"{options.epochs}-epochs"]
     parts += [f"{name}-{value}" for name, value in sorted(_read_settings(options.set).items())]
+    parts += sorted(text.partition("=")[0] for text in options.vary)
     parts += ["no-stopping"] if options.no_stopping else []
     return "-".join(parts)
 
@@ -249,11 +260,12 @@ def _read_settings(texts: Sequence[str]) -> dict[str, str]:
     return changed_settings(settings)
 
 
-def _split_only(text: str) -> tuple[str, tuple[str, ...]]:
-    factor, equals, levels = text.partition("=")
+def _split(text: str, option: str, names: Iterable[str]) -> tuple[str, tuple[str, ...]]:
+    """Return a name and its values, given as NAME=VALUE,VALUE."""
+    name, equals, values = text.partition("=")
     if not equals:
-        raise InputError(f"--only takes FACTOR=LEVEL[,LEVEL], got '{text}'; factors: {', '.join(FACTORS)}")
-    return factor, tuple(levels.split(","))
+        raise InputError(f"{option} takes NAME=VALUE[,VALUE], got '{text}'; names: {', '.join(names)}")
+    return name, tuple(values.split(","))
 
 
 def _split_numbers(text: str) -> tuple[float, ...]:

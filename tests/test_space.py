@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grid.config import FACTORS, LEVELS, InputError, TrialConfig, check_level
-from grid.plan.space import EXCLUSIONS, GRIDS, Cell, cross, expand, find_grid, restrict, settings_of
+from grid.plan.space import EXCLUSIONS, GRIDS, Cell, cross, expand, find_grid, restrict, shared_settings
 
 drawn_levels = st.fixed_dictionaries(
     {factor: st.lists(st.sampled_from(names), min_size=1, unique=True).map(tuple) for factor, names in LEVELS.items()}
@@ -115,7 +115,7 @@ def test_a_grid_that_grows_keeps_the_order_it_had() -> None:
     assert [trial for trial in trials_of("smoke", seeds=3) if trial.seed == 0] == small
 
 
-def test_settings_are_the_same_for_all_trials() -> None:
-    described = [settings_of(trial) for trial in trials_of("smoke", seeds=2)]
+def test_shared_settings_are_the_same_for_all_trials() -> None:
+    described = [shared_settings([trial]) for trial in trials_of("smoke", seeds=2)]
     assert described.count(described[0]) == len(described)
     assert described[0]["epochs"] == "9"

@@ -53,6 +53,25 @@ def test_settings_are_those_of_all_trials_and_part_of_the_name_only_if_they_chan
         check_comparable(trials, plan("--grid", "smoke", "--set", "batch_size=64").trials, "x")
 
 
+def test_a_setting_becomes_a_factor_and_runs_from_before_are_those_with_their_value() -> None:
+    before = plan("--grid", "smoke")
+    grown = plan("--grid", "smoke", "--vary", "batch_size=128,64", "--stop-within", "model,batch_size")
+    assert len(grown.trials) == 2 * len(before.trials)
+    assert {trial.trial_key for trial in before.trials} < {trial.trial_key for trial in grown.trials}
+    assert len({trial.cell_key for trial in grown.trials}) == len(grown.cells) == 64
+    assert {grown.rule.group_of(trial.cell) for trial in grown.trials} == {"mlp 128", "mlp 64", "cnn 128", "cnn 64"}
+    check_comparable(grown.trials, before.trials, "x")
+    check_comparable(before.trials, grown.trials, "x")
+    with pytest.raises(InputError, match=r"other settings: batch_size \(128, now 64\);"):
+        check_comparable(plan("--grid", "smoke", "--set", "batch_size=64").trials, before.trials, "x")
+
+
+def test_controls_keep_the_values_of_varied_settings_in_balance() -> None:
+    grown = plan("--grid", "smoke", "--vary", "batch_size=128,64,32")
+    sizes = [trial.batch_size for trial in grown.trials if trial.trial_key in grown.controls]
+    assert [sizes.count(size) for size in (128, 64, 32)] == pytest.approx([len(sizes) / 3] * 3, abs=2)
+
+
 def test_the_same_request_is_the_same_plan() -> None:
     assert plan("--grid", "smoke") == plan("--grid", "smoke")
 

@@ -3,7 +3,6 @@
 import textwrap
 from dataclasses import replace
 
-from grid.config import FACTORS
 from grid.data.catalogue import DATASETS
 from grid.data.load import is_on_disk, load
 from grid.driver.messages import describe_cost, describe_packing, describe_plan, print_facts
@@ -57,7 +56,7 @@ def _describe_widths(plan: Plan, ends: forecast.EndSpread) -> dict[str, str]:
     """Say how well the levels of the factor with the most levels can be compared at the end, and at what cost."""
     if not plan.controls or plan.rule.factor == 1 or not plan.rule.rungs(plan.trials[0].epochs):
         return {}
-    counts = {factor: len({cell[factor] for cell in plan.cells}) for factor in FACTORS}
+    counts = {factor: len({cell[factor] for cell in plan.cells}) for factor in plan.cells[0]}
     factor, levels = max(counts.items(), key=lambda item: item[1])
     first, *more = forecast.expected_widths(plan.trials, len(plan.controls), plan.rule, levels, ends)
     options = [f"±{100 * first.half_width:.1f} points with {first.controls:,} controls"]

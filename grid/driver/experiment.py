@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from grid.config import FACTORS, InputError, TrialConfig
+from grid.config import FACTORS, SETTINGS, InputError, TrialConfig
 from grid.data.dataset import Dataset
 from grid.data.load import load
 from grid.driver.messages import (
@@ -25,7 +25,7 @@ from grid.driver.watcher import Watcher, restore_rungs
 from grid.plan.asha import Asha
 from grid.plan.packing import Packing
 from grid.plan.request import Request
-from grid.plan.space import ORDER_SEED, settings_of
+from grid.plan.space import ORDER_SEED, shared_settings
 from grid.plan.trials import Plan, check_comparable, make_plan
 from grid.record.commands import CODE_KEYS, RECORD, record_command
 from grid.record.lease import Lease
@@ -239,7 +239,7 @@ def _is_rule_entry(name: str, value: object) -> bool:
         return isinstance(value, list) and all(type(epoch) is int for epoch in value)
     if name == "factor":
         return type(value) is int and value >= 1
-    return isinstance(value, str) and set(filter(None, value.split(","))) <= set(FACTORS)
+    return isinstance(value, str) and set(filter(None, value.split(","))) <= {*FACTORS, *SETTINGS}
 
 
 def _manifest(request: Request, plan: Plan, asha: Asha, dataset: Dataset) -> dict[str, Any]:
@@ -255,7 +255,7 @@ def _manifest(request: Request, plan: Plan, asha: Asha, dataset: Dataset) -> dic
         "seeds": request.seeds,
         "lr_scales": list(request.lr_scales),
         "controls": request.controls,
-        "settings": dict(settings_of(plan.trials[0])),
+        "settings": shared_settings(plan.trials),
         "data": {
             "name": request.data,
             "per_class": request.per_class,

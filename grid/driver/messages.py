@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grid.config import FACTORS
 from grid.driver.progress import top_table
 from grid.driver.watcher import Watcher
 from grid.masking import mask
@@ -23,7 +22,7 @@ from grid.wording import count, format_seconds
 
 def describe_plan(request: Request, plan: Plan) -> dict[str, str]:
     """Return what is trained: the grid, its trials, their budget."""
-    levels = " x ".join(str(len(request.levels[factor])) for factor in FACTORS)
+    levels = " x ".join(str(len(levels)) for levels in request.levels.values())
     facts = {"grid": f"{request.grid}: {levels} levels, {len(plan.cells):,} cells"}
     if plan.excluded:
         facts["excluded"] = "; ".join(f"{count(cells, 'cell')}: {reason}" for reason, cells in plan.excluded.items())

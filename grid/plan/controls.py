@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import helmert
 
-from grid.config import TrialConfig
+from grid.config import TrialConfig, varied
 
 FEWEST = 60
 """Controls of a grid at least, or a third of its trials if that is less."""
@@ -112,7 +112,8 @@ def _codes(trials: Sequence[TrialConfig]) -> tuple[Integers, list[int]]:
 
     Seed and learning-rate scale count as factors.
     """
-    rows = [[*trial.cell.values(), trial.seed, trial.lr_scale] for trial in trials]
+    names = varied(trials)
+    rows = [[*(trial.cell[name] for name in names), trial.seed, trial.lr_scale] for trial in trials]
     columns = list(zip(*rows, strict=True))
     levels = [sorted(set(column), key=str) for column in columns]
     codes = [[names.index(value) for value in column] for names, column in zip(levels, columns, strict=True)]

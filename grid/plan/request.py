@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from grid.config import FACTORS, InputError
+from grid.config import InputError
 from grid.data.catalogue import DATASETS, check_name, check_per_class
 from grid.masking import mask, mask_arguments
 from grid.plan.asha import DEFAULT_RULE, StoppingRule
@@ -57,7 +57,7 @@ class Request(Place):
     grid: str
     """Name in `GRIDS`."""
     levels: Levels
-    """The levels to cross: the grid's own, narrowed by `--only`."""
+    """The levels to cross: the grid's own, narrowed by `--only`, and the settings that `--vary` makes factors."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """Those of all trials, from `--set`, where they differ from the defaults of `TrialConfig`."""
     data: str
@@ -90,8 +90,8 @@ class Request(Place):
         for name, value in (("grace", self.rule.grace), ("stop-factor", self.rule.factor)):
             if not 1 <= value <= LIMITS["epochs"]:
                 raise InputError(f"--{name} must be 1 to {LIMITS['epochs']:,}, got {value}")
-        if unknown := set(self.rule.within) - set(FACTORS):
-            hint = f"choose from {', '.join(FACTORS)}"
+        if unknown := set(self.rule.within) - set(self.levels):
+            hint = f"choose from {', '.join(self.levels)}"
             raise InputError(f"--stop-within takes factors joined by commas, got '{min(unknown)}'; {hint}")
         if self.more_controls is not None and self.more_controls < 1:
             raise InputError(f"--more-controls must be at least 1, got {self.more_controls}")

@@ -2,11 +2,21 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from grid.config import FACTORS, LEVELS, InputError, TrialConfig, check_level
+from grid.config import (
+    FACTORS,
+    LEVELS,
+    SETTINGS,
+    InputError,
+    TrialConfig,
+    changed_settings,
+    check_level,
+    check_setting,
+    varied,
+)
 
 ORDER_SEED = 0
 """Seed of the order of the trials, of the controls and of the validation split; recorded in the manifest."""
@@ -116,6 +126,27 @@ def restrict(levels: Levels, only: Iterable[tuple[str, Sequence[str]]]) -> Level
     return {factor: held.get(factor, levels[factor]) for factor in FACTORS}
 
 
+def vary(settings: Iterable[tuple[str, Sequence[str]]]) -> Levels:
+    """Return the levels of settings that become factors of a grid.
+
+    Args:
+        settings: Pairs of a setting and its values.
+
+    Raises:
+        InputError: Unknown setting, a value out of range, or fewer than two values.
+    """
+    levels: Levels = {}
+    for name, values in settings:
+        if name in FACTORS:
+            raise InputError(f"{name} is a factor: give --only {name}={','.join(values)}")
+        check_setting(name)
+        known = tuple(dict.fromkeys(changed_settings({name: value}).get(name, SETTINGS[name]) for value in values))
+        if len(known) < 2 or name in levels:
+            raise InputError(f"--vary takes each setting once, with two values or more; got {name}={','.join(values)}")
+        levels[name] = known
+    return levels
+
+
 def cross(levels: Levels) -> tuple[list[Cell], dict[str, int]]:
     """Return the cells of the full factorial that are left, and how many each exclusion removed.
 
@@ -124,8 +155,8 @@ def cross(levels: Levels) -> tuple[list[Cell], dict[str, int]]:
     """
     cells: list[Cell] = []
     excluded: Counter[str] = Counter()
-    for combination in product(*(levels[factor] for factor in FACTORS)):
-        cell = dict(zip(FACTORS, combination, strict=True))
+    for combination in product(*levels.values()):
+        cell = dict(zip(levels, combination, strict=True))
         reasons = [reason for reason, excludes in EXCLUSIONS.items() if excludes(cell)]
         excluded.update(reasons[:1])
         if not reasons:
@@ -158,10 +189,10 @@ def expand(
     return sorted(trials, key=lambda trial: _draw(order_seed, trial.cell_key, trial.seed, trial.lr_scale))
 
 
-def settings_of(trial: TrialConfig) -> Mapping[str, str]:
-    """Return the settings that all trials of a grid share: all except factors, seed and nuisance."""
-    varying = {*FACTORS, "seed", "lr_scale", "learning_rate"}
-    return {name: value for name, value in trial.to_params().items() if name not in varying}
+def shared_settings(trials: Sequence[TrialConfig]) -> dict[str, str]:
+    """Return what all trials of a grid share: everything except factors, seed and nuisance."""
+    varying = {*varied(trials), "seed", "lr_scale", "learning_rate"}
+    return {name: value for name, value in trials[0].to_params().items() if name not in varying}
 
 
 def _draw(*parts: object) -> str:

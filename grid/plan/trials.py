@@ -8,7 +8,7 @@ from grid.plan.asha import DEFAULT_RULE, StoppingRule
 from grid.plan.controls import draw_controls
 from grid.plan.packing import Packing
 from grid.plan.request import Request
-from grid.plan.space import ORDER_SEED, Cell, cross, expand, settings_of
+from grid.plan.space import ORDER_SEED, Cell, cross, expand, shared_settings
 from grid.train.hardware import numeric_settings
 from grid.train.optimizers import OPTIMIZERS
 
@@ -97,4 +97,4 @@ def check_comparable(planned: Sequence[TrialConfig], recorded: Sequence[TrialCon
 
 def _shared_settings(trials: Sequence[TrialConfig]) -> dict[str, str]:
     rates = {f"base rate of {trial.optimizer}": f"{trial.learning_rate / trial.lr_scale:.6g}" for trial in trials}
-    return {**settings_of(trials[0]), **rates}
+    return {**shared_settings(trials), **rates}
