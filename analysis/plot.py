@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from grid.config import FACTORS
+from grid.config import FACTORS, SETTINGS
 from grid.metrics import RUNG_METRIC, STATUSES, rung_epochs
 
 WIDTH = 4.6
@@ -143,7 +143,7 @@ def effect_rows(levels: pd.DataFrame) -> pd.DataFrame:
     """
     effects = levels.groupby("factor")["effect"]
     widest = (effects.transform("max") - effects.transform("min")).fillna(0)
-    place = levels["factor"].map({factor: number for number, factor in enumerate(FACTORS)})
+    place = levels["factor"].map({factor: number for number, factor in enumerate((*FACTORS, *SETTINGS))})
     order = levels.assign(widest=widest, place=place).sort_values(
         ["widest", "place", "effect"], ascending=[False, True, False]
     )

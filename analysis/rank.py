@@ -19,19 +19,21 @@ from scipy import stats
 from analysis.store import Experiment, read_experiment
 from analysis.summaries import summarise_trials
 from grid.arguments import Parser, add_experiment, add_store, run_command, write_output
-from grid.config import FACTORS, InputError, cell_name
+from grid.config import InputError, cell_name, factors_among
 from grid.metrics import STATUSES
 from grid.ranking import RankedCell
 from grid.ranking import rank_cells as rank_summaries
 from grid.ties import CONFIDENCE, compare_paired, image_variance, seed_variance, tied_with_best
 from grid.wording import count, explain_spared
 
-RANK_COLUMNS = ("rank", "tier", "tied", *FACTORS, "epochs_run", "epochs", "lr_scale")
+PLACE_COLUMNS = ("rank", "tier", "tied")
+TRAINING_COLUMNS = ("epochs_run", "epochs", "lr_scale")
 REPLICATE_COLUMNS = ("seeds", "diverged", "stopped", "controls", "controls_end")
 INTERVAL_COLUMNS = ("val_accuracy", "spread", "seed_half", "image_half", "low", "high")
 TEST_COLUMNS = ("test_accuracy_as_validated", "test_seed_half", "test_image_half", "test_accuracy")
 BEHIND_COLUMNS = ("behind", "behind_seed_half", "behind_image_half")
-COLUMNS = (*RANK_COLUMNS, *REPLICATE_COLUMNS, *INTERVAL_COLUMNS, *TEST_COLUMNS, *BEHIND_COLUMNS)
+COLUMNS = (*TRAINING_COLUMNS, *REPLICATE_COLUMNS, *INTERVAL_COLUMNS, *TEST_COLUMNS, *BEHIND_COLUMNS)
+"""After `PLACE_COLUMNS` and the factors."""
 SHOWN_PER_MODEL = 3
 SAME = 1e-9
 """Accuracies that differ by less are equal but for rounding."""
@@ -70,9 +72,11 @@ def rank_cells(
         InputError: The trials have different budgets.
     """
     confirmed = _rank_finalists(finalists, val_images) if finalists is not None and len(finalists) else []
-    known = [{factor: row[factor] for factor in FACTORS} for row in confirmed]
-    rest = [row for row in _rank_trials(trials, val_images) if {factor: row[factor] for factor in FACTORS} not in known]
-    ranked = pd.DataFrame([*confirmed, *rest], columns=COLUMNS).astype({"tied": bool})
+    factors = factors_among(trials.columns)
+    known = {tuple(row[factor] for factor in factors) for row in confirmed}
+    rest = [row for row in _rank_trials(trials, val_images) if tuple(row[factor] for factor in factors) not in known]
+    columns = [*PLACE_COLUMNS, *factors, *COLUMNS]
+    ranked = pd.DataFrame([*confirmed, *rest], columns=columns).astype({"tied": bool})
     return ranked.assign(rank=range(1, len(ranked) + 1))
 
 
@@ -159,8 +163,9 @@ def _behind(finalists: pd.DataFrame, cells: Sequence[RankedCell], val_images: in
         return []
     behind, errors, degrees = compare_paired(cells)
     seed_halves = errors * (stats.t.ppf((1 + CONFIDENCE) / 2, degrees) if degrees else np.nan)
+    factors = factors_among(finalists.columns)
     correct = {
-        (*(row[factor] for factor in FACTORS), row["seed"]): right_of(row["val_correct"], val_images)
+        (*(row[factor] for factor in factors), row["seed"]): right_of(row["val_correct"], val_images)
         for row in finalists.to_dict("records")
     }
     rows = [dict.fromkeys(BEHIND_COLUMNS, np.nan)]
@@ -205,7 +210,7 @@ def right_of(val_correct: str, images: int | None) -> Right:
 
 def _tests(finalists: pd.DataFrame, cells: Sequence[RankedCell]) -> list[dict[str, float]]:
     """Return the columns about the test of each finalist; those of untested ones are NaN."""
-    factors, name = list(FACTORS), TEST_COLUMNS[0]
+    factors, name = list(factors_among(finalists.columns)), TEST_COLUMNS[0]
     tested = finalists[finalists[name].notna()]
     by_cell = tested.groupby(factors)[name]
     degrees = len(tested) - by_cell.ngroups
@@ -343,7 +348,7 @@ def _seeds(rows: Sequence[Mapping[Any, Any]]) -> list[str]:
 
 
 def _name(row: Mapping[Any, Any]) -> str:
-    cell = cell_name({factor: str(row[factor]) for factor in FACTORS})
+    cell = cell_name({factor: str(row[factor]) for factor in factors_among(row)})
     scale = "" if row["lr_scale"] == 1 else f" lr x{row['lr_scale']:g}"
     return f"{cell}{scale}" + (f" ({row['diverged']} diverged)" if row["diverged"] else "")
 

@@ -46,7 +46,7 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from analysis.trial_table import Rounds, lost_finalists, tabulate, unfinished_rounds, unknown_chances
-from grid.config import FACTORS, InputError
+from grid.config import FACTORS, SETTINGS, InputError, factors_among
 from grid.masking import mask
 from grid.recorded import MANIFEST, PARENT_TAG, ROUNDS, choose_parent, command_path, is_parent, parse_rounds
 from grid.wording import count, first_line
@@ -70,9 +70,9 @@ class Experiment:
     parent_id: str
     """The run with tag `kind=grid`; empty if there is none."""
     trials: pd.DataFrame
-    """A row per ended trial: `COLUMNS` and `val_accuracy_at_<epoch>` (float) for each rung, in rising order."""
+    """A row per ended trial: `COLUMNS`, the factors and `val_accuracy_at_<epoch>` (float) for each rung, in rising order."""
     finalists: pd.DataFrame
-    """A row per ended training of a finalist: `COLUMNS` and `TEST_METRICS` (NaN before the test)."""
+    """A row per ended training of a finalist: `COLUMNS`, the factors and `TEST_METRICS` (NaN before the test)."""
     manifest: Mapping[str, Any]
     """`grid.json`; empty if there is none."""
     notes: tuple[str, ...]
@@ -104,7 +104,7 @@ class Experiment:
         """Factors whose levels trials share with those that ASHA compares them with; None if the store does not say."""
         text = self.described("rungs").get("compared_within")
         factors = tuple(filter(None, text.split(","))) if isinstance(text, str) else None
-        return factors if factors is not None and set(factors) <= set(FACTORS) else None
+        return factors if factors is not None and set(factors) <= {*FACTORS, *SETTINGS} else None
 
 
 def read_experiment(uri: str | None, name: str) -> Experiment:
@@ -136,7 +136,7 @@ def read_experiment(uri: str | None, name: str) -> Experiment:
     if trials.empty:
         reasons = "; ".join(left_out)
         raise InputError(f"no trial of experiment '{name}' in {mask(uri)} has ended yet ({reasons}); wait for one")
-    finalists, left_out_finalists = tabulate(by_kind["confirm"], "finalist", ())
+    finalists, left_out_finalists = tabulate(by_kind["confirm"], "finalist", (), factors_among(trials.columns))
     foreign = len(by_kind[""])
     notes = [
         *left_out,

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from grid.config import FACTORS
+from grid.config import factors_among
 from grid.metrics import RUNG_METRIC, rung_epochs
 from grid.ranking import TrialSummary, choose_scales
 
@@ -15,10 +15,10 @@ def summarise_trials(trials: pd.DataFrame) -> Iterator[TrialSummary]:
     Args:
         trials: From `analysis.store.read_experiment`.
     """
-    rungs = rung_epochs(trials.columns)
+    rungs, factors = rung_epochs(trials.columns), factors_among(trials.columns)
     for row in trials.to_dict("records"):
         yield TrialSummary(
-            cell={factor: row[factor] for factor in FACTORS},
+            cell={factor: row[factor] for factor in factors},
             seed=row["seed"],
             lr_scale=row["lr_scale"],
             epochs=row["epochs"],
@@ -40,7 +40,9 @@ def at_best_scales(trials: pd.DataFrame) -> pd.DataFrame:
     if trials["lr_scale"].nunique() < 2:
         return trials
     chosen = {(*cell.cell.values(), cell.lr_scale) for cell in choose_scales(summarise_trials(trials))}
-    kept = [row in chosen for row in trials[[*FACTORS, "lr_scale"]].itertuples(index=False, name=None)]
+    kept = [
+        row in chosen for row in trials[[*factors_among(trials.columns), "lr_scale"]].itertuples(index=False, name=None)
+    ]
     return trials[kept]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from grid.config import FACTORS
+from grid.config import varied
 from grid.metrics import AS_VALIDATED_METRIC, FINAL_METRIC, RUNG_METRIC, TEST_METRICS, rung_epochs
 from grid.recorded import (
     ROUNDS,
@@ -29,7 +29,6 @@ COLUMNS = {
     "run_id": "str",
     "trial_key": "str",
     "cell_key": "str",
-    **dict.fromkeys(FACTORS, "str"),
     "seed": "int64",
     "lr_scale": "float64",
     "epochs": "int64",
@@ -47,7 +46,7 @@ COLUMNS = {
     "command": "str",
     "resumed_by": "str",
 }
-"""Columns of every table of trials, with their types; NaN marks a missing value.
+"""Columns of every table of trials beside the factors, with their types; NaN marks a missing value.
 
 `control`: whether the trial is an unstopped control; `control_chance`: the chance with which it was drawn to be one, or
 not, in all draws together; `drawn_later`: whether a round of `--more-controls` drew it; `stop_epoch`: the rung at which
@@ -57,16 +56,20 @@ it; `resumed_by`: those that trained on, joined by commas.
 """
 
 
-def tabulate(runs: Iterable[Any], noun: str, rounds: Rounds | None) -> tuple[pd.DataFrame, list[str]]:
+def tabulate(
+    runs: Iterable[Any], noun: str, rounds: Rounds | None, factors: Sequence[str] | None = None
+) -> tuple[pd.DataFrame, list[str]]:
     """Return the runs that have ended and are readable as a table, and a sentence on each kind of the others.
 
     Args:
         runs: Of one kind, with all that the store says of them.
         noun: What they are: `trial` or `finalist`.
         rounds: Of controls that were drawn later; None if they are unknown.
+        factors: Of the grid; None for those of every grid, and the settings that differ between these runs.
 
     Returns:
-        `COLUMNS` and `val_accuracy_at_<epoch>` for each rung; of finalists also `TEST_METRICS`.
+        `COLUMNS`, the factors in front of the seed, and `val_accuracy_at_<epoch>` for each rung; of finalists also
+        `TEST_METRICS`.
     """
     read, unreadable = _read(runs)
     ended = [trial for trial in read if trial.status]
@@ -74,7 +77,11 @@ def tabulate(runs: Iterable[Any], noun: str, rounds: Rounds | None) -> tuple[pd.
     rungs = [f"{RUNG_METRIC}{epoch}" for epoch in rung_epochs({name for each in ended for name in each.metrics})]
     extra = rungs if noun == "trial" else [*rungs, *TEST_METRICS]
     rows = [_row(counting[key], rounds) for key in sorted(counting)]
-    table = pd.DataFrame(rows, columns=[*COLUMNS, *extra]).astype(COLUMNS | dict.fromkeys(extra, "float64"))
+    factors = varied([trial.config for trial in counting.values()]) if factors is None else factors
+    names = list(COLUMNS)
+    names[names.index("seed") : names.index("seed")] = factors
+    types = COLUMNS | dict.fromkeys(factors, "str") | dict.fromkeys(extra, "float64")
+    table = pd.DataFrame(rows, columns=[*names, *extra]).astype(types)
     table, strays = _drop_strays(table)
     left_out = {"not ended yet": len(read) - len(ended), TWIN: len(twins)}
     notes = [f"{count(number, noun)} left out: {why}" for why, number in left_out.items() if number]

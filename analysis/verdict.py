@@ -14,7 +14,7 @@ from analysis.formatting import sentence
 from analysis.rank import rank_cells
 from analysis.stopping.figures import Audit, audit_experiment
 from analysis.store import Experiment
-from grid.config import FACTORS, InputError, cell_name
+from grid.config import InputError, cell_name, factors_among
 from grid.metrics import rung_epochs
 from grid.wording import count
 
@@ -96,7 +96,7 @@ def headline(verdict: Verdict) -> Iterator[Fact]:
 
 def name_of(cell: Mapping[Any, Any]) -> str:
     """Return the name of a cell, given as a row of the ranking or of the trials."""
-    return cell_name({factor: str(cell[factor]) for factor in FACTORS})
+    return cell_name({factor: str(cell[factor]) for factor in factors_among(cell)})
 
 
 def _winner(verdict: Verdict) -> Fact:

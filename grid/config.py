@@ -5,7 +5,7 @@ Standard library only, so that everything can import it at no cost.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from math import inf, isfinite
@@ -264,6 +264,12 @@ def varied(trials: Sequence[TrialConfig]) -> tuple[str, ...]:
     """Return the factors of a grid, in order: those of every grid, and the settings that differ between its trials."""
     changed = [name for name in SETTINGS if len({getattr(trial, name) for trial in trials}) > 1]
     return (*FACTORS, *changed)
+
+
+def factors_among(names: Iterable[str]) -> tuple[str, ...]:
+    """Return which of some names, such as the columns of a table, are those of factors, in the order of `varied`."""
+    present = set(names)
+    return tuple(name for name in (*FACTORS, *SETTINGS) if name in present)
 
 
 def check_setting(name: str) -> None:

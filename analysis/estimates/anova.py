@@ -7,7 +7,7 @@ The comments follow one example, two factors A and B of two levels each, with th
       a2  0.7  1.0     so a1 b1 is 0.7 - 0.15 - 0.10 + 0.05 = 0.5
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, combinations, product
 from math import nan, sqrt
@@ -170,9 +170,19 @@ def effect_weights(terms: Sequence[Term]) -> dict[str, Array]:
 
 
 def in_order(name: str, values: "pd.Series[Any]") -> tuple[Any, ...]:
-    """Return the distinct values of a factor or of the seed: known levels in their usual order, then others sorted."""
+    """Return the distinct values of a factor or of the seed: known levels in their usual order, then others sorted.
+
+    Values that are all numbers are sorted as such.
+    """
     present = set(values.unique())
-    return tuple(value for value in dict.fromkeys((*LEVELS.get(name, ()), *sorted(present))) if value in present)
+    return tuple(value for value in dict.fromkeys((*LEVELS.get(name, ()), *_sorted(present))) if value in present)
+
+
+def _sorted(values: Iterable[Any]) -> list[Any]:
+    try:
+        return sorted(values, key=float)
+    except ValueError:
+        return sorted(values)
 
 
 def _term(name: str, values: "pd.Series[Any]") -> Term:

@@ -31,7 +31,7 @@ from analysis.multiplicity import holm, level_quantile
 from analysis.stopping.verdicts import FACTOR, WITHIN, has_verdicts, stop_epochs
 from analysis.store import Experiment
 from analysis.summaries import at_best_scales, explain_scales
-from grid.config import FACTORS, InputError
+from grid.config import InputError, factors_among
 from grid.metrics import RUNG_METRIC, rung_epochs
 from grid.wording import count
 
@@ -52,7 +52,7 @@ class FinalEffects:
     epochs: int
     """Full budget."""
     factors: tuple[str, ...]
-    """Factors with two or more levels among the trials, in the order of `FACTORS`."""
+    """Factors with two or more levels among the trials, in the order of `grid.config.varied`."""
     fixed: dict[str, str]
     """The only level of each other factor."""
     trials: int
@@ -99,7 +99,7 @@ def measure_final_effects(
             that ASHA would have stopped are seen.
     """
     epochs, chosen = _budget(trials), at_best_scales(trials)
-    levels = {factor: in_order(factor, trials[factor]) for factor in FACTORS}
+    levels = {factor: in_order(factor, trials[factor]) for factor in factors_among(trials.columns)}
     varied = {factor: names for factor, names in levels.items() if len(names) > 1}
     rows = usable_trials(chosen)
     sample, terms = make_sample(rows), _terms(rows, varied)
@@ -166,7 +166,8 @@ def measure_spread(trials: pd.DataFrame) -> tuple[float, float]:
     Raises:
         InputError: As `measure_final_effects`.
     """
-    varied = {factor: names for factor in FACTORS if len(names := in_order(factor, trials[factor])) > 1}
+    factors = factors_among(trials.columns)
+    varied = {factor: names for factor in factors if len(names := in_order(factor, trials[factor])) > 1}
     rows = usable_trials(at_best_scales(trials))
     sample, terms = make_sample(rows), _terms(rows, varied)
     _check_probed(sample)

@@ -15,7 +15,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from analysis.estimates.anova import Levels, estimable_terms, estimate, fit_terms, in_order, mean_square, variance_table
 from analysis.summaries import at_best_scales, explain_scales
-from grid.config import FACTORS, InputError
+from grid.config import InputError, factors_among
 from grid.metrics import RUNG_METRIC, rung_epochs
 from grid.wording import count
 
@@ -27,7 +27,7 @@ class RungEffects:
     epoch: int
     """Whose accuracies are analysed."""
     factors: tuple[str, ...]
-    """Factors with two or more levels among the trials, in the order of `FACTORS`."""
+    """Factors with two or more levels among the trials, in the order of `grid.config.varied`."""
     fixed: dict[str, str]
     """The only level of each other factor."""
     seeds: int
@@ -78,7 +78,7 @@ def measure_rung_effects(trials: pd.DataFrame, *, epoch: int | None = None, conf
     rung, _ = _accuracies(trials, epoch)
     chosen = at_best_scales(trials)
     _, accuracies = _accuracies(chosen, rung)
-    levels = {factor: in_order(factor, trials[factor]) for factor in FACTORS}
+    levels = {factor: in_order(factor, trials[factor]) for factor in factors_among(trials.columns)}
     varied = {factor: names for factor, names in levels.items() if len(names) > 1}
     observed = chosen.assign(accuracy=accuracies).dropna(subset="accuracy").reset_index(drop=True)
     missing = prod(map(len, varied.values())) * trials["seed"].nunique() - len(observed)

@@ -10,12 +10,12 @@ from analysis.page.provenance import command_table
 from analysis.page.sections import headline_figure, sections
 from analysis.store import Experiment
 from analysis.verdict import Verdict, headline
-from grid.config import FACTORS
+from grid.config import FACTORS, SETTINGS
 from grid.masking import mask_message
 from grid.wording import count
 
 TEXTS = frozenset(
-    {*FACTORS, "accepted as equal", "code", "command", "commit", "device", "host", "time", "torch"}
+    {*FACTORS, *SETTINGS, "accepted as equal", "code", "command", "commit", "device", "host", "time", "torch"}
     | {"cell", "character", "level", "over", "factor", "read as", "status", "sure", "term", "tie", "true"}
 )
 """Columns of text, aligned left; numbers are aligned right."""

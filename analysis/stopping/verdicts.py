@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.stats import hypergeom
 
 from analysis.multiplicity import holm
-from grid.config import FACTORS
+from grid.config import factors_among
 from grid.metrics import RUNG_METRIC
 
 FACTOR = 3
@@ -136,7 +136,7 @@ def _rates_at(
     """Yield for each level with what share it and the other levels continued at a rung, and the uncorrected p."""
     arrived = trials[f"{RUNG_METRIC}{rung}"].notna() & ~(stops < rung)
     continued = (stops[arrived] != rung).astype(int)
-    for factor in FACTORS:
+    for factor in factors_among(trials.columns):
         table = continued.groupby(trials.loc[arrived, factor].astype(str)).agg(["sum", "count"])
         went, came = table["sum"].sum(), table["count"].sum()
         for level, passed, number in table.itertuples() if len(table) > 1 else ():
