@@ -348,7 +348,7 @@ def _seeds(rows: Sequence[Mapping[Any, Any]]) -> list[str]:
 
 
 def _name(row: Mapping[Any, Any]) -> str:
-    cell = cell_name({factor: str(row[factor]) for factor in factors_among(row)})
+    cell = cell_name({factor: str(row[factor]) for factor in factors_among(row.keys())})
     scale = "" if row["lr_scale"] == 1 else f" lr x{row['lr_scale']:g}"
     return f"{cell}{scale}" + (f" ({row['diverged']} diverged)" if row["diverged"] else "")
 

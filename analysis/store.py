@@ -70,7 +70,7 @@ class Experiment:
     parent_id: str
     """The run with tag `kind=grid`; empty if there is none."""
     trials: pd.DataFrame
-    """A row per ended trial: `COLUMNS`, the factors and `val_accuracy_at_<epoch>` (float) for each rung, in rising order."""
+    """A row per ended trial: `COLUMNS`, the factors and, for each rung in order, `val_accuracy_at_<epoch>` (float)."""
     finalists: pd.DataFrame
     """A row per ended training of a finalist: `COLUMNS`, the factors and `TEST_METRICS` (NaN before the test)."""
     manifest: Mapping[str, Any]

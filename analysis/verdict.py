@@ -96,7 +96,7 @@ def headline(verdict: Verdict) -> Iterator[Fact]:
 
 def name_of(cell: Mapping[Any, Any]) -> str:
     """Return the name of a cell, given as a row of the ranking or of the trials."""
-    return cell_name({factor: str(cell[factor]) for factor in factors_among(cell)})
+    return cell_name({factor: str(cell[factor]) for factor in factors_among(cell.keys())})
 
 
 def _winner(verdict: Verdict) -> Fact:

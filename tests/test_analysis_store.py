@@ -14,8 +14,11 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from analysis.curves import read_curves
+from analysis.estimates.final_effects import measure_final_effects
+from analysis.rank import rank_cells
 from analysis.store import read_artifact, read_artifacts, read_experiment
-from grid.config import FACTORS, InputError, TrialConfig
+from analysis.verdict import name_of
+from grid.config import FACTORS, InputError, TrialConfig, factors_among
 from grid.metrics import EpochReport
 from grid.record.recorder import Recorder
 from grid.record.spool import Spool
@@ -45,10 +48,31 @@ def record(store: Store, folder: Path, status: str | None, epochs_run: int = 1, 
     recorder.close(finished=True)
 
 
+def test_settings_that_differ_between_trials_are_factors(store: Store, tmp_path: Path) -> None:
+    recorder = Recorder(store, Spool(tmp_path / "spool.jsonl"))
+    recorder.begin({"grid.json": b"{}"}, {})
+    for size, accuracies in {32: (0.9, 0.92), 128: (0.8, 0.79), 256: (0.7, 0.7)}.items():
+        for seed, accuracy in enumerate(accuracies):
+            config = replace(CONFIG, batch_size=size, seed=seed, momentum=0.5)
+            recorder.started(config, control=False)
+            for epoch in range(1, 10):
+                recorder.epoch_ended(config, EpochReport(epoch=epoch, val_accuracy=accuracy), is_rung=epoch in (1, 3))
+            recorder.ended(config, "completed", epochs_run=9, best_val_accuracy=accuracy)
+    recorder.close(finished=True)
+    trials = read_experiment(store.uri, "some grid").trials
+    assert factors_among(trials.columns) == (*FACTORS, "batch_size")
+    ranked = rank_cells(trials)
+    assert list(ranked["batch_size"]) == ["32", "128", "256"]
+    effects = measure_final_effects(trials)
+    assert list(effects.levels["level"]) == ["32", "128", "256"]  # not in the order of the alphabet
+    assert list(effects.levels["effect"]) == pytest.approx([0.11 - 0.0017, -0.005 - 0.0017, -0.1 - 0.0017], abs=1e-3)
+    assert name_of(ranked.iloc[0]) == "mlp constant relu adam batch_size=32"
+
+
 def test_a_trial_is_a_row_with_types(store: Store, tmp_path: Path) -> None:
     record(store, tmp_path, "stopped")
     (row,) = read_experiment(store.uri, "some grid").trials.to_dict("records")
-    assert {factor: row[factor] for factor in FACTORS} == CONFIG.cell
+    assert {factor: row[factor] for factor in FACTORS} == {factor: CONFIG.cell[factor] for factor in FACTORS}
     assert (row["seed"], row["lr_scale"], row["epochs"], row["epochs_run"]) == (3, 0.5, 9, 1)
     assert (row["status"], row["control"], row["stopped_at_epoch"]) == ("stopped", True, 1)
     assert (row["trial_key"], row["cell_key"]) == (CONFIG.trial_key, CONFIG.cell_key)
