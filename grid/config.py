@@ -48,6 +48,23 @@ GIVEN_OTHERWISE = {
 }
 """Every field of a trial that is neither a factor nor a setting, and what decides it."""
 
+MATTERS_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "dropout_rate": ("dropout", ("on",)),
+    "l1_strength": ("regularization", ("l1", "elastic")),
+    "l2_strength": ("regularization", ("l2", "elastic")),
+    "hidden_sizes": ("model", ("mlp",)),
+    "channels": ("model", ("cnn",)),
+    "dense_size": ("model", ("cnn",)),
+    "momentum": ("optimizer", ("sgd",)),
+    **dict.fromkeys(("beta1", "beta2"), ("optimizer", ("adam", "adamw", "nadam"))),
+    "rmsprop_decay": ("optimizer", ("rmsprop",)),
+    "weight_decay": ("optimizer", ("adamw",)),
+    "final_share": ("lr_schedule", ("step", "exponential")),
+    "warmup_share": ("lr_schedule", ("one_cycle",)),
+    **dict.fromkeys(("plateau_factor", "plateau_patience"), ("lr_schedule", ("plateau",))),
+}
+"""Setting -> the factor and its levels with which alone it matters; with others a trial has its default."""
+
 STEP_PARTS = 3
 """The schedule `step` lowers the rate after each of so many equal parts of the budget; up to then it is `constant`."""
 

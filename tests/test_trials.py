@@ -66,6 +66,20 @@ def test_a_setting_becomes_a_factor_and_runs_from_before_are_those_with_their_va
         check_comparable(plan("--grid", "smoke", "--set", "batch_size=64").trials, before.trials, "x")
 
 
+def test_a_setting_is_varied_only_where_it_matters() -> None:
+    """Of the 32 cells of the smoke grid, half have sgd, a half dropout, and a half are of the MLP."""
+    grown = plan("--grid", "smoke", "--vary", "momentum=0.5,0.9,0.95", "--vary", "dropout_rate=0.1,0.5")
+    assert len(grown.cells) == 8 * 3 * 2 + 8 * 3 + 8 * 2 + 8
+    assert len({trial.cell_key for trial in grown.trials}) == len(grown.cells)
+    assert {trial.momentum for trial in grown.trials if trial.optimizer == "adam"} == {0.9}
+    assert {trial.dropout_rate for trial in grown.trials if not trial.dropout} == {0.25}
+    assert sum(grown.excluded.values()) == 32 * 6 - len(grown.cells)
+    assert set(grown.excluded) == {
+        "momentum matters only with optimizer=sgd",
+        "dropout_rate matters only with dropout=on",
+    }
+
+
 def test_controls_keep_the_values_of_varied_settings_in_balance() -> None:
     grown = plan("--grid", "smoke", "--vary", "batch_size=128,64,32")
     sizes = [trial.batch_size for trial in grown.trials if trial.trial_key in grown.controls]

@@ -9,6 +9,7 @@ from itertools import product
 from grid.config import (
     FACTORS,
     LEVELS,
+    MATTERS_WITH,
     SETTINGS,
     InputError,
     TrialConfig,
@@ -150,20 +151,35 @@ def vary(settings: Iterable[tuple[str, Sequence[str]]]) -> Levels:
 def cross(levels: Levels) -> tuple[list[Cell], dict[str, int]]:
     """Return the cells of the full factorial that are left, and how many each exclusion removed.
 
+    Cells that differ only in a setting that does not matter with their other levels are one.
+
     Raises:
         InputError: The exclusions leave no cell.
     """
-    cells: list[Cell] = []
+    cells: dict[tuple[str, ...], Cell] = {}
     excluded: Counter[str] = Counter()
     for combination in product(*levels.values()):
-        cell = dict(zip(levels, combination, strict=True))
+        cell, idle = _without_idle(dict(zip(levels, combination, strict=True)))
         reasons = [reason for reason, excludes in EXCLUSIONS.items() if excludes(cell)]
+        if not reasons and tuple(cell.values()) in cells:
+            reasons = [f"{name} matters only with {_condition(name)}" for name in idle]
         excluded.update(reasons[:1])
         if not reasons:
-            cells.append(cell)
+            cells[tuple(cell.values())] = cell
     if not cells:
         raise InputError(f"--only leaves no cell: all are excluded ({'; '.join(excluded)}); allow other levels")
-    return cells, dict(excluded)
+    return list(cells.values()), dict(excluded)
+
+
+def _without_idle(cell: Cell) -> tuple[Cell, list[str]]:
+    """Return a cell with the defaults of the settings that do not matter in it, and these settings."""
+    idle = [name for name, (factor, levels) in MATTERS_WITH.items() if name in cell and cell[factor] not in levels]
+    return cell | {name: SETTINGS[name] for name in idle}, idle
+
+
+def _condition(name: str) -> str:
+    factor, levels = MATTERS_WITH[name]
+    return f"{factor}={','.join(levels)}"
 
 
 def expand(
