@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from grid.config import varied
+from grid.config import idle_settings, varied
 from grid.metrics import AS_VALIDATED_METRIC, FINAL_METRIC, RUNG_METRIC, TEST_METRICS, rung_epochs
 from grid.recorded import (
     ROUNDS,
@@ -68,8 +68,8 @@ def tabulate(
         factors: Of the grid; None for those of every grid, and the settings that differ between these runs.
 
     Returns:
-        `COLUMNS`, the factors in front of the seed, and `val_accuracy_at_<epoch>` for each rung; of finalists also
-        `TEST_METRICS`.
+        `COLUMNS`, the factors in front of the seed (empty where a setting does not matter), and
+        `val_accuracy_at_<epoch>` for each rung; of finalists also `TEST_METRICS`.
     """
     read, unreadable = _read(runs)
     ended = [trial for trial in read if trial.status]
@@ -150,6 +150,7 @@ def _row(trial: RecordedTrial, rounds: Rounds | None) -> dict[str, Any]:
         "trial_key": trial.trial_key,
         "cell_key": config.cell_key,
         **config.cell,
+        **dict.fromkeys(idle_settings(config.cell), ""),
         "seed": config.seed,
         "lr_scale": config.lr_scale,
         "epochs": config.epochs,

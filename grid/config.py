@@ -270,10 +270,12 @@ SETTINGS: Params = {
 def cell_name(cell: Mapping[str, str]) -> str:
     """Return a cell's name for people, such as `cnn cosine gelu adam batch_norm momentum=0.5`.
 
-    Neither `off` nor `none` is shown, nor a setting at its default.
+    Neither `off` nor `none` is shown, nor a setting that is at its default, or empty because it does not matter there.
     """
     words = [factor if cell[factor] == "on" else cell[factor] for factor in FACTORS if factor in cell]
-    changed = [f"{name}={cell[name]}" for name, default in SETTINGS.items() if cell.get(name, default) != default]
+    changed = [
+        f"{name}={cell[name]}" for name, default in SETTINGS.items() if cell.get(name, default) not in (default, "")
+    ]
     return " ".join(word for word in (*words, *changed) if word not in ("off", "none"))
 
 
@@ -281,6 +283,15 @@ def varied(trials: Sequence[TrialConfig]) -> tuple[str, ...]:
     """Return the factors of a grid, in order: those of every grid, and the settings that differ between its trials."""
     changed = [name for name in SETTINGS if len({getattr(trial, name) for trial in trials}) > 1]
     return (*FACTORS, *changed)
+
+
+def idle_settings(cell: Mapping[str, str]) -> list[str]:
+    """Return the settings in a cell that do not matter with its other levels."""
+    return [
+        name
+        for name, (factor, levels) in MATTERS_WITH.items()
+        if name in cell and factor in cell and cell[factor] not in levels
+    ]
 
 
 def factors_among(names: Iterable[str]) -> tuple[str, ...]:

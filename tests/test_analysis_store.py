@@ -5,16 +5,18 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from mlflow.tracking import MlflowClient
 
 from analysis.curves import read_curves
 from analysis.estimates.final_effects import measure_final_effects
+from analysis.estimates.rung_effects import measure_rung_effects
 from analysis.rank import rank_cells
 from analysis.store import read_artifact, read_artifacts, read_experiment
 from analysis.verdict import name_of
@@ -48,25 +50,67 @@ def record(store: Store, folder: Path, status: str | None, epochs_run: int = 1, 
     recorder.close(finished=True)
 
 
-def test_settings_that_differ_between_trials_are_factors(store: Store, tmp_path: Path) -> None:
-    recorder = Recorder(store, Spool(tmp_path / "spool.jsonl"))
+def complete(store: Store, folder: Path, accuracies: Mapping[TrialConfig, float]) -> pd.DataFrame:
+    """Record trials that trained to the end, and return their table."""
+    recorder = Recorder(store, Spool(folder / "spool.jsonl"))
     recorder.begin({"grid.json": b"{}"}, {})
-    for size, accuracies in {32: (0.9, 0.92), 128: (0.8, 0.79), 256: (0.7, 0.7)}.items():
-        for seed, accuracy in enumerate(accuracies):
-            config = replace(CONFIG, batch_size=size, seed=seed, momentum=0.5)
-            recorder.started(config, control=False)
-            for epoch in range(1, 10):
-                recorder.epoch_ended(config, EpochReport(epoch=epoch, val_accuracy=accuracy), is_rung=epoch in (1, 3))
-            recorder.ended(config, "completed", epochs_run=9, best_val_accuracy=accuracy)
+    for config, accuracy in accuracies.items():
+        recorder.started(config, control=False)
+        for epoch in range(1, 10):
+            recorder.epoch_ended(config, EpochReport(epoch=epoch, val_accuracy=accuracy), is_rung=epoch in (1, 3))
+        recorder.ended(config, "completed", epochs_run=9, best_val_accuracy=accuracy)
     recorder.close(finished=True)
-    trials = read_experiment(store.uri, "some grid").trials
+    return read_experiment(store.uri, "some grid").trials
+
+
+def test_settings_that_differ_between_trials_are_factors(store: Store, tmp_path: Path) -> None:
+    sizes = {32: (0.9, 0.92), 128: (0.8, 0.79), 256: (0.7, 0.7)}
+    plain = replace(CONFIG, momentum=0.5)  # the same for all, and so no factor
+    trials = complete(
+        store,
+        tmp_path,
+        {
+            replace(plain, batch_size=size, seed=seed): accuracy
+            for size, accuracies in sizes.items()
+            for seed, accuracy in enumerate(accuracies)
+        },
+    )
     assert factors_among(trials.columns) == (*FACTORS, "batch_size")
     ranked = rank_cells(trials)
     assert list(ranked["batch_size"]) == ["32", "128", "256"]
-    effects = measure_final_effects(trials)
-    assert list(effects.levels["level"]) == ["32", "128", "256"]  # not in the order of the alphabet
-    assert list(effects.levels["effect"]) == pytest.approx([0.11 - 0.0017, -0.005 - 0.0017, -0.1 - 0.0017], abs=1e-3)
     assert name_of(ranked.iloc[0]) == "mlp constant relu adam batch_size=32"
+    levels = measure_final_effects(trials).levels.set_index("level")["effect"]
+    assert list(levels.index) == ["32", "128", "256"]  # not in the order of the alphabet
+    assert list(levels) == pytest.approx([0.91 - 2.405 / 3, 0.795 - 2.405 / 3, 0.7 - 2.405 / 3])
+
+
+def test_a_setting_is_compared_where_it_matters_alone(store: Store, tmp_path: Path) -> None:
+    """Momentum is worth 0.2 with sgd; adam, which has none, is worth 0.1 and batch norm 0.05 in all of them."""
+    cells = {("sgd", 0.5): 0.5, ("sgd", 0.9): 0.7, ("adam", 0.9): 0.7}
+    trials = complete(
+        store,
+        tmp_path,
+        {
+            replace(CONFIG, optimizer=optimizer, momentum=momentum, batch_norm=norm, seed=seed): (
+                accuracy + 0.05 * norm + 0.001 * seed * (-1) ** norm
+            )
+            for (optimizer, momentum), accuracy in cells.items()
+            for norm in (False, True)
+            for seed in (0, 1)
+        },
+    )
+    assert set(trials.loc[trials["optimizer"] == "adam", "momentum"]) == {""}
+    for effects in (measure_final_effects(trials), measure_rung_effects(trials)):
+        levels = effects.levels.set_index(["factor", "level"])["effect"]
+        assert levels["momentum", "0.9"] == pytest.approx(0.1)
+        assert levels["optimizer", "adam"] == pytest.approx(0.05)
+        assert levels["batch_norm", "on"] == pytest.approx(0.025, abs=0.001)
+    assert measure_rung_effects(trials).missing == 0
+    assert {name_of(cell) for _, cell in rank_cells(trials).iterrows()} == {
+        *("mlp constant relu adam", "mlp constant relu adam batch_norm"),
+        *("mlp constant relu sgd", "mlp constant relu sgd batch_norm"),
+        *("mlp constant relu sgd momentum=0.5", "mlp constant relu sgd batch_norm momentum=0.5"),
+    }
 
 
 def test_a_trial_is_a_row_with_types(store: Store, tmp_path: Path) -> None:

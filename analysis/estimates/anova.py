@@ -10,7 +10,7 @@ The comments follow one example, two factors A and B of two levels each, with th
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, combinations, product
-from math import nan, sqrt
+from math import nan, prod, sqrt
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from scipy.linalg import helmert
 from statsmodels.regression.linear_model import OLS, RegressionResults
 
 from analysis.multiplicity import holm
-from grid.config import LEVELS, InputError
+from grid.config import LEVELS, MATTERS_WITH, InputError, idle_settings
 
 TOLERANCE = 1e-9
 """Relative size below which a column adds nothing to those before it, or an observation has no residual."""
@@ -45,7 +45,7 @@ class Term:
     labels: tuple[tuple[str, ...], ...]
     """(factor, level); for an interaction (factor, level, other factor, other level)."""
     codes: NDArray[np.intp]
-    """Position of each observation in `labels`."""
+    """Position of each observation in `labels`; -1 where the factor is a setting that does not matter."""
     coding: Array
     """`[label, coefficient]`: the effects are `coding @ coefficients`; they sum to zero over the levels of each part.
 
@@ -62,10 +62,21 @@ class Term:
         """Degrees of freedom."""
         return int(self.coding.shape[1])
 
+    @property
+    def design(self) -> Array:
+        """`[observation, coefficient]`; zero where the factor does not matter."""
+        return np.asarray(np.where(self.codes[:, None] < 0, 0.0, self.coding[self.codes]))
+
+    @property
+    def indicators(self) -> Array:
+        """`[observation, label]`: 1 for the label of each observation."""
+        return np.asarray(self.codes[:, None] == np.arange(len(self.labels)), dtype=float)
+
     def crossed_with(self, other: "Term") -> "Term":
         """Return the interaction with another factor."""
         labels = tuple(own + others for own, others in product(self.labels, other.labels))
-        codes = self.codes * len(other.labels) + other.codes
+        idle = (self.codes < 0) | (other.codes < 0)
+        codes = np.where(idle, -1, self.codes * len(other.labels) + other.codes)
         # A x B: kron([[c], [-c]], [[c], [-c]]) = [[1/2], [-1/2], [-1/2], [1/2]], for (a1 b1), (a1 b2), (a2 b1), (a2 b2)
         return Term(self.parts + other.parts, labels, codes, np.asarray(np.kron(self.coding, other.coding)))
 
@@ -91,7 +102,7 @@ def estimable_terms(observed: pd.DataFrame, varied: Levels, *, complete: bool) -
     Raises:
         InputError: The observations don't identify the main effects.
     """
-    factors = [_term(factor, observed[factor]) for factor in varied if observed[factor].nunique() > 1]
+    factors = [_term(factor, observed[factor]) for factor in varied if len(in_order(factor, observed[factor])) > 1]
     if not factors:
         raise InputError("every factor has an accuracy at one level only; run a grid with two levels of a factor")
     blocks = factors + ([_term("seed", observed["seed"])] if observed["seed"].nunique() > 1 else [])
@@ -153,7 +164,7 @@ def estimate(fit: RegressionResults, terms: Sequence[Term], confidence: float) -
 def list_labels(terms: Sequence[Term]) -> pd.DataFrame:
     """Return all labels: `factor`, `level`, `other_factor`, `other_level` (both empty for a level), `observations`."""
     names = [(*label, "", "")[:4] for term in terms for label in term.labels]
-    counts = np.concatenate([np.bincount(term.codes, minlength=len(term.labels)) for term in terms])
+    counts = np.concatenate([term.indicators.sum(axis=0).astype(int) for term in terms])
     table = pd.DataFrame(names, columns=["factor", "level", "other_factor", "other_level"])
     return table.assign(observations=counts)
 
@@ -172,10 +183,18 @@ def effect_weights(terms: Sequence[Term]) -> dict[str, Array]:
 def in_order(name: str, values: "pd.Series[Any]") -> tuple[Any, ...]:
     """Return the distinct values of a factor or of the seed: known levels in their usual order, then others sorted.
 
-    Values that are all numbers are sorted as such.
+    Values that are all numbers are sorted as such. Empty ones, of a setting that does not matter, are left out.
     """
-    present = set(values.unique())
+    present = set(values.unique()) - {""}
     return tuple(value for value in dict.fromkeys((*LEVELS.get(name, ()), *_sorted(present))) if value in present)
+
+
+def number_of_cells(varied: Levels) -> int:
+    """Return how many cells a grid has, with cells that differ only where a setting does not matter as one."""
+    if not set(MATTERS_WITH) & set(varied):
+        return prod(map(len, varied.values()))
+    cells = (dict(zip(varied, levels, strict=True)) for levels in product(*varied.values()))
+    return len({tuple((cell | dict.fromkeys(idle_settings(cell), "")).values()) for cell in cells})
 
 
 def _sorted(values: Iterable[Any]) -> list[Any]:
@@ -187,13 +206,13 @@ def _sorted(values: Iterable[Any]) -> list[Any]:
 
 def _term(name: str, values: "pd.Series[Any]") -> Term:
     labels = in_order(name, values)
-    codes = pd.Categorical(values, categories=list(labels)).codes.astype(np.intp)
+    codes = pd.Index(labels).get_indexer(pd.Index(values))
     return Term((name,), tuple((name, str(label)) for label in labels), codes, np.asarray(helmert(len(labels)).T))
 
 
 def coding_matrix(terms: Sequence[Term]) -> Array:
     """Return the design, `[observation, coefficient]`; its first column is the intercept."""
-    return np.column_stack([np.ones(len(terms[0].codes)), *(term.coding[term.codes] for term in terms)])
+    return np.column_stack([np.ones(len(terms[0].codes)), *(term.design for term in terms)])
 
 
 def _columns(terms: Sequence[Term]) -> dict[str, slice]:

@@ -8,7 +8,6 @@ the largest of many differences is not taken for more than it is.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from math import prod
 
 import numpy as np
 import pandas as pd
@@ -24,6 +23,7 @@ from analysis.estimates.anova import (
     estimable_terms,
     in_order,
     list_labels,
+    number_of_cells,
 )
 from analysis.estimates.rung_effects import divergence_rates
 from analysis.estimates.two_phase import Ends, Sample, estimate_ends
@@ -223,7 +223,7 @@ def _budget(trials: pd.DataFrame) -> int:
 def _terms(rows: pd.DataFrame, varied: Levels) -> list[Term]:
     """Return the terms of the two-way model; without pairs of levels where they would take up most of the trials."""
     observed = rows.assign(accuracy=0.0)
-    complete = len(rows) == prod(map(len, varied.values())) * rows["seed"].nunique()
+    complete = len(rows) == number_of_cells(varied) * rows["seed"].nunique()
     terms = estimable_terms(observed, varied, complete=complete)
     coefficients = 1 + sum(term.df for term in terms)
     return terms if coefficients <= LARGEST_SHARE * len(rows) else [term for term in terms if len(term.parts) == 1]
@@ -307,7 +307,7 @@ def _if_guessing(trials: pd.DataFrame, rows: pd.DataFrame, terms: Sequence[Term]
     diverged = trials[trials["status"] == "diverged"]
     widened = pd.concat([rows, diverged.assign(final_val_accuracy=guess)], ignore_index=True)
     varied = {term.name: tuple(level for _, level in term.labels) for term in _main_effects(terms)}
-    kept = widened[widened[list(varied)].isin({name: list(names) for name, names in varied.items()}).all(axis=1)]
+    kept = widened[widened[list(varied)].isin({name: [*names, ""] for name, names in varied.items()}).all(axis=1)]
     before, after = ((_main_effect_values(part, varied)) for part in (rows, kept))
     moved = (after - before).sort_values(key=abs, ascending=False)
     moved = moved[moved.abs() >= NOTEWORTHY].head(3)

@@ -7,13 +7,22 @@ those are counted but never mixed in. What levels do to the end is measured by `
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
-from math import nan, prod, sqrt
+from math import nan, sqrt
 
 import numpy as np
 import pandas as pd
 from statsmodels.stats.proportion import proportion_confint
 
-from analysis.estimates.anova import Levels, estimable_terms, estimate, fit_terms, in_order, mean_square, variance_table
+from analysis.estimates.anova import (
+    Levels,
+    estimable_terms,
+    estimate,
+    fit_terms,
+    in_order,
+    mean_square,
+    number_of_cells,
+    variance_table,
+)
 from analysis.summaries import at_best_scales, explain_scales
 from grid.config import InputError, factors_among
 from grid.metrics import RUNG_METRIC, rung_epochs
@@ -81,7 +90,7 @@ def measure_rung_effects(trials: pd.DataFrame, *, epoch: int | None = None, conf
     levels = {factor: in_order(factor, trials[factor]) for factor in factors_among(trials.columns)}
     varied = {factor: names for factor, names in levels.items() if len(names) > 1}
     observed = chosen.assign(accuracy=accuracies).dropna(subset="accuracy").reset_index(drop=True)
-    missing = prod(map(len, varied.values())) * trials["seed"].nunique() - len(observed)
+    missing = number_of_cells(varied) * trials["seed"].nunique() - len(observed)
     terms = estimable_terms(observed, varied, complete=not missing)
     fitted = fit_terms(observed, terms)
     estimates, estimable = estimate(fitted, terms, confidence), {term.parts for term in terms}
@@ -156,10 +165,11 @@ def _per_level(values: "pd.Series[float]", rows: pd.DataFrame, varied: Levels) -
     """Return `factor`, `level`, `size`, `count` (not NaN), `sum` and `mean` (NaN for none) of each level's rows."""
     tables, known = [], values.notna().to_numpy()
     for factor, names in varied.items():
-        codes = pd.Categorical(rows[factor], categories=list(names)).codes
-        sizes = np.bincount(codes, minlength=len(names))
-        counts = np.bincount(codes[known], minlength=len(names))
-        sums = np.bincount(codes[known], values[known], minlength=len(names))
+        codes = pd.Index(names).get_indexer(pd.Index(rows[factor]))
+        shown, seen = codes >= 0, known & (codes >= 0)
+        sizes = np.bincount(codes[shown], minlength=len(names))
+        counts = np.bincount(codes[seen], minlength=len(names))
+        sums = np.bincount(codes[seen], values[seen], minlength=len(names))
         means = np.divide(sums, counts, out=np.full(len(names), nan), where=counts > 0)
         columns = {"level": names, "size": sizes, "count": counts, "sum": sums, "mean": means}
         tables.append(pd.DataFrame(columns).assign(factor=factor))

@@ -179,8 +179,8 @@ def _features(rungs: Array, terms: Sequence[Term]) -> tuple[Array, Array]:
     logits = np.log(clipped / (1 - clipped))
     now = _standardised(logits[:, -1])
     gains = [_standardised(logits[:, -1] - logits[:, -2])] if logits.shape[1] > 1 else []
-    levels = [np.eye(len(term.labels))[term.codes] for term in terms if len(term.parts) == 1]
-    pairs = [term.coding[term.codes] for term in terms if len(term.parts) == 2]
+    levels = [term.indicators for term in terms if len(term.parts) == 1]
+    pairs = [term.design for term in terms if len(term.parts) == 2]
     scaled = [pair / np.sqrt(np.maximum(np.mean(pair**2, axis=0), 1e-12)) for pair in pairs]
     blocks = [
         *((column[:, None], FREE) for column in (np.ones(len(now)), now, *gains)),

@@ -137,7 +137,8 @@ def _rates_at(
     arrived = trials[f"{RUNG_METRIC}{rung}"].notna() & ~(stops < rung)
     continued = (stops[arrived] != rung).astype(int)
     for factor in factors_among(trials.columns):
-        table = continued.groupby(trials.loc[arrived, factor].astype(str)).agg(["sum", "count"])
+        levels = trials.loc[arrived, factor].astype(str)
+        table = continued[levels != ""].groupby(levels).agg(["sum", "count"])
         went, came = table["sum"].sum(), table["count"].sum()
         for level, passed, number in table.itertuples() if len(table) > 1 else ():
             others, rest = went - passed, came - number

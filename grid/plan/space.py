@@ -16,6 +16,7 @@ from grid.config import (
     changed_settings,
     check_level,
     check_setting,
+    idle_settings,
     varied,
 )
 
@@ -173,7 +174,7 @@ def cross(levels: Levels) -> tuple[list[Cell], dict[str, int]]:
 
 def _without_idle(cell: Cell) -> tuple[Cell, list[str]]:
     """Return a cell with the defaults of the settings that do not matter in it, and these settings."""
-    idle = [name for name, (factor, levels) in MATTERS_WITH.items() if name in cell and cell[factor] not in levels]
+    idle = idle_settings(cell)
     return cell | {name: SETTINGS[name] for name in idle}, idle
 
 
