@@ -108,7 +108,7 @@ def simulate(
     config: TrialConfig, asha: Asha, control: bool, gains: dict[tuple[str, str], float], rng: random.Random
 ) -> SimulatedTrial:
     """Train by formula; one in ten of the `asgd` trials without batch norm diverges."""
-    best = 0.78 + sum(gains[level] for level in config.cell.items()) + rng.gauss(0, 0.01)
+    best = 0.78 + sum(gains.get(level, 0.0) for level in config.cell.items()) + rng.gauss(0, 0.01)
     pace = rng.uniform(0.5, 2.0)
     fragile = config.optimizer == "asgd" and not config.batch_norm and rng.random() < 0.1
     diverges_in = rng.randint(1, 5) if fragile else None
