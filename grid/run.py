@@ -148,7 +148,10 @@ def _parser() -> Parser:
         prog="python -m grid.run",
         description="Train every combination of techniques with ASHA early stopping and log every\n"
         "trial to MLflow. Run the same command again to continue.",
-        epilog="grids:\n" + "\n".join(_describe(name, grid.question) for name, grid in GRIDS.items()),
+        epilog="grids:\n"
+        + "\n".join(_describe(name, grid.question) for name, grid in GRIDS.items())
+        + "\n\nsettings, with their defaults:\n"
+        + textwrap.fill(" ".join(map("=".join, SETTINGS.items())), 79, initial_indent="  ", subsequent_indent="  "),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_training(parser.add_argument_group("what is trained"))
@@ -171,7 +174,7 @@ def _add_training(what: Options) -> None:
         action="append",
         default=[],
         metavar="SETTING=VALUE",
-        help="of all trials, such as batch_size=256; may be repeated",
+        help="hold a setting of all trials, such as batch_size=256; may be repeated",
     )
     what.add_argument(
         "--vary",
