@@ -23,6 +23,7 @@ from mlflow.tracking import MlflowClient
 
 from grid.config import InputError, TrialConfig
 from grid.metrics import EPOCH_METRICS, EpochReport
+from grid.record import courier
 from grid.record import lease as lease_module
 from grid.record.holder import Holder, StoreLock
 from grid.record.lease import Lease
@@ -422,6 +423,46 @@ def test_a_store_that_is_down_after_a_pause_is_not_written_to(store: Store, monk
         monkeypatch.setattr(lease._client, "get_experiment", unplugged)
         with pytest.raises(OSError, match="^the cable is cut$"):
             store.client.set_tag(store.parent_id, "some tag", "")
+
+
+def test_nothing_is_written_while_no_heartbeat_can_be_and_everything_as_soon_as_one_can(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 1000.0)
+    with Lease(store) as lease, closing(sqlite3.connect(store.uri.removeprefix("sqlite:///"))) as database:
+        for what in ("INSERT", "UPDATE"):
+            database.execute(
+                f"CREATE TRIGGER no_{what} BEFORE {what} ON experiment_tags "
+                "BEGIN SELECT RAISE(ABORT, 'no heartbeats'); END"
+            )
+        lease._confirmed_at = (0.0, 0.0)
+        with pytest.raises(MlflowException, match="no heartbeats"):
+            store.client.set_tag(store.parent_id, "some tag", "")
+        assert not lease.is_fresh()
+        assert "some tag" not in store.client.get_run(store.parent_id).data.tags
+        for what in ("INSERT", "UPDATE"):
+            database.execute(f"DROP TRIGGER no_{what}")
+        store.client.set_tag(store.parent_id, "some tag", "")
+        assert lease.is_fresh()
+
+
+def test_reports_for_an_experiment_that_was_deleted_for_long_wait_until_it_is_restored(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 1000.0)
+    monkeypatch.setattr(courier, "LONGEST_WAIT_SECONDS", 0.1)
+    with closing(Spool(tmp_path / "spool.jsonl")) as spool, Lease(store, spool) as lease:
+        recorder = Recorder(store, spool)
+        recorder.begin({}, {})
+        lease._client.delete_experiment(store.experiment_id)
+        lease._confirmed_at = (0.0, 0.0)
+        recorder.started(CONFIG, control=False)
+        wait_until(lambda: "must be in the 'active' state" in recorder.error)
+        assert not lease.is_fresh()
+        lease._client.restore_experiment(store.experiment_id)
+        wait_until(lambda: not recorder.error and bool(store.run_ids()))
+        assert (recorder.parked, recorder.dropped) == ({}, {})
+        assert recorder.close(finished=True)
 
 
 def test_a_driver_that_was_replaced_stops_says_so_and_writes_nothing(store: Store) -> None:

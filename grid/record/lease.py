@@ -20,7 +20,7 @@ from mlflow.exceptions import MlflowException
 from grid.config import InputError
 from grid.record.holder import Holder, StoreLock
 from grid.record.spool import Spool
-from grid.record.store import UNREACHABLE, LeaseLostError, Store, already_exists
+from grid.record.store import LeaseLostError, Store, already_exists
 from grid.store_uri import artifact_location
 from grid.wording import count
 
@@ -58,8 +58,6 @@ class Lease:
         self._beats = itertools.count()
         self._confirmed_at = (0.0, 0.0)
         """When the last heartbeat began after which no other driver had come."""
-        self._checked_at = (0.0, 0.0)
-        """When it was last seen that none had come."""
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._keep_alive, name="heartbeat", daemon=True)
 
@@ -94,8 +92,8 @@ class Lease:
             self._confirm()
 
     def is_fresh(self) -> bool:
-        """Return whether this driver has made sure of that lately."""
-        return not self._store.lost and _seconds_since(self._checked_at) < EXPIRY_SECONDS / 2
+        """Return whether a heartbeat of this driver is recent enough to write."""
+        return not self._store.lost and _seconds_since(self._confirmed_at) < EXPIRY_SECONDS / 2
 
     def release(self) -> None:
         """Stop the heartbeats and give the lease up, if it is this driver's; a store that is down lets it expire."""
@@ -242,10 +240,14 @@ class Lease:
 
         This order makes it safe to write for a while: who comes later sees this heartbeat, and watches it first.
         """
-        began, written = _read_clocks(), False
-        with suppress(*UNREACHABLE):  # such as of an experiment that was deleted
+        began = _read_clocks()
+        try:
             self._beat()
-            written = True
+        finally:  # a store that takes no heartbeat may still say who has come
+            self._refuse_if_replaced()
+        self._confirmed_at = began
+
+    def _refuse_if_replaced(self) -> None:
         highest, _ = self._highest()
         if highest > self.number:
             self._store.lost = (
@@ -253,9 +255,6 @@ class Lease:
                 "driver, which gave no sign of life for too long and stops now; nothing is recorded twice"
             )
             raise LeaseLostError(self._store.lost)
-        self._checked_at = began
-        if written:
-            self._confirmed_at = began
 
     def _beat(self) -> None:
         self._set_tag(str(next(self._beats)))
