@@ -29,13 +29,14 @@ from grid.store_uri import (
     find_experiment,
     missing_experiment,
     mlflow_settings,
+    repeating,
     sqlite_path,
     sqlite_tables,
     store_problem,
     waiting_for,
 )
 
-os.environ.update(mlflow_settings(writes=False))
+os.environ.update(mlflow_settings())
 
 import mlflow.db
 import mlflow.exceptions
@@ -275,7 +276,8 @@ def answering(uri: str) -> Iterator[MlflowClient]:
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # it logs the tracebacks of what it also raises
     try:
-        yield _open(uri)
+        with repeating():
+            yield _open(uri)
     except (*UNREACHABLE, CommandError, sqlite3.Error) as error:
         raise InputError(f"can't read the store {mask(uri)}: {store_problem(error, uri)}") from error
 

@@ -45,7 +45,8 @@ MLFLOW_SETTINGS = {
 }
 """Environment variable -> value, for whatever the user has not set."""
 RETRIES_VARIABLE = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-READER_RETRIES = 2
+READER_RETRIES = os.environ.get(RETRIES_VARIABLE, "2")
+"""How often MLflow repeats a question: as the user has set, looked up before `never_repeat` sets it."""
 BUSY_SECONDS = 20
 """How long a locked sqlite file is waited for; MLflow waits as long."""
 QUIET_SECONDS = 5.0
@@ -143,13 +144,30 @@ def missing_experiment(name: str, uri: str, others: Iterable[str]) -> InputError
     return InputError(f"no experiment '{_shorten(name)}' in {mask(uri)}; it has {number}{names}")
 
 
-def mlflow_settings(*, writes: bool) -> Mapping[str, str]:
-    """Return the environment variables that MLflow should see; to be set before it is imported.
+def mlflow_settings() -> Mapping[str, str]:
+    """Return the environment variables that MLflow should see; to be set before it is imported."""
+    return {**MLFLOW_SETTINGS, **os.environ}
 
-    A question may be repeated by MLflow itself. What writes may not: an attempt whose answer was lost may have
-    arrived, so the recorder looks before it tries again.
+
+def never_repeat() -> None:
+    """Keep MLflow from repeating requests of this process, whatever the user has set.
+
+    An attempt whose answer was lost may have arrived, so the recorder looks before it tries again; and what MLflow
+    repeats, perhaps minutes later, is not asked about again by the fence of `grid.record.store`.
     """
-    return {**MLFLOW_SETTINGS, RETRIES_VARIABLE: str(0 if writes else READER_RETRIES), **os.environ}
+    os.environ[RETRIES_VARIABLE] = "0"
+
+
+@contextmanager
+def repeating() -> Iterator[None]:
+    """Let MLflow repeat the questions of this block, which may not write, as often as the user has set."""
+    before = os.environ.get(RETRIES_VARIABLE, READER_RETRIES)
+    os.environ[RETRIES_VARIABLE] = READER_RETRIES
+    try:
+        yield
+    finally:
+        if os.environ.get(RETRIES_VARIABLE) == READER_RETRIES:  # else `never_repeat` was called meanwhile
+            os.environ[RETRIES_VARIABLE] = before
 
 
 @contextmanager

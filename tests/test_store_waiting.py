@@ -4,12 +4,15 @@ import io
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +22,7 @@ from grid.config import InputError
 from grid.record.store import Store
 from grid.store_uri import check_store_uri, find_proxy, mlflow_settings, waiting_for
 
+ROOT = Path(__file__).parents[1]
 PROXY_VARIABLES = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY")
 
 
@@ -215,22 +219,59 @@ def test_what_is_no_mlflow_or_refuses_is_left_at_once(
         ask(f"http://127.0.0.1:{port}")
 
 
-def test_readers_and_writers_have_the_same_time_limit_and_only_readers_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
-        monkeypatch.delenv(name, raising=False)
-    reader, writer = mlflow_settings(writes=False), mlflow_settings(writes=True)
-    differing = {name: (reader[name], writer[name]) for name in reader if reader[name] != writer[name]}
-    assert differing == {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": ("2", "0")}
-    assert int(reader["MLFLOW_HTTP_REQUEST_TIMEOUT"]) > 0
+class Busy(Handler):
+    """Answers as a server does that is asked too much, and counts."""
+
+    asked: Counter[str]
+
+    def answer(self, status: int, content: object) -> None:
+        self.asked[self.path.partition("?")[0].rpartition("/")[2]] += 1
+        super().answer(503, {})
+
+
+WRITE_READ_AND_WRITE = """
+import sys
+from contextlib import suppress
+from importlib import import_module
+
+uri, *modules = sys.argv[1:]
+for module in modules:
+    import_module(module)
+from mlflow.exceptions import MlflowException
+from analysis.store import read_experiment
+from grid.config import InputError
+from grid.record.store import Store
+
+store = Store(uri, "mine")
+for _ in range(2):
+    with suppress(MlflowException):
+        store.client.log_param("a run", "name", "value")
+    with suppress(InputError):
+        read_experiment(uri, "mine")
+"""
 
 
 @pytest.mark.parametrize(
-    "name", ["MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT", "PGCONNECT_TIMEOUT"]
+    ("modules", "wish", "questions"),
+    [(["grid.record.store", "analysis.store"], None, 3), (["analysis.store", "grid.record.store"], "1", 2)],
 )
-@pytest.mark.parametrize("writes", [False, True])
-def test_what_the_user_has_set_counts(name: str, writes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_questions_are_repeated_by_mlflow_whatever_is_imported_first_and_the_user_wants(
+    modules: Sequence[str], wish: str | None, questions: int
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_HTTP_REQUEST_MAX_RETRIES"}
+    environment |= {"MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0", "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0"}
+    environment |= {} if wish is None else {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": wish}
+    Busy.asked = Counter()
+    with serving(Busy) as port:
+        command = [sys.executable, "-c", WRITE_READ_AND_WRITE, f"http://127.0.0.1:{port}", *modules]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    assert Busy.asked == {"log-parameter": 2, "get-by-name": 2 * questions}
+
+
+@pytest.mark.parametrize("name", ["MLFLOW_HTTP_REQUEST_TIMEOUT", "PGCONNECT_TIMEOUT"])
+def test_what_the_user_has_set_counts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "77")
-    assert mlflow_settings(writes=writes)[name] == "77"
+    assert mlflow_settings()[name] == "77"
 
 
 def test_a_quick_answer_is_awaited_in_silence(capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,7 @@ from grid.store_uri import (
 )
 from grid.wording import first_line
 
-os.environ.update(mlflow_settings(writes=True))
+os.environ.update(mlflow_settings())
 
 import mlflow.exceptions
 import requests
