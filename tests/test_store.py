@@ -87,3 +87,11 @@ def test_an_artifact_is_on_the_disk_before_it_counts(store: Store, monkeypatch: 
     monkeypatch.setattr("grid.record.store.sync", lambda path: synced.append(path.name))
     store.attach(store.parent_id, {"test/one.csv": b"1"})
     assert synced == ["one.csv", "test"]
+
+
+def test_a_look_for_another_trial_forgets_no_run_that_was_left_out(store: Store) -> None:
+    tags = {"kind": "trial", "trial_key": "a"}
+    run_id = store.client.create_run(store.experiment_id, tags=tags).info.run_id
+    assert store.trials() == {}
+    assert store.run_ids(trial_key="b") == {}
+    assert list(store.left_out.values()) == [[run_id]]

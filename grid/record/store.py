@@ -303,7 +303,8 @@ class Store:
         """
         runs = list(self._search(kind, trial_key))
         begun = {run.data.tags["trial_key"]: run.info.run_id for run in runs if _has_only_begun(run)}
-        return begun | {key: trial.run_id for key, trial in self._read(runs).items()}
+        read, _ = _read(runs)
+        return begun | {key: trial.run_id for key, trial in read.items()}
 
     def trials(self, kind: str = "trial") -> dict[str, StoredTrial]:
         """Return the recorded trials by their keys; `left_out` says which runs were left out.
@@ -315,22 +316,8 @@ class Store:
             InputError: The store does not answer.
         """
         with self.answering():
-            return {key: self._stored(trial) for key, trial in self._read(self._search(kind)).items()}
-
-    def _read(self, runs: Iterable[Any]) -> dict[str, RecordedTrial]:
-        """Return the runs that can be read as trials, by key; of several runs of a trial that which counts."""
-        read = []
-        left_out = defaultdict(list)
-        for run in runs:
-            try:
-                read.append(_read_run(run))
-            except UnreadableError as reason:
-                left_out[str(reason)].append(run.info.run_id)
-        counting, twins = drop_twins(read)
-        if twins:
-            left_out[TWIN] = twins
-        self.left_out = dict(left_out)
-        return counting
+            read, self.left_out = _read(self._search(kind))
+            return {key: self._stored(trial) for key, trial in read.items()}
 
     def reopen(self, trial: StoredTrial) -> StoredTrial:
         """Return a stopped trial as one that has to continue, as an unstopped control.
@@ -453,6 +440,24 @@ def already_exists(error: mlflow.exceptions.MlflowException) -> bool:
 
 def _has_only_begun(run: Any) -> bool:
     return "trial_key" in run.data.tags and not run.data.params
+
+
+def _read(runs: Iterable[Any]) -> tuple[dict[str, RecordedTrial], dict[str, list[str]]]:
+    """Return the runs that can be read as trials, by key, and why others were left out -> their ids.
+
+    Of several runs of a trial one counts.
+    """
+    read = []
+    left_out = defaultdict(list)
+    for run in runs:
+        try:
+            read.append(_read_run(run))
+        except UnreadableError as reason:
+            left_out[str(reason)].append(run.info.run_id)
+    counting, twins = drop_twins(read)
+    if twins:
+        left_out[TWIN] = twins
+    return counting, dict(left_out)
 
 
 def _read_run(run: Any) -> RecordedTrial:
