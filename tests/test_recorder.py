@@ -692,18 +692,38 @@ def test_pictures_follow_when_the_recorder_has_begun(store: Store, tmp_path: Pat
     assert store.artifact("samples.png") == b"a picture"
 
 
-def test_a_recorder_whose_thread_has_died_is_noticed(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_error_while_an_error_is_dealt_with_is_survived_and_told(
+    store: Store, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(courier.Courier, "_run", lambda self: None)
-    with closing(Spool(tmp_path / "spool.jsonl")) as spool:
-        recorder = Recorder(store, spool)
-        recorder.begin({}, {})
+    def fail(*given: object, **named: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(courier, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(record, "PATIENCE_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(store.client, "create_run", fail)
+        patch.setattr(courier, "describe", fail)
         record_trial(recorder)
-        wait_until(lambda: "the recorder has died" in recorder.trouble)
-        assert recorder.trouble.endswith("5 reports waiting")
-        assert not recorder.close(finished=True, patience_seconds=0.2)
-        assert len(spool.path.read_text().splitlines()) == 5
+        wait_until(lambda: recorder.error == "MemoryError")
+        assert re.fullmatch(r"MLflow not answering for \d+ s, 5 reports waiting", recorder.trouble)
+    wait_until(lambda: recorder.error == recorder.trouble == "" and len(runs(store)) == 1)
+    assert recorder.close(finished=True)
+
+
+def test_a_spool_that_can_not_be_read_is_told_and_its_reports_arrive_when_it_can(
+    store: Store, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(courier, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(courier, "LONGEST_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(record, "PATIENCE_SECONDS", 0.0)
+    spool = tmp_path / "spool.jsonl"
+    spool.rename(tmp_path / "hidden")
+    record_trial(recorder)
+    wait_until(lambda: "No such file or directory" in recorder.error)
+    wait_until(lambda: recorder.trouble.endswith("5 reports waiting"))
+    (tmp_path / "hidden").rename(spool)
+    assert recorder.close(finished=True)
+    assert [run.info.status for run in runs(store)] == ["FINISHED"]
 
 
 def test_reports_wait_for_an_experiment_that_was_deleted_until_it_is_restored(

@@ -9,7 +9,6 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Protocol
 
 from grid.record.spool import Line, Parked, ParkedLine, Queue
@@ -92,11 +91,6 @@ class Courier:
         since = self._silent_since
         return 0.0 if since is None else time.monotonic() - since
 
-    @property
-    def is_broken(self) -> bool:
-        """Whether the thread has ended without being asked to."""
-        return self._thread.ident is not None and not self._thread.is_alive() and not self._closing.is_set()
-
     def start(self) -> None:
         """Start to deliver."""
         self._thread.start()
@@ -130,10 +124,10 @@ class Courier:
         self._retry_parked(self.parked.lines)
         for _ in range(ATTEMPTS - 1):
             try:
-                self._deliver_pending()
+                return self._deliver_pending()
             except Exception:  # noqa: BLE001  (of whichever library; the last attempt raises)
                 time.sleep(FIRST_WAIT_SECONDS)
-        self._deliver_pending()
+        return self._deliver_pending()
 
     def park_backlog(self, error: Exception) -> None:
         """Park what was read and has not arrived, to be tried again later."""
@@ -143,9 +137,12 @@ class Courier:
 
     def _run(self) -> None:
         while not self._closing.is_set():
-            with suppress(BaseException):  # such as a second MemoryError while the first one is handled
+            try:
                 self._deliver_until_closed()
-            self._closing.wait(FIRST_WAIT_SECONDS)
+            except BaseException as error:  # noqa: BLE001  (such as a second MemoryError while one is dealt with)
+                self.error = type(error).__name__
+                time.sleep(FIRST_WAIT_SECONDS)
+                self._wake.set()
 
     def _deliver_until_closed(self) -> None:
         wait = FIRST_WAIT_SECONDS
@@ -160,6 +157,7 @@ class Courier:
                 self.error = describe(error)
                 self._closing.set()
             except BaseException as error:  # noqa: BLE001  (whatever a library raises, the next attempt may succeed)
+                self._silent_since = self._silent_since or time.monotonic()
                 self.error = describe(error)
                 self._closing.wait(wait)
                 self._wake.set()
@@ -284,4 +282,4 @@ class Courier:
 def describe(error: BaseException) -> str:
     """Return an error in one line without its secrets: of a store its text, of anything else its type as well."""
     text, kind = first_line(error), type(error).__name__
-    return text if isinstance(error, (*UNREACHABLE, Refusal)) or text == kind else f"{kind}: {text}"
+    return text if isinstance(error, (*UNREACHABLE, LeaseLostError, Refusal)) or text == kind else f"{kind}: {text}"

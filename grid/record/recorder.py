@@ -75,8 +75,6 @@ class Recorder:
     @property
     def trouble(self) -> str:
         """What a person should know while the grid runs; empty if everything arrives."""
-        if self._events.is_broken:
-            return f"the recorder has died ({self.error}), {count(self._events.waiting, 'report')} waiting"
         troubles = []
         for courier, whose, noun in (
             (self._events, "MLflow", "report"),
