@@ -465,11 +465,12 @@ def test_reports_for_an_experiment_that_was_deleted_for_long_wait_until_it_is_re
         assert recorder.close(finished=True)
 
 
-def test_a_driver_that_was_replaced_stops_says_so_and_writes_nothing(store: Store) -> None:
+def test_a_driver_that_was_replaced_stops_says_so_and_writes_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 1000.0)  # it sleeps
     first = Lease(store)
     first.acquire()
-    first._ending.set()  # it sleeps
-    first._thread.join()
     with elsewhere(), Lease(opened(store)) as second:
         assert second.number == 2
         first._confirmed_at = (0.0, 0.0)
@@ -482,6 +483,22 @@ def test_a_driver_that_was_replaced_stops_says_so_and_writes_nothing(store: Stor
         assert tag(store) != ""
         with pytest.raises(LeaseLostError, match=message):
             store.client.set_tag(store.parent_id, "some tag", "")
+
+
+def test_a_driver_that_has_given_the_experiment_up_delivers_nothing_more(store: Store, tmp_path: Path) -> None:
+    with closing(Spool(tmp_path / "spool.jsonl")) as spool:
+        recorder = Recorder(store, spool)
+        with Lease(store, spool) as lease:
+            recorder.begin({}, {})  # and whatever is raised before it is closed
+        recorder.started(CONFIG, control=False)
+        recorder._attach_later(store.parent_id, "late.txt", b"late")
+        threads = [each._thread for each in (recorder._events, recorder._artifacts)]
+        wait_until(lambda: bool(store.run_ids()) or not any(thread.is_alive() for thread in threads))
+        assert (store.run_ids(), store.artifact("late.txt"), lease.is_fresh()) == ({}, None, False)
+        told = "this driver has given experiment 'some grid' up; what has not arrived is kept for the next run"
+        assert [each.error for each in (recorder._events, recorder._artifacts)] == [told, told]
+        assert not recorder.close(finished=False)
+        assert len(spool.pending()[0]) == 1
 
 
 READING = ("get_", "search_", "list_", "download_")

@@ -84,26 +84,32 @@ class Lease:
         """Make sure that this driver still holds the lease; only after a pause without heartbeats the store is asked.
 
         Raises:
-            LeaseLostError: Another driver holds it.
+            LeaseLostError: Another driver holds it, or this one has given it up.
         """
         if self._store.lost:
             raise LeaseLostError(self._store.lost)
+        if self._ending.is_set():
+            what = f"this driver has given experiment '{self._store.experiment}' up"
+            raise LeaseLostError(f"{what}; what has not arrived is kept for the next run")
         if _seconds_since(self._confirmed_at) >= EXPIRY_SECONDS / 2:
             self._confirm()
 
     def is_fresh(self) -> bool:
         """Return whether a heartbeat of this driver is recent enough to write."""
-        return not self._store.lost and _seconds_since(self._confirmed_at) < EXPIRY_SECONDS / 2
+        is_over = self._store.lost or self._ending.is_set()
+        return not is_over and _seconds_since(self._confirmed_at) < EXPIRY_SECONDS / 2
 
     def release(self) -> None:
-        """Stop the heartbeats and give the lease up, if it is this driver's; a store that is down lets it expire."""
+        """Stop the heartbeats and give the lease up, if it is this driver's; a store that is down lets it expire.
+
+        The store can be read on, but nothing more can be written through it.
+        """
         self._ending.set()
         if self._thread.is_alive():
             self._thread.join()
         if self.number and not self._store.lost:
             with suppress(InputError), self._store.answering():
                 self._give_up()
-            self._store.client = self._client
         self._lock.release()
 
     def __enter__(self) -> "Lease":

@@ -378,7 +378,7 @@ def _errors_of_artifact_stores() -> Iterator[None]:
     """Turn the errors of the libraries that carry artifacts, such as botocore's, into an `OSError`."""
     try:
         yield
-    except UNREACHABLE:
+    except (*UNREACHABLE, LeaseLostError):
         raise
     except Exception as error:
         raise OSError(f"{type(error).__name__}: {first_line(error)}") from error
