@@ -153,7 +153,7 @@ def never_repeat() -> None:
     """Keep MLflow from repeating requests of this process, whatever the user has set.
 
     An attempt whose answer was lost may have arrived, so the recorder looks before it tries again; and what MLflow
-    repeats, perhaps minutes later, is not asked about again by the fence of `grid.record.store`.
+    repeats, perhaps minutes later, is not asked about again by `grid.record.fence`.
     """
     os.environ[RETRIES_VARIABLE] = "0"
 

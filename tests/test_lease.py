@@ -25,11 +25,12 @@ from grid.config import InputError, TrialConfig
 from grid.metrics import EPOCH_METRICS, EpochReport
 from grid.record import courier
 from grid.record import lease as lease_module
+from grid.record.fence import LeaseLostError
 from grid.record.holder import Holder, StoreLock
 from grid.record.lease import Lease
 from grid.record.recorder import Recorder
 from grid.record.spool import Spool
-from grid.record.store import LeaseLostError, Store
+from grid.record.store import Store
 from tests import lease_driver
 from tests.lease_driver import EXPERIMENT, EXPIRY, elsewhere
 from tests.waiting import wait_until
@@ -526,6 +527,31 @@ def is_refused(method: Callable[[], object]) -> bool:
     except (LeaseLostError, TypeError) as error:  # the latter if it was called, and lacks arguments
         return isinstance(error, LeaseLostError)
     return False
+
+
+READ_THEN_LEASE = """
+import sys
+import requests
+from sqlalchemy import Engine, event
+
+send = requests.Session.send
+from grid.record.fence import _check_again
+from grid.record.lease import Lease
+from grid.record.store import Store
+
+store = Store(sys.argv[1], sys.argv[2])
+store.open()
+store.trials()
+assert not event.contains(Engine, "commit", _check_again) and requests.Session.send is send
+with Lease(store):
+    assert event.contains(Engine, "commit", _check_again) and requests.Session.send is not send
+"""
+
+
+def test_nothing_of_requests_and_sqlalchemy_is_changed_before_there_is_a_lease(store: Store) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", READ_THEN_LEASE, store.uri, store.experiment]
+    subprocess.run(command, env=environment, check=True)
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "http"])

@@ -28,12 +28,13 @@ from grid.plan.request import Request
 from grid.plan.space import ORDER_SEED, shared_settings
 from grid.plan.trials import Plan, check_comparable, make_plan
 from grid.record.commands import CODE_KEYS, RECORD, record_command
+from grid.record.fence import LeaseLostError
 from grid.record.lease import Lease
 from grid.record.moved import find_move
 from grid.record.recorder import Recorder
 from grid.record.rounds import read_rounds
 from grid.record.spool import Spool, open_spool
-from grid.record.store import LeaseLostError, Store, StoredTrial
+from grid.record.store import Store, StoredTrial
 from grid.recorded import MANIFEST, command_path
 from grid.train.checkpoints import Checkpoints
 from grid.train.trial import DeviceData, Trial

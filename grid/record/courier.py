@@ -11,8 +11,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Protocol
 
+from grid.record.fence import LeaseLostError
 from grid.record.spool import Line, Parked, ParkedLine, Queue
-from grid.record.store import UNREACHABLE, LeaseLostError
+from grid.record.store import UNREACHABLE
 from grid.wording import first_line
 
 CAPACITY = 10_000

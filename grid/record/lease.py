@@ -18,9 +18,10 @@ from typing import Any
 from mlflow.exceptions import MlflowException
 
 from grid.config import InputError
+from grid.record.fence import LeaseLostError
 from grid.record.holder import Holder, StoreLock
 from grid.record.spool import Spool
-from grid.record.store import LeaseLostError, Store, already_exists
+from grid.record.store import Store, already_exists
 from grid.store_uri import artifact_location
 from grid.wording import count
 

@@ -19,8 +19,9 @@ from grid.metrics import FINAL_METRIC, RUNG_METRIC, EpochReport
 from grid.record.courier import Courier, describe
 from grid.record.delivery import ArtifactCarrier, EventCarrier, artifact_line
 from grid.record.events import Ended, EpochEnded, Event, Started, Suspended, to_json
+from grid.record.fence import LeaseLostError
 from grid.record.spool import ParkedLine, Spool
-from grid.record.store import UNREACHABLE, LeaseLostError, Store, StoredTrial
+from grid.record.store import UNREACHABLE, Store, StoredTrial
 from grid.wording import count, first_line, format_seconds
 
 MOST_RESUMES = 150

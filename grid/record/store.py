@@ -5,7 +5,6 @@ import logging
 import os
 import sqlite3
 import tempfile
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from math import nan
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from grid.config import InputError, TrialConfig
@@ -48,36 +47,17 @@ from grid.wording import first_line
 os.environ.update(mlflow_settings())
 
 import mlflow.exceptions
-import requests
 from alembic.util import CommandError
 from mlflow.entities import Metric, RunTag, ViewType
 from mlflow.tracking import MlflowClient
-from sqlalchemy import Engine, event
 from sqlalchemy.exc import DataError, SQLAlchemyError
 
 from grid.record.database import open_client
+from grid.record.fence import Fence, Fenced, LeaseLostError
 
 PAGE_SIZE = 1000
 UNREACHABLE = (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError)
 """What a store raises when it is down, locked or slow."""
-
-
-class LeaseLostError(InputError):
-    """Another driver has taken the experiment over; this one may not write any more."""
-
-
-class Fence(Protocol):
-    """Says whether this driver may still write."""
-
-    def check(self) -> None:
-        """Ask the store if need be.
-
-        Raises:
-            LeaseLostError: It may not.
-        """
-
-    def is_fresh(self) -> bool:
-        """Return whether the last answer was yes and still counts; asks nobody."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +148,7 @@ class Store:
 
     def fence(self, fence: Fence) -> None:
         """Ask a fence before everything that writes."""
-        self.client = cast(MlflowClient, _Fenced(self.client, fence))
+        self.client = cast(MlflowClient, Fenced(self.client, fence))
 
     def _create_experiment(self) -> Any:
         location = artifact_location(self.uri, self.experiment)
@@ -382,55 +362,6 @@ def _errors_of_artifact_stores() -> Iterator[None]:
         raise
     except Exception as error:
         raise OSError(f"{type(error).__name__}: {first_line(error)}") from error
-
-
-class _Fenced:
-    """An MLflow client that asks a fence before every method that may write, and again just before it does.
-
-    The process may be stopped, for hours, between the question and the write.
-    """
-
-    READING = ("get_", "search_", "list_", "download_")
-    """How the names of methods begin that only read."""
-
-    def __init__(self, client: MlflowClient, fence: Fence):
-        self._client = client
-        self._fence = fence
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._client, name)
-        if name.startswith(self.READING) or not callable(method):
-            return method
-
-        def write(*given: Any, **named: Any) -> Any:
-            self._fence.check()
-            _writing.fence = self._fence
-            try:
-                return method(*given, **named)
-            finally:
-                del _writing.fence
-
-        return write
-
-
-_writing = threading.local()
-"""`fence` of the write that this thread is in."""
-
-
-def _check_again(*given: Any) -> None:
-    fence: Fence | None = getattr(_writing, "fence", None)
-    if fence is not None and not fence.is_fresh():
-        raise TimeoutError("this driver was stopped in the middle of a write, which is tried again")
-
-
-def _send(session: requests.Session, request: requests.PreparedRequest, **options: Any) -> requests.Response:
-    _check_again()
-    return _send_unchecked(session, request, **options)
-
-
-_send_unchecked = requests.Session.send
-requests.Session.send = _send  # type: ignore[method-assign, assignment]
-event.listen(Engine, "commit", _check_again)
 
 
 def already_exists(error: mlflow.exceptions.MlflowException) -> bool:
