@@ -438,7 +438,7 @@ def test_reports_of_a_deleted_run_are_dropped_and_counted_and_the_others_arrive(
     store: Store, recorder: Recorder
 ) -> None:
     recorder.started(CONFIG, control=False)
-    wait_until(lambda: bool(runs(store)))
+    wait_until(lambda: any(run.data.params for run in runs(store)))
     store.client.delete_run(runs(store)[0].info.run_id)
     recorder.epoch_ended(CONFIG, EpochReport(epoch=1, **METRICS), is_rung=False)
     record_trial(recorder, config=(other := TrialConfig(learning_rate=1.0, epochs=3)))
