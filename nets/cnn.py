@@ -14,7 +14,7 @@ class CNN(nn.Module):
     """3x3 convolution blocks with 2x2 max pooling, one dense block, then a linear layer.
 
     Args:
-        side: Height and width of an image; every convolution block halves it, rounding down.
+        image_shape: Channels, height and width of an image; every block halves both sides, rounding down.
         classes: Number of outputs.
         channels: Output channels of each convolution block.
         dense_size: Width of the dense block.
@@ -26,7 +26,7 @@ class CNN(nn.Module):
     def __init__(
         self,
         *,
-        side: int,
+        image_shape: tuple[int, int, int],
         classes: int,
         channels: Sequence[int],
         dense_size: int,
@@ -36,15 +36,16 @@ class CNN(nn.Module):
     ):
         super().__init__()
         layers: list[nn.Module] = []
-        for in_channels, out_channels in pairwise((1, *channels)):
+        own_channels, height, width = image_shape
+        for in_channels, out_channels in pairwise((own_channels, *channels)):
             layers += block(conv3x3, in_channels, out_channels, techniques, weights, masks, pooled=True)
-        pixels = (side >> len(channels)) ** 2
+        pixels = (height >> len(channels)) * (width >> len(channels))
         layers.append(FlattenPixels())
         layers += block(linear, channels[-1] * pixels, dense_size, techniques, weights, masks)
         layers.append(output(dense_size, classes, techniques, weights))
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, images: Float[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch classes"]:
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return the logits."""
         logits: Tensor = self.layers(images)
         return logits

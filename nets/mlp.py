@@ -14,7 +14,7 @@ class MLP(nn.Module):
     """Hidden blocks on the flattened image, then a linear layer.
 
     Args:
-        pixels: Height x width of an image.
+        pixels: Numbers in an image: channels x height x width.
         classes: Number of outputs.
         hidden_sizes: Width of each hidden layer.
         techniques: Activation, batch norm and dropout.
@@ -39,7 +39,7 @@ class MLP(nn.Module):
         layers.append(output(hidden_sizes[-1], classes, techniques, weights))
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, images: Float[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch classes"]:
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return the logits."""
         logits: Tensor = self.layers(images)
         return logits

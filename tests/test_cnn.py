@@ -17,7 +17,7 @@ PLAIN_COUNT = CONVOLUTIONS + (128 * 3 * 3 * 256 + 256) + (256 * 47 + 47)
 
 def cnn(channels=None, *, side=28, classes=47, dense_size=None, activation="relu", batch_norm=False, seed=0) -> CNN:
     return CNN(
-        side=side,
+        image_shape=(1, side, side),
         classes=classes,
         channels=channels or parse_sizes(DEFAULTS.channels),
         dense_size=dense_size or DEFAULTS.dense_size,
@@ -70,7 +70,7 @@ def test_the_seed_alone_decides_the_weights():
         assert name.endswith("bias") or not torch.equal(value, other.state_dict()[name])
 
 
-@pytest.mark.parametrize("shape", [(3, 784), (3, 3, 28, 28), (28, 28)])
+@pytest.mark.parametrize("shape", [(3, 784), (3, 28, 28), (28, 28)])
 def test_images_of_another_shape_are_refused(shape):
     with pytest.raises(TypeCheckError, match="images"):
         cnn()(torch.zeros(shape))

@@ -254,7 +254,7 @@ def with_parameters(layers: Iterable[nn.Module]) -> list[nn.Module]:
 def our_layers(model: str, activation: str, initialization: str) -> nn.Sequential:
     cell = {"model": model, "activation": activation, "batch_norm": "on", "dropout": "on"}
     config = TrialConfig.from_params({**cell, "initialization": initialization, "learning_rate": "1.0", "epochs": "1"})
-    net = assemble_net(config, side=28, classes=47, dropout=_generator(config, "dropout", "cpu"))
+    net = assemble_net(config, image_shape=(1, 28, 28), classes=47, dropout=_generator(config, "dropout", "cpu"))
     assert isinstance(net.layers, nn.Sequential)
     return net.layers
 

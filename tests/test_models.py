@@ -13,7 +13,7 @@ SMALL = {"learning_rate": 0.1, "epochs": 1, "hidden_sizes": "24-16", "channels":
 
 def net(model: str, **changes: object) -> nn.Module:
     config = TrialConfig(**{"model": model, **SMALL, **changes})
-    return assemble_net(config, side=12, classes=5, dropout=torch.Generator().manual_seed(0))
+    return assemble_net(config, image_shape=(1, 12, 12), classes=5, dropout=torch.Generator().manual_seed(0))
 
 
 def images() -> torch.Tensor:
@@ -29,6 +29,14 @@ def test_models_are_the_levels_of_their_factor():
 @pytest.mark.parametrize("model", MODELS)
 def test_a_net_yields_one_logit_per_class(model):
     assert net(model, batch_norm=True, dropout=True)(images()).shape == (7, 5)
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 12), (1, 9, 20), (4, 20, 9)])
+@pytest.mark.parametrize("model", MODELS)
+def test_images_may_have_any_number_of_channels_and_any_shape(model, shape):
+    config = TrialConfig(model=model, **SMALL)
+    built = assemble_net(config, image_shape=shape, classes=5, dropout=torch.Generator())
+    assert built(torch.zeros(7, *shape)).shape == (7, 5)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -57,7 +65,7 @@ def test_techniques_are_built_in_only_where_they_are_on(model):
 
 
 def test_layers_of_torch_are_drawn_by_the_seed_too(monkeypatch):
-    monkeypatch.setitem(models.MODELS, "mlp", lambda config, spec: nn.Linear(spec.side, spec.classes))
+    monkeypatch.setitem(models.MODELS, "mlp", lambda config, spec: nn.Linear(spec.image_shape[-1], spec.classes))
     weights = [net("mlp", seed=seed).weight for seed in (0, 0, 1)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])

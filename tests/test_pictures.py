@@ -116,6 +116,18 @@ def test_a_strip_shows_the_first_images_side_by_side():
     assert np.array_equal(shown, np.concatenate(IMAGES[:EXAMPLES], axis=1))
 
 
+def test_a_strip_in_colour_shows_the_first_images_side_by_side():
+    colours = np.random.default_rng(0).integers(0, 256, (EXAMPLES + 2, 3, 5, 9), dtype=np.uint8)
+    assert np.array_equal(strip(colours), np.concatenate(colours[:EXAMPLES], axis=2))
+
+
+def test_images_in_colour_are_shown_in_colour():
+    colours = np.zeros((len(LABELS), 3, 6, 6), dtype=np.uint8)
+    colours[:, 1] = 200
+    shown = pixels(sample_sheet(colours, LABELS, CLASSES)).reshape(-1, 3)
+    assert (shown == (0, 200, 0)).all(axis=1).mean() > 0.3
+
+
 @pytest.mark.parametrize("count", [0, 2])
 def test_a_strip_has_paper_where_images_are_missing(count):
     shown = strip(IMAGES[:count])

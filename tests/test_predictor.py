@@ -206,3 +206,21 @@ def test_images_of_another_shape_are_refused(reader, shape):
 def test_pixels_of_another_type_are_refused(reader, dtype):
     with pytest.raises(InputError, match=f"^pixels must be uint8, .*, got {dtype}; scale and round them$"):
         reader.predict(None, np.zeros((2, 28, 28), dtype))
+
+
+def test_a_reader_of_images_in_colour_takes_their_channels(tmp_path):
+    rng = np.random.default_rng(0)
+    images = torch.tensor(rng.integers(0, 256, (64, 3, 10, 14), dtype=np.uint8))
+    labels = torch.tensor(rng.integers(0, len(CLASSES), 64))
+    config = replace(CONFIG, epochs=1)
+    trial = Trial(config, DeviceData(images, labels, images, labels, len(CLASSES), mean=127.0, std=70.0))
+    trial.run_epoch()
+    weights = inference_state(config, trial.state_dict(), trial.data)
+    save_predictor(tmp_path / "model", config, weights, trial.data, CLASSES, images[:2].numpy())
+    reader = open_reader(tmp_path / "model")
+    with trial.evaluating():
+        expected = [CLASSES[label] for label in trial.logits(images).argmax(dim=1)]
+    assert reader.predict(None, images.numpy()) == expected
+    assert reader.predict(None, images[0].numpy()) == expected[:1]
+    with pytest.raises(InputError, match=r"must be of shape \(n, 3, 10, 14\) or \(3, 10, 14\), got \(64, 10, 14\)"):
+        reader.predict(None, images[:, 0].numpy())

@@ -477,7 +477,22 @@ def test_data_on_the_device_equal_those_of_the_data_set(data):
     assert np.array_equal(data.val_images.squeeze(1).numpy(), source.val_images)
     assert np.array_equal(data.train_labels.numpy(), source.train_labels)
     assert np.array_equal(data.val_labels.numpy(), source.val_labels)
-    assert (data.classes, data.side) == (CLASSES, SIDE)
+    assert (data.classes, data.image_shape) == (CLASSES, (1, SIDE, SIDE))
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_images_in_colour_are_learned(model):
+    """Of two classes, one is red and the other blue; their grey values are the same."""
+    rng, labels = np.random.default_rng(0), np.arange(200) % 2
+    images = rng.integers(0, 100, (200, 3, 10, 14), dtype=np.uint8)
+    images[labels == 0, 0] += 100
+    images[labels == 1, 2] += 100
+    colours = Dataset("colours", ("red", "blue"), images, labels, images[:60], labels[:60], fingerprint="")
+    data = DeviceData.from_dataset(colours)
+    assert data.image_shape == (3, 10, 14)
+    small = {"hidden_sizes": "16", "channels": "4-4", "dense_size": 8, "batch_size": 20}
+    result = train(TrialConfig(model=model, learning_rate=5e-3, epochs=5, **small), data)
+    assert result.best_val_accuracy == 1
 
 
 def test_blank_images_are_not_divided_by_zero():

@@ -17,7 +17,10 @@ class Dataset:
     classes: tuple[str, ...]
     """Class names; a label is a position in them."""
     train_images: Images
-    """`[image, row, column]`, 28 x 28, white (255) on black (0), upright."""
+    """Grey `[image, row, column]` or of several channels `[image, channel, row, column]`.
+
+    Those of EMNIST and of the glyphs are 28 x 28, white (255) on black (0), upright.
+    """
     train_labels: Labels
     """`[image]`, from 0."""
     val_images: Images

@@ -132,11 +132,18 @@ def row_shares(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def strip(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the first `EXAMPLES` images side by side, `[row, column]`, with paper for those that are missing."""
-    _, height, width = images.shape
-    line = np.zeros((height, EXAMPLES, width), np.uint8)
-    line[:, : len(images)] = images[:EXAMPLES].transpose(1, 0, 2)
-    return line.reshape(height, EXAMPLES * width)
+    """Return the first `EXAMPLES` images side by side, with paper for those that are missing.
+
+    Args:
+        images: `[image, row, column]` or `[image, channel, row, column]`.
+
+    Returns:
+        `[row, column]` or `[channel, row, column]`.
+    """
+    *_, height, width = images.shape
+    line = np.zeros((EXAMPLES, *images.shape[1:]), np.uint8)
+    line[: len(images)] = images[:EXAMPLES]
+    return np.moveaxis(line, 0, -2).reshape(*images.shape[1:-2], height, EXAMPLES * width)
 
 
 def caption(true: str, predicted: str, confidence: float) -> str:
@@ -172,8 +179,12 @@ def _tiles(count: int, columns: int, *, width: float, height: float) -> tuple[Fi
 
 
 def _show(axes: Axes, image: NDArray[np.uint8]) -> None:
-    """Draw an image as ink on paper."""
-    axes.imshow(image, cmap="gray_r", vmin=0, vmax=255, interpolation="nearest")
+    """Draw an image of three channels in colour, and the first channel of any other as ink on paper."""
+    if image.ndim == 3 and len(image) == 3:
+        axes.imshow(image.transpose(1, 2, 0), interpolation="nearest")
+        return
+    grey = image[0] if image.ndim == 3 else image
+    axes.imshow(grey, cmap="gray_r", vmin=0, vmax=255, interpolation="nearest")
 
 
 def _png(figure: Figure) -> bytes:

@@ -77,18 +77,20 @@ def expected_epochs(
     return dict(epochs)
 
 
-def calibrate(trials: Sequence[TrialConfig], classes: int, side: int = 28) -> Calibration:
+def calibrate(
+    trials: Sequence[TrialConfig], classes: int, image_shape: tuple[int, int, int] = (1, 28, 28)
+) -> Calibration:
     """Time a few trials of each model on random pixels.
 
     Args:
         trials: The first few of each model are timed, their order being random.
         classes: Number of classes of the data set.
-        side: Height and width of its images.
+        image_shape: Channels, height and width of its images.
 
     Returns:
         Seconds per training image for each model, and the largest spread among them (standard deviation / mean).
     """
-    data = _random_images(classes, side, trials[0].device)
+    data = _random_images(classes, image_shape, trials[0].device)
     by_model: dict[str, list[float]] = defaultdict(list)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
@@ -186,9 +188,9 @@ def _simulate(trial: TrialConfig, asha: Asha, value: float, control: bool) -> in
     return trial.epochs
 
 
-def _random_images(classes: int, side: int, device: str) -> DeviceData:
+def _random_images(classes: int, image_shape: tuple[int, int, int], device: str) -> DeviceData:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (CALIBRATION_IMAGES, 1, side, side), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (CALIBRATION_IMAGES, *image_shape), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, classes, (CALIBRATION_IMAGES,), generator=generator)
     count = CALIBRATION_IMAGES // 6
     return DeviceData(

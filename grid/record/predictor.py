@@ -1,4 +1,4 @@
-"""A trained net as MLflow serves it: 28 x 28 images in, characters out.
+"""A trained net as MLflow serves it: images in, characters out.
 
 This file is the model itself ("models from code"): MLflow runs it to get the reader, which builds the net from the code
 shipped with it, and loads tensors and JSON. Nothing is pickled.
@@ -52,10 +52,10 @@ class CharacterReader(PythonModel):
         settings = json.loads(Path(context.artifacts["model"]).read_text())
         config = TrialConfig.from_params(settings["config"])
         self._classes = np.array(settings["classes"])
-        self._side: int = settings["side"]
+        self._shape: tuple[int, int, int] = tuple(settings["image_shape"])
         self._mean: float = settings["mean"]
         self._std: float = settings["std"]
-        self._net = assemble_net(config, side=self._side, classes=len(self._classes), dropout=torch.Generator())
+        self._net = assemble_net(config, image_shape=self._shape, classes=len(self._classes), dropout=torch.Generator())
         self._net.load_state_dict(torch.load(context.artifacts["weights"], map_location="cpu", weights_only=True))
         self._net.eval()
 
@@ -69,8 +69,9 @@ class CharacterReader(PythonModel):
 
         Args:
             context: Unused.
-            model_input: Upright images, white (255) on black (0), uint8 `[image, row, column]`; one image may come as
-                `[row, column]`.
+            model_input: Images as those that it was trained on, such as upright and white (255) on black (0): uint8
+                `[image, row, column]` or, of several channels, `[image, channel, row, column]`. One image may come
+                without the first dimension.
             params: Unused.
 
         Returns:
@@ -79,7 +80,7 @@ class CharacterReader(PythonModel):
         Raises:
             InputError: The images are of another shape or type.
         """
-        images = torch.tensor(self._checked(model_input)).unsqueeze(1)
+        images = torch.tensor(self._checked(model_input))
         with torch.inference_mode():
             batches = [self._read(batch) for batch in images.split(BATCH_SIZE)]
         return [str(character) for character in self._classes[torch.cat(batches).numpy()]]
@@ -89,12 +90,18 @@ class CharacterReader(PythonModel):
         return labels
 
     def _checked(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        side = self._side
         if images.dtype != np.uint8:
             raise InputError(f"pixels must be uint8, 0 (paper) to 255 (ink), got {images.dtype}; scale and round them")
-        if images.ndim not in (2, 3) or images.shape[-2:] != (side, side):
-            raise InputError(f"images must be of shape (n, {side}, {side}) or ({side}, {side}), got {images.shape}")
-        return images.reshape(-1, side, side)
+        shape = _without_channel(self._shape)
+        if images.ndim not in (len(shape), len(shape) + 1) or images.shape[-len(shape) :] != shape:
+            sizes = ", ".join(map(str, shape))
+            raise InputError(f"images must be of shape (n, {sizes}) or ({sizes}), got {images.shape}")
+        return images.reshape(-1, *self._shape)
+
+
+def _without_channel(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a grey image without its one channel, any other as it is."""
+    return shape[1:] if shape[0] == 1 else shape
 
 
 def log_predictor(
@@ -192,13 +199,13 @@ def save_predictor(
         weights: `grid.train.evaluation.inference_state`.
         data: What it was trained with.
         classes: Characters, by label.
-        example: A few images for whoever wants to try, uint8 `[image, row, column]`.
+        example: A few images for whoever wants to try, uint8, as for `CharacterReader.predict`.
         card: What MLflow is to know of the model, besides what is added here.
     """
     settings = {
         "config": config.to_params(),
         "classes": list(classes),
-        "side": data.side,
+        "image_shape": list(data.image_shape),
         "mean": data.mean,
         "std": data.std,
     }
@@ -212,7 +219,7 @@ def save_predictor(
             artifacts={"weights": str(weights_file), "model": str(settings_file)},
             code_paths=[str(Path(str(package.__file__)).parent) for package in (grid, nets)],
             signature=ModelSignature(
-                inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, data.side, data.side))]),
+                inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *_without_channel(data.image_shape)))]),
                 outputs=Schema([ColSpec("string")]),
             ),
             input_example=example,

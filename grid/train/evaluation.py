@@ -197,7 +197,7 @@ def _restore(config: TrialConfig, state: Mapping[str, Any], data: DeviceData) ->
     return trial
 
 
-def _timed_logits(trial: Trial, images: UInt8[Tensor, "batch 1 side side"]) -> tuple[Tensor, float]:
+def _timed_logits(trial: Trial, images: UInt8[Tensor, "batch channels height width"]) -> tuple[Tensor, float]:
     """Return the logits and the seconds that they took, waiting for a device that runs asynchronously."""
     _synchronize(trial.config.device)
     begun = time.perf_counter()

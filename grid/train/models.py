@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import nn
@@ -16,8 +17,8 @@ from nets.mlp import MLP
 class NetSpec:
     """What a builder of `MODELS` needs beside the configuration."""
 
-    side: int
-    """Height and width of an image in pixels."""
+    image_shape: tuple[int, int, int]
+    """Channels, height and width of an image."""
     classes: int
     """Outputs of the net."""
     techniques: Techniques
@@ -31,7 +32,7 @@ class NetSpec:
 def build_mlp(config: TrialConfig, spec: NetSpec) -> nn.Module:
     """Build a multi-layer perceptron of `hidden_sizes`."""
     return MLP(
-        pixels=spec.side**2,
+        pixels=prod(spec.image_shape),
         classes=spec.classes,
         hidden_sizes=parse_sizes(config.hidden_sizes),
         techniques=spec.techniques,
@@ -43,7 +44,7 @@ def build_mlp(config: TrialConfig, spec: NetSpec) -> nn.Module:
 def build_cnn(config: TrialConfig, spec: NetSpec) -> nn.Module:
     """Build a convolutional net of `channels` and `dense_size`."""
     return CNN(
-        side=spec.side,
+        image_shape=spec.image_shape,
         classes=spec.classes,
         channels=parse_sizes(config.channels),
         dense_size=config.dense_size,
@@ -57,4 +58,4 @@ MODELS: dict[str, Callable[[TrialConfig, NetSpec], nn.Module]] = {
     "mlp": build_mlp,
     "cnn": build_cnn,
 }
-"""Name -> builder of a net from float images `[batch, 1, side, side]` to logits `[batch, classes]`."""
+"""Name -> builder of a net from float images `[batch, channel, height, width]` to logits `[batch, classes]`."""

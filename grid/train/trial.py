@@ -30,6 +30,8 @@ from grid.train.penalties import PENALTIES, penalised_weights
 from grid.train.schedules import Schedule
 from nets.blocks import Techniques
 
+Pixels = UInt8[Tensor, "batch channels height width"]
+Inputs = Float[Tensor, "batch channels height width"]
 EVALUATION_BATCH_SIZE = 1000
 NORM_BATCHES = 20
 """Training batches from which the batch norm statistics of averaged weights are estimated, at most."""
@@ -39,9 +41,9 @@ NORM_BATCHES = 20
 class DeviceData:
     """The images and labels of a data set on the device that trains."""
 
-    train_images: UInt8[Tensor, "train 1 side side"]
+    train_images: UInt8[Tensor, "train channels height width"]
     train_labels: Int[Tensor, " train"]
-    val_images: UInt8[Tensor, "val 1 side side"]
+    val_images: UInt8[Tensor, "val channels height width"]
     val_labels: Int[Tensor, " val"]
     classes: int
     mean: float
@@ -64,9 +66,9 @@ class DeviceData:
         mean = float(np.average(levels, weights=counts))
         std = math.sqrt(np.average((levels - mean) ** 2, weights=counts))
         return cls(
-            train_images=train_images.unsqueeze(1),
+            train_images=_with_channels(train_images),
             train_labels=train_labels,
-            val_images=val_images.unsqueeze(1),
+            val_images=_with_channels(val_images),
             val_labels=val_labels,
             classes=len(dataset.classes),
             mean=mean,
@@ -74,9 +76,10 @@ class DeviceData:
         )
 
     @property
-    def side(self) -> int:
-        """Height and width of an image in pixels."""
-        return self.train_images.shape[-1]
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        _, channels, height, width = self.train_images.shape
+        return channels, height, width
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,7 @@ class Trial:
         loss, correct = (totals / self._steps).tolist()
         return loss, correct / self._batch_size, learning_rate, math.isfinite(loss)
 
-    def _step(self, images: Float[Tensor, "batch 1 side side"], labels: Int[Tensor, " batch"]) -> Float[Tensor, "2"]:
+    def _step(self, images: Inputs, labels: Int[Tensor, " batch"]) -> Float[Tensor, "2"]:
         self._optimizer.zero_grad(set_to_none=True)
         logits = self._logits(images)
         loss = F.cross_entropy(logits, labels)
@@ -210,7 +213,7 @@ class Trial:
         with torch.no_grad(), averaged_weights(self.net, self._optimizer, self._norm_batches()):
             yield
 
-    def logits(self, images: UInt8[Tensor, "batch 1 side side"]) -> Float[Tensor, "batch classes"]:
+    def logits(self, images: Pixels) -> Float[Tensor, "batch classes"]:
         """Return the logits of unscaled images; call it within `evaluating`."""
         return self._logits(self._scaled(images))
 
@@ -228,7 +231,7 @@ class Trial:
                 loss += F.cross_entropy(logits, true, reduction="sum")
         return loss.item() / len(labels), torch.cat(correct).cpu().numpy()
 
-    def _logits(self, images: Float[Tensor, "batch 1 side side"]) -> Float[Tensor, "batch classes"]:
+    def _logits(self, images: Inputs) -> Float[Tensor, "batch classes"]:
         with torch.autocast(self.config.device, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             logits: Tensor = self.net(images)
         return logits.float()
@@ -245,8 +248,13 @@ class Trial:
         for images in self.data.train_images.split(self._batch_size)[: min(self._steps, NORM_BATCHES)]:
             yield self._scaled(images)
 
-    def _scaled(self, images: UInt8[Tensor, "batch 1 side side"]) -> Float[Tensor, "batch 1 side side"]:
+    def _scaled(self, images: Pixels) -> Inputs:
         return images.float().sub_(self.data.mean).div_(self.data.std).contiguous(memory_format=self._layout)
+
+
+def _with_channels(images: Tensor) -> UInt8[Tensor, "image channels height width"]:
+    """Return grey images `[image, row, column]` with one channel, others as they are."""
+    return images.unsqueeze(1) if images.ndim == 3 else images
 
 
 def build_net(config: TrialConfig, data: DeviceData, dropout: torch.Generator) -> nn.Module:
@@ -254,16 +262,18 @@ def build_net(config: TrialConfig, data: DeviceData, dropout: torch.Generator) -
 
     Args:
         config: What to build.
-        data: Gives the image side and the number of classes.
+        data: Gives the shape of an image and the number of classes.
         dropout: Draws the dropout masks; on the device that trains.
     """
-    return assemble_net(config, side=data.side, classes=data.classes, dropout=dropout)
+    return assemble_net(config, image_shape=data.image_shape, classes=data.classes, dropout=dropout)
 
 
-def assemble_net(config: TrialConfig, *, side: int, classes: int, dropout: torch.Generator) -> nn.Module:
-    """Build the net of a configuration for images of `side` x `side` pixels, as `build_net` does."""
+def assemble_net(
+    config: TrialConfig, *, image_shape: tuple[int, int, int], classes: int, dropout: torch.Generator
+) -> nn.Module:
+    """Build the net of a configuration for images of so many channels, rows and columns, as `build_net` does."""
     spec = NetSpec(
-        side=side,
+        image_shape=image_shape,
         classes=classes,
         techniques=Techniques(
             activation=config.activation,
