@@ -23,6 +23,16 @@ print([any(name in server for server in servers) for name in ("gcs_server", "mon
 connection.disconnect()
 """
 
+DYING = """
+import time
+import psutil
+from grid.tune import connection
+
+connection.connect(None, 1)
+next(child for child in psutil.Process().children(recursive=True) if child.name() == "raylet").kill()
+time.sleep(60)
+"""
+
 
 def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -34,6 +44,14 @@ def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_workers_import_early_and_a_private_ray_starts_no_unused_servers(tmp_path: Path) -> None:
     done = python("-c", EARLY, cwd=tmp_path)
     assert done.stdout.splitlines() == ["[True, True]", "[True, False, False]"], done.stderr
+
+
+@pytest.mark.slow
+def test_every_command_that_has_started_ray_ends_with_it_and_says_how_to_continue(tmp_path: Path) -> None:
+    (tmp_path / "command.py").write_text(DYING)
+    done = python("-m", "command", "--password", "hidden", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.endswith("\nRay died during the run; continue with:  python -m command --password '***'\n")
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Starts a grid fast: while a private Ray starts, another thread imports the rest, reads images and takes the lease."""
 
 import gc
-import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from grid.plan.packing import Packing
-from grid.plan.request import Request, resume_command
+from grid.plan.request import Request
 from grid.store_uri import slug
 from grid.train.checkpoints import Checkpoints
 from grid.tune import connection
@@ -40,7 +39,6 @@ def _start_here(request: Request, checkpoints: Checkpoints, stack: ExitStack) ->
     packing = connection.local_packing(request.concurrency)  # raises before anything is started, and takes memory
     preparing = stack.enter_context(_background()).submit(_prepare, request, checkpoints, stack)
     connection.start(packing)
-    connection.watch_servers(_give_up)
     return packing, preparing.result()
 
 
@@ -71,9 +69,3 @@ def _background() -> Iterator[ThreadPoolExecutor]:
         yield executor
     finally:
         executor.shutdown(wait=not isinstance(sys.exception(), KeyboardInterrupt), cancel_futures=True)
-
-
-def _give_up() -> None:
-    """End the process: without Ray it would wait forever. Everything that was reported is in the spool."""
-    print(f"\nRay died during the run; continue with:  {resume_command()}", file=sys.stderr, flush=True)
-    os._exit(1)

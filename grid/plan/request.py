@@ -198,4 +198,4 @@ def check_storage(storage: str) -> str:
 
 def resume_command() -> str:
     """Return the command that continues this run: the same command, its secrets masked."""
-    return shlex.join(["python", "-m", "grid.run", *mask_arguments(sys.argv[1:])])
+    return shlex.join(["python", *mask_arguments(sys.orig_argv[1:])])

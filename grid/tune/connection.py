@@ -5,6 +5,7 @@ Imports no torch: a private Ray starts while another thread imports it.
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from grid.config import InputError
 from grid.plan.packing import Packing, pack
-from grid.plan.request import NO_RAY, check_address
+from grid.plan.request import NO_RAY, check_address, resume_command
 from grid.train.checkpoints import Checkpoints
 from grid.tune import private_ray
 from grid.tune.gpus import device_names, find_gpus
@@ -43,9 +44,8 @@ RAY_OPTIONS: dict[str, Any] = {"logging_level": "CRITICAL", "log_to_driver": Fal
 OBJECT_STORE_SHARE = 0.3
 """Of the memory, as Ray has it by default."""
 NO_START = "wait until it is less busy, or look at its limits (ulimit -a), free memory and /dev/shm"
-_leaving = threading.Event()
-_private = ExitStack()
-"""What a private Ray needs as long as it runs."""
+_leaving = ExitStack()
+"""What is to be undone when Ray is left."""
 Result = TypeVar("Result")
 
 
@@ -95,12 +95,17 @@ def connect(address: str | None, concurrency: int | None, checkpoints: Checkpoin
 
 
 def start(packing: Packing) -> None:
-    """Start a private Ray for trials that share this machine."""
+    """Start a private Ray for trials that share this machine; if it dies, this process ends.
+
+    Raises:
+        InputError: It can't be started.
+    """
     private_ray.listen_on(loopback=True)
     cpus = max(1, round(packing.concurrency * packing.cpus_per_trial))
     private_ray.require_token()
-    _private.enter_context(private_ray.own_folder())
-    _private.enter_context(private_ray.own_token())
+    _leaving.enter_context(private_ray.own_folder())
+    _leaving.enter_context(private_ray.own_token())
+    _leaving.callback(ray.shutdown)
     with private_ray.fast_start(), private_ray.quiet_errors():
         try:
             ray.init(
@@ -112,6 +117,7 @@ def start(packing: Packing) -> None:
             )
         except Exception as error:  # Ray raises a plain one
             raise InputError(f"can't start Ray on this machine: {first_line(error)}; {NO_START}") from error
+    _watch_servers()
 
 
 def _object_store_memory() -> int | None:
@@ -126,6 +132,7 @@ def _join(address: str, concurrency: int | None, checkpoints: Checkpoints | None
     logging.getLogger("ray").setLevel(logging.ERROR)
     if _has_token():
         private_ray.require_token()  # Ray does so for the address `auto` only
+    _leaving.callback(ray.shutdown)
     try:
         with private_ray.quiet_errors():
             ray.init(address=address, **RAY_OPTIONS)
@@ -214,22 +221,32 @@ def call_remote(function: Callable[..., Result], *arguments: Any, packing: Packi
     return result
 
 
-def watch_servers(on_death: Callable[[], None]) -> None:
-    """Watch the server processes of a private Ray from another thread, which calls `on_death` if one of them dies."""
-    servers = private_ray.servers()
-    _leaving.clear()
+def _watch_servers() -> None:
+    """Watch the server processes of a private Ray from another thread, until it is left."""
+    servers, is_left = private_ray.servers(), threading.Event()
+    _leaving.callback(is_left.set)
 
     def watch() -> None:
-        while not _leaving.wait(0.1):
-            if any(not server.is_running() or server.status() == psutil.STATUS_ZOMBIE for server in servers):
-                on_death()
-                return
+        while not is_left.wait(0.1):
+            if not all(map(_is_up, servers)) and not is_left.is_set():
+                _give_up()
 
     threading.Thread(target=watch, name="watch-servers", daemon=True).start()
 
 
+def _is_up(server: psutil.Process) -> bool:
+    try:
+        return server.is_running() and server.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _give_up() -> None:
+    """End the process: without Ray it would wait forever. Everything that was reported is in the spool."""
+    print(f"\nRay died during the run; continue with:  {resume_command()}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def disconnect() -> None:
     """Leave the cluster; a private one ends."""
-    _leaving.set()
-    ray.shutdown()
-    _private.close()
+    _leaving.close()
