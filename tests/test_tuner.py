@@ -278,7 +278,7 @@ class Assassin(Notes):
                 os.kill(pid, signal.SIGKILL)
 
 
-def test_a_trial_whose_workers_all_die_has_started_and_fails_with_the_reason(
+def test_a_trial_whose_workers_all_die_fails_with_the_reason(
     dataset: Dataset, packing: Packing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("grid.tune.recovery.MOST_DEATHS", 2)
@@ -287,7 +287,6 @@ def test_a_trial_whose_workers_all_die_has_started_and_fails_with_the_reason(
     run_trials([CONFIG], dataset, notes, packing=packing, **settings)  # type: ignore[arg-type]
     reason = "killed, or crashed; the kernel's log (dmesg) of its machine may say why"
     assert notes.ends == {CONFIG.trial_key: ("failed", f"its worker died 2 times without finishing an epoch: {reason}")}
-    assert CONFIG.trial_key in notes.starts
     assert notes.notices == [f"a worker died: {reason}"] * 2
 
 
@@ -308,12 +307,13 @@ class Stopper(Notes):
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_an_epoch_that_hangs_is_ended_and_tried_once_more(
-    times: int, dataset: Dataset, packing: Packing, tmp_path: Path
+    times: int, dataset: Dataset, packing: Packing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("grid.tune.tuner.FLOOR_SECONDS", 15.0)
     config = replace(CONFIG, epochs=6)
     notes = Stopper(times)
     checkpoints = Checkpoints(str(tmp_path), "test")
-    settings = {"asha": Asha((1,)), "controls": (), "packing": packing, "epoch_floor_seconds": 15}
+    settings = {"asha": Asha((1,)), "controls": (), "packing": packing}
     run_trials([config], dataset, notes, checkpoints=checkpoints, **settings)  # type: ignore[arg-type]
     overdue = r"an epoch took more than \d+ s, 20 times as long as expected"
     assert len(notes.notices) == times
@@ -359,11 +359,12 @@ def test_a_storage_that_fails_for_a_while_costs_nothing(dataset: Dataset, packin
 
 
 def test_a_storage_that_stays_away_suspends_the_trials_and_is_named(
-    dataset: Dataset, packing: Packing, tmp_path: Path
+    dataset: Dataset, packing: Packing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("grid.tune.tuner.STORAGE_PATIENCE_SECONDS", 2.0)
     notes = Unplugger(tmp_path, 10**9)
     settings = {"asha": Asha((1,)), "controls": (), "checkpoints": Checkpoints(str(tmp_path), "test")}
-    run_trials([CONFIG], dataset, notes, packing=packing, storage_patience_seconds=2, **settings)  # type: ignore[arg-type]
+    run_trials([CONFIG], dataset, notes, packing=packing, **settings)  # type: ignore[arg-type]
     assert notes.ends == {}
     assert notes.suspensions == [CONFIG.trial_key]
     assert notes.problems[0].startswith(f"can't write to the storage '{tmp_path}': ")

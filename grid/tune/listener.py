@@ -19,7 +19,10 @@ class Listener(Protocol):
         """
 
     def ended(self, config: TrialConfig, status: str, error: str) -> None:
-        """A trial has ended with one of `grid.metrics.STATUSES`; `error` is the traceback of a failed one."""
+        """A trial has ended with one of `grid.metrics.STATUSES`; `error` is the traceback of a failed one.
+
+        It has not started if every worker that was to train it died before.
+        """
 
     def suspended(self, config: TrialConfig) -> None:
         """A trial was interrupted before its end; another run may resume it."""

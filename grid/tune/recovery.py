@@ -134,7 +134,7 @@ class Deadlines:
         floor_seconds: No epoch is overdue earlier.
     """
 
-    def __init__(self, clock: AwakeClock, floor_seconds: float = FLOOR_SECONDS):
+    def __init__(self, clock: AwakeClock, floor_seconds: float):
         self._clock = clock
         self._floor = floor_seconds
         self._limits: dict[str, tuple[float, float]] = {}
@@ -177,7 +177,7 @@ class StorageWaits:
         patience_seconds: How long a trial waits.
     """
 
-    def __init__(self, clock: AwakeClock, patience_seconds: float = STORAGE_PATIENCE_SECONDS):
+    def __init__(self, clock: AwakeClock, patience_seconds: float):
         self._clock = clock
         self._patience = patience_seconds
         self._since: dict[str, float] = {}

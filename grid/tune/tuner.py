@@ -62,8 +62,6 @@ def run_trials(
     checkpoints: Checkpoints,
     keep_weights: bool = False,
     begin: Callable[[TrialConfig, DeviceData], Trial] = Trial,
-    epoch_floor_seconds: float = FLOOR_SECONDS,
-    storage_patience_seconds: float = STORAGE_PATIENCE_SECONDS,
 ) -> None:
     """Run trials to their ends; Ray must be connected.
 
@@ -77,8 +75,6 @@ def run_trials(
         checkpoints: Where trials are saved at rungs, and resumed from.
         keep_weights: Whether a trial is saved after its last epoch as well.
         begin: Makes a trial in a worker; `benchmarks.grid_scale` passes one that replays a recorded curve.
-        epoch_floor_seconds: No epoch is ended for taking too long before it has taken this long.
-        storage_patience_seconds: How long a trial waits for a storage that fails before the run ends.
     """
     mark = mark_storage(checkpoints)
     checkpoint_epochs = (*asha.rungs, *({trial.epochs for trial in trials} if keep_weights else ()))
@@ -91,16 +87,7 @@ def run_trials(
     with tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as folder:
         queue = Queue(trials)
         tune_config = _tune_config(queue, AshaScheduler(asha, controls), packing.concurrency)
-        clock = AwakeClock()
-        bridge = _Bridge(
-            listener,
-            asha,
-            queue,
-            Recovery(packing.concurrency),
-            clock,
-            Deadlines(clock, epoch_floor_seconds),
-            StorageWaits(clock, storage_patience_seconds),
-        )
+        bridge = _Bridge(listener, asha, queue, packing.concurrency)
         try:
             with private_ray.fast_trials(), private_ray.deaths_as_actor_errors():
                 tune.Tuner(trainable, tune_config=tune_config, run_config=_run_config(bridge, listener, folder)).fit()
@@ -246,23 +233,14 @@ class _DriverOnly:
 class _Bridge(_DriverOnly, tune.Callback):
     """Translates Tune's calls for a `Listener`."""
 
-    def __init__(
-        self,
-        listener: Listener,
-        asha: Asha,
-        queue: Queue,
-        recovery: Recovery,
-        clock: AwakeClock,
-        deadlines: Deadlines,
-        storage_waits: StorageWaits,
-    ):
+    def __init__(self, listener: Listener, asha: Asha, queue: Queue, concurrency: int):
         super().__init__(listener)
         self._asha = asha
         self._queue = queue
-        self._recovery = recovery
-        self._clock = clock
-        self._deadlines = deadlines
-        self._storage_waits = storage_waits
+        self._recovery = Recovery(concurrency)
+        self._clock = AwakeClock()
+        self._deadlines = Deadlines(self._clock, FLOOR_SECONDS)
+        self._storage_waits = StorageWaits(self._clock, STORAGE_PATIENCE_SECONDS)
         self._started: dict[str, TrialConfig] = {}
         """Trials that have started and not ended."""
         self._tune_trials: dict[str, TuneTrial] = {}
@@ -327,8 +305,6 @@ class _Bridge(_DriverOnly, tune.Callback):
             failure = self._recovery.died(config.trial_key, death)
             self._listener.notice(f"a worker died: {death.reason}")
         if failure:
-            if config.trial_key not in self._started:  # its worker died too early; an end needs a start
-                self._start(config)
             self._end(config, "failed", failure)
         else:
             self._queue.put_back(config)
