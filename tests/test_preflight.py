@@ -10,6 +10,7 @@ from grid.config import InputError
 from grid.plan.memory import Memory
 from grid.plan.packing import Node, Packing
 from grid.train.checkpoints import Checkpoints
+from grid.tune import connection
 from grid.tune.limits import Limits
 from grid.tune.machines import HEAD
 from grid.tune.preflight import (
@@ -17,11 +18,10 @@ from grid.tune.preflight import (
     CodeVersion,
     NodeReport,
     Requirements,
-    mark_storage,
+    marked_storage,
     memory_problem,
     plan_packing,
     storage_problem,
-    unmark_storage,
 )
 
 CODE = CodeVersion("0123456789ab", {"torch": "2.15", "ray": "2.60"})
@@ -99,25 +99,38 @@ def test_a_head_that_holds_no_trials_needs_no_memory_for_them() -> None:
 
 def test_storage_that_is_another_folder_or_unwritable_is_found(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path / "here"), "grid")
-    mark = mark_storage(checkpoints)
-    assert storage_problem(checkpoints, mark, "node") == ""
-    assert [file.name for file in tmp_path.rglob("*.pt")] == [f"probe-driver-{mark}.pt"]
-    assert storage_problem(checkpoints, "another run's", "node").startswith(f"does not see in {tmp_path / 'here'} what")
-    other = mark_storage(checkpoints)  # of a second driver, which comes and goes
-    unmark_storage(checkpoints, other)
-    assert storage_problem(checkpoints, mark, "node") == ""
+    with marked_storage(checkpoints) as mark:
+        assert storage_problem(checkpoints, mark, "node") == ""
+        assert [file.name for file in tmp_path.rglob("*.pt")] == [f"probe-driver-{mark}.pt"]
+        problem = storage_problem(checkpoints, "another run's", "node")
+        assert problem.startswith(f"does not see in {tmp_path / 'here'} what")
+        with marked_storage(checkpoints):  # of a second driver, which comes and goes
+            pass
+        assert storage_problem(checkpoints, mark, "node") == ""
     (tmp_path / "file").touch()
     blocked = Checkpoints(str(tmp_path / "file"), "grid")
     assert storage_problem(blocked, mark, "node").startswith(f"can't use the storage {tmp_path / 'file'} (")
 
 
+def test_ctrl_c_while_nodes_are_asked_leaves_no_mark_in_the_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        assert list(tmp_path.rglob("probe-driver-*"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ray.wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        connection._reports({}, "127.0.0.1:1", Checkpoints(str(tmp_path), "grid"))
+    assert list(tmp_path.rglob("probe-*")) == []
+
+
 def test_a_node_that_joins_late_is_checked_in_the_same_way(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path), "grid")
-    mark = mark_storage(checkpoints)
-    assert Requirements(CodeVersion.here(), mark).problem(checkpoints, "10.0.0.3 (late)") == ""
-    problem = Requirements(CODE, mark).problem(checkpoints, "10.0.0.3 (late)")
-    assert problem.startswith("node 10.0.0.3 (late) has torch ")
-    unmark_storage(checkpoints, mark)
+    with marked_storage(checkpoints) as mark:
+        assert Requirements(CodeVersion.here(), mark).problem(checkpoints, "10.0.0.3 (late)") == ""
+        problem = Requirements(CODE, mark).problem(checkpoints, "10.0.0.3 (late)")
+        assert problem.startswith("node 10.0.0.3 (late) has torch ")
     assert "does not see" in Requirements(CodeVersion.here(), mark).problem(checkpoints, "10.0.0.3 (late)")
 
 

@@ -1,6 +1,7 @@
 """`python -m grid.run --dry-run`: prints what would run and what it would cost; starts no trial, writes nothing."""
 
 import textwrap
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from grid.data.catalogue import DATASETS
@@ -26,16 +27,15 @@ def run(request: Request, ends: forecast.EndSpread | None = None) -> int:
         InputError: The request can't be met.
     """
     cluster = connection.find_cluster(request.address)
+    where: AbstractContextManager[Packing]
     if cluster is None:
-        packing = connection.local_packing(request.concurrency)
+        where = nullcontext(connection.local_packing(request.concurrency))
     else:
-        packing = connection.connect(cluster, request.concurrency)
-    try:
+        where = connection.connected(cluster, request.concurrency)
+    with where as packing:
         plan = make_plan(request, packing=packing, fingerprint="")
         train_images, source = _count_train_images(request)
         (seconds_per_image, spread), timed_on = _calibrate(plan, DATASETS[request.data].class_count, packing)
-    finally:
-        connection.disconnect()
     cost = forecast.forecast(
         plan.trials,
         plan.controls,

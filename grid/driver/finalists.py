@@ -168,13 +168,11 @@ def _train(request: Confirmation, finalists: Finalists) -> tuple[list[TrialConfi
         The trainings of all finalists; 0, or the exit code if some are left.
     """
     checkpoints = finalists.checkpoints
-    packing = connection.connect(connection.find_cluster(request.address), request.concurrency, checkpoints)
-    try:
+    cluster = connection.find_cluster(request.address)
+    with connection.connected(cluster, request.concurrency, checkpoints) as packing:
         trials = finalist_trials(finalists.chosen, finalists.trained, request.seeds, packing)
         training = Training(packing, checkpoints, keep_weights=True)
         return trials, _train_left(request, trials, finalists, training)
-    finally:
-        connection.disconnect()
 
 
 def _train_left(request: Confirmation, trials: Sequence[TrialConfig], finalists: Finalists, training: Training) -> int:

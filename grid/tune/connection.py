@@ -7,8 +7,8 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,9 +34,8 @@ from grid.tune.preflight import (
     CodeVersion,
     NodeReport,
     inspect_node,
-    mark_storage,
+    marked_storage,
     plan_packing,
-    unmark_storage,
 )
 from grid.wording import first_line, last_line
 
@@ -75,8 +74,25 @@ def find_cluster(address: str | None) -> str | None:
         raise InputError(f"the Ray cluster of this machine, {found}, does not answer; {hint}") from error
 
 
+@contextmanager
+def connected(
+    address: str | None, concurrency: int | None, checkpoints: Checkpoints | None = None
+) -> Iterator[Packing]:
+    """Within the block, be connected as by `connect`.
+
+    Yields:
+        How trials share the machine or the cluster.
+    """
+    try:
+        yield connect(address, concurrency, checkpoints)
+    finally:
+        disconnect()
+
+
 def connect(address: str | None, concurrency: int | None, checkpoints: Checkpoints | None = None) -> Packing:
     """Start a private Ray, or join a running cluster and check its nodes; choose how trials share it.
+
+    Whatever it raises, `disconnect` is to be called.
 
     Args:
         address: Of a running cluster, from `find_cluster`; None starts a private Ray.
@@ -139,11 +155,7 @@ def _join(address: str, concurrency: int | None, checkpoints: Checkpoints | None
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         closed = "if it is closed by a token, ~/.ray/auth_token must be the cluster's"
         raise InputError(f"no Ray answers at '{address}' ({type(error).__name__}; {closed}); {NO_RAY}") from error
-    try:
-        return _check_nodes(address, concurrency, checkpoints)
-    except InputError:
-        ray.shutdown()
-        raise
+    return _check_nodes(address, concurrency, checkpoints)
 
 
 def _has_token() -> bool:
@@ -166,26 +178,26 @@ def _check_nodes(address: str, concurrency: int | None, checkpoints: Checkpoints
 
 def _reports(node_ids: dict[str, str], address: str, checkpoints: Checkpoints | None) -> dict[str, NodeReport | str]:
     """Return what each node reports, or why it does not."""
-    mark = "" if checkpoints is None else mark_storage(checkpoints)
     task = ray.remote(num_cpus=0, max_retries=0)(inspect_node)
-    pending = {
-        name: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(
-            checkpoints, mark, name.partition(" ")[0], address
-        )
-        for name, node_id in node_ids.items()
-    }
-    ray.wait(list(pending.values()), num_returns=len(pending), timeout=ANSWER_SECONDS, fetch_local=False)
-    reports: dict[str, NodeReport | str] = {}
-    for name, report in pending.items():
-        try:
-            reports[name] = ray.get(report, timeout=1)
-        except GetTimeoutError:
-            reports[name] = f"does not answer within {ANSWER_SECONDS:.0f} s; see `ray status`, or take it out"
-        except RayError as error:
-            reports[name] = f"can't load this code ({last_line(error)}); {HINT}"
-    if checkpoints is not None:
-        unmark_storage(checkpoints, mark)
-    return reports
+    with nullcontext("") if checkpoints is None else marked_storage(checkpoints) as mark:
+        pending = {
+            name: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(
+                checkpoints, mark, name.partition(" ")[0], address
+            )
+            for name, node_id in node_ids.items()
+        }
+        ray.wait(list(pending.values()), num_returns=len(pending), timeout=ANSWER_SECONDS, fetch_local=False)
+        return {name: _report(pending[name]) for name in pending}
+
+
+def _report(pending: Any) -> NodeReport | str:
+    try:
+        report: NodeReport = ray.get(pending, timeout=1)
+    except GetTimeoutError:
+        return f"does not answer within {ANSWER_SECONDS:.0f} s; see `ray status`, or take it out"
+    except RayError as error:
+        return f"can't load this code ({last_line(error)}); {HINT}"
+    return report
 
 
 def node_name(address: str, host: str) -> str:

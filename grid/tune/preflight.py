@@ -5,8 +5,8 @@ node before anything is trained.
 """
 
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import yaml
@@ -79,7 +79,7 @@ def inspect_node(checkpoints: Checkpoints | None, mark: str, name: str, cluster:
 
     Args:
         checkpoints: The storage to try; None skips it.
-        mark: What the driver wrote there, from `mark_storage`.
+        mark: What the driver wrote there, from `marked_storage`.
         name: A file name for what this node writes there.
         cluster: Address of the cluster's head.
     """
@@ -88,17 +88,23 @@ def inspect_node(checkpoints: Checkpoints | None, mark: str, name: str, cluster:
     return NodeReport(CodeVersion.here(), problem, gpu_bytes, scaling, find_limits(), device_names())
 
 
-def mark_storage(checkpoints: Checkpoints) -> str:
-    """Write a mark into the storage for the nodes to find, and return it."""
+@contextmanager
+def marked_storage(checkpoints: Checkpoints) -> Iterator[str]:
+    """Within the block, have a mark in the storage for the nodes to find; the marks of other drivers stay.
+
+    Yields:
+        The mark.
+
+    Raises:
+        StorageError: The storage can't be written.
+    """
     mark = os.urandom(8).hex()
-    checkpoints.save(_mark_file(mark), {})
-    return mark
-
-
-def unmark_storage(checkpoints: Checkpoints, mark: str) -> None:
-    """Remove the mark that `mark_storage` wrote, if the storage allows it; the marks of other drivers stay."""
-    with suppress(StorageError):
-        checkpoints.delete(_mark_file(mark))
+    try:
+        checkpoints.save(_mark_file(mark), {})
+        yield mark
+    finally:
+        with suppress(StorageError):
+            checkpoints.delete(_mark_file(mark))
 
 
 def _mark_file(mark: str) -> str:
@@ -129,7 +135,7 @@ class Requirements:
     code: CodeVersion
     """The driver's."""
     mark: str
-    """From `mark_storage`."""
+    """From `marked_storage`."""
 
     def problem(self, checkpoints: Checkpoints, name: str) -> str:
         """Return why the node that this runs on can't train; empty if it can.

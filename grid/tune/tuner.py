@@ -38,7 +38,7 @@ from grid.tune import private_ray
 from grid.tune.connection import is_one_machine, node_name
 from grid.tune.limits import out_of_memory_kills
 from grid.tune.listener import Listener
-from grid.tune.preflight import CodeVersion, Requirements, mark_storage, unmark_storage
+from grid.tune.preflight import CodeVersion, Requirements, marked_storage
 from grid.tune.recovery import (
     FLOOR_SECONDS,
     STORAGE_PATIENCE_SECONDS,
@@ -76,23 +76,27 @@ def run_trials(
         keep_weights: Whether a trial is saved after its last epoch as well.
         begin: Makes a trial in a worker; `benchmarks.grid_scale` passes one that replays a recorded curve.
     """
-    mark = mark_storage(checkpoints)
     checkpoint_epochs = (*asha.rungs, *({trial.epochs for trial in trials} if keep_weights else ()))
     worker = Worker(dataset, checkpoints, checkpoint_epochs, begin)
-    trainable = tune.with_resources(
+    queue = Queue(trials)
+    tune_config = _tune_config(queue, AshaScheduler(asha, controls), packing.concurrency)
+    bridge = _Bridge(listener, asha, queue, packing.concurrency)
+    with (
+        marked_storage(checkpoints) as mark,
+        tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as folder,
+        private_ray.fast_trials(),
+        private_ray.deaths_as_actor_errors(),
+    ):
+        trainable = _trainable(worker, Requirements(CodeVersion.here(), mark), packing)
+        tune.Tuner(trainable, tune_config=tune_config, run_config=_run_config(bridge, listener, folder)).fit()
+
+
+def _trainable(worker: Worker, requirements: Requirements, packing: Packing) -> Any:
+    return tune.with_resources(
         # The images go into Ray's object store: sent to each node once, shared in memory by its workers.
-        tune.with_parameters(TrialWorker, worker=worker, requirements=Requirements(CodeVersion.here(), mark)),
+        tune.with_parameters(TrialWorker, worker=worker, requirements=requirements),
         {"CPU": packing.cpus_per_trial, "GPU": packing.gpus_per_trial},
     )
-    with tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as folder:
-        queue = Queue(trials)
-        tune_config = _tune_config(queue, AshaScheduler(asha, controls), packing.concurrency)
-        bridge = _Bridge(listener, asha, queue, packing.concurrency)
-        try:
-            with private_ray.fast_trials(), private_ray.deaths_as_actor_errors():
-                tune.Tuner(trainable, tune_config=tune_config, run_config=_run_config(bridge, listener, folder)).fit()
-        finally:
-            unmark_storage(checkpoints, mark)
 
 
 def _tune_config(queue: "Queue", scheduler: TrialScheduler, concurrency: int) -> tune.TuneConfig:
