@@ -32,7 +32,6 @@ from mlflow.tracking import MlflowClient
 from grid.arguments import Parser
 from grid.config import TrialConfig
 from grid.data.dataset import Dataset
-from grid.driver.experiment import Training, train_left
 from grid.driver.watcher import Watcher, restore_rungs
 from grid.metrics import FINAL_STATUSES, EpochReport
 from grid.plan.asha import Asha
@@ -45,7 +44,7 @@ from grid.record.spool import open_spool
 from grid.record.store import Store
 from grid.train.checkpoints import Checkpoints
 from grid.train.trial import DeviceData, Trial
-from grid.tune import connection
+from grid.tune import connection, tuner
 
 SIZES = (100, 1_000, 10_000)
 QUICK = (60,)
@@ -209,7 +208,16 @@ def measure(trials: int, folder: Path) -> Cost:
             watcher.resume({})
             planned = time.perf_counter()
             with contextlib.redirect_stdout(sys.stderr):
-                train_left(plan, watcher, dataset, asha, Training(packing, checkpoints), begin=RecordedTrial)
+                tuner.run_trials(
+                    watcher.todo,
+                    dataset,
+                    watcher,
+                    asha=asha,
+                    controls=plan.controls,
+                    packing=packing,
+                    checkpoints=checkpoints,
+                    begin=RecordedTrial,
+                )
                 checkpoints.clear()
             ended = time.perf_counter()
             assert recorder.close(finished=True), recorder.error

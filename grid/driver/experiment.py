@@ -2,13 +2,13 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from grid.config import FACTORS, SETTINGS, InputError, TrialConfig
+from grid.config import FACTORS, SETTINGS, InputError
 from grid.data.dataset import Dataset
 from grid.data.load import load
 from grid.driver.messages import (
@@ -20,7 +20,7 @@ from grid.driver.messages import (
     print_facts,
 )
 from grid.driver.more_controls import draw_if_asked, reopen_drawn
-from grid.driver.provenance import check_code, describe_command
+from grid.driver.provenance import CodeCheck, check_code, describe_command
 from grid.driver.watcher import Watcher, restore_rungs
 from grid.plan.asha import Asha
 from grid.plan.packing import Packing
@@ -37,7 +37,6 @@ from grid.record.spool import Spool, open_spool
 from grid.record.store import Store, StoredTrial
 from grid.recorded import MANIFEST, command_path
 from grid.train.checkpoints import Checkpoints
-from grid.train.trial import DeviceData, Trial
 from grid.tune import tuner
 
 
@@ -92,6 +91,21 @@ class Training:
     """Whether the last checkpoint of a completed trial is kept."""
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A plan that may be trained."""
+
+    plan: Plan
+    stored: Mapping[str, StoredTrial]
+    """What the store has, by trial key."""
+    asha: Asha
+    """With the arrivals of earlier runs."""
+    check: CodeCheck
+    """That this code may train it."""
+    facts: Mapping[str, str]
+    """What a person should know first."""
+
+
 def run(request: Request, prepared: Prepared, training: Training) -> int:
     """Run what is left of a grid, print the best cells, and return the exit code; Ray must be connected.
 
@@ -103,30 +117,57 @@ def run(request: Request, prepared: Prepared, training: Training) -> int:
     Raises:
         InputError: The request can't be met.
     """
-    store, dataset = prepared.store, prepared.dataset
-    recorder = Recorder(store, prepared.spool)
+    recorder = Recorder(prepared.store, prepared.spool)
     recorder.recover()
+    before = prepared.store.manifest()
+    ready = _plan_what_is_left(request, prepared, training.packing, before)
+    _begin(request, prepared, ready, recorder, training.packing, before)
+    watcher, delivered = train_all(ready, prepared.dataset, recorder, training)
+    return _report(request, watcher, recorder, delivered)
+
+
+def _plan_what_is_left(request: Request, prepared: Prepared, packing: Packing, before: Mapping[str, Any]) -> Ready:
+    """Plan the grid, and compare it with what the store has of it: its trials, and `before`, its `grid.json`.
+
+    Raises:
+        InputError: They are not comparable.
+    """
+    store = prepared.store
     rounds = read_rounds(store)
     stored = reopen_drawn(store, store.trials(), rounds)
     left_out = describe_left_out(store)
     begun = {key: trial.control for key, trial in stored.items()}
-    plan = make_plan(request, packing=training.packing, fingerprint=dataset.fingerprint, begun=begun)
+    plan = make_plan(request, packing=packing, fingerprint=prepared.dataset.fingerprint, begun=begun)
     check_comparable(plan.trials, [trial.config for trial in stored.values()], request.experiment)
     check = check_code(store, stored.values(), accept=request.accept_code)
     asha = Asha.of(plan.rule, request.epochs)
     restore_rungs(asha, stored)
-    before = store.manifest()
     if stored:
         _check_same_rule(before, plan, asha, request.experiment)
     plan, stored, remark = draw_if_asked(request.more_controls, plan, stored, store, rounds)
     facts = describe_plan(request, plan) | ({"controls": remark} if remark else {}) | left_out | dict(check.facts)
-    record = describe_command("grid.run", request, check, training.packing.devices)
-    described = _manifest(request, plan, asha, dataset)
-    command = record_command(store, {**record, "plan": described}, before)
+    return Ready(plan, stored, asha, check, facts)
+
+
+def _begin(
+    request: Request,
+    prepared: Prepared,
+    ready: Ready,
+    recorder: Recorder,
+    packing: Packing,
+    before: Mapping[str, Any],
+) -> None:
+    """Record the command and the plan."""
+    record = describe_command("grid.run", request, ready.check, packing.devices)
+    described = _manifest(request, ready.plan, ready.asha, prepared.dataset)
+    command = record_command(prepared.store, {**record, "plan": described}, before)
     manifest = {**described, **{name: record[name] for name in CODE_KEYS}, RECORD: command_path(command)}
     files, pictures = {MANIFEST: json.dumps(manifest, indent=2).encode()}, {"samples.png": prepared.samples}
-    recorder.begin(files, stored, command=command, pictures=pictures)
-    watcher, delivered = train_all(plan, stored, dataset, recorder, asha, training, facts)
+    recorder.begin(files, ready.stored, command=command, pictures=pictures)
+
+
+def _report(request: Request, watcher: Watcher, recorder: Recorder, delivered: bool) -> int:
+    """Print how a run ended, and return its exit code."""
     undelivered = "" if delivered else recorder.error or "no reason given"
     conclusion = conclude(request, watcher, undelivered)
     print(f"\n{conclusion.table}\n")
@@ -137,25 +178,14 @@ def run(request: Request, prepared: Prepared, training: Training) -> int:
     return max(conclusion.exit_code, 1 if recorder.dropped or recorder.parked else 0)
 
 
-def train_all(
-    plan: Plan,
-    stored: Mapping[str, StoredTrial],
-    dataset: Dataset,
-    recorder: Recorder,
-    asha: Asha,
-    training: Training,
-    facts: Mapping[str, str],
-) -> tuple[Watcher, bool]:
+def train_all(ready: Ready, dataset: Dataset, recorder: Recorder, training: Training) -> tuple[Watcher, bool]:
     """Train what is left of a plan; Ray must be connected and the recorder must have begun.
 
     Args:
-        plan: What is to be trained.
-        stored: What the store has, by trial key.
+        ready: What is to be trained.
         dataset: What it is trained on.
         recorder: Where events go; closed at the end.
-        asha: With the arrivals of earlier runs.
         training: Where trials are trained.
-        facts: Printed first.
 
     Returns:
         How the trials ended, and whether all events have reached the store.
@@ -163,20 +193,20 @@ def train_all(
     Raises:
         LeaseLostError: Another driver has taken the experiment over.
     """
-    packing, checkpoints = training.packing, training.checkpoints
     watcher = Watcher(
-        plan,
+        ready.plan,
         recorder,
-        checkpoints,
-        rungs=asha.rungs,
-        concurrency=packing.concurrency,
+        training.checkpoints,
+        rungs=ready.asha.rungs,
+        concurrency=training.packing.concurrency,
         keep_weights=training.keep_weights,
     )
-    watcher.resume(stored)
-    print_facts({**facts, **describe_packing(packing), "runs": f"{len(watcher.todo)} left to run, {packing}"})
+    watcher.resume(ready.stored)
+    left = {"runs": f"{len(watcher.todo)} left to run, {training.packing}"}
+    print_facts({**ready.facts, **describe_packing(training.packing), **left})
     with watcher.until_interrupted():
         if watcher.todo:
-            train_left(plan, watcher, dataset, asha, training)
+            _train_left(ready, watcher, dataset, training)
         finished = len(watcher.summaries) == watcher.total and not watcher.lost
         if finished and not training.keep_weights:
             watcher.clear_checkpoints()
@@ -186,35 +216,16 @@ def train_all(
     return watcher, delivered
 
 
-def train_left(
-    plan: Plan,
-    watcher: Watcher,
-    dataset: Dataset,
-    asha: Asha,
-    training: Training,
-    *,
-    begin: Callable[[TrialConfig, DeviceData], Trial] = Trial,
-) -> None:
-    """Train the trials that a watcher has left to do; see `train_all`.
-
-    Args:
-        plan: What is to be trained.
-        watcher: Hears of every event.
-        dataset: What is trained on.
-        asha: With the arrivals of earlier runs.
-        training: Where trials are trained.
-        begin: Makes a trial in a worker; `benchmarks.grid_scale` passes one that replays a recorded curve.
-    """
+def _train_left(ready: Ready, watcher: Watcher, dataset: Dataset, training: Training) -> None:
     tuner.run_trials(
         watcher.todo,
         dataset,
         watcher,
-        asha=asha,
-        controls=plan.controls,
+        asha=ready.asha,
+        controls=ready.plan.controls,
         packing=training.packing,
         checkpoints=training.checkpoints,
         keep_weights=training.keep_weights,
-        begin=begin,
     )
     watcher.progress.show(last=True)
 

@@ -13,7 +13,7 @@ from typing import Any
 from grid.config import NUMERICS_VERSION, InputError, TrialConfig, cell_name
 from grid.data.dataset import Dataset
 from grid.data.load import load, load_test
-from grid.driver.experiment import Prepared, Training, train_all
+from grid.driver.experiment import Prepared, Ready, Training, train_all
 from grid.driver.final_test import FinalTest
 from grid.driver.messages import describe_left_out, experiment_options, print_facts
 from grid.driver.provenance import CodeCheck, check_code, describe_command
@@ -188,7 +188,8 @@ def _train_left(request: Confirmation, trials: Sequence[TrialConfig], finalists:
     plan = Plan([], {}, list(trials), frozenset(trial.trial_key for trial in trials), rule=NO_STOPPING)
     asha = Asha.of(plan.rule, trials[0].epochs)
     facts = _describe(trials, finalists.also_tied) | left_out | dict(finalists.check.facts)
-    watcher, delivered = train_all(plan, stored, prepared.dataset, recorder, asha, training, facts)
+    ready = Ready(plan, stored, asha, finalists.check, facts)
+    watcher, delivered = train_all(ready, prepared.dataset, recorder, training)
     for complaint in recorder.complain("run the same command to try again"):
         print(complaint, file=sys.stderr)
     if watcher.interrupted:
