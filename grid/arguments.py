@@ -68,11 +68,16 @@ def add_data_dir(options: Options) -> None:
     options.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="files of data sets (data)")
 
 
-def add_workers(options: Options) -> None:
-    """Add `--storage`, `--address` and `--concurrency`: where trials run."""
+def add_storage(options: Options) -> None:
+    """Add `--storage`."""
     options.add_argument(
         "--storage", default="storage", metavar="DIR", help="checkpoints; must be reachable from all nodes (storage)"
     )
+
+
+def add_workers(options: Options) -> None:
+    """Add `--storage`, `--address` and `--concurrency`: where trials run."""
+    add_storage(options)
     options.add_argument(
         "--address",
         metavar="ADDR",

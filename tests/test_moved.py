@@ -18,6 +18,7 @@ from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 from analysis.store import read_artifact, read_experiment
 from grid.config import InputError, TrialConfig
 from grid.plan.asha import Asha
+from grid.record.__main__ import main as deliver
 from grid.record.moved import find_move
 from grid.record.recorder import Recorder
 from grid.record.spool import open_spool
@@ -158,6 +159,17 @@ def test_a_driver_takes_over_what_belongs_to_the_store_into_the_store_s_own_fold
     assert [run.info.artifact_uri.startswith(f"{own}/") for run in runs] == [True] * 4
     assert {file.path for file in client.list_artifacts(store.parent_id)} == {"grid.json", "new.json"}
     assert original.exists() == (how not in (move, move_twice))
+
+
+def test_delivering_reports_takes_over_the_checkpoints_in_the_storage_that_is_named(
+    original: Path, tmp_path: Path
+) -> None:
+    storage, old = str(tmp_path / "elsewhere"), slug(check_store_uri(f"sqlite:///{original}/mlflow.db"), NAME)
+    Checkpoints(storage, old).save("some-key", {"epoch": 3})
+    uri = check_store_uri(f"sqlite:///{move(original, tmp_path / 'new')}")
+    options = ["--store", uri, "--experiment", NAME, "--spool", str(tmp_path / "spool"), "--storage", storage]
+    assert deliver(["--replay", *options]) == 0
+    assert Checkpoints(storage, slug(uri, NAME)).load("some-key", "cpu") == {"epoch": 3}
 
 
 @pytest.mark.parametrize("how", [copy, copy_file, copy_beside])

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -29,11 +29,10 @@ from grid.plan.space import ORDER_SEED, shared_settings
 from grid.plan.trials import Plan, check_comparable, make_plan
 from grid.record.commands import CODE_KEYS, RECORD, record_command
 from grid.record.fence import LeaseLostError
-from grid.record.lease import Lease
-from grid.record.moved import find_move
+from grid.record.one_driver import become_driver
 from grid.record.recorder import Recorder
 from grid.record.rounds import read_rounds
-from grid.record.spool import Spool, open_spool
+from grid.record.spool import Spool
 from grid.record.store import Store, StoredTrial
 from grid.recorded import MANIFEST, command_path
 from grid.train.checkpoints import Checkpoints
@@ -64,20 +63,11 @@ def prepare(request: Request, checkpoints: Checkpoints, stack: ExitStack) -> Pre
         InputError: The request can't be met. Nothing is in the store if the images or the storage are the reason.
     """
     dataset = load(request.data, request.data_dir, per_class=request.per_class, split_seed=ORDER_SEED)
-    move = find_move(request.store, request.experiment)
-    if move is not None:
-        move.take_reports(request.spool)
-    spool = stack.enter_context(closing(open_spool(request.spool, request.store, request.experiment)))
     checkpoints.check()
     store = Store(request.store, request.experiment)
-    store.open()
-    lease = Lease(store, spool)
-    stack.callback(lease.release)  # also while it is still waited for, in another thread
-    lease.acquire()
+    spool = become_driver(store, stack, spool=request.spool, storage=request.storage)
     draw = import_module("grid.driver.pictures").sample_sheet
     samples = draw(dataset.train_images, dataset.train_labels, dataset.classes)
-    if move is not None:
-        move.take_rest(request.storage)
     return Prepared(dataset, samples, spool, store)
 
 

@@ -5,7 +5,7 @@ Validation data choose; test data only report: a net that has been tested is nev
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -26,11 +26,10 @@ from grid.plan.request import Confirmation
 from grid.plan.trials import Plan
 from grid.ranking import RankedCell, rank_cells
 from grid.record.commands import record_command
-from grid.record.lease import Lease
-from grid.record.moved import find_move
+from grid.record.one_driver import become_driver
 from grid.record.predictor import register
 from grid.record.recorder import Recorder
-from grid.record.spool import Parked, open_spool
+from grid.record.spool import Parked
 from grid.record.store import UNREACHABLE, Store, StoredTrial
 from grid.recorded import FIRST_FINALIST_SEED
 from grid.store_uri import slug
@@ -77,14 +76,9 @@ def confirm(request: Confirmation) -> int:
     dataset = _load_as_before(manifest, trained, request)
     chosen, also_tied = choose(ranked, request.top, val_images=len(dataset.val_labels))
     test_images, test_labels = load_test(dataset.name, request.data_dir)
-    name = f"{request.experiment} confirm"
-    checkpoints = Checkpoints(request.storage, slug(request.store, name))
-    move = find_move(request.store, request.experiment)
-    if move is not None:
-        move.take_reports(request.spool)
-    with closing(open_spool(request.spool, request.store, name)) as spool, Lease(store, spool, KIND):
-        if move is not None:
-            move.take_rest(request.storage)
+    checkpoints = Checkpoints(request.storage, slug(request.store, f"{request.experiment} {KIND}"))
+    with ExitStack() as stack:
+        spool = become_driver(store, stack, spool=request.spool, storage=request.storage, kind=KIND)
         finalists = Finalists(chosen, also_tied, trained, Prepared(dataset, b"", spool, store), checkpoints, check)
         trials, exit_code = _train(request, finalists)
         if exit_code:

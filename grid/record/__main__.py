@@ -2,15 +2,13 @@
 
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack
 from pathlib import Path
 
-from grid.arguments import Parser, add_experiment, add_store, run_command
+from grid.arguments import Parser, add_experiment, add_storage, add_store, run_command
 from grid.masking import mask
-from grid.record.lease import Lease
-from grid.record.moved import find_move
+from grid.record.one_driver import become_driver
 from grid.record.recorder import Recorder
-from grid.record.spool import open_spool
 from grid.record.store import Store
 from grid.store_uri import check_store_uri
 from grid.wording import count
@@ -25,21 +23,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--replay", action="store_true", required=True, help="deliver it to the store")
     add_experiment(parser)
     add_store(parser)
+    add_storage(parser)
     parser.add_argument("--spool", type=Path, default=Path("spool"), metavar="DIR", help="folder of spools (spool)")
     options = parser.parse_args(arguments)
 
     def replay() -> int:
         store = Store(check_store_uri(options.store), options.experiment)
-        move = find_move(store.uri, options.experiment)
-        if move is not None:
-            move.take_reports(options.spool.absolute())
-        with closing(open_spool(options.spool.absolute(), store.uri, options.experiment)) as spool:
-            store.open()
-            with Lease(store, spool):
-                if move is not None:
-                    move.take_rest(str(Path("storage").absolute()))
-                recorder = Recorder(store, spool)
-                reports, files = recorder.replay()
+        storage = options.storage if "://" in options.storage else str(Path(options.storage).absolute())
+        with ExitStack() as stack:
+            spool = become_driver(store, stack, spool=options.spool.absolute(), storage=storage)
+            recorder = Recorder(store, spool)
+            reports, files = recorder.replay()
             complaints = recorder.complain("run the same command to try again, or delete the file to give them up")
         delivered = count(reports, "report") + (f" and {count(files, 'file')}" if files else "")
         print(f"{delivered} delivered to {mask(store.uri)}")
