@@ -131,6 +131,7 @@ def test_a_node_that_joins_late_is_checked_in_the_same_way(tmp_path: Path) -> No
         assert Requirements(CodeVersion.here(), mark).problem(checkpoints, "10.0.0.3 (late)") == ""
         problem = Requirements(CODE, mark).problem(checkpoints, "10.0.0.3 (late)")
         assert problem.startswith("node 10.0.0.3 (late) has torch ")
+        assert problem.endswith("or finish the change if somebody is changing this folder")
     assert "does not see" in Requirements(CodeVersion.here(), mark).problem(checkpoints, "10.0.0.3 (late)")
 
 

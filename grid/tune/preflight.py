@@ -143,10 +143,10 @@ class Requirements:
         Raises:
             StorageError: The storage has failed; another try may succeed.
         """
-        problems = self.code.here().problems(self.code) or [
-            _other_storage(checkpoints, self.mark, name.partition(" ")[0])
-        ]
-        return f"node {name} {problems[0]}" if problems[0] else ""
+        if problems := self.code.here().problems(self.code):
+            return f"node {name} {problems[0]}, or finish the change if somebody is changing this folder"
+        problem = _other_storage(checkpoints, self.mark, name.partition(" ")[0])
+        return f"node {name} {problem}" if problem else ""
 
 
 def memory_problem(memory: float, node: Node, packing: Packing) -> str:
