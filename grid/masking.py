@@ -15,7 +15,7 @@ _DATABASE = re.compile(rf"({_KINDS}[\w+.-]*://(?!/)[^:@]*):.*@", re.S | re.I)
 """A database: its user is shown, and its password, which may hold any character, ends at the last `@`."""
 _OTHER = re.compile(rf"(?<![\w+.-])((?!{_KINDS})[a-z][\w+.-]*://)(?!/).*@", re.S | re.I)
 """Anything else, such as http or s3: a user alone may be a token."""
-_PARAMETER = re.compile(rf"([\w.%+-]+)(\s*=\s*)(?!{re.escape(HIDDEN)})(?=\S)", re.S)
+_PARAMETER = re.compile(rf"(?<![\w.%+-])([\w.%+-]+)(\s*=\s*)(?!{re.escape(HIDDEN)})(?=\S)", re.S)
 _SECRET = re.compile(
     r"password|passwd|passphrase|passcode|pwd|secret|token|credential|signature|odbc_connect"
     r"|(?:access|account|api|private|shared|signing)[\W_]*key|(?:^|[\W_])(?:pass|auth|sig|jwt|sas)$",

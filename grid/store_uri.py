@@ -35,6 +35,8 @@ LOGIN_VARIABLES = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 NO_MLFLOW = "what answers there is no MLflow server"
 NAMES_SHOWN = 5
 NAME_LENGTH_SHOWN = 100
+LONGEST_REASON = 500
+"""Characters; a server may answer with a page."""
 MLFLOW_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # else on stderr where tqdm is installed
@@ -123,7 +125,7 @@ def find_experiment(client: Any, uri: str, name: str) -> Any:
 
 def store_problem(error: BaseException, uri: str) -> str:
     """Return why a store could not be used, and what to do: the end of a message that begins with its name."""
-    line = first_line(error)
+    line = first_line(error)[:LONGEST_REASON]
     refused = re.search(r" failed with error code (401|403) != 200", line)
     is_page = " valid JSON format" in line or re.search(r" error code \d+ != 200.*'<", line)
     login = f"set {' and '.join(LOGIN_VARIABLES)} or MLFLOW_TRACKING_TOKEN, or " if refused else ""

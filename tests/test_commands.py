@@ -21,7 +21,7 @@ from grid.record.commands import (
     record_command,
 )
 from grid.record.store import Store
-from grid.recorded import command_path
+from grid.recorded import MANIFEST, command_path
 from grid.run import _parser, read_request
 from grid.train.code_version import PACKAGES, NumericCode
 
@@ -113,12 +113,15 @@ def test_the_code_of_a_record_is_read_back(store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b'{"code"', b"[]", b'{"code": 3}', b'{"code": {"files": []}, "versions": {"torch": "1"}}']
+    "content",
+    [b"", b'{"code"', b"[]", b"[" * 10**5, b'{"code": 3}', b'{"code": {"files": []}, "versions": {"torch": "1"}}'],
 )
 def test_a_damaged_record_names_no_code(content: bytes, store: Store) -> None:
     store.attach(store.parent_id, {command_path("20260131T235959Z-0a1b2c3d"): content})
     assert numeric_code_of(read_command(store, "20260131T235959Z-0a1b2c3d")) is None
     assert read_command(store, "20260131T235959Z-00000000") == {}
+    store.attach(store.parent_id, {MANIFEST: content})
+    assert set(store.manifest()) <= {"code", "versions"}
 
 
 def test_trials_name_their_commands_latest_first_and_nonsense_is_passed_over(store: Store) -> None:

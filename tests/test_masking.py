@@ -1,6 +1,7 @@
 """No secret of a URI, an argument or a message is shown, whatever its characters."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,13 @@ def test_a_command_that_is_refused_shows_no_secret(
     out, err = capsys.readouterr()
     assert (exit_code, out, err.count("\n")) == (2, "", 1)
     assert is_hidden(err)
+
+
+def test_a_word_as_long_as_a_page_is_masked_in_time() -> None:
+    page = "<html>" + "x" * 50_000 + "&password="
+    began = time.process_time()
+    assert mask_message(f"{page}hidden {page}") == f"{page}*** {page}"
+    assert time.process_time() - began < 5
 
 
 def test_the_keys_of_a_storage_are_hidden() -> None:

@@ -86,7 +86,7 @@ def read_command(store: Store, command_id: str) -> dict[str, Any]:
     """
     try:
         record = json.loads(store.artifact(command_path(command_id)) or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 

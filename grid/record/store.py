@@ -233,7 +233,7 @@ class Store:
         """
         try:
             manifest = json.loads(self.artifact(MANIFEST) or b"{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         return manifest if isinstance(manifest, dict) else {}
 
