@@ -234,7 +234,7 @@ def test_a_grid_in_a_container_that_is_too_small_says_so_in_one_line(memory_grou
     ("kind", "limit", "said"),
     [
         ("RLIMIT_AS", 4 * GIB, "virtual memory to 4,096 MiB, but torch and Ray need 8,272 MiB; .* ulimit -v unlimited"),
-        ("RLIMIT_FSIZE", 2 * MIB, "the size of a file to 2 MiB, but torch and Ray need 80 MiB; .* ulimit -f unlimited"),
+        ("RLIMIT_FSIZE", 2 * MIB, "the size of a file to 2 MiB, but torch and Ray need 81 MiB; .* ulimit -f unlimited"),
     ],
 )
 @pytest.mark.parametrize("command", ["grid.run", "grid.confirm"])
@@ -257,7 +257,7 @@ def test_a_limit_of_the_shell_makes_the_object_store_smaller(
 ) -> None:
     assert largest_object_store() == UNLIMITED
     found = getattr(resource, kind)
-    limit = room + (ADDRESS_SPACE if kind == "RLIMIT_AS" else 0)
+    limit = room + (ADDRESS_SPACE if kind == "RLIMIT_AS" else MIB)
     monkeypatch.setattr(resource, "getrlimit", lambda asked: (limit if asked == found else -1, -1))
     assert largest_object_store() == room
     assert _object_store_memory() == room

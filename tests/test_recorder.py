@@ -1,4 +1,6 @@
+import errno
 import math
+import os
 import re
 import threading
 import time
@@ -232,6 +234,20 @@ def test_a_database_that_cannot_be_reached_is_refused() -> None:
 def test_a_spool_folder_that_cannot_be_written_is_refused() -> None:
     with pytest.raises(InputError, match="^can't write to the spool /proc/spool/"):
         open_spool(Path("/proc/spool"), "sqlite:////x.db", "some grid")
+
+
+def test_a_disk_that_is_full_when_a_run_begins_is_told_in_one_line(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(Spool(tmp_path / "spool.jsonl")) as spool:
+        recorder = Recorder(store, spool)
+        monkeypatch.setattr("grid.record.spool._append_durably", full_disk)
+        with pytest.raises(InputError, match="^can't write to the spool .*: No space left on device; free disk space"):
+            recorder.begin({}, {}, pictures={"samples.png": b"a picture"})
+
+
+def full_disk(*given: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_spool_in_use_is_refused(tmp_path: Path) -> None:

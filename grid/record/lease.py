@@ -20,7 +20,7 @@ from mlflow.exceptions import MlflowException
 from grid.config import InputError
 from grid.record.fence import LeaseLostError
 from grid.record.holder import Holder, StoreLock
-from grid.record.spool import Spool
+from grid.record.spool import Spool, unwritable
 from grid.record.store import Store, already_exists
 from grid.store_uri import artifact_location
 from grid.wording import count
@@ -205,8 +205,7 @@ class Lease:
                 self._set_aside(self._spool)
             self._spool.owner = f"{self._store.experiment_id} {self.number}"
         except OSError as error:
-            hint = "free disk space or fix its permissions"
-            raise InputError(f"can't write to the spool {self._spool.path}: {error.strerror}; {hint}") from error
+            raise unwritable(self._spool.path, error) from error
 
     def _continued_since(self, number: int) -> bool:
         """Return whether a driver that records the same kind of runs may have held the lease after a number."""

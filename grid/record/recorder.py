@@ -20,7 +20,7 @@ from grid.record.courier import Courier, describe
 from grid.record.delivery import ArtifactCarrier, EventCarrier, artifact_line
 from grid.record.events import Ended, EpochEnded, Event, Started, Suspended, to_json
 from grid.record.fence import LeaseLostError
-from grid.record.spool import ParkedLine, Spool
+from grid.record.spool import ParkedLine, Spool, unwritable
 from grid.record.store import UNREACHABLE, Store, StoredTrial
 from grid.wording import count, first_line, format_seconds
 
@@ -191,8 +191,11 @@ class Recorder:
         except UNREACHABLE as error:
             hint = "fix its permissions, or pass another --store"
             raise InputError(f"can't write to the store {mask(self.store.uri)}: {first_line(error)}; {hint}") from error
-        for name, content in (pictures or {}).items():
-            self._attach_later(self.store.parent_id, name, content)
+        try:
+            for name, content in (pictures or {}).items():
+                self._attach_later(self.store.parent_id, name, content)
+        except OSError as error:
+            raise unwritable(self._spool.path, error) from error
         for courier in (self._events, self._artifacts):
             courier.start()
             courier.wake()

@@ -268,9 +268,12 @@ def open_spool(folder: Path, store_uri: str, experiment: str) -> Spool:
         hint = "wait for it or stop it"
         raise InputError(f"experiment '{experiment}' is being run by another process from here; {hint}") from error
     except OSError as error:
-        raise InputError(
-            f"can't write to the spool {path}: {error.strerror}; free disk space or fix its permissions"
-        ) from error
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> InputError:
+    """Return the error of a spool that can't be written."""
+    return InputError(f"can't write to the spool {path}: {error.strerror}; free disk space or fix its permissions")
 
 
 def _open_to_append(path: Path) -> BinaryIO:

@@ -61,7 +61,7 @@ def largest_object_store() -> int:
     largest = UNLIMITED
     for kind, option, what, taken in (
         (resource.RLIMIT_AS, "v", "virtual memory", ADDRESS_SPACE),
-        (resource.RLIMIT_FSIZE, "f", "the size of a file", 0),
+        (resource.RLIMIT_FSIZE, "f", "the size of a file", 2**20),  # Ray's file is a little larger than its store
     ):
         limit = resource.getrlimit(kind)[0]
         if limit == resource.RLIM_INFINITY:
