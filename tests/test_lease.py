@@ -719,6 +719,14 @@ def test_a_holder_that_somebody_has_edited_still_fits_into_one_line(edited: dict
     assert (found.driver, found.pid) == (name, 0)
 
 
+@pytest.mark.parametrize("name", ["lease_٣", "lease_03", "lease_0", "lease_-1", "lease_"])
+def test_a_tag_that_is_no_number_of_a_lease_is_passed_over(name: str, store: Store) -> None:
+    store.client.set_experiment_tag(store.experiment_id, name, "5")
+    for number in (1, 2):
+        with Lease(opened(store)) as lease:
+            assert lease.number == number
+
+
 # --- the store ---
 
 

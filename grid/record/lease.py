@@ -291,7 +291,7 @@ class Lease:
 
 
 def _numbers(tags: Mapping[str, Any]) -> list[int]:
-    matches = (re.fullmatch(rf"{TAG}(\d+)", name) for name in tags)
+    matches = (re.fullmatch(rf"{TAG}([1-9][0-9]*)", name) for name in tags)
     return [int(match[1]) for match in matches if match]
 
 
