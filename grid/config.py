@@ -5,6 +5,7 @@ Standard library only, so that everything can import it at no cost.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -343,7 +344,7 @@ def _level_problem(factor: str, level: str) -> str:
 
 
 def _are_sizes(sizes: str) -> bool:
-    return all(size.isdecimal() and int(size) > 0 for size in sizes.split("-"))
+    return all(re.fullmatch("[0-9]{1,9}", size) and int(size) > 0 for size in sizes.split("-"))
 
 
 def _parse(name: str, kind: Any, text: str) -> Any:

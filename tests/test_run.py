@@ -38,6 +38,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["--set", "momentum=high"], "momentum must be a number, got 'high'"),
         (["--set", "batch_size=64.5"], "batch_size must be a whole number, got '64.5'"),
         (["--set", "channels=32x64"], "channels must be whole numbers above 0 joined by '-', got '32x64'"),
+        (["--set", f"hidden_sizes={'9' * 5000}"], "hidden_sizes must be whole numbers above 0 joined by '-', got '999"),
         (["--set", "optimizer=adam"], "optimizer is a factor: give --only optimizer=adam"),
         (["--set", "epochs=3"], "epochs can't be set: --epochs takes the budget, the same for all trials"),
         (
