@@ -175,7 +175,7 @@ def test_a_wrong_shape_raises_in_nets_and_in_training() -> None:
     with pytest.raises(TypeCheckError):
         trial.logits(images.squeeze(1))
     with pytest.raises(TypeCheckError):
-        trial.net(torch.zeros(4, 2, 28, 14))
+        trial.net(torch.zeros(4, 28, 28))
     with pytest.raises(TypeCheckError):
         import_module("grid.train.evaluation")._timed_logits(trial, images.squeeze(1))
 

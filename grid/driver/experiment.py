@@ -29,7 +29,7 @@ from grid.plan.space import ORDER_SEED, shared_settings
 from grid.plan.trials import Plan, check_comparable, make_plan
 from grid.record.commands import CODE_KEYS, RECORD, record_command
 from grid.record.fence import LeaseLostError
-from grid.record.one_driver import become_driver
+from grid.record.lease import become_driver
 from grid.record.recorder import Recorder
 from grid.record.rounds import read_rounds
 from grid.record.spool import Spool

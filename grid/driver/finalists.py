@@ -26,7 +26,7 @@ from grid.plan.request import Confirmation
 from grid.plan.trials import Plan
 from grid.ranking import RankedCell, rank_cells
 from grid.record.commands import record_command
-from grid.record.one_driver import become_driver
+from grid.record.lease import become_driver
 from grid.record.predictor import register
 from grid.record.recorder import Recorder
 from grid.record.spool import Parked

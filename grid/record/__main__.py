@@ -7,7 +7,7 @@ from pathlib import Path
 
 from grid.arguments import Parser, add_experiment, add_storage, add_store, run_command
 from grid.masking import mask
-from grid.record.one_driver import become_driver
+from grid.record.lease import become_driver
 from grid.record.recorder import Recorder
 from grid.record.store import Store
 from grid.store_uri import check_store_uri

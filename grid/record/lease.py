@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +21,8 @@ from mlflow.exceptions import MlflowException
 from grid.config import InputError
 from grid.record.fence import LeaseLostError
 from grid.record.holder import Holder, StoreLock
-from grid.record.spool import Spool, unwritable
+from grid.record.moved import find_move
+from grid.record.spool import Spool, open_spool, unwritable
 from grid.record.store import Store, already_exists
 from grid.store_uri import artifact_location
 from grid.wording import count
@@ -34,6 +36,36 @@ POLL_SECONDS = 1.0
 TAG = "lease_"
 """Of the experiment, with the number of the lease: the count of its heartbeats, or `RELEASED`."""
 RELEASED = "released"
+
+
+def become_driver(store: Store, stack: ExitStack, *, spool: Path, storage: str, kind: str = "trial") -> Spool:
+    """Take the lease on an experiment, and what belongs to it if its store was moved or copied.
+
+    Args:
+        store: The experiment; created if it is missing.
+        stack: Closes the spool and gives the lease up.
+        spool: Folder of spools.
+        storage: Folder or URI of checkpoints.
+        kind: Of the runs that are recorded: `trial` or `confirm`.
+
+    Returns:
+        The spool of this driver.
+
+    Raises:
+        InputError: Another driver is alive, or the store, the spool or what was moved can't be written.
+    """
+    move = find_move(store.uri, store.experiment)
+    if move is not None:
+        move.take_reports(spool)
+    name = store.experiment if kind == "trial" else f"{store.experiment} {kind}"
+    opened = stack.enter_context(closing(open_spool(spool, store.uri, name)))
+    store.open()
+    lease = Lease(store, opened, kind)
+    stack.callback(lease.release)  # also while it is still waited for, in another thread
+    lease.acquire()
+    if move is not None:
+        move.take_rest(storage)
+    return opened
 
 
 class Lease:
