@@ -6,7 +6,7 @@ import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -125,7 +125,7 @@ def read_request(options: argparse.Namespace) -> Request:
         more_controls=options.more_controls,
         rule=_read_rule(options),
         store=check_store_uri(options.store),
-        experiment=_default_name(options, data) if options.experiment is None else options.experiment,
+        experiment=_default_name(options, data, settings, varied) if options.experiment is None else options.experiment,
         storage=check_storage(options.storage),
         spool=Path("spool").absolute(),
         address=check_address(options.address),
@@ -154,13 +154,16 @@ def _parser() -> Parser:
         + textwrap.fill(" ".join(map("=".join, SETTINGS.items())), 79, initial_indent="  ", subsequent_indent="  "),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_training(parser.add_argument_group("what is trained"))
+    what = parser.add_argument_group("what is trained")
+    _add_levels(what)
+    _add_training(what)
+    _add_stopping(what)
     _add_place(parser.add_argument_group("where it runs and is recorded"))
     add_debug(parser)
     return parser
 
 
-def _add_training(what: Options) -> None:
+def _add_levels(what: Options) -> None:
     what.add_argument("--grid", default="full", metavar="NAME", help=f"{', '.join(GRIDS)} (full)")
     what.add_argument(
         "--only",
@@ -183,12 +186,24 @@ def _add_training(what: Options) -> None:
         metavar="SETTING=VALUE,VALUE",
         help="make a setting a factor of this grid, such as batch_size=64,256; may be repeated",
     )
+
+
+def _add_training(what: Options) -> None:
     what.add_argument("--data", metavar="NAME", help=f"{', '.join(NAMES)} (the grid's own)")
     add_data_dir(what)
     what.add_argument("--per-class", type=int, metavar="N", help="training images per class (the grid's own, or all)")
     what.add_argument("--epochs", type=int, metavar="N", help="full budget of a trial (the grid's own)")
     what.add_argument("--seeds", type=int, default=1, metavar="N", help="replicates per cell (1)")
     what.add_argument("--lr-scales", default="1", metavar="X[,X]", help="factors on the base learning rates (1)")
+    what.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="auto picks what the device is fast at",
+    )
+
+
+def _add_stopping(what: Options) -> None:
     what.add_argument(
         "--controls",
         type=float,
@@ -212,12 +227,6 @@ def _add_training(what: Options) -> None:
         help="compare trials only if they share the levels of these factors; '' for none (model)",
     )
     what.add_argument("--no-stopping", action="store_true", help="train every trial to the end")
-    what.add_argument(
-        "--precision",
-        default="auto",
-        choices=("auto", "float32", "bfloat16"),
-        help="auto picks what the device is fast at",
-    )
 
 
 def _add_place(where: Options) -> None:
@@ -235,13 +244,13 @@ def _add_place(where: Options) -> None:
     )
 
 
-def _default_name(options: argparse.Namespace, data: str) -> str:
+def _default_name(options: argparse.Namespace, data: str, settings: Mapping[str, str], varied: Iterable[str]) -> str:
     """Name an experiment after what its trials share, so that a first look does not end up in the full run."""
     parts = [options.grid, data]
     parts += [] if options.per_class is None else [f"{options.per_class}-per-class"]
     parts += [] if options.epochs is None else [f"{options.epochs}-epochs"]
-    parts += [f"{name}-{value}" for name, value in sorted(_read_settings(options.set).items())]
-    parts += sorted(text.partition("=")[0] for text in options.vary)
+    parts += [f"{name}-{value}" for name, value in sorted(settings.items())]
+    parts += sorted(varied)
     parts += ["no-stopping"] if options.no_stopping else []
     return "-".join(parts)
 
@@ -254,9 +263,8 @@ def _read_settings(texts: Sequence[str]) -> dict[str, str]:
     """Return the settings that differ from the defaults, as strings."""
     settings: dict[str, str] = {}
     for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise InputError(f"--set takes SETTING=VALUE, got '{text}'; settings: {', '.join(SETTINGS)}")
+        name, values = _split(text, "--set", SETTINGS)
+        value = ",".join(values)
         if settings.get(name, value) != value:
             raise InputError(f"--set gives {name} twice, {settings[name]} and {value}; give it once")
         settings[name] = value

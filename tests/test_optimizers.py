@@ -1,10 +1,11 @@
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from grid.config import LEVELS, TrialConfig
+from grid.config import LEVELS, MATTERS_WITH, TrialConfig
 from grid.train.optimizers import OPTIMIZERS, build_optimizer
 
 CURVATURES = torch.linspace(0.5, 2.0, 10)
@@ -126,3 +127,12 @@ def test_the_defaults_are_torch_s_own(name):
     assert {option: ours[option] for option in own if option not in ("params", "lr")} == {
         option: value for option, value in own.items() if option not in ("params", "lr")
     }
+
+
+@pytest.mark.parametrize("setting", [name for name, (factor, _) in MATTERS_WITH.items() if factor == "optimizer"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_setting_changes_the_optimizers_with_which_it_is_said_to_matter_alone(name, setting):
+    plain = TrialConfig(optimizer=name, learning_rate=0.1, epochs=1)
+    options = OPTIMIZERS[name].options
+    changed = options(replace(plain, **{setting: 0.5})) != options(plain)
+    assert changed == (name in MATTERS_WITH[setting][1])

@@ -32,7 +32,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["--only", "activation=rely"], "unknown activation 'rely'; choose from elu, gelu"),
         (["--only", "activation"], "--only takes NAME=VALUE[,VALUE], got 'activation'; names: model, lr_schedule"),
         (["--only", "activation="], "unknown activation ''"),
-        (["--set", "momentum"], "--set takes SETTING=VALUE, got 'momentum'; settings: batch_size, "),
+        (["--set", "momentum"], "--set takes NAME=VALUE[,VALUE], got 'momentum'; names: batch_size, "),
         (["--set", "momentun=0.5"], "unknown setting 'momentun'; choose from batch_size, beta1, "),
         (["--set", "momentum=1"], "momentum must be 0 or more and below 1, got 1.0"),
         (["--set", "momentum=high"], "momentum must be a number, got 'high'"),
