@@ -5,7 +5,7 @@ from math import isnan
 
 import pandas as pd
 
-from grid.config import LEVELS
+from grid.parts import LEVELS
 
 Format = Callable[[float], str]
 

@@ -23,12 +23,14 @@ import pandas as pd
 import torch
 
 from grid.arguments import Parser, add_data_dir, run_command
-from grid.config import CHOICES, LEVELS, InputError, Params, TrialConfig
+from grid.config import CHOICES, InputError, Params, TrialConfig
 from grid.data.catalogue import NAMES, check_name
 from grid.data.dataset import Dataset
 from grid.data.load import load
+from grid.parts import LEVELS
+from grid.parts.registry import OPTIMIZERS
 from grid.train.hardware import keep_freed_memory, numeric_settings
-from grid.train.optimizers import OPTIMIZERS, base_learning_rate
+from grid.train.optimizers import base_learning_rate
 from grid.train.trial import DeviceData, Trial
 from grid.wording import count, first_line
 

@@ -32,11 +32,13 @@ from analysis.rank import rank_cells
 from analysis.stopping.figures import audit_stopping
 from analysis.store import Experiment, read_experiment
 from grid.arguments import Parser
-from grid.config import FACTORS, LEVELS, TrialConfig
+from grid.config import FACTORS, TrialConfig
 from grid.metrics import EPOCH_METRICS, RUNG_METRIC
+from grid.parts import LEVELS
+from grid.parts.registry import GRIDS
 from grid.plan.asha import FACTOR, Asha, rung_epochs
 from grid.plan.controls import draw_controls
-from grid.plan.space import GRIDS, ORDER_SEED, Cell, cross, expand
+from grid.plan.space import ORDER_SEED, Cell, cross, expand
 from grid.record.store import Store
 
 EXPERIMENT = "big"

@@ -21,8 +21,8 @@ from grid.arguments import Parser, add_data_dir, run_command
 from grid.config import InputError, TrialConfig, cell_name
 from grid.data.catalogue import NAMES, check_name
 from grid.data.load import load
+from grid.parts.registry import OPTIMIZERS
 from grid.train.hardware import keep_freed_memory, numeric_settings
-from grid.train.optimizers import OPTIMIZERS
 from grid.train.trial import DeviceData, train
 
 CELLS = (

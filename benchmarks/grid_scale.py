@@ -34,9 +34,10 @@ from grid.config import TrialConfig
 from grid.data.dataset import Dataset
 from grid.driver.watcher import Watcher, restore_rungs
 from grid.metrics import FINAL_STATUSES, EpochReport
+from grid.parts.registry import GRIDS
 from grid.plan.asha import Asha
 from grid.plan.request import DEFAULT_CONTROLS, Request
-from grid.plan.space import GRIDS, cross
+from grid.plan.space import cross
 from grid.plan.trials import Plan, make_plan
 from grid.record.lease import Lease
 from grid.record.recorder import Recorder

@@ -27,8 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from grid.arguments import Parser
 from grid.config import TrialConfig, cell_name
+from grid.parts.registry import OPTIMIZERS
 from grid.train.hardware import keep_freed_memory, numeric_settings
-from grid.train.optimizers import OPTIMIZERS
 from grid.train.trial import DeviceData, Trial
 from grid.wording import count
 

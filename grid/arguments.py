@@ -63,6 +63,18 @@ def add_store(options: Options) -> None:
     options.add_argument("--store", metavar="URI", help=f"MLflow tracking URI (${STORE_VARIABLE}, or {DEFAULT_STORE})")
 
 
+def add_parts(options: Options) -> None:
+    """Add `--parts`."""
+    options.add_argument(
+        "--parts",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="add nets, techniques, settings and factors of your own; may be repeated",
+    )
+
+
 def add_data_dir(options: Options) -> None:
     """Add `--data-dir`."""
     options.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="files of data sets (data)")

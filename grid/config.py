@@ -6,24 +6,14 @@ Standard library only, so that everything can import it at no cost.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from math import inf, isfinite
 from typing import Any
 
-LEVELS: dict[str, tuple[str, ...]] = {
-    "model": ("mlp", "cnn"),
-    "lr_schedule": ("constant", "step", "cosine", "one_cycle", "exponential", "plateau"),
-    "activation": ("relu", "leaky_relu", "elu", "gelu", "silu", "prelu", "tanh"),
-    "optimizer": ("sgd", "adam", "rmsprop", "asgd", "adagrad", "adamw", "nadam"),
-    "batch_norm": ("off", "on"),
-    "regularization": ("none", "l1", "l2", "elastic"),
-    "dropout": ("off", "on"),
-}
-"""Every factor with all its levels. A table with the same keys (`ACTIVATIONS`, ...) says what each level does."""
-
-FACTORS = tuple(LEVELS)
+FACTORS = ("model", "lr_schedule", "activation", "optimizer", "batch_norm", "regularization", "dropout")
+"""The factors of every grid; `grid.parts` has their levels."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "initialization": ("norm_aware", "he", "torch"),
@@ -46,10 +36,14 @@ GIVEN_OTHERWISE = {
     "data": "--data takes it",
     "data_fingerprint": "--data and --per-class decide it",
     "numerics_version": "the code decides it",
+    "own": "it lists what parts files have added",
 }
 """Every field of a trial that is neither a factor nor a setting, and what decides it."""
 
-MATTERS_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+Condition = tuple[str, tuple[str, ...]]
+"""A factor and some of its levels."""
+
+MATTERS_WITH: dict[str, Condition] = {
     "dropout_rate": ("dropout", ("on",)),
     "l1_strength": ("regularization", ("l1", "elastic")),
     "l2_strength": ("regularization", ("l2", "elastic")),
@@ -64,7 +58,10 @@ MATTERS_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "warmup_share": ("lr_schedule", ("one_cycle",)),
     **dict.fromkeys(("plateau_factor", "plateau_patience"), ("lr_schedule", ("plateau",))),
 }
-"""Setting -> the factor and its levels with which alone it matters; with others a trial has its default."""
+"""Setting -> the factor and its levels with which alone it matters; with others a trial has its default.
+
+`declare` adds to it.
+"""
 
 STEP_PARTS = 3
 """The schedule `step` lowers the rate after each of so many equal parts of the budget; up to then it is `constant`."""
@@ -95,6 +92,37 @@ def format_value(value: str | float | bool) -> str:
     return repr(value) if isinstance(value, float) else str(value)
 
 
+@dataclass(frozen=True)
+class Own:
+    """A factor or setting of a trial that is no field of `TrialConfig`, as a parts file adds them."""
+
+    name: str
+    value: str
+    default: str
+    """The value, or level, that trials have that do not know it."""
+    matters_with: Condition | None = None
+    """As in `MATTERS_WITH`; None if it always matters."""
+
+    def __str__(self) -> str:
+        """Such as `temperature=1.0 with regularization=l1,l2`; `parse` inverts it, but for the value."""
+        factor, levels = self.matters_with or ("", ())
+        return f"{self.name}={self.default}" + (f" with {factor}={','.join(levels)}" if factor else "")
+
+    @classmethod
+    def parse(cls, text: str, values: Mapping[str, str]) -> "Own":
+        """Return what `str` described, with its value.
+
+        Raises:
+            InputError: The text has another form.
+        """
+        declared = re.fullmatch(r"(\w+)=([^\s;]+)(?: with (\w+)=([^\s;]+))?", text)
+        if declared is None:
+            raise InputError(f"own must be of the form NAME=DEFAULT with FACTOR=LEVEL,LEVEL; got '{text}'")
+        name, default, factor, levels = declared.groups()
+        condition = (factor, tuple(levels.split(","))) if factor else None
+        return cls(name, values.get(name, default), default, condition)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrialConfig:
     """Everything that changes the result of one training; two equal configurations yield the same numbers.
@@ -104,17 +132,17 @@ class TrialConfig:
     """
 
     model: str = "mlp"
-    """Factor; a name in `LEVELS["model"]`."""
+    """Factor; a name in `grid.parts.LEVELS["model"]`."""
     lr_schedule: str = "constant"
-    """Factor; a name in `LEVELS["lr_schedule"]`."""
+    """Factor; a name in `grid.parts.LEVELS["lr_schedule"]`."""
     activation: str = "relu"
-    """Factor; a name in `LEVELS["activation"]`."""
+    """Factor; a name in `grid.parts.LEVELS["activation"]`."""
     optimizer: str = "adam"
-    """Factor; a name in `LEVELS["optimizer"]`."""
+    """Factor; a name in `grid.parts.LEVELS["optimizer"]`."""
     batch_norm: bool = False
     """Factor; stored as `on` or `off`."""
     regularization: str = "none"
-    """Factor; a name in `LEVELS["regularization"]`."""
+    """Factor; a name in `grid.parts.LEVELS["regularization"]`."""
     dropout: bool = False
     """Factor; stored as `on` or `off`."""
 
@@ -179,14 +207,19 @@ class TrialConfig:
     """Hash of the training and validation images and labels that the trial sees."""
     numerics_version: int = NUMERICS_VERSION
     """Version of the code's numbers."""
+    own: tuple[Own, ...] = ()
+    """Factors and settings beside these; sorted by name."""
 
     def __post_init__(self) -> None:
-        problems = [_level_problem(name, format_value(getattr(self, name))) for name in FACTORS]
-        problems += [
+        problems = [
             f"{name} must be {rule}, got {getattr(self, name)!r}" for name, rule, holds in self._rules() if not holds
         ]
-        if any(problems):
-            raise InputError("; ".join(problem for problem in problems if problem))
+        for each in self.own:
+            rule, holds = _OWN_RULES.get(each.name, ("", None))
+            if holds is not None and not holds(_parse(each.name, OWN[each.name], each.value)):
+                problems.append(f"{each.name} must be {rule}, got {each.value}")
+        if problems:
+            raise InputError("; ".join(problems))
 
     def _rules(self) -> list[tuple[str, str, bool]]:
         return [
@@ -213,17 +246,23 @@ class TrialConfig:
     @cached_property
     def cell(self) -> dict[str, str]:
         """The level of every factor, and every setting."""
-        return {name: format_value(getattr(self, name)) for name in (*FACTORS, *SETTINGS)}
+        return {name: self.text(name) for name in (*FACTORS, *SETTINGS)}
 
     @cached_property
     def cell_key(self) -> str:
         """Short hash of the cell, of its settings only if changed; the same for all replicates and nuisance levels."""
-        return _hash({name: value for name, value in self.cell.items() if SETTINGS.get(name) != value})
+        fields = {name: value for name, value in self.cell.items() if name not in OWN and SETTINGS.get(name) != value}
+        return _hash(fields | self._changed_own)
 
     @cached_property
     def trial_key(self) -> str:
         """Short hash of all fields, later ones only if changed: one key, one training, one live MLflow run."""
-        return _hash({name: value for name, value in self.to_params().items() if DEFAULTS.get(name) != value})
+        fields = {name: self.text(name) for name in _FIELDS if name != "own"}
+        return _hash({name: value for name, value in fields.items() if DEFAULTS.get(name) != value} | self._changed_own)
+
+    @property
+    def _changed_own(self) -> Params:
+        return {each.name: each.value for each in self.own if each.value != each.default}
 
     @property
     def name(self) -> str:
@@ -234,12 +273,26 @@ class TrialConfig:
         return " ".join(parts)
 
     def to_params(self) -> Params:
-        """Return every field as a string; `from_params` inverts it."""
-        return {name: format_value(value) for name, value in asdict(self).items()}
+        """Return every field as a string, and what is in `own` as well; `from_params` inverts it."""
+        fields = {name: self.text(name) for name in _FIELDS if name != "own"}
+        own = {"own": "; ".join(map(str, self.own))} if self.own else {}
+        return {**fields, **{each.name: each.value for each in self.own}, **own}
+
+    def text(self, name: str) -> str:
+        """Return a factor or setting as MLflow stores it; of one that the trial does not know, the default."""
+        if name in _FIELDS:
+            return format_value(getattr(self, name))
+        return next((each.value for each in self.own if each.name == name), SETTINGS[name])
+
+    def setting(self, name: str) -> Any:
+        """Return a factor or setting that a parts file has declared, in its type."""
+        return _parse(name, OWN[name], self.text(name))
 
     @classmethod
     def from_params(cls, params: Mapping[str, str]) -> "TrialConfig":
-        """Build a configuration from strings; unknown names are ignored.
+        """Build a configuration from strings.
+
+        Names are ignored unless they are those of fields, declared, or listed under `own`, which declares them.
 
         Raises:
             InputError: A value does not have the type of its field, or is out of range.
@@ -247,13 +300,25 @@ class TrialConfig:
         known = {
             field.name: _parse(field.name, field.type, params[field.name])
             for field in fields(cls)
-            if field.name in params
+            if field.name in params and field.name != "own"
         }
         missing = [name for name in ("learning_rate", "epochs") if name not in known]
         if missing:
             raise InputError(f"a trial needs {' and '.join(missing)}")
-        return cls(**known)
+        listed = [Own.parse(text, params) for text in params.get("own", "").split("; ") if text]
+        for each in listed:
+            if each.name not in OWN:
+                declare(each.name, each.default, matters_with=each.matters_with)
+        names = {each.name for each in listed}
+        given = [
+            Own(name, _canonical(name, params[name]), SETTINGS[name], MATTERS_WITH.get(name))
+            for name in OWN
+            if name in params and name not in names
+        ]
+        return cls(**known, own=tuple(sorted([*listed, *given], key=lambda each: each.name)))
 
+
+_FIELDS = tuple(each.name for each in fields(TrialConfig))
 
 DEFAULTS: Params = {
     each.name: format_value(getattr(TrialConfig, each.name)) for each in fields(TrialConfig) if "later" in each.metadata
@@ -265,7 +330,50 @@ SETTINGS: Params = {
     for each in fields(TrialConfig)
     if each.name not in (*FACTORS, *GIVEN_OTHERWISE)
 }
-"""Every field of a trial that all trials of a grid share unless the grid varies it, with its default."""
+"""Every setting of a trial, which all trials of a grid share unless the grid varies it, with its default.
+
+`declare` adds to it.
+"""
+
+OWN: dict[str, type] = {}
+"""Those in `SETTINGS` that are no field of a trial, with the types of their values."""
+_OWN_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {}
+
+
+def declare(
+    name: str,
+    default: str,
+    kind: type = str,
+    matters_with: Condition | None = None,
+    rule: tuple[str, Callable[[Any], bool]] | None = None,
+) -> None:
+    """Make the name of a factor or setting known, beside those of `TrialConfig`.
+
+    Args:
+        name: Letters, digits and underscores.
+        default: The value of trials that do not know it.
+        kind: Type of its values: str, int, float or bool.
+        matters_with: As in `MATTERS_WITH`; None if it always matters.
+        rule: What its values must be, in words and as a function.
+
+    Raises:
+        InputError: A trial has a field of that name.
+    """
+    if name in _FIELDS:
+        raise InputError(f"every trial has a field '{name}'; choose another name")
+    withdraw(name)
+    SETTINGS[name] = default
+    OWN[name] = kind
+    if matters_with is not None:
+        MATTERS_WITH[name] = matters_with
+    if rule is not None:
+        _OWN_RULES[name] = rule
+
+
+def withdraw(name: str) -> None:
+    """Forget what `declare` made known."""
+    for table in (OWN, SETTINGS, MATTERS_WITH, _OWN_RULES):
+        table.pop(name, None)
 
 
 def cell_name(cell: Mapping[str, str]) -> str:
@@ -282,7 +390,7 @@ def cell_name(cell: Mapping[str, str]) -> str:
 
 def varied(trials: Sequence[TrialConfig]) -> tuple[str, ...]:
     """Return the factors of a grid, in order: those of every grid, and the settings that differ between its trials."""
-    changed = [name for name in SETTINGS if len({getattr(trial, name) for trial in trials}) > 1]
+    changed = [name for name in SETTINGS if len({trial.text(name) for trial in trials}) > 1]
     return (*FACTORS, *changed)
 
 
@@ -319,28 +427,13 @@ def changed_settings(settings: Params) -> Params:
         if name in FACTORS:
             raise InputError(f"{name} is a factor: give --only {name}={settings[name]}")
         check_setting(name)
-    default = TrialConfig(learning_rate=1.0, epochs=1).to_params()
-    changed = TrialConfig.from_params({**default, **settings}).to_params()
-    return {name: value for name, value in changed.items() if default[name] != value}
-
-
-def check_level(factor: str, level: str) -> None:
-    """Raise `InputError` unless `level` is a level of `factor`."""
-    if factor not in LEVELS:
-        raise InputError(f"unknown factor '{factor}'; choose from {', '.join(sorted(LEVELS))}")
-    if problem := _level_problem(factor, level):
-        raise InputError(problem)
+    config = TrialConfig.from_params({"learning_rate": "1", "epochs": "1", **settings})
+    return {name: config.text(name) for name in settings if config.text(name) != SETTINGS[name]}
 
 
 def parse_sizes(sizes: str) -> tuple[int, ...]:
     """Return `512-256` as (512, 256)."""
     return tuple(int(size) for size in sizes.split("-"))
-
-
-def _level_problem(factor: str, level: str) -> str:
-    if level in LEVELS[factor]:
-        return ""
-    return f"unknown {factor} '{level}'; choose from {', '.join(sorted(LEVELS[factor]))}"
 
 
 def _are_sizes(sizes: str) -> bool:
@@ -354,6 +447,10 @@ def _parse(name: str, kind: Any, text: str) -> Any:
     except (ValueError, KeyError):
         wanted = {int: "a whole number", float: "a number", bool: "on or off"}[kind]
         raise InputError(f"{name} must be {wanted}, got '{text}'") from None
+
+
+def _canonical(name: str, text: str) -> str:
+    return format_value(_parse(name, OWN[name], text))
 
 
 def _hash(values: Mapping[str, str]) -> str:

@@ -15,10 +15,12 @@ from grid.arguments import (
     add_data_dir,
     add_debug,
     add_experiment,
+    add_parts,
     add_store,
     add_workers,
     run_command,
 )
+from grid.parts.files import load_files
 from grid.plan.request import Confirmation, check_address, check_folder_name, check_storage
 from grid.store_uri import check_store_uri
 from grid.tune.limits import largest_object_store
@@ -50,6 +52,7 @@ def read_confirmation(options: argparse.Namespace) -> Confirmation:
     Raises:
         InputError: A value is wrong.
     """
+    load_files(options.parts)
     return Confirmation(
         experiment=options.experiment,
         top=options.top,
@@ -62,6 +65,7 @@ def read_confirmation(options: argparse.Namespace) -> Confirmation:
         address=check_address(options.address),
         concurrency=options.concurrency,
         accept_code=options.accept_code,
+        parts=tuple(options.parts),
     )
 
 
@@ -79,6 +83,7 @@ def _parser() -> Parser:
     add_data_dir(parser)
     add_workers(parser)
     add_accept_code(parser)
+    add_parts(parser)
     add_debug(parser)
     return parser
 

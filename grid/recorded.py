@@ -77,6 +77,11 @@ def command_path(command_id: str) -> str:
     return f"commands/{command_id}.json"
 
 
+def parts_path(digest: str, name: str) -> str:
+    """Return the artifact of the parent run that holds the text of a parts file."""
+    return f"parts/{digest}/{name}"
+
+
 def is_parent(tags: Mapping[str, str]) -> bool:
     """Return whether a run is the parent of trials; a trial whose kind was changed has a parent itself."""
     return tags.get("kind") == "grid" and PARENT_TAG not in tags

@@ -18,15 +18,19 @@ from grid.arguments import (
     add_accept_code,
     add_data_dir,
     add_debug,
+    add_parts,
     add_store,
     add_workers,
     run_command,
 )
-from grid.config import FACTORS, SETTINGS, InputError, changed_settings
+from grid.config import SETTINGS, InputError, changed_settings
 from grid.data.catalogue import NAMES
+from grid.parts import LEVELS
+from grid.parts.files import load_files
+from grid.parts.registry import GRIDS
 from grid.plan.asha import NO_STOPPING, StoppingRule
 from grid.plan.request import DEFAULT_CONTROLS, Request, check_address, check_folder_name, check_storage
-from grid.plan.space import GRIDS, cross, find_grid, restrict, vary
+from grid.plan.space import cross, find_grid, restrict, vary
 from grid.store_uri import check_store_uri
 from grid.wording import first_line
 
@@ -102,6 +106,7 @@ def read_request(options: argparse.Namespace) -> Request:
     Raises:
         InputError: A value is wrong.
     """
+    load_files(options.parts)
     grid = find_grid(options.grid)
     data = options.data or grid.data
     if options.dry_run and options.more_controls is not None:
@@ -109,7 +114,7 @@ def read_request(options: argparse.Namespace) -> Request:
     settings, varied = _read_settings(options.set), vary(_split(text, "--vary", SETTINGS) for text in options.vary)
     if both := settings.keys() & varied:
         raise InputError(f"--set and --vary both give {min(both)}; leave one of them out")
-    levels = restrict(grid.levels, [_split(text, "--only", FACTORS) for text in options.only]) | varied
+    levels = {**restrict(grid.levels, [_split(text, "--only", LEVELS) for text in options.only]), **varied}
     cross(levels)  # raises if nothing is left
     return Request(
         grid=options.grid,
@@ -133,6 +138,7 @@ def read_request(options: argparse.Namespace) -> Request:
         precision=options.precision,
         price_per_hour=options.price_per_hour,
         accept_code=options.accept_code,
+        parts=tuple(options.parts),
     )
 
 
@@ -186,6 +192,7 @@ def _add_levels(what: Options) -> None:
         metavar="SETTING=VALUE,VALUE",
         help="make a setting a factor of this grid, such as batch_size=64,256; may be repeated",
     )
+    add_parts(what)
 
 
 def _add_training(what: Options) -> None:

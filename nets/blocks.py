@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from nets.activations import ACTIVATIONS
+from nets.activations import Activation
 from nets.dropout import SeededDropout
 from nets.initialization import draw
 from nets.pooling import PooledActivation
@@ -18,8 +18,7 @@ from nets.pooling import PooledActivation
 class Techniques:
     """The techniques that a net is built with."""
 
-    activation: str
-    """A name in `ACTIVATIONS`."""
+    activation: Activation
     batch_norm: bool
     dropout_rate: float
     """Share of units dropped while training, in [0, 1); 0 leaves the dropout layers out."""
@@ -86,7 +85,7 @@ def block(
     else:
         if techniques.batch_norm:
             yield nn.BatchNorm2d(out_size) if layer is conv3x3 else nn.BatchNorm1d(out_size)
-        yield ACTIVATIONS[techniques.activation]()
+        yield techniques.activation.build()
     if techniques.dropout_rate > 0:
         yield SeededDropout(techniques.dropout_rate, masks)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from nets.activations import gain
+from nets.activations import Activation, gain
 
 SHORT = 0.2
 """Standard deviation of weights in front of a norm, as a share of sqrt(1 / fan_in)."""
@@ -19,8 +19,8 @@ class Surroundings:
 
     fan_in: int
     """Inputs of each of its units."""
-    activation: str | None
-    """The name in `ACTIVATIONS` of what follows; None behind the last layer."""
+    activation: Activation | None
+    """What follows; None behind the last layer."""
     norm: bool
     """Whether a norm stands between the layer and its activation."""
 
@@ -73,7 +73,7 @@ References:
 
 
 def draw(
-    layer: nn.Linear | nn.Conv2d, rule: str, *, activation: str | None, norm: bool, weights: torch.Generator
+    layer: nn.Linear | nn.Conv2d, rule: str, *, activation: Activation | None, norm: bool, weights: torch.Generator
 ) -> None:
     """Draw the weights of a layer, and its biases if it has some.
 
@@ -82,7 +82,7 @@ def draw(
     Args:
         layer: The layer to fill.
         rule: A name in `INITIALIZATIONS`.
-        activation: The name in `ACTIVATIONS` of what follows; None behind the last layer.
+        activation: What follows; None behind the last layer.
         norm: Whether a norm stands between the layer and its activation.
         weights: Draws the values; on the CPU.
     """

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nets.activations import ACTIVATIONS, FALLING_THEN_RISING, RISING
+from nets.activations import Activation
 
 Maps = Float[Tensor, "batch channel height width"]
 Pooled = Float[Tensor, "batch channel half_height half_width"]
@@ -31,18 +31,18 @@ class PooledActivation(nn.Module):
     """Normalise, activate and take the largest of every 2x2 pixels; an odd last row or column is left out.
 
     Args:
-        activation: A name in `ACTIVATIONS`.
+        activation: How it is built, and its shape.
         norm: The batch norm in front of the activation; None for a block without one.
 
     Reference: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167 (norm before activation)
     """
 
-    def __init__(self, activation: str, norm: nn.BatchNorm2d | None):
+    def __init__(self, activation: Activation, norm: nn.BatchNorm2d | None):
         super().__init__()
         self.norm = norm
-        self.activation = ACTIVATIONS[activation]()
-        self._rising = activation in RISING
-        self._pools_first = self._rising or activation in FALLING_THEN_RISING
+        self.activation = activation.build()
+        self._rising = activation.shape == "rising"
+        self._pools_first = activation.shape in ("rising", "falling_then_rising")
 
     def forward(self, maps: Maps) -> Pooled:
         """Return maps of half the height and width."""

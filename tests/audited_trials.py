@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.stopping.figures import Audit, audit_stopping
-from grid.config import FACTORS, LEVELS
+from grid.config import FACTORS
+from grid.parts import LEVELS
 
 CELL = {factor: LEVELS[factor][0] for factor in FACTORS}
 NAN = math.nan

@@ -8,7 +8,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from analysis.estimates.anova import Array
-from grid.config import FACTORS, LEVELS
+from grid.config import FACTORS
+from grid.parts import LEVELS
 
 RUNGS = (1, 3)
 EPOCHS = 9

@@ -4,10 +4,10 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.init import calculate_gain
 
-from grid.config import LEVELS
-from nets.activations import ACTIVATIONS, FALLING_THEN_RISING, RISING, gain
+from nets.activations import gain
 from nets.blocks import Techniques, block, linear
 from nets.mlp import MLP
+from tests.activations import ACTIVATIONS, of_shape
 
 RECTIFIER_GAINS = {
     "relu": calculate_gain("relu"),
@@ -20,19 +20,13 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def test_activations_are_the_levels_of_their_factor():
-    assert set(ACTIVATIONS) == set(LEVELS["activation"]), (
-        "an activation is one line in ACTIVATIONS (nets/activations.py) and one name in LEVELS (grid/config.py)"
-    )
-
-
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_layer_gets_its_own_activation(name):
-    assert ACTIVATIONS[name]() is not ACTIVATIONS[name]()
+    assert ACTIVATIONS[name].build() is not ACTIVATIONS[name].build()
 
 
 def test_prelu_slopes_are_not_shared():
-    techniques = Techniques(activation="prelu", batch_norm=False, dropout_rate=0.0)
+    techniques = Techniques(activation=ACTIVATIONS["prelu"], batch_norm=False, dropout_rate=0.0)
     net = MLP(
         pixels=9, classes=2, hidden_sizes=(4, 4, 4), techniques=techniques, weights=generator(), masks=generator()
     )
@@ -44,7 +38,7 @@ def test_prelu_slopes_are_not_shared():
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_gradients_by_inputs_and_own_parameters_are_right(name):
-    activation = ACTIVATIONS[name]().double()
+    activation = ACTIVATIONS[name].build().double()
     names = [name for name, _ in activation.named_parameters()]
     inputs = 2 * torch.randn(40, dtype=torch.float64, generator=generator())
     inputs.requires_grad_()
@@ -56,13 +50,13 @@ def test_gradients_by_inputs_and_own_parameters_are_right(name):
 
 @pytest.mark.parametrize("name", RECTIFIER_GAINS)
 def test_gains_of_rectifiers_are_those_of_torch(name):
-    assert gain(name) == pytest.approx(RECTIFIER_GAINS[name], rel=1e-6)
+    assert gain(ACTIVATIONS[name]) == pytest.approx(RECTIFIER_GAINS[name], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_the_gain_restores_the_second_moment_of_a_normal_input(name):
     inputs = torch.randn(1_000_000, generator=generator())
-    moment = (gain(name) * ACTIVATIONS[name]()(inputs)).square().mean().item()
+    moment = (gain(ACTIVATIONS[name]) * ACTIVATIONS[name].build()(inputs)).square().mean().item()
     assert moment == pytest.approx(1.0, abs=0.01)
 
 
@@ -70,10 +64,10 @@ def test_the_gain_restores_the_second_moment_of_a_normal_input(name):
 def test_the_signal_neither_vanishes_nor_explodes_over_ten_layers(name):
     """Second moment within a factor of 100: hardswish, silu and gelu drift; relu without its gain would lose 1,024."""
     draws = generator()
-    techniques = Techniques(activation=name, batch_norm=False, dropout_rate=0.0, initialization="he")
+    techniques = Techniques(activation=ACTIVATIONS[name], batch_norm=False, dropout_rate=0.0, initialization="he")
     modules = [module for _ in range(10) for module in block(linear, 256, 256, techniques, draws, draws)]
     outputs = nn.Sequential(*modules)(torch.randn(256, 256, generator=draws))
-    assert 1 / 100 < outputs.square().mean().item() * gain(name) ** 2 < 100
+    assert 1 / 100 < outputs.square().mean().item() * gain(ACTIVATIONS[name]) ** 2 < 100
 
 
 def slopes(activation: nn.Module) -> torch.Tensor:
@@ -83,17 +77,17 @@ def slopes(activation: nn.Module) -> torch.Tensor:
     return rises[rises.abs() > 1e-13].sign()
 
 
-@pytest.mark.parametrize("name", sorted(RISING))
+@pytest.mark.parametrize("name", of_shape("rising"))
 def test_rising_activations_never_fall_and_cannot_learn_to(name):
-    activation = ACTIVATIONS[name]()
+    activation = ACTIVATIONS[name].build()
     assert (slopes(activation) >= 0).all()
     assert not list(activation.parameters())
 
 
 @pytest.mark.parametrize("learned", [-2.0, -0.25, 0.0, 0.25, 2.0])
-@pytest.mark.parametrize("name", sorted(FALLING_THEN_RISING))
+@pytest.mark.parametrize("name", of_shape("falling_then_rising"))
 def test_falling_then_rising_activations_have_one_valley_at_most(name, learned):
-    activation = ACTIVATIONS[name]()
+    activation = ACTIVATIONS[name].build()
     for parameter in activation.parameters():
         parameter.data.fill_(learned)
     assert (slopes(activation).diff() >= 0).all()

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from grid.config import TrialConfig
+from grid.parts.registry import OPTIMIZERS
 from grid.train.averaging import averaged_weights
-from grid.train.optimizers import OPTIMIZERS, build_optimizer
+from grid.train.optimizers import build_optimizer
 from nets.dropout import SeededDropout
 
 AVERAGE_FROM = 3

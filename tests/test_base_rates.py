@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.base_rates import CROSSED, LADDER, _parser, around, best_table, cost_table, main, plan
 from grid.config import TrialConfig
-from grid.train.optimizers import OPTIMIZERS
+from grid.parts.registry import OPTIMIZERS
 
 
 def sweep(accuracies: dict[tuple[str, str, float], float]) -> pd.DataFrame:

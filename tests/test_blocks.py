@@ -8,12 +8,13 @@ from nets.blocks import FlattenPixels, Techniques, block, conv3x3, linear, outpu
 from nets.dropout import SeededDropout
 from nets.initialization import INITIALIZATIONS, Surroundings
 from nets.pooling import PooledActivation
+from tests.activations import ACTIVATIONS
 
 LAYERS = {"linear": linear, "conv3x3": conv3x3}
 DRAWS = torch.Generator().manual_seed(0)
 INPUTS = {"linear": torch.randn(6, 4, generator=DRAWS), "conv3x3": torch.randn(6, 4, 8, 8, generator=DRAWS)}
-PLAIN = Techniques(activation="relu", batch_norm=False, dropout_rate=0.0)
-FULL = Techniques(activation="relu", batch_norm=True, dropout_rate=0.5)
+PLAIN = Techniques(activation=ACTIVATIONS["relu"], batch_norm=False, dropout_rate=0.0)
+FULL = Techniques(activation=ACTIVATIONS["relu"], batch_norm=True, dropout_rate=0.5)
 
 
 def built(layer: str, techniques: Techniques, *, pooled: bool = False) -> nn.Sequential:
@@ -38,7 +39,7 @@ def test_order_is_layer_norm_activation_dropout(layer, kind, norm):
 
 
 def test_norm_and_activation_belong_to_the_pooling_where_there_is_one():
-    layer, pool, _ = built("conv3x3", replace(FULL, activation="gelu"), pooled=True)
+    layer, pool, _ = built("conv3x3", replace(FULL, activation=ACTIVATIONS["gelu"]), pooled=True)
     assert isinstance(pool, PooledActivation)
     assert (pool.norm.num_features, type(pool.activation)) == (5, nn.GELU)
     assert layer.bias is None
@@ -67,10 +68,10 @@ def test_a_block_changes_the_size_of_features_only(layer):
 
 @pytest.mark.parametrize("rule", INITIALIZATIONS)
 def test_a_block_and_an_output_draw_their_weights_by_the_rule(rule):
-    techniques = replace(PLAIN, activation="gelu", initialization=rule)
+    techniques = replace(PLAIN, activation=ACTIVATIONS["gelu"], initialization=rule)
     layer, *_ = block(linear, 400, 300, techniques, torch.Generator().manual_seed(0), DRAWS)
     last = output(400, 300, techniques, torch.Generator().manual_seed(0))
-    for built, activation in ((layer, "gelu"), (last, None)):
+    for built, activation in ((layer, ACTIVATIONS["gelu"]), (last, None)):
         ranges = INITIALIZATIONS[rule](Surroundings(400, activation, norm=False))
         assert built.weight.abs().max().item() == pytest.approx(ranges.weight, rel=0.001)
 

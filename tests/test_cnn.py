@@ -9,6 +9,7 @@ from grid.config import TrialConfig, parse_sizes
 from nets.blocks import FlattenPixels, Techniques
 from nets.cnn import CNN
 from nets.pooling import PooledActivation
+from tests.activations import ACTIVATIONS
 
 DEFAULTS = TrialConfig(learning_rate=1.0, epochs=1)
 CONVOLUTIONS = (9 * 32 + 32) + (32 * 9 * 64 + 64) + (64 * 9 * 128 + 128)
@@ -21,7 +22,7 @@ def cnn(channels=None, *, side=28, classes=47, dense_size=None, activation="relu
         classes=classes,
         channels=channels or parse_sizes(DEFAULTS.channels),
         dense_size=dense_size or DEFAULTS.dense_size,
-        techniques=Techniques(activation=activation, batch_norm=batch_norm, dropout_rate=0.5),
+        techniques=Techniques(activation=ACTIVATIONS[activation], batch_norm=batch_norm, dropout_rate=0.5),
         weights=torch.Generator().manual_seed(seed),
         masks=torch.Generator().manual_seed(0),
     )

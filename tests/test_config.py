@@ -11,15 +11,16 @@ from grid.config import (
     DEFAULTS,
     FACTORS,
     GIVEN_OTHERWISE,
-    LEVELS,
     SETTINGS,
     InputError,
+    Own,
     TrialConfig,
     cell_name,
     changed_settings,
-    check_level,
     parse_sizes,
 )
+from grid.parts import LEVELS
+from grid.parts.registry import check_level
 
 levels = st.fixed_dictionaries({factor: st.sampled_from(names) for factor, names in LEVELS.items()})
 configs = st.builds(
@@ -60,6 +61,7 @@ def test_every_field_changes_the_trial_key(name: str) -> None:
         "hidden_sizes": "8",
         "channels": "8",
         "initialization": "he",
+        "own": (Own("smoothing", "0.1", "off"),),
     }
     value = getattr(plain, name)
     changed = other.get(name, not value if isinstance(value, bool) else f"{value}x" if value == "" else None)
@@ -142,10 +144,8 @@ def test_a_name_tells_seed_and_learning_rate_scale() -> None:
 
 
 def test_all_faults_are_named_at_once() -> None:
-    with pytest.raises(
-        InputError, match=r"unknown activation 'rely'; choose from elu, gelu.*; epochs must be 1 or more"
-    ):
-        replace(plain, activation="rely", epochs=0)
+    with pytest.raises(InputError, match=r"epochs must be 1 or more, got 0; .*precision must be float32 or bfloat16"):
+        replace(plain, precision="float8", epochs=0)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from grid.config import TrialConfig
+from grid.parts.registry import GRIDS
 from grid.plan.controls import _Model, draw_cells, draw_controls, draw_more, number_of_controls
-from grid.plan.space import GRIDS, Levels, cross, expand, restrict
+from grid.plan.space import Levels, cross, expand, restrict
 
 FULL = tuple(len(levels) for levels in GRIDS["full"].levels.values())
 """Numbers of levels of the full grid: 1,920 cells."""

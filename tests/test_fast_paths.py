@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from benchmarks.fast_paths import CELLS, compare, configs, main
 from grid.config import TrialConfig
 from grid.data.load import load
+from grid.parts.registry import LR_SCHEDULES, OPTIMIZERS
 from grid.train import trial as trial_module
-from grid.train.optimizers import OPTIMIZERS
 from grid.train.penalties import penalised_weights
-from grid.train.schedules import SCHEDULES
 from grid.train.trial import DeviceData, Trial
 from nets.dropout import SeededDropout
 from nets.pooling import PooledActivation
@@ -80,7 +79,7 @@ def plain_losses(config: TrialConfig, data: DeviceData) -> list[float]:
         net.parameters(), lr=config.learning_rate, foreach=False, **optimizer_spec.options(config)
     )
     steps = len(data.train_labels) // BATCH
-    scheduler = SCHEDULES[config.lr_schedule](config, optimizer, config.epochs * steps)
+    scheduler = LR_SCHEDULES[config.lr_schedule](config, optimizer, config.epochs * steps)
     losses = []
     for _ in range(config.epochs):
         order = torch.randperm(len(data.train_labels), generator=trial._order)

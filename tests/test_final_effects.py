@@ -13,7 +13,8 @@ from analysis.estimates.final_effects import (
 )
 from analysis.store import Experiment
 from analysis.summaries import at_best_scales
-from grid.config import FACTORS, LEVELS, InputError
+from grid.config import FACTORS, InputError
+from grid.parts import LEVELS
 from tests.stopped_grids import EPOCHS, SIZES, Grid, cells_of, make_grid, true_effects
 
 TABLES = ("levels", "differences", "interactions")

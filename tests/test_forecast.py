@@ -9,9 +9,10 @@ from benchmarks.replay.curves import PATH
 from benchmarks.replay.draws import Table, draw_controls, replay
 from benchmarks.replay.examine import prepare
 from grid.config import TrialConfig
+from grid.parts.registry import GRIDS
 from grid.plan.asha import DEFAULT_RULE, NO_STOPPING, StoppingRule
 from grid.plan.forecast import EndSpread, calibrate, expected_epochs, expected_widths, forecast
-from grid.plan.space import GRIDS, cross, expand
+from grid.plan.space import cross, expand
 
 
 def trials(epochs: int = 9, name: str = "full") -> list[TrialConfig]:

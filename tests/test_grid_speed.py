@@ -26,8 +26,8 @@ from benchmarks.grid_speed import (
 from benchmarks.grid_speed_table import Row, append_row, compare, paired, read_rows, read_store, report
 from benchmarks.peers import common
 from grid.config import InputError, TrialConfig
+from grid.parts.registry import OPTIMIZERS
 from grid.run import _parser, read_request
-from grid.train.optimizers import OPTIMIZERS
 from grid.train.trial import _generator, assemble_net
 from nets.pooling import PooledActivation
 

@@ -7,9 +7,10 @@ from torch import nn
 
 from grid.config import CHOICES, TrialConfig
 from grid.train.optimizers import base_learning_rate, build_optimizer
-from nets.activations import ACTIVATIONS, gain
+from nets.activations import gain
 from nets.blocks import Techniques, block, conv3x3, linear, output
 from nets.initialization import INITIALIZATIONS, Surroundings, draw
+from tests.activations import ACTIVATIONS
 
 LAYERS = {"linear": linear, "conv3x3": conv3x3}
 
@@ -20,7 +21,7 @@ def generator() -> torch.Generator:
 
 def ten_layers(rule: str, activation: str, *, size: int = 64) -> nn.Sequential:
     """Return ten hidden layers without a norm, and a last layer for eight classes."""
-    techniques = Techniques(activation=activation, batch_norm=False, dropout_rate=0.0, initialization=rule)
+    techniques = Techniques(activation=ACTIVATIONS[activation], batch_norm=False, dropout_rate=0.0, initialization=rule)
     draws = generator()
     hidden = [module for _ in range(10) for module in block(linear, size, size, techniques, draws, draws)]
     return nn.Sequential(*hidden, output(size, 8, techniques, draws))
@@ -34,7 +35,7 @@ def test_rules_are_the_choices_of_their_setting():
 def test_torch_is_what_torchs_own_layers_do(build):
     torch.manual_seed(0)
     theirs, ours = build(), build()
-    draw(ours, "torch", activation="relu", norm=False, weights=generator())
+    draw(ours, "torch", activation=ACTIVATIONS["relu"], norm=False, weights=generator())
     assert torch.equal(ours.weight, theirs.weight)
     assert torch.equal(ours.bias, theirs.bias)
 
@@ -42,8 +43,8 @@ def test_torch_is_what_torchs_own_layers_do(build):
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_he_keeps_the_second_moment_with_and_without_a_norm(activation, norm):
-    ranges = INITIALIZATIONS["he"](Surroundings(300, activation, norm))
-    assert ranges.weight == pytest.approx(gain(activation) * math.sqrt(3 / 300))
+    ranges = INITIALIZATIONS["he"](Surroundings(300, ACTIVATIONS[activation], norm))
+    assert ranges.weight == pytest.approx(gain(ACTIVATIONS[activation]) * math.sqrt(3 / 300))
     assert ranges.bias == 0
 
 
@@ -55,8 +56,8 @@ def test_norm_aware_shortens_weights_in_front_of_a_norm_only():
     """LeCun's standard deviation of sqrt(1 / fan_in) = 0.1 is 0.1 sqrt(3) in its range."""
     rule = INITIALIZATIONS["norm_aware"]
     spread = 0.1 * math.sqrt(3)
-    assert astuple(rule(Surroundings(100, "relu", norm=True))) == pytest.approx((0.2 * spread, 0.0))
-    assert astuple(rule(Surroundings(100, "relu", norm=False))) == pytest.approx((spread, 0.1))
+    assert astuple(rule(Surroundings(100, ACTIVATIONS["relu"], norm=True))) == pytest.approx((0.2 * spread, 0.0))
+    assert astuple(rule(Surroundings(100, ACTIVATIONS["relu"], norm=False))) == pytest.approx((spread, 0.1))
     assert astuple(rule(Surroundings(100, None, norm=False))) == pytest.approx((0.1, 0.1))
 
 
@@ -64,8 +65,8 @@ def test_norm_aware_shortens_weights_in_front_of_a_norm_only():
 @pytest.mark.parametrize("layer", LAYERS)
 def test_what_is_drawn_fills_the_ranges_of_the_rule(layer, rule):
     built = LAYERS[layer](400, 100, bias=True)
-    draw(built, rule, activation="elu", norm=False, weights=generator())
-    ranges = INITIALIZATIONS[rule](Surroundings(built.weight[0].numel(), "elu", norm=False))
+    draw(built, rule, activation=ACTIVATIONS["elu"], norm=False, weights=generator())
+    ranges = INITIALIZATIONS[rule](Surroundings(built.weight[0].numel(), ACTIVATIONS["elu"], norm=False))
     assert built.weight.abs().max().item() == pytest.approx(ranges.weight, rel=0.001)
     assert built.weight.std().item() == pytest.approx(ranges.weight / math.sqrt(3), rel=0.02)
     assert built.bias.abs().max().item() == pytest.approx(ranges.bias, rel=0.05)
@@ -73,7 +74,7 @@ def test_what_is_drawn_fills_the_ranges_of_the_rule(layer, rule):
 
 def test_the_length_of_weights_in_front_of_a_norm_changes_no_output():
     """The reason why a rule may choose that length by how far a step should turn the weights."""
-    techniques = Techniques(activation="gelu", batch_norm=True, dropout_rate=0.0)
+    techniques = Techniques(activation=ACTIVATIONS["gelu"], batch_norm=True, dropout_rate=0.0)
     net = nn.Sequential(*block(linear, 30, 20, techniques, generator(), generator())).double()
     net[1].eps = 1e-12  # beside the variance of the outputs, which the length changes
     inputs = torch.randn(50, 30, dtype=torch.float64, generator=generator())

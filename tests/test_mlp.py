@@ -9,6 +9,7 @@ from jaxtyping import TypeCheckError
 from grid.config import TrialConfig, parse_sizes
 from nets.blocks import Techniques
 from nets.mlp import MLP
+from tests.activations import ACTIVATIONS
 
 DEFAULT_SIZES = parse_sizes(TrialConfig(learning_rate=1.0, epochs=1).hidden_sizes)
 PLAIN_COUNT = (784 * 512 + 512) + (512 * 256 + 256) + (256 * 128 + 128) + (128 * 47 + 47)
@@ -19,7 +20,7 @@ def mlp(sizes=DEFAULT_SIZES, *, pixels=784, classes=47, activation="relu", batch
         pixels=pixels,
         classes=classes,
         hidden_sizes=sizes,
-        techniques=Techniques(activation=activation, batch_norm=batch_norm, dropout_rate=0.5),
+        techniques=Techniques(activation=ACTIVATIONS[activation], batch_norm=batch_norm, dropout_rate=0.5),
         weights=torch.Generator().manual_seed(seed),
         masks=torch.Generator().manual_seed(0),
     )

@@ -2,9 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from grid.config import LEVELS, TrialConfig
-from grid.train import models
-from grid.train.models import MODELS
+from grid.config import InputError, TrialConfig
+from grid.parts.registry import MODELS
 from grid.train.trial import assemble_net
 from nets.dropout import SeededDropout
 
@@ -18,12 +17,6 @@ def net(model: str, **changes: object) -> nn.Module:
 
 def images() -> torch.Tensor:
     return torch.randn(7, 1, 12, 12, generator=torch.Generator().manual_seed(0))
-
-
-def test_models_are_the_levels_of_their_factor():
-    assert set(MODELS) == set(LEVELS["model"]), (
-        "a model is one line in MODELS (grid/train/models.py) and one name in LEVELS (grid/config.py)"
-    )
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -65,13 +58,13 @@ def test_techniques_are_built_in_only_where_they_are_on(model):
 
 
 def test_layers_of_torch_are_drawn_by_the_seed_too(monkeypatch):
-    monkeypatch.setitem(models.MODELS, "mlp", lambda config, spec: nn.Linear(spec.image_shape[-1], spec.classes))
+    monkeypatch.setitem(MODELS, "mlp", lambda config, spec: nn.Linear(spec.image_shape[-1], spec.classes))
     weights = [net("mlp", seed=seed).weight for seed in (0, 0, 1)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_a_level_without_a_builder_is_an_error_and_no_other_net(monkeypatch):
-    monkeypatch.setitem(LEVELS, "model", (*LEVELS["model"], "ghost"))
-    with pytest.raises(KeyError, match="ghost"):
-        net("ghost")
+@pytest.mark.parametrize("factor", ["activation", "model"])
+def test_an_unknown_level_is_an_error_and_no_other_net(factor):
+    with pytest.raises(InputError, match=f"unknown {factor} 'ghost'; choose from .*--parts"):
+        net(**{"model": "mlp", factor: "ghost"})

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from grid.config import LEVELS, MATTERS_WITH, TrialConfig
-from grid.train.optimizers import OPTIMIZERS, build_optimizer
+from grid.config import MATTERS_WITH, TrialConfig
+from grid.parts.registry import OPTIMIZERS
+from grid.train.optimizers import build_optimizer
 
 CURVATURES = torch.linspace(0.5, 2.0, 10)
 
@@ -32,12 +33,6 @@ def descend(optimizer: torch.optim.Optimizer, weights: nn.Parameter, steps: int)
 
 def loss(weights: torch.Tensor) -> float:
     return (CURVATURES * weights.detach().square()).sum().item() / 2
-
-
-def test_optimizers_are_the_levels_of_their_factor():
-    assert set(OPTIMIZERS) == set(LEVELS["optimizer"]), (
-        "an optimizer is one line in OPTIMIZERS (grid/train/optimizers.py) and one name in LEVELS (grid/config.py)"
-    )
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

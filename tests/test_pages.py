@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from grid.config import LEVELS
-from grid.plan.space import GRIDS
+from grid.parts import LEVELS
+from grid.parts.registry import GRIDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {

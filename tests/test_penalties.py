@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD
 
-from grid.config import LEVELS
-from grid.train.penalties import PENALTIES, penalised_weights
+from grid.config import TrialConfig
+from grid.parts.registry import REGULARIZATIONS
+from grid.train.penalties import penalised_weights
 
 L1, L2 = 0.25, 0.5
 TERMS = {
@@ -30,17 +31,15 @@ def net() -> nn.Sequential:
     )
 
 
+def strengths(l1: float, l2: float) -> TrialConfig:
+    return TrialConfig(learning_rate=0.1, epochs=1, l1_strength=l1, l2_strength=l2)
+
+
 def penalise(name: str, weights: list[nn.Parameter], l1: float = L1, l2: float = L2) -> None:
     """Add the gradients of a penalty to gradients that are zero so far."""
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
-    PENALTIES[name](weights, l1, l2)
-
-
-def test_penalties_are_the_levels_of_their_factor():
-    assert set(PENALTIES) == set(LEVELS["regularization"]), (
-        "a penalty is one line in PENALTIES (grid/train/penalties.py) and one name in LEVELS (grid/config.py)"
-    )
+    REGULARIZATIONS[name](weights, strengths(l1, l2))
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -60,11 +59,11 @@ def test_a_penalty_is_added_to_the_gradient_of_the_loss(name):
     expected = weight.grad.clone()
     weight.grad = None
     (weight * 3).sum().backward()
-    PENALTIES[name]([weight], L1, L2)
+    REGULARIZATIONS[name]([weight], strengths(L1, L2))
     torch.testing.assert_close(weight.grad, expected)
 
 
-@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("name", REGULARIZATIONS)
 def test_strength_zero_is_no_penalty(name):
     weight = nn.Parameter(torch.tensor([1.0, -2.0]))
     penalise(name, [weight], 0.0, 0.0)
@@ -96,7 +95,7 @@ def test_l2_under_plain_sgd_is_weight_decay():
         by_loss.zero_grad()
         by_decay.zero_grad()
         penalised(images).square().mean().backward()
-        PENALTIES["l2"](penalised_weights(penalised), 0.0, L2)
+        REGULARIZATIONS["l2"](penalised_weights(penalised), strengths(0.0, L2))
         decayed(images).square().mean().backward()
         by_loss.step()
         by_decay.step()

@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nets import pooling
-from nets.activations import ACTIVATIONS, FALLING_THEN_RISING, RISING
+from nets.activations import Activation
 from nets.pooling import PooledActivation
+from tests.activations import ACTIVATIONS, of_shape
 
 CHANNELS = 6
+POOLED_FIRST = of_shape("rising", "falling_then_rising")
 
 
 def draws(seed: int = 0) -> torch.Generator:
@@ -30,7 +32,7 @@ def pool(activation: str, *, batch_norm: bool, dtype: torch.dtype = torch.float6
     if norm is not None:
         norm.weight.data.normal_(generator=draws(1))
         norm.bias.data.normal_(generator=draws(2))
-    return PooledActivation(activation, norm).to(dtype)
+    return PooledActivation(ACTIVATIONS[activation], norm).to(dtype)
 
 
 def plain(module: PooledActivation, inputs: Tensor) -> Tensor:
@@ -67,7 +69,7 @@ def pools_first(monkeypatch):
 def test_values_gradients_and_statistics_equal_those_of_the_plain_layers(activation, batch_norm, training, pools_first):
     module, inputs = pool(activation, batch_norm=batch_norm).train(training), maps()
     fast, slow = results(module, inputs), results(module, inputs, plain)
-    assert len(pools_first) == (activation in RISING | FALLING_THEN_RISING)
+    assert len(pools_first) == (activation in POOLED_FIRST)
     for name, value in fast.items():
         torch.testing.assert_close(value, slow[name], msg=lambda text, name=name: f"{name}: {text}")
 
@@ -111,17 +113,17 @@ def test_of_equal_pixels_the_left_and_then_the_upper_gets_the_gradient():
     inputs[0, 0, 0, 3] = -1.0
     inputs[0, 0, 2, 0] = -1.0
     inputs.requires_grad_()
-    PooledActivation("elu", None)(inputs).sum().backward()
+    PooledActivation(ACTIVATIONS["elu"], None)(inputs).sum().backward()
     assert inputs.grad[0, 0].tolist() == [[1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0]]
 
 
 @settings(deadline=None)
 @given(
     values=st.lists(st.floats(-4, 4, width=16), min_size=4, max_size=4),
-    activation=st.sampled_from(sorted(RISING | FALLING_THEN_RISING)),
+    activation=st.sampled_from(POOLED_FIRST),
 )
 def test_any_four_pixels_yield_their_largest_activation_and_pass_the_gradient_to_one(values, activation):
-    module = PooledActivation(activation, None)
+    module = PooledActivation(ACTIVATIONS[activation], None)
     inputs = torch.tensor(values).view(1, 1, 2, 2).contiguous(memory_format=torch.channels_last).requires_grad_()
     outputs = module(inputs)
     activated = module.activation(inputs)
@@ -156,14 +158,14 @@ def test_an_odd_last_row_or_column_counts_in_the_statistics_only(height, width, 
     torch.testing.assert_close(fast, slow)
 
 
-@pytest.mark.parametrize("activation", sorted(RISING))
+@pytest.mark.parametrize("activation", of_shape("rising"))
 def test_pooling_last_equals_the_plain_layers_for_rising_activations(activation):
     module, inputs = pool(activation, batch_norm=True), contiguous_maps()
     torch.testing.assert_close(results(module, inputs), results(module, inputs, plain))
 
 
 def test_an_activation_of_another_shape_is_pooled_last(monkeypatch, pools_first):
-    monkeypatch.setitem(ACTIVATIONS, "hat", lambda: Hat())
+    monkeypatch.setitem(ACTIVATIONS, "hat", Activation(Hat))
     module, inputs = pool("hat", batch_norm=True), maps()
     torch.testing.assert_close(results(module, inputs), results(module, inputs, plain))
     assert not pools_first
@@ -179,7 +181,7 @@ class Hat(nn.Module):
 def test_running_statistics_equal_those_of_torch_with_and_without_momentum():
     for momentum in (0.3, None):
         norms = [nn.BatchNorm2d(CHANNELS, momentum=momentum).double() for _ in range(2)]
-        fast, slow = (PooledActivation("relu", norm) for norm in norms)
+        fast, slow = (PooledActivation(ACTIVATIONS["relu"], norm) for norm in norms)
         for seed in range(4):
             fast(maps(seed=seed))
             plain(slow, maps(seed=seed))
@@ -201,13 +203,13 @@ def test_a_non_finite_value_is_not_lost():
         inputs = maps().detach()
         inputs[0, 0, 0, 0] = bad
         for activation in ("relu", "gelu"):
-            assert not PooledActivation(activation, None)(inputs)[0, 0, 0, 0].isfinite()
+            assert not PooledActivation(ACTIVATIONS[activation], None)(inputs)[0, 0, 0, 0].isfinite()
 
 
 def test_every_pooling_halves_the_size():
     inputs = maps(16)
     sides = [inputs.shape[2]]
     while inputs.shape[2] > 1:
-        inputs = PooledActivation("relu", None)(inputs)
+        inputs = PooledActivation(ACTIVATIONS["relu"], None)(inputs)
         sides.append(inputs.shape[2])
     assert all(side == 2 * half for side, half in pairwise(sides))

@@ -11,9 +11,10 @@ import pytest
 from analysis.estimates.final_effects import measure_spread
 from analysis.prior import Prior, find_prior
 from analysis.store import read_experiment
-from grid.config import LEVELS, TrialConfig
+from grid.config import TrialConfig
+from grid.parts import LEVELS
+from grid.parts.registry import GRIDS
 from grid.plan.asha import DEFAULT_RULE, Asha
-from grid.plan.space import GRIDS
 from grid.record.recorder import Recorder
 from grid.record.spool import Spool
 from grid.record.store import Store

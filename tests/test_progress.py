@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from grid.config import FACTORS, LEVELS
+from grid.config import FACTORS
 from grid.driver.progress import Progress, top_table
-from grid.plan.space import GRIDS
+from grid.parts import LEVELS
+from grid.parts.registry import GRIDS
 from grid.ranking import TrialSummary
 from grid.wording import format_seconds
 

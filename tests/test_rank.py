@@ -9,7 +9,8 @@ from scipy import stats
 
 from analysis.rank import format_ranking, main, rank_cells
 from analysis.store import Experiment
-from grid.config import FACTORS, LEVELS
+from grid.config import FACTORS
+from grid.parts import LEVELS
 
 CELL = {factor: LEVELS[factor][0] for factor in FACTORS}
 

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grid.config import FACTORS, LEVELS, InputError
+from grid.config import FACTORS, InputError
 from grid.metrics import STATUSES
+from grid.parts import LEVELS
 from grid.ranking import RankedCell, TrialSummary, rank_cells
 from grid.wording import explain_spared
 

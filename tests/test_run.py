@@ -10,9 +10,9 @@ import pytest
 
 from grid.config import InputError, TrialConfig
 from grid.metrics import EpochReport
+from grid.parts.registry import GRIDS
 from grid.plan.asha import NO_STOPPING, StoppingRule
 from grid.plan.request import check_address, check_storage
-from grid.plan.space import GRIDS
 from grid.record.recorder import Recorder
 from grid.record.spool import Spool
 from grid.record.store import Store

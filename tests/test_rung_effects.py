@@ -12,7 +12,8 @@ from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.multitest import multipletests
 
 from analysis.estimates.rung_effects import RungEffects, measure_rung_effects
-from grid.config import FACTORS, LEVELS, InputError
+from grid.config import FACTORS, InputError
+from grid.parts import LEVELS
 
 SMALL = {"model": 2, "activation": 3, "optimizer": 4}
 

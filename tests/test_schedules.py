@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD
 
-from grid.config import LEVELS, STEP_PARTS, TrialConfig
-from grid.train.schedules import SCHEDULES, Schedule
+from grid.config import STEP_PARTS, TrialConfig
+from grid.parts.registry import LR_SCHEDULES
+from grid.train.schedules import Schedule
 
 EPOCHS, STEPS, PEAK = 9, 11, 0.5  # 99 steps: one_cycle's peak falls on step 29
-BY_STEP = sorted(set(SCHEDULES) - {"plateau"})
+BY_STEP = sorted(set(LR_SCHEDULES) - {"plateau"})
 
 
 def scheduled(
@@ -60,12 +61,6 @@ CLOSED_FORMS = {
 }
 
 
-def test_schedules_are_the_levels_of_their_factor():
-    assert set(SCHEDULES) == set(LEVELS["lr_schedule"]), (
-        "a schedule is one line in SCHEDULES (grid/train/schedules.py) and one name in LEVELS (grid/config.py)"
-    )
-
-
 @pytest.mark.parametrize("name", CLOSED_FORMS)
 def test_rates_of_the_whole_budget_follow_the_closed_form(name):
     expected = [CLOSED_FORMS[name](step) for step in range(EPOCHS * STEPS)]
@@ -99,7 +94,7 @@ def test_one_cycle_peaks_after_three_tenths_of_the_budget():
 
 @settings(deadline=None)
 @given(
-    name=st.sampled_from(sorted(SCHEDULES)),
+    name=st.sampled_from(sorted(LR_SCHEDULES)),
     epochs=st.integers(1, 12),
     steps=st.integers(1, 12),
     peak=st.floats(1e-6, 10),
@@ -152,7 +147,7 @@ def test_one_cycle_does_not_change_momentum(name):
 
 
 @pytest.mark.parametrize("taken", [1, 4, 8])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", LR_SCHEDULES)
 def test_a_state_dict_resumes_identically(name, taken):
     first, optimizer = scheduled(name)
     for _ in range(taken):

@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grid.config import FACTORS, LEVELS, InputError, TrialConfig, check_level
-from grid.plan.space import EXCLUSIONS, GRIDS, Cell, cross, expand, find_grid, restrict, shared_settings
+from grid.config import FACTORS, InputError, TrialConfig
+from grid.parts import LEVELS
+from grid.parts.registry import EXCLUSIONS, GRIDS, check_level
+from grid.plan.space import Cell, cross, expand, find_grid, restrict, shared_settings
 
 drawn_levels = st.fixed_dictionaries(
     {factor: st.lists(st.sampled_from(names), min_size=1, unique=True).map(tuple) for factor, names in LEVELS.items()}

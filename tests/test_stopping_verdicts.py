@@ -10,7 +10,7 @@ from scipy import stats
 
 from analysis.stopping.figures import audit_stopping
 from analysis.stopping.verdicts import has_verdicts, held_back, replay, rung_thresholds, stop_epochs
-from grid.config import LEVELS
+from grid.parts import LEVELS
 from grid.plan.asha import Asha, StoppingRule
 from tests.audited_trials import CONTINUED, GRID, LATE, NAN, POOR, STOPPED, control, only, recorded, slow_start, trial
 

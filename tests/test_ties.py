@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from grid.config import FACTORS, LEVELS
+from grid.config import FACTORS
+from grid.parts import LEVELS
 from grid.ranking import RankedCell
 from grid.ties import dunnett_quantile, image_variance, seed_variance, tied_with_best
 

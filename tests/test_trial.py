@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from jaxtyping import TypeCheckError
 from torch import Tensor, nn
 
-from grid.config import LEVELS, TrialConfig
+from grid.config import TrialConfig
 from grid.data.dataset import Dataset
 from grid.metrics import EPOCH_METRICS, STATUSES, EpochReport
+from grid.parts import LEVELS
+from grid.parts.registry import LR_SCHEDULES, OPTIMIZERS, REGULARIZATIONS
 from grid.train import trial as trial_module
-from grid.train.optimizers import OPTIMIZERS
-from grid.train.penalties import PENALTIES, penalised_weights
-from grid.train.schedules import SCHEDULES
+from grid.train.penalties import penalised_weights
 from grid.train.trial import DeviceData, Trial, TrialResult, build_net, train
 from nets.dropout import SeededDropout
 
@@ -298,14 +298,14 @@ def test_losses_and_accuracies_are_means_over_the_images(data, model, monkeypatc
         assert getattr(report, f"{name}_accuracy") == pytest.approx(accuracy)
 
 
-@pytest.mark.parametrize("regularization", sorted(set(PENALTIES) - {"none"}))
+@pytest.mark.parametrize("regularization", sorted(set(REGULARIZATIONS) - {"none"}))
 def test_penalties_are_left_out_of_the_reported_losses(data, regularization):
     _, free = frozen_report(data)
     _, penalised = frozen_report(data, regularization=regularization, l1_strength=1e3, l2_strength=1e3)
     assert (penalised.train_loss, penalised.val_loss) == (free.train_loss, free.val_loss)
 
 
-@pytest.mark.parametrize("regularization", sorted(set(PENALTIES) - {"none"}))
+@pytest.mark.parametrize("regularization", sorted(set(REGULARIZATIONS) - {"none"}))
 def test_penalties_shrink_the_weights(data, regularization):
     strong = {"l1_strength": 0.01, "l2_strength": 0.1, "optimizer": "sgd", "shared_seed": True}
     free, penalised = Trial(config(**strong), data), Trial(config(**strong, regularization=regularization), data)
@@ -453,7 +453,7 @@ def test_every_optimizer_resumes_identically(data, optimizer):
     assert_resumes_identically(config(optimizer=optimizer, lr_schedule="one_cycle", epochs=4), data, 2)
 
 
-@pytest.mark.parametrize("lr_schedule", SCHEDULES)
+@pytest.mark.parametrize("lr_schedule", LR_SCHEDULES)
 def test_every_schedule_resumes_identically(data, lr_schedule):
     assert_resumes_identically(config(lr_schedule=lr_schedule, optimizer="sgd", epochs=6), data, 3)
 

@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 
 from grid.config import InputError
+from grid.parts.registry import OPTIMIZERS
 from grid.plan.packing import Packing
 from grid.plan.trials import Plan, check_comparable, make_plan
 from grid.run import _parser, read_request
-from grid.train.optimizers import OPTIMIZERS
 
 
 def plan(*arguments: str) -> Plan:

@@ -11,7 +11,8 @@ from analysis.estimates.rung_effects import RungEffects
 from analysis.plot import difference_rows
 from analysis.store import Experiment, read_experiment
 from analysis.verdict import Fact, Unavailable, Verdict, analyse, headline, name_of, what_matters
-from grid.config import FACTORS, LEVELS, InputError
+from grid.config import FACTORS, InputError
+from grid.parts import LEVELS
 from grid.record.store import Store
 from tests.stopped_grids import make_grid
 

@@ -21,7 +21,8 @@ from scipy.linalg import helmert
 from statsmodels.regression.linear_model import OLS, RegressionResults
 
 from analysis.multiplicity import holm
-from grid.config import LEVELS, MATTERS_WITH, InputError, idle_settings
+from grid.config import MATTERS_WITH, InputError, idle_settings
+from grid.parts import LEVELS
 
 TOLERANCE = 1e-9
 """Relative size below which a column adds nothing to those before it, or an observation has no residual."""

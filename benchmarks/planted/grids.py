@@ -16,7 +16,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from benchmarks.replay.draws import Table, draw_controls, replay
-from grid.config import FACTORS, LEVELS
+from grid.config import FACTORS
+from grid.parts import LEVELS
 from grid.plan.asha import DEFAULT_RULE, rung_epochs
 
 Array = NDArray[np.float64]

@@ -19,7 +19,8 @@ import pandas as pd
 from analysis.curves import read_curves
 from analysis.store import read_experiment
 from grid.arguments import Parser, add_experiment, add_store, run_command
-from grid.config import FACTORS, LEVELS, InputError
+from grid.config import FACTORS, InputError
+from grid.parts import LEVELS
 from grid.wording import count
 
 PATH = Path(__file__).with_name("curves.csv")
@@ -34,7 +35,7 @@ def load_curves(path: Path = PATH) -> pd.DataFrame:
 
     Returns:
         The factors, `seed`, and `1` to `9`: validation accuracy after that epoch, NaN from the epoch on in which the
-        training diverged. Sorted by seed, then by the order of the levels in `grid.config.LEVELS`.
+        training diverged. Sorted by seed, then by the order of the levels in `grid.parts.LEVELS`.
     """
     table = pd.read_csv(path, comment="#", keep_default_na=False, na_values={name: [""] for name in COLUMNS})
     table[COLUMNS] = table[COLUMNS] / VAL_IMAGES

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from grid.config import FACTORS, SETTINGS, InputError
+from grid.config import SETTINGS, InputError
 from grid.data.dataset import Dataset
 from grid.data.load import load
 from grid.driver.messages import (
@@ -22,6 +22,7 @@ from grid.driver.messages import (
 from grid.driver.more_controls import draw_if_asked, reopen_drawn
 from grid.driver.provenance import CodeCheck, check_code, describe_command
 from grid.driver.watcher import Watcher, restore_rungs
+from grid.parts import LEVELS
 from grid.plan.asha import Asha
 from grid.plan.packing import Packing
 from grid.plan.request import Request
@@ -241,7 +242,7 @@ def _is_rule_entry(name: str, value: object) -> bool:
         return isinstance(value, list) and all(type(epoch) is int for epoch in value)
     if name == "factor":
         return type(value) is int and value >= 1
-    return isinstance(value, str) and set(filter(None, value.split(","))) <= {*FACTORS, *SETTINGS}
+    return isinstance(value, str) and set(filter(None, value.split(","))) <= {*LEVELS, *SETTINGS}
 
 
 def _manifest(request: Request, plan: Plan, asha: Asha, dataset: Dataset) -> dict[str, Any]:

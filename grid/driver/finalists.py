@@ -20,6 +20,7 @@ from grid.driver.provenance import CodeCheck, check_code, describe_command
 from grid.driver.watcher import summarise_trial
 from grid.masking import mask
 from grid.metrics import AS_VALIDATED_METRIC, FINAL_STATUSES
+from grid.parts.registry import check_known
 from grid.plan.asha import NO_STOPPING, Asha
 from grid.plan.packing import Packing
 from grid.plan.request import Confirmation
@@ -72,6 +73,8 @@ def confirm(request: Confirmation) -> int:
     if not ranked:
         raise InputError(f"no trial of '{request.experiment}' has ended with an accuracy; run python -m grid.run first")
     trained = [trial.config for trial in stored.values()]
+    for config in trained:
+        check_known(config)
     check = check_code(store, [*stored.values(), *store.trials(KIND).values()], accept=request.accept_code)
     dataset = _load_as_before(manifest, trained, request)
     chosen, also_tied = choose(ranked, request.top, val_images=len(dataset.val_labels))

@@ -1,6 +1,6 @@
 """Which code trains: described for each command, and refused if other code trained what the experiment holds."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,25 +47,31 @@ def check_code(store: Store, trials: Collection[StoredTrial], *, accept: bool) -
     Raises:
         InputError: Other code trained it and is not accepted, or the store does not answer.
     """
-    code, latest = NumericCode.here(), None
+    code, known = NumericCode.here(), []
     for command_id in commands_of(trials):
         record = read_command(store, command_id)
         before = numeric_code_of(record)
-        if before is not None and before.matches(code):
-            return CodeCheck(code)
-        if before is not None and latest is None:
-            latest = command_id, record, before
-    if latest is None:
+        if before is not None:
+            known.append((command_id, record, before))
+            if before.matches(code) and not code.parts:  # with parts, all commands have a say
+                return CodeCheck(code)
+    codes = [before for _, _, before in known]
+    changed = code.changed_parts(codes)
+    if not changed and any(before.matches(code) for before in codes):
+        return CodeCheck(code)
+    if not known:
         remark = f"not recorded for {count(len(trials), 'earlier trial')}, and taken to be the same"
         return CodeCheck(code, facts={"code": remark} if trials else {})
-    command_id, record, before = latest
+    command_id, record, before = known[0]
+    difference = _describe(before, code, changed)
     if not accept:
         raise InputError(
-            f"experiment '{store.experiment}' was trained with {_describe(before, code)}; use {_origin(record)}, pick "
+            f"experiment '{store.experiment}' was trained with {difference}; use {_origin(record)}, pick "
             "another --experiment, or pass --accept-code if you know that both yield the same numbers"
         )
-    accepted = {"instead_of": command_id, "files": code.differing_files(before), "torch": before.torch}
-    return CodeCheck(code, accepted, {"code": f"accepted as equal to {_describe(before, code)}"})
+    files = code.differing_files(before)
+    accepted = {"instead_of": command_id, "files": files, "torch": before.torch, "parts": changed}
+    return CodeCheck(code, accepted, {"code": f"accepted as equal to {difference}"})
 
 
 def describe_command(name: str, request: Place, check: CodeCheck, devices: Collection[str]) -> dict[str, Any]:
@@ -86,8 +92,8 @@ def describe_command(name: str, request: Place, check: CodeCheck, devices: Colle
     }
 
 
-def _describe(before: NumericCode, now: NumericCode) -> str:
-    files = now.differing_files(before)
+def _describe(before: NumericCode, now: NumericCode, parts: Sequence[str]) -> str:
+    files = [*now.differing_files(before), *parts]
     more = f" and {len(files) - MOST_NAMES} more" if len(files) > MOST_NAMES else ""
     names = f"{', '.join(files[:MOST_NAMES])}{more}"
     parts = [f"other code ({names})"] if files else []

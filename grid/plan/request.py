@@ -12,7 +12,7 @@ from grid.config import InputError
 from grid.data.catalogue import DATASETS, check_name, check_per_class
 from grid.masking import mask, mask_arguments
 from grid.plan.asha import DEFAULT_RULE, StoppingRule
-from grid.plan.space import Levels
+from grid.parts.registry import Levels
 from grid.store_uri import write_problem
 
 LIMITS = {"epochs": 100_000, "seeds": 1_000, "concurrency": 100_000}
@@ -44,6 +44,8 @@ class Place:
     """Trials at once; None for as many as the machine holds."""
     accept_code: bool = False
     """Whether other code than that which trained what the experiment holds may train on."""
+    parts: tuple[Path, ...] = ()
+    """Files of the user that have added parts."""
 
 
 @dataclass(frozen=True, kw_only=True)

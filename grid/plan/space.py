@@ -1,97 +1,28 @@
-"""Which trials a grid consists of: named grids, exclusions, replicates, nuisance levels, order."""
+"""Which trials a grid consists of: levels, exclusions, replicates, nuisance levels, order."""
 
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import product
 
 from grid.config import (
-    FACTORS,
-    LEVELS,
     MATTERS_WITH,
     SETTINGS,
     InputError,
     TrialConfig,
     changed_settings,
-    check_level,
     check_setting,
     idle_settings,
     varied,
 )
+from grid.parts import LEVELS
+from grid.parts.registry import ACTIONS, EXCLUSIONS, GRIDS, Grid, Levels, check_level
 
 ORDER_SEED = 0
 """Seed of the order of the trials, of the controls and of the validation split; recorded in the manifest."""
 
 Cell = dict[str, str]
 """One combination: factor -> level."""
-Levels = dict[str, tuple[str, ...]]
-"""Factor -> the levels to cross."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """A named grid: a question, the levels that answer it, and the default training settings."""
-
-    question: str
-    levels: Levels
-    data: str = "emnist-balanced"
-    """Name of the data set."""
-    per_class: int | None = None
-    """Training images per class; None for all."""
-    epochs: int = 27
-    """Full budget of a trial."""
-
-
-_FULL: Levels = {
-    "model": ("mlp", "cnn"),
-    "lr_schedule": ("constant", "step", "cosine", "one_cycle"),
-    "activation": ("relu", "leaky_relu", "elu", "gelu"),
-    "optimizer": ("sgd", "adam", "rmsprop", "asgd", "adagrad"),
-    "batch_norm": ("off", "on"),
-    "regularization": ("none", "l1", "l2"),
-    "dropout": ("off", "on"),
-}
-
-GRIDS: dict[str, Grid] = {
-    "full": Grid(question="Which combination of all techniques wins, and what does each contribute?", levels=_FULL),
-    "mlp": Grid(question="The full grid for the MLP alone", levels=_FULL | {"model": ("mlp",)}),
-    "cnn": Grid(question="The full grid for the CNN alone", levels=_FULL | {"model": ("cnn",)}),
-    "techniques": Grid(
-        question="Which techniques matter at all? A screening with two levels per factor",
-        levels={
-            "model": ("mlp", "cnn"),
-            "lr_schedule": ("constant", "one_cycle"),
-            "activation": ("relu", "gelu"),
-            "optimizer": ("sgd", "adam"),
-            "batch_norm": ("off", "on"),
-            "regularization": ("none", "l2"),
-            "dropout": ("off", "on"),
-        },
-    ),
-    "smoke": Grid(
-        question="Does everything work here? A small grid on images drawn from fonts, without a network",
-        levels={
-            "model": ("mlp", "cnn"),
-            "lr_schedule": ("cosine",),
-            "activation": ("relu", "gelu"),
-            "optimizer": ("sgd", "adam"),
-            "batch_norm": ("off", "on"),
-            "regularization": ("none",),
-            "dropout": ("off", "on"),
-        },
-        data="glyphs",
-        per_class=100,
-        epochs=9,
-    ),
-}
-
-EXCLUSIONS: dict[str, Callable[[Cell], bool]] = {
-    "adamw decays the weights already; l2 in the loss would decay them twice": (
-        lambda cell: cell["optimizer"] == "adamw" and cell["regularization"] in ("l2", "elastic")
-    ),
-}
-"""Reason, printed and stored -> whether it excludes a cell from every grid."""
 
 
 def find_grid(name: str) -> Grid:
@@ -106,7 +37,7 @@ def find_grid(name: str) -> Grid:
 
 
 def restrict(levels: Levels, only: Iterable[tuple[str, Sequence[str]]]) -> Levels:
-    """Return `levels` with some factors restricted to the levels asked for.
+    """Return `levels` and those of factors of parts files, with some factors restricted to the levels asked for.
 
     A factor may be restricted to any of its levels, even to those that the grid itself leaves out. If it is restricted
     twice, the levels that both restrictions allow remain.
@@ -118,14 +49,15 @@ def restrict(levels: Levels, only: Iterable[tuple[str, Sequence[str]]]) -> Level
     Raises:
         InputError: Unknown factor or level, or no level left.
     """
-    held: Levels = {}
+    held: dict[str, Sequence[str]] = {}
     for factor, wanted in only:
         for level in wanted:
             check_level(factor, level)
         held[factor] = tuple(level for level in held.get(factor, LEVELS[factor]) if level in wanted)
         if not held[factor]:
             raise InputError(f"--only leaves no cell: no {factor} is left; give {factor}=LEVEL[,LEVEL] once")
-    return {factor: held.get(factor, levels[factor]) for factor in FACTORS}
+    crossed = {**{factor: LEVELS[factor] for factor in ACTIONS}, **levels}
+    return {factor: held.get(factor, tuple(crossed[factor])) for factor in LEVELS}
 
 
 def vary(settings: Iterable[tuple[str, Sequence[str]]]) -> Levels:
@@ -137,9 +69,9 @@ def vary(settings: Iterable[tuple[str, Sequence[str]]]) -> Levels:
     Raises:
         InputError: Unknown setting, a value out of range, or fewer than two values.
     """
-    levels: Levels = {}
+    levels: dict[str, Sequence[str]] = {}
     for name, values in settings:
-        if name in FACTORS:
+        if name in LEVELS:
             raise InputError(f"{name} is a factor: give --only {name}={','.join(values)}")
         check_setting(name)
         known = tuple(dict.fromkeys(changed_settings({name: value}).get(name, SETTINGS[name]) for value in values))

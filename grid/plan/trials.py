@@ -10,7 +10,7 @@ from grid.plan.packing import Packing
 from grid.plan.request import Request
 from grid.plan.space import ORDER_SEED, Cell, cross, expand, shared_settings
 from grid.train.hardware import numeric_settings
-from grid.train.optimizers import OPTIMIZERS
+from grid.train.optimizers import base_learning_rate
 
 MEANINGS = {
     "data_fingerprint": "other images or another split",
@@ -60,7 +60,7 @@ def make_plan(request: Request, *, packing: Packing, fingerprint: str, begun: Ma
     }
 
     def configure(cell: Cell, seed: int, lr_scale: float) -> TrialConfig:
-        rate = OPTIMIZERS[cell["optimizer"]].base_learning_rate * lr_scale
+        rate = base_learning_rate(cell) * lr_scale
         varying = {"seed": str(seed), "lr_scale": repr(lr_scale), "learning_rate": repr(rate)}
         return TrialConfig.from_params({**shared, **cell, **varying})
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from grid.config import NUMERICS_VERSION
 from grid.masking import mask, mask_arguments
+from grid.parts.files import loaded
 from grid.record.store import Store, StoredTrial
-from grid.recorded import COMMAND_ID, command_path
+from grid.recorded import COMMAND_ID, command_path, parts_path
 from grid.train.code_version import NumericCode, package_versions
 
 RECORD = "record"
@@ -39,7 +40,12 @@ def describe_code(command: str = "grid.run") -> dict[str, Any]:
 
 def describe_numeric_code(code: NumericCode) -> dict[str, Any]:
     """Return code that decides numbers, in JSON's types."""
-    return {"digest": code.digest, "numerics_version": NUMERICS_VERSION, "files": dict(code.files)}
+    return {
+        "digest": code.digest,
+        "numerics_version": NUMERICS_VERSION,
+        "files": dict(code.files),
+        "parts": dict(code.parts),
+    }
 
 
 def describe_settings(request: Any) -> Any:
@@ -54,7 +60,7 @@ def describe_settings(request: Any) -> Any:
 
 
 def record_command(store: Store, record: Mapping[str, Any], replaced: Mapping[str, Any] | None = None) -> str:
-    """Add a record to an experiment, and return its id.
+    """Add a record to an experiment, with the parts files that this process has run, and return its id.
 
     Args:
         store: The experiment.
@@ -74,6 +80,7 @@ def record_command(store: Store, record: Mapping[str, Any], replaced: Mapping[st
         records[f"{command_id}.earlier"] = {"time": None, **described, "plan": plan}
     with store.answering():
         files = {command_path(name): json.dumps(content, indent=2).encode() for name, content in records.items()}
+        files |= {parts_path(file.digest, file.name): file.text.encode() for file in loaded()}
         store.attach(store.parent_id, files)
     return command_id
 
@@ -95,9 +102,14 @@ def numeric_code_of(record: Mapping[str, Any]) -> NumericCode | None:
     """Return the code that a record names; None if it names none."""
     try:
         files, torch = record["code"]["files"], record["versions"]["torch"]
-        return NumericCode({str(file): str(digest) for file, digest in files.items()}, str(torch))
+        parts = record["code"].get("parts", {})  # older records have none
+        return NumericCode(_digests(files), str(torch), _digests(parts))
     except (KeyError, TypeError, AttributeError):
         return None
+
+
+def _digests(names: Mapping[Any, Any]) -> dict[str, str]:
+    return {str(name): str(digest) for name, digest in names.items()}
 
 
 def commands_of(trials: Iterable[StoredTrial]) -> list[str]:

@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from torch import Tensor
 import grid
 import nets
 from grid.config import InputError, TrialConfig
+from grid.parts.files import PartsFile, load, loaded
 from grid.train.trial import DeviceData, assemble_net
 
 MODEL_NAME = "character_reader"
@@ -50,6 +52,7 @@ class CharacterReader(PythonModel):
             context: Holds the paths of `model.json` and of `weights.pt`.
         """
         settings = json.loads(Path(context.artifacts["model"]).read_text())
+        load([PartsFile(**file) for file in settings["parts"]])
         config = TrialConfig.from_params(settings["config"])
         self._classes = np.array(settings["classes"])
         self._shape: tuple[int, int, int] = tuple(settings["image_shape"])
@@ -208,6 +211,7 @@ def save_predictor(
         "image_shape": list(data.image_shape),
         "mean": data.mean,
         "std": data.std,
+        "parts": [asdict(file) for file in loaded()],
     }
     with tempfile.TemporaryDirectory() as parent:
         weights_file, settings_file = Path(parent) / "weights.pt", Path(parent) / "model.json"

@@ -2,7 +2,7 @@
 
 import ast
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -10,11 +10,13 @@ from typing import Any
 
 import grid
 import nets
+from grid.parts.files import loaded
+from grid.parts.registry import ORIGINS
 
 PACKAGES = ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow")
 """Those whose versions are recorded with each command and must be the same on all nodes."""
 NUMERIC_CODE = (
-    *("nets", "grid/data", "grid/train", "grid/config.py", "grid/metrics.py"),
+    *("nets", "grid/data", "grid/parts", "grid/train", "grid/config.py", "grid/metrics.py"),
     *("grid/plan/asha.py", "grid/plan/controls.py"),
 )
 """Folders and files that decide what a trial yields, which trials are stopped, and which are controls; not this file.
@@ -31,18 +33,22 @@ class NumericCode:
     """Path, such as `nets/mlp.py` -> hash of what it does; comments, docstrings and layout do not count."""
     torch: str
     """Version of torch; its minor version counts."""
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """Part of a parts file, such as `activation squared_relu` -> hash of what that file does."""
 
     @classmethod
     def here(cls) -> "NumericCode":
         """Return the code of this process."""
-        return cls.of(_root(), version("torch"))
+        meanings = {file.name: _hash(_meaning(file.text)) for file in loaded()}
+        parts = {part: meanings[origin] for part, origin in ORIGINS.items() if origin in meanings}
+        return replace(cls.of(_root(), version("torch")), parts=parts)
 
     @classmethod
     def of(cls, root: Path, torch: str) -> "NumericCode":
         """Return the code below a folder that holds `grid` and `nets`."""
         found = [file for part in NUMERIC_CODE for file in sorted([root / part, *(root / part).rglob("*.py")])]
         sources = [file for file in found if file.suffix == ".py" and file.name != Path(__file__).name]
-        return cls({str(file.relative_to(root)): _hash(_meaning(file)) for file in sources}, torch)
+        return cls({str(file.relative_to(root)): _hash(_meaning(file.read_bytes())) for file in sources}, torch)
 
     @property
     def digest(self) -> str:
@@ -59,8 +65,16 @@ class NumericCode:
         return sorted(file for file in {*self.files, *other.files} if self.files.get(file) != other.files.get(file))
 
     def matches(self, other: "NumericCode") -> bool:
-        """Return whether both yield the same numbers, as far as can be said without running them."""
+        """Return whether both yield the same numbers, as far as can be said without running them; but for parts."""
         return not self.differing_files(other) and self.torch_minor == other.torch_minor
+
+    def changed_parts(self, others: Iterable["NumericCode"]) -> list[str]:
+        """Return the parts that some of the others have, but none of them as they are here."""
+        known: dict[str, set[str]] = {}
+        for other in others:
+            for part, digest in other.parts.items():
+                known.setdefault(part, set()).add(digest)
+        return sorted(part for part, digest in self.parts.items() if digest not in known.get(part, {digest}))
 
 
 def digest_of(folders: Iterable[Path]) -> str:
@@ -87,9 +101,9 @@ def _hash(content: bytes) -> str:
     return sha256(content).hexdigest()[:12]
 
 
-def _meaning(file: Path) -> bytes:
+def _meaning(source: str | bytes) -> bytes:
     """Return what a source does, in a form that does not depend on the version of Python as `ast.dump` does."""
-    return repr(_plain(ast.parse(file.read_bytes()))).encode()
+    return repr(_plain(ast.parse(source))).encode()
 
 
 def _plain(node: Any) -> Any:

@@ -1,6 +1,5 @@
-"""The models under study: a name, and how the net of a configuration is built."""
+"""The built-in nets, and what is needed to build one."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -15,7 +14,7 @@ from nets.mlp import MLP
 
 @dataclass(frozen=True, kw_only=True)
 class NetSpec:
-    """What a builder of `MODELS` needs beside the configuration."""
+    """What a builder of a net needs beside the configuration."""
 
     image_shape: tuple[int, int, int]
     """Channels, height and width of an image."""
@@ -52,10 +51,3 @@ def build_cnn(config: TrialConfig, spec: NetSpec) -> nn.Module:
         weights=spec.weights,
         masks=spec.masks,
     )
-
-
-MODELS: dict[str, Callable[[TrialConfig, NetSpec], nn.Module]] = {
-    "mlp": build_mlp,
-    "cnn": build_cnn,
-}
-"""Name -> builder of a net from float images `[batch, channel, height, width]` to logits `[batch, classes]`."""

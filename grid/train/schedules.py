@@ -1,6 +1,5 @@
-"""The learning-rate schedules under study. All have the same peak rate and span the full budget."""
+"""The built-in learning-rate schedules. All have the same peak rate and span the full budget."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
@@ -15,12 +14,23 @@ from torch.optim.lr_scheduler import (
 )
 
 from grid.config import STEP_PARTS, TrialConfig
+from grid.parts.registry import find
+
+
+def constant(config: TrialConfig, optimizer: Optimizer, steps: int) -> LRScheduler:
+    """Keep the rate."""
+    return ConstantLR(optimizer, factor=1.0, total_iters=0)
 
 
 def step(config: TrialConfig, optimizer: Optimizer, steps: int) -> LRScheduler:
     """Lower the rate after each third of the budget, by default to a tenth."""
     gamma = config.final_share ** (1 / (STEP_PARTS - 1))
     return StepLR(optimizer, step_size=-(-steps // STEP_PARTS), gamma=gamma)
+
+
+def cosine(config: TrialConfig, optimizer: Optimizer, steps: int) -> LRScheduler:
+    """Lower the rate to zero, slowly at both ends."""
+    return CosineAnnealingLR(optimizer, T_max=steps)
 
 
 def one_cycle(config: TrialConfig, optimizer: Optimizer, steps: int) -> LRScheduler:
@@ -48,27 +58,6 @@ def plateau(config: TrialConfig, optimizer: Optimizer, steps: int) -> ReduceLROn
     return ReduceLROnPlateau(optimizer, factor=config.plateau_factor, patience=patience)
 
 
-SCHEDULES: dict[str, Callable[[TrialConfig, Optimizer, int], Any]] = {
-    "constant": lambda config, optimizer, steps: ConstantLR(optimizer, factor=1.0, total_iters=0),
-    "step": step,
-    "cosine": lambda config, optimizer, steps: CosineAnnealingLR(optimizer, T_max=steps),
-    "one_cycle": one_cycle,
-    "exponential": exponential,
-    "plateau": plateau,
-}
-"""Name -> factory of a schedule, given the configuration, its optimizer and the number of steps in the budget.
-
-`plateau` updates the rate once per epoch, by the validation loss; all others once per step.
-
-References:
-    step: He et al. 2016, https://arxiv.org/abs/1512.03385 (section 3.4)
-    cosine: Loshchilov & Hutter 2017, https://arxiv.org/abs/1608.03983
-    one_cycle: Smith & Topin 2018, https://arxiv.org/abs/1708.07120
-    exponential: Li & Arora 2020, https://arxiv.org/abs/1910.07454
-    plateau: torch.optim.lr_scheduler.ReduceLROnPlateau; Goodfellow et al. 2016, https://www.deeplearningbook.org, ch. 8
-"""
-
-
 class Schedule:
     """A schedule that updates the rate after each step or after each epoch, as its kind requires.
 
@@ -80,7 +69,7 @@ class Schedule:
 
     def __init__(self, config: TrialConfig, optimizer: Optimizer, steps: int):
         self._optimizer = optimizer
-        self._scheduler = SCHEDULES[config.lr_schedule](config, optimizer, steps)
+        self._scheduler = find("lr_schedule", config.lr_schedule)(config, optimizer, steps)
         self._by_loss = isinstance(self._scheduler, ReduceLROnPlateau)
 
     @property

@@ -23,11 +23,14 @@ from torch import Tensor, nn
 from grid.config import TrialConfig
 from grid.data.dataset import Dataset
 from grid.metrics import EpochReport
+from grid.parts.registry import ActivationSpec, check_known, find
+from grid.train.actions import Actions, acting, change_net
 from grid.train.averaging import averaged_weights
-from grid.train.models import MODELS, NetSpec
+from grid.train.models import NetSpec
 from grid.train.optimizers import build_optimizer
-from grid.train.penalties import PENALTIES, penalised_weights
+from grid.train.penalties import penalised_weights
 from grid.train.schedules import Schedule
+from nets.activations import Activation
 from nets.blocks import Techniques
 
 Pixels = UInt8[Tensor, "batch channels height width"]
@@ -128,15 +131,19 @@ class Trial:
     """
 
     def __init__(self, config: TrialConfig, data: DeviceData):
+        check_known(config)
         self.config = config
         self.data = data
         self.epoch = 0
         self._order = _generator(config, "order", "cpu")
         self._dropout = _generator(config, "dropout", config.device)
+        self._actions = Actions(config, _generators(config, "batches", config.device))
         self._layout = torch.channels_last if config.memory_format == "channels_last" else torch.contiguous_format
         self.net = build_net(config, data, self._dropout).to(device=config.device)
         self.net = self.net.to(memory_format=self._layout)
+        self._penalise = find("regularization", config.regularization).resolve()
         self._weights = penalised_weights(self.net)
+        self._parameters = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
         self._batch_size = min(config.batch_size, len(data.train_labels))
         self._steps = len(data.train_labels) // self._batch_size
         self._optimizer = build_optimizer(config, self.net.parameters(), average_from_step=self._steps)
@@ -174,6 +181,7 @@ class Trial:
             "schedule": self._schedule.state_dict(),
             "order": self._order.get_state(),
             "dropout": self._dropout.get_state(),
+            "own": {name: generator.get_state() for name, generator in self._actions.generators.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -184,6 +192,8 @@ class Trial:
         self._schedule.load_state_dict(state["schedule"])
         self._order.set_state(state["order"].cpu())
         self._dropout.set_state(state["dropout"].cpu())
+        for name, generator in self._actions.generators.items():
+            generator.set_state(state["own"][name].cpu())
 
     def _train_epoch(self) -> tuple[float, float, float, bool]:
         self.net.train()
@@ -191,7 +201,7 @@ class Trial:
         learning_rate = self._schedule.learning_rate
         for images, labels in self._batches():
             learning_rate = self._schedule.learning_rate
-            totals += self._step(images, labels)
+            totals += self._step(self._actions.on_images(images), labels)
         loss, correct = (totals / self._steps).tolist()
         return loss, correct / self._batch_size, learning_rate, math.isfinite(loss)
 
@@ -199,8 +209,9 @@ class Trial:
         self._optimizer.zero_grad(set_to_none=True)
         logits = self._logits(images)
         loss = F.cross_entropy(logits, labels)
-        loss.backward()
-        PENALTIES[self.config.regularization](self._weights, self.config.l1_strength, self.config.l2_strength)
+        self._actions.on_loss(loss, logits, labels).backward()
+        self._penalise(self._weights, self.config)
+        self._actions.on_gradients(self._parameters)
         self._optimizer.step()
         self._schedule.after_step()
         correct = (logits.detach().argmax(dim=1) == labels).sum()
@@ -264,6 +275,9 @@ def build_net(config: TrialConfig, data: DeviceData, dropout: torch.Generator) -
         config: What to build.
         data: Gives the shape of an image and the number of classes.
         dropout: Draws the dropout masks; on the device that trains.
+
+    Raises:
+        InputError: A level is unknown in this process.
     """
     return assemble_net(config, image_shape=data.image_shape, classes=data.classes, dropout=dropout)
 
@@ -272,11 +286,13 @@ def assemble_net(
     config: TrialConfig, *, image_shape: tuple[int, int, int], classes: int, dropout: torch.Generator
 ) -> nn.Module:
     """Build the net of a configuration for images of so many channels, rows and columns, as `build_net` does."""
+    activation: ActivationSpec = find("activation", config.activation)
+    build = find("model", config.model)
     spec = NetSpec(
         image_shape=image_shape,
         classes=classes,
         techniques=Techniques(
-            activation=config.activation,
+            activation=Activation(activation.build.resolve(), activation.shape),
             batch_norm=config.batch_norm,
             dropout_rate=config.dropout_rate if config.dropout else 0.0,
             initialization=config.initialization,
@@ -286,7 +302,12 @@ def assemble_net(
     )
     with torch.random.fork_rng(devices=[]):  # torch's own layers draw from the global generator
         torch.default_generator.manual_seed(spec.weights.initial_seed())
-        return MODELS[config.model](config, spec)
+        return change_net(build(config, spec), config, _generators(config, "net", "cpu"))
+
+
+def _generators(config: TrialConfig, purpose: str, device: str) -> dict[str, torch.Generator]:
+    """Return a generator for each factor of a parts file that does something in a trial."""
+    return {name: _generator(config, f"{name} on {purpose}", device) for name in acting(config)}
 
 
 def _generator(config: TrialConfig, purpose: str, device: str) -> torch.Generator:

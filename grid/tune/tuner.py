@@ -25,9 +25,10 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from grid.config import TrialConfig
+from grid.config import InputError, TrialConfig
 from grid.data.dataset import Dataset
 from grid.metrics import EpochReport
+from grid.parts.files import PartsFile, load, loaded
 from grid.plan.asha import Asha
 from grid.plan.packing import Packing
 from grid.train.checkpoints import Checkpoints, StorageError
@@ -94,7 +95,7 @@ def run_trials(
 def _trainable(worker: Worker, requirements: Requirements, packing: Packing) -> Any:
     return tune.with_resources(
         # The images go into Ray's object store: sent to each node once, shared in memory by its workers.
-        tune.with_parameters(TrialWorker, worker=worker, requirements=requirements),
+        tune.with_parameters(TrialWorker, worker=worker, requirements=requirements, parts=loaded()),
         {"CPU": packing.cpus_per_trial, "GPU": packing.gpus_per_trial},
     )
 
@@ -153,11 +154,14 @@ class Queue(Searcher):
 class TrialWorker(tune.Trainable):
     """Trains one trial after another in one process, which keeps torch and the images."""
 
-    def setup(self, config: dict[str, Any], worker: Worker, requirements: Requirements) -> None:  # type: ignore[override]
+    def setup(  # type: ignore[override]
+        self, config: dict[str, Any], worker: Worker, requirements: Requirements, parts: Sequence[PartsFile]
+    ) -> None:
         """Prepare for the first trial; this node may have joined after the others were checked."""
         torch.set_num_threads(1)
         keep_freed_memory()
         self._requirements = requirements
+        self._parts = parts
         self._problem: str | None = None
         self._worker = worker
 
@@ -176,6 +180,10 @@ class TrialWorker(tune.Trainable):
 
     def _find_problem(self) -> str:
         name = node_name(ray.util.get_node_ip_address(), socket.gethostname())
+        try:
+            load(self._parts)
+        except InputError as error:
+            return f"{name} can't use the parts file: {error}"
         return self._requirements.problem(self._worker.checkpoints, name)
 
 

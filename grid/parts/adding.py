@@ -1,0 +1,234 @@
+"""The functions that add parts; `grid.parts.builtin` and `grid.parts.grids` add the built-in ones by them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from grid.config import FACTORS, Condition, InputError, declare, format_value
+from grid.parts.registry import (
+    ACTIONS,
+    ACTIVATIONS,
+    ADDED,
+    EXCLUSIONS,
+    GRIDS,
+    LEVELS,
+    LR_SCHEDULES,
+    MODELS,
+    OPTIMIZERS,
+    REGULARIZATIONS,
+    ActivationSpec,
+    Cell,
+    Code,
+    Grid,
+    Levels,
+    OptimizerSpec,
+    Place,
+    Shape,
+    add,
+    check_level,
+    check_word,
+    note_origin,
+)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Adder = Callable[[Function], Function]
+"""A decorator that returns what it decorates."""
+
+
+def activation(name: str, *, shape: Shape = "any") -> Adder[Any]:
+    """Add a level of the factor `activation`; decorates what builds a module, such as its class.
+
+    Args:
+        name: Of the level.
+        shape: `rising` if its output never falls as its input rises, `falling_then_rising` if it has one valley; such
+            activations are computed after the pooling, on a quarter of the pixels. `any` is always right.
+    """
+    return lambda build: _added("activation", name, ACTIVATIONS, ActivationSpec(Code(build), shape), build)
+
+
+def optimizer(
+    name: str,
+    *,
+    learning_rate: float,
+    fused: bool = False,
+    options: Callable[[Any], Mapping[str, Any]] = lambda config: {},
+) -> Adder[Any]:
+    """Add a level of the factor `optimizer`; decorates what builds a `torch.optim.Optimizer`, such as its class.
+
+    It is called with the parameters of the net, `lr` and the options.
+
+    Args:
+        name: Of the level.
+        learning_rate: Peak rate at `--lr-scales 1`; pick it as carefully as those of the other optimizers.
+        fused: Whether it takes `fused=True`.
+        options: Given the `TrialConfig`, returns what else it is called with.
+    """
+    if not 0 < learning_rate < float("inf"):
+        raise InputError(f"the learning rate of optimizer '{name}' must be finite and above 0, got {learning_rate}")
+    return lambda build: _added(
+        "optimizer", name, OPTIMIZERS, OptimizerSpec(Code(build), learning_rate, fused, options), build
+    )
+
+
+def lr_schedule(name: str) -> Adder[Any]:
+    """Add a level of the factor `lr_schedule`.
+
+    Decorates a function of the `TrialConfig`, its optimizer and the number of steps in the budget that returns an
+    `LRScheduler`, which is stepped after each training step, or a `ReduceLROnPlateau`, after each epoch.
+    """
+    return lambda build: _added("lr_schedule", name, LR_SCHEDULES, Code(build), build)
+
+
+def regularization(name: str) -> Adder[Any]:
+    """Add a level of the factor `regularization`.
+
+    Decorates a function of the weights of all linear and convolution layers and the `TrialConfig` that adds the
+    gradient of a penalty to their gradients.
+    """
+    return lambda penalise: _added("regularization", name, REGULARIZATIONS, Code(penalise), penalise)
+
+
+def net(name: str) -> Adder[Any]:
+    """Add a level of the factor `model`.
+
+    Decorates a function of the `TrialConfig` and a `grid.train.models.NetSpec` that returns a module from float images
+    `[batch, channel, height, width]` to logits `[batch, classes]`.
+    """
+    return lambda build: _added("model", name, MODELS, Code(build), build)
+
+
+def on_images(name: str, levels: Sequence[str]) -> Adder[Any]:
+    """Add a factor that acts on the images of every training batch.
+
+    Decorates `f(images, use)`, which returns images; they are floats `[batch, channel, height, width]`, of mean 0 and
+    standard deviation 1 over the data set. `use` is a `grid.train.actions.Use`: the level and what else is needed.
+
+    Args:
+        name: Of the factor.
+        levels: Its levels. With the first one nothing is done, and trials from before count as trials with it.
+    """
+    return _at("images", name, levels)
+
+
+def on_net(name: str, levels: Sequence[str]) -> Adder[Any]:
+    """Add a factor that acts on the net before training: decorates `f(net, use)`, which returns a net; see `on_images`.
+
+    The net is on the CPU. `use.generator` is too, so that it can draw weights.
+    """
+    return _at("net", name, levels)
+
+
+def on_loss(name: str, levels: Sequence[str]) -> Adder[Any]:
+    """Add a factor that acts on the loss of every batch; see `on_images`.
+
+    Decorates `f(loss, logits, labels, use)`, which returns the new loss, a scalar; `logits` are `[batch, classes]`.
+    """
+    return _at("loss", name, levels)
+
+
+def on_gradients(name: str, levels: Sequence[str]) -> Adder[Any]:
+    """Add a factor that acts on the gradients before every step; see `on_images`.
+
+    Decorates `f(parameters, use)`, which changes the `grad` of the parameters of the net in place.
+    """
+    return _at("gradients", name, levels)
+
+
+def setting(
+    name: str,
+    default: str | float | bool,
+    *,
+    matters_with: Condition | None = None,
+    rule: tuple[str, Callable[[Any], bool]] | None = None,
+) -> None:
+    """Add a setting, to be held by `--set` or varied by `--vary`; code reads it with `config.setting(name)`.
+
+    Args:
+        name: Of the setting.
+        default: Value of all trials that do not say otherwise, those from before included; its type is that of all.
+        matters_with: The factor and its levels with which alone it matters, such as `("optimizer", ("lion",))`; cells
+            that differ in it alone elsewhere are trained once.
+        rule: What its values must be, in words and as a function, such as `("above 0", lambda value: value > 0)`.
+
+    Raises:
+        InputError: The name is taken or can't be one.
+    """
+    check_word("setting", name)
+    _check_new("setting", name)
+    declare(name, format_value(default), type(default), matters_with, rule)
+    add("setting", name, ADDED, "setting")
+
+
+def grid(
+    name: str,
+    question: str,
+    levels: Levels,
+    *,
+    data: str = Grid.data,
+    per_class: int | None = Grid.per_class,
+    epochs: int = Grid.epochs,
+) -> None:
+    """Add a named grid, for `--grid`.
+
+    Args:
+        name: Of the grid.
+        question: That it answers, in one sentence.
+        levels: Factor -> levels; a factor that is left out has its first level.
+        data: Name of the data set.
+        per_class: Training images per class; None for all.
+        epochs: Full budget of a trial.
+
+    Raises:
+        InputError: The name is taken, or a level is unknown.
+    """
+    for factor, chosen in levels.items():
+        for level in chosen:
+            check_level(factor, level)
+    own = {factor: tuple(chosen) for factor, chosen in levels.items()}
+    every = {factor: own.get(factor, LEVELS[factor][:1]) for factor in (*FACTORS, *own)}
+    add("grid", name, GRIDS, Grid(question=question, levels=every, data=data, per_class=per_class, epochs=epochs))
+
+
+def exclude(reason: str) -> Adder[Callable[[Cell], bool]]:
+    """Exclude cells from every grid; decorates a function of a cell, factor -> level.
+
+    Args:
+        reason: Printed with the number of cells that it excludes, and stored.
+    """
+
+    def adder(excludes: Callable[[Cell], bool]) -> Callable[[Cell], bool]:
+        EXCLUSIONS[reason] = excludes
+        note_origin(f"exclusion {reason}")
+        return excludes
+
+    return adder
+
+
+def _added(kind: str, name: str, table: dict[str, Any], row: Any, function: Function) -> Function:
+    add(kind, name, table, row)
+    return function
+
+
+def _at(place: Place, name: str, levels: Sequence[str]) -> Adder[Any]:
+    def adder(act: Function) -> Function:
+        if LEVELS.get(name) == tuple(levels) and place not in ACTIONS.get(name, {place: None}):
+            ACTIONS[name][place] = Code(act)  # the same factor, at another place
+            return act
+        _check_new("factor", name)
+        for level in levels:
+            check_word("level", level)
+        if len(set(levels)) < max(2, len(levels)):
+            raise InputError(f"factor '{name}' needs two levels or more that differ, got {', '.join(levels)}")
+        declare(name, levels[0])
+        add("factor", name, ADDED, "factor")
+        ACTIONS[name] = {place: Code(act)}
+        LEVELS[name] = tuple(levels)
+        return act
+
+    return adder
+
+
+def _check_new(kind: str, name: str) -> None:
+    if not name.isidentifier():
+        raise InputError(f"a {kind} is named by letters, digits and underscores, got '{name[:60]}'")
+    if name in ADDED or name in LEVELS:
+        raise InputError(f"there is a factor or setting '{name}' already; choose another name")
