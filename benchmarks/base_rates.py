@@ -24,7 +24,7 @@ import torch
 
 from grid.arguments import Parser, add_data_dir, run_command
 from grid.config import CHOICES, InputError, Params, TrialConfig
-from grid.data.catalogue import NAMES, check_name
+from grid.data.catalogue import NAMES, find_dataset
 from grid.data.dataset import Dataset
 from grid.data.load import load
 from grid.parts import LEVELS
@@ -87,7 +87,7 @@ def _parser() -> Parser:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    check_name(options.data)
+    find_dataset(options.data, options.data_dir)
     if options.csv is None:
         raise InputError("name the file that trainings are added to: --csv FILE")
     dataset = load(options.data, options.data_dir, per_class=options.per_class)

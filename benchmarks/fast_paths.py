@@ -19,7 +19,7 @@ from scipy.stats import t
 
 from grid.arguments import Parser, add_data_dir, run_command
 from grid.config import InputError, TrialConfig, cell_name
-from grid.data.catalogue import NAMES, check_name
+from grid.data.catalogue import NAMES, find_dataset
 from grid.data.load import load
 from grid.parts.registry import OPTIMIZERS
 from grid.train.hardware import keep_freed_memory, numeric_settings
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _compare_cells(options: argparse.Namespace) -> int:
-    check_name(options.data)
+    find_dataset(options.data, options.data_dir)
     if options.seeds < 2:
         raise InputError(f"--seeds must be at least 2, got {options.seeds}")
     torch.set_num_threads(1)

@@ -34,7 +34,7 @@ from benchmarks.grid_speed_table import OURS, Row, append_row, check_alike, read
 from benchmarks.peers.common import open_dataset
 from grid.arguments import Parser, add_data_dir, run_command
 from grid.config import InputError
-from grid.data.catalogue import NAMES, check_name
+from grid.data.catalogue import NAMES, find_dataset
 from grid.data.load import load, split_indices
 from grid.plan.space import ORDER_SEED
 from grid.record.commands import describe_code
@@ -314,7 +314,7 @@ def _check(options: argparse.Namespace) -> None:
             raise InputError(f"unknown contender '{name}'; choose from {', '.join(CONTENDERS)}")
     if len(set(options.contenders)) < len(options.contenders):
         raise InputError(f"--contenders must differ, got {','.join(options.contenders)}")
-    check_name(options.data)
+    find_dataset(options.data, options.data_dir)
     options.models = MODELS if options.model == "both" else (options.model,)
     options.repeats = (1 if options.quick else 3) if options.repeats is None else options.repeats
     options.per_class = QUICK_PER_CLASS if options.quick and options.per_class is None else options.per_class

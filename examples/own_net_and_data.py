@@ -1,44 +1,55 @@
-"""Train your own net on your own images: numpy arrays and a torch module, without a change to the package.
+"""python -m grid.run --grid fashion --parts examples/own_net_and_data.py --data-dir /usr/share/datasets/fashion-mnist
 
-python examples/own_net_and_data.py
+A residual net, He et al. 2016, https://arxiv.org/abs/1512.03385, on Fashion-MNIST, Xiao et al. 2017,
+https://arxiv.org/abs/1708.07747: its four .gz files, as Debian's package dataset-fashion-mnist has them.
 """
+
+import gzip
 
 import numpy as np
 from torch import nn
 
-from grid.config import LEVELS, TrialConfig
-from grid.data.dataset import Dataset, Images, Labels
-from grid.train.models import MODELS, NetSpec
-from grid.train.trial import DeviceData, train
-from nets.activations import ACTIVATIONS
-
-SIDE, STRIPES = 16, ("horizontal", "vertical", "diagonal")
+from grid import parts
+from nets.blocks import block, conv3x3, output
 
 
-def draw_stripes(count: int, seed: int) -> tuple[Images, Labels]:
-    """Return noisy stripes of random width and phase, `[image, row, column]`, and their direction, `[image]`."""
-    rng = np.random.default_rng(seed)
-    row, column = np.mgrid[:SIDE, :SIDE]
-    labels = rng.integers(len(STRIPES), size=count)
-    position = np.stack((row, column, row + column))[labels]  # [image, row, column]
-    width, phase = rng.uniform(1, 2, (count, 1, 1)), rng.uniform(0, 6, (count, 1, 1))
-    return (127 + 60 * np.sin(position / width + phase) + rng.normal(0, 60, position.shape)).clip(0, 255).astype(
-        np.uint8
-    ), labels
+@parts.data("fashion")
+def load(folder):
+    read = [
+        np.frombuffer(gzip.open(folder / f"{part}-{kind}-ubyte.gz").read(), np.uint8, offset=offset)
+        for part in ("train", "t10k")
+        for kind, offset in (("images-idx3", 16), ("labels-idx1", 8))
+    ]
+    names = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+    return read[0].reshape(-1, 28, 28), read[1], read[2].reshape(-1, 28, 28), read[3], names
 
 
-def build_tiny(config: TrialConfig, spec: NetSpec) -> nn.Module:
-    """Build one convolution, averaged over the image. The seed of the trial draws the weights of torch's layers too."""
-    activation = ACTIVATIONS[config.activation]()
-    convolution = nn.Conv2d(1, 16, kernel_size=5)
-    return nn.Sequential(convolution, activation, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, spec.classes))
+class Residual(nn.Sequential):
+    def forward(self, maps):
+        return maps + super().forward(maps)
 
 
-MODELS["tiny"] = build_tiny
-LEVELS["model"] += ("tiny",)
+@parts.net("resnet")
+def build(config, spec):
+    layers, channels = [], spec.image_shape[0]
+    for wider in (32, 64, 128):
+        args = spec.techniques, spec.weights, spec.masks
+        layers += [*block(conv3x3, channels, wider, *args, pooled=True), Residual(*block(conv3x3, wider, wider, *args))]
+        channels = wider
+    head = output(channels, spec.classes, spec.techniques, spec.weights)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 
-if __name__ == "__main__":
-    dataset = Dataset("stripes", STRIPES, *draw_stripes(1500, seed=0), *draw_stripes(600, seed=1), fingerprint="")
-    config = TrialConfig(model="tiny", learning_rate=1e-2, epochs=5)
-    for report in train(config, DeviceData.from_dataset(dataset)).reports:
-        print(f"epoch {report.epoch}: {report.val_accuracy:.1%} of the validation images")
+
+parts.grid(
+    "fashion",
+    "Which techniques suit a residual net on Fashion-MNIST?",
+    {
+        "model": ["resnet"],
+        "lr_schedule": ["one_cycle"],
+        "activation": ["relu", "gelu"],
+        "optimizer": ["sgd", "adam"],
+        "batch_norm": ["off", "on"],
+    },
+    data="fashion",
+    epochs=9,
+)

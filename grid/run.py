@@ -24,7 +24,7 @@ from grid.arguments import (
     run_command,
 )
 from grid.config import SETTINGS, InputError, changed_settings
-from grid.data.catalogue import NAMES
+from grid.data.catalogue import NAMES, locate
 from grid.parts import LEVELS
 from grid.parts.files import load_files
 from grid.parts.registry import GRIDS
@@ -108,7 +108,8 @@ def read_request(options: argparse.Namespace) -> Request:
     """
     load_files(options.parts)
     grid = find_grid(options.grid)
-    data = options.data or grid.data
+    data_dir = check_folder_name("--data-dir", options.data_dir)
+    data, data_dir = locate(options.data or grid.data, data_dir)
     if options.dry_run and options.more_controls is not None:
         raise InputError("--dry-run starts nothing and --more-controls draws trials to start; leave one of them out")
     settings, varied = _read_settings(options.set), vary(_split(text, "--vary", SETTINGS) for text in options.vary)
@@ -121,7 +122,7 @@ def read_request(options: argparse.Namespace) -> Request:
         levels=levels,
         settings=settings,
         data=data,
-        data_dir=check_folder_name("--data-dir", options.data_dir),
+        data_dir=data_dir,
         per_class=grid.per_class if options.per_class is None else options.per_class,
         epochs=grid.epochs if options.epochs is None else options.epochs,
         seeds=options.seeds,
@@ -196,7 +197,11 @@ def _add_levels(what: Options) -> None:
 
 
 def _add_training(what: Options) -> None:
-    what.add_argument("--data", metavar="NAME", help=f"{', '.join(NAMES)} (the grid's own)")
+    what.add_argument(
+        "--data",
+        metavar="NAME",
+        help=f"{', '.join(NAMES)}, a file.npz, or a folder of images (the grid's own)",
+    )
     add_data_dir(what)
     what.add_argument("--per-class", type=int, metavar="N", help="training images per class (the grid's own, or all)")
     what.add_argument("--epochs", type=int, metavar="N", help="full budget of a trial (the grid's own)")

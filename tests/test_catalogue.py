@@ -1,31 +1,47 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from grid.config import InputError
-from grid.data.catalogue import DATASETS, check_name, check_per_class
+from grid.data.catalogue import check_per_class, find_dataset, locate
 from grid.data.load import split_indices
+from grid.parts.registry import DATASETS
 
 
-@pytest.mark.parametrize("name", [name for name, spec in DATASETS.items() if spec.balanced])
+@pytest.mark.parametrize("name", [name for name, source in DATASETS.items() if source.sizes.balanced])
 @pytest.mark.parametrize("per_class", [None, 1, 100])
 def test_forecast_sizes_equal_those_of_the_split(name: str, per_class: int | None) -> None:
-    spec = DATASETS[name]
-    labels = np.arange(spec.train_size) % spec.class_count
-    train, val = split_indices(labels, spec.class_count, per_class=per_class)
-    assert spec.split_sizes(per_class) == (len(train), len(val))
+    sizes = DATASETS[name].sizes
+    labels = np.arange(sizes.train_size) % sizes.class_count
+    train, val = split_indices(labels, sizes.class_count, per_class=per_class)
+    assert sizes.split_sizes(per_class) == (len(train), len(val))
 
 
 def test_forecast_of_an_unbalanced_set_is_an_upper_bound() -> None:
-    assert DATASETS["emnist-bymerge"].split_sizes() == (697_932, 0)
-    assert DATASETS["emnist-bymerge"].split_sizes(100) == (4_700, 0)
+    sizes = DATASETS["emnist-bymerge"].sizes
+    assert sizes.split_sizes() == (697_932, 0)
+    assert sizes.split_sizes(100) == (4_700, 0)
 
 
-def test_an_unknown_name_is_refused_with_the_choices() -> None:
-    with pytest.raises(InputError, match=r"^unknown data set 'mnist'; choose from emnist-balanced, .*, glyphs$"):
-        check_name("mnist")
+@pytest.mark.parametrize("name", ["cifar", "missing.npz", "", ".", ".."])
+def test_an_unknown_name_is_refused_with_the_choices(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"^unknown data set '{name}'; choose from emnist-balanced, .*, a file.npz"):
+        find_dataset(name, tmp_path)
+
+
+def test_a_file_or_folder_is_found_from_here_or_in_the_data_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "shapes.npz").touch()
+    for given in ("shapes.npz", "data/shapes.npz", str(tmp_path / "data" / "shapes.npz")):
+        assert locate(given, tmp_path / "data") == ("shapes.npz", tmp_path / "data")
+    assert locate("glyphs", tmp_path / "data") == ("glyphs", tmp_path / "data")
+    assert locate("cifar", tmp_path / "data") == ("cifar", tmp_path / "data")
 
 
 def test_names_are_checked_without_importing_torch() -> None:

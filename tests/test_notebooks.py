@@ -20,7 +20,7 @@ from nbformat import NotebookNode
 from analysis.stopping.figures import audit_stopping
 from analysis.store import read_experiment
 from grid.config import TrialConfig, cell_name
-from grid.data.catalogue import DATASETS
+from grid.parts.registry import DATASETS
 from grid.metrics import EpochReport
 from grid.record.recorder import Recorder
 from grid.record.spool import Spool
@@ -174,7 +174,7 @@ def test_a_notebook_shows_something_everywhere_and_warns_of_nothing(executed: No
 @executing("01_data")
 def test_the_data_are_counted_and_seen(executed: NotebookNode) -> None:
     (sizes,) = shown(executed, "load", "text/html")
-    assert [f"<td>{size}</td>" in sizes for size in DATASETS["glyphs"].split_sizes()] == [True, True]
+    assert [f"<td>{size}</td>" in sizes for size in DATASETS["glyphs"].sizes.split_sizes()] == [True, True]
     assert [len(shown(executed, name, "image/png")) for name in ("balance", "samples", "means")] == [1, 1, 1]
 
 

@@ -1,25 +1,25 @@
-"""The data sets and their published sizes: all that is known before a file is read.
+"""The data sets: a row for each, which says what reads it and how many images were published.
 
 Standard library only, so that a wrong name is refused, and a run forecast, at once and without data.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from grid.config import InputError
+from grid.parts.registry import DATASETS, Code, DataSource
 
 VALIDATION_SHARE = 6
-"""Validation takes a sixth of the smallest class, and as many images of every other: 400 per class of Balanced."""
+"""Validation takes a sixth of each class."""
 
 
 @dataclass(frozen=True)
-class DatasetSpec:
+class Sizes:
     """Published facts about one data set.
 
     Reference: Cohen et al. 2017, EMNIST: an extension of MNIST to handwritten letters, https://arxiv.org/abs/1702.05373
     """
 
-    split: str
-    """Name of the split in torchvision and in the names of its files."""
     train_size: int
     """Images in the train file, before validation is cut from it."""
     test_size: int
@@ -51,24 +51,55 @@ class DatasetSpec:
         return (train_size if per_class is None else min(train_size, per_class * self.class_count)), val_size
 
 
-# Letters: the sizes of the files that NIST distributes, 145,600 images in total.
-DATASETS: dict[str, DatasetSpec] = {
-    "emnist-balanced": DatasetSpec("balanced", 112_800, 18_800, 47),
-    "emnist-bymerge": DatasetSpec("bymerge", 697_932, 116_323, 47, balanced=False),
-    "emnist-byclass": DatasetSpec("byclass", 697_932, 116_323, 62, balanced=False),
-    "emnist-letters": DatasetSpec("letters", 124_800, 20_800, 26),
-    "emnist-digits": DatasetSpec("digits", 240_000, 40_000, 10),
-    "emnist-mnist": DatasetSpec("mnist", 60_000, 10_000, 10),
-    "glyphs": DatasetSpec("glyphs", 14_100, 2_820, 47),
-}
+def _add(name: str, kind: str, sizes: Sizes, *, equal_validation: bool = False) -> None:
+    read, is_there = (Code(f"grid.data.sources:{verb}_{kind}") for verb in ("read", "has"))
+    DATASETS[name] = DataSource(read, is_there, sizes, equal_validation=equal_validation)
+
+
+# Letters: the sizes of the files that NIST distributes, 145,600 images in total. ByMerge and ByClass keep the
+# validation that they have always had, as many images of every class, though their classes differ in size.
+_add("emnist-balanced", "emnist", Sizes(112_800, 18_800, 47))
+_add("emnist-bymerge", "emnist", Sizes(697_932, 116_323, 47, balanced=False), equal_validation=True)
+_add("emnist-byclass", "emnist", Sizes(697_932, 116_323, 62, balanced=False), equal_validation=True)
+_add("emnist-letters", "emnist", Sizes(124_800, 20_800, 26))
+_add("emnist-digits", "emnist", Sizes(240_000, 40_000, 10))
+_add("emnist-mnist", "emnist", Sizes(60_000, 10_000, 10))
+_add("mnist", "mnist_like", Sizes(60_000, 10_000, 10, balanced=False))
+_add("fashion-mnist", "mnist_like", Sizes(60_000, 10_000, 10))
+_add("kmnist", "mnist_like", Sizes(60_000, 10_000, 10))
+_add("glyphs", "glyphs", Sizes(14_100, 2_820, 47))
 
 NAMES: tuple[str, ...] = tuple(DATASETS)
+"""Of the built-in data sets."""
+NPZ = ".npz"
 
 
-def check_name(name: str) -> None:
-    """Raise `InputError` unless `name` is a data set."""
-    if name not in DATASETS:
-        raise InputError(f"unknown data set '{name}'; choose from {', '.join(NAMES)}")
+def find_dataset(name: str, data_dir: Path) -> DataSource:
+    """Return the row of a data set or, for an `.npz` file or a folder of images in the data folder, one made for it.
+
+    Raises:
+        InputError: There is no such data set.
+    """
+    if name in DATASETS:
+        return DATASETS[name]
+    path = data_dir / name
+    if name.endswith(NPZ) and path.is_file():
+        return DataSource(Code("grid.data.arrays:read_npz"))
+    if name not in ("", ".", "..") and path.is_dir():
+        return DataSource(Code("grid.data.folder:read_folder"))
+    choices = f"choose from {', '.join(DATASETS)}, a file.npz, or a folder with train/CLASS and test/CLASS"
+    raise InputError(f"unknown data set '{name}'; {choices}")
+
+
+def locate(data: str, data_dir: Path) -> tuple[str, Path]:
+    """Return the name of a data set and the folder that it is in, given what a user calls it.
+
+    A file or a folder may be given by its path, from here or from the data folder.
+    """
+    if data in DATASETS:
+        return data, data_dir
+    found = next((path.absolute() for path in (Path(data), data_dir / data) if path.exists()), data_dir / data)
+    return found.name, found.parent
 
 
 def check_per_class(per_class: int | None, *, largest: int | None = None) -> None:

@@ -1,12 +1,50 @@
 """The images of a data set as plain arrays, as they are sent to workers. Imports no torch, unlike `grid.data.load`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from grid.config import InputError
+from grid.data.catalogue import VALIDATION_SHARE
+
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
+Part = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """One part of a data set, as a source of `grid.data.sources` returns it."""
+
+    images: Images
+    """As in `Dataset`."""
+    labels: Labels
+    classes: tuple[str, ...]
+
+
+def check_sizes(labels: Labels, classes: Sequence[str], where: str, remedy: str, *, first_label: int = 0) -> None:
+    """Check that there are enough train images of every class.
+
+    Args:
+        labels: From 0, below the number of classes.
+        classes: Their names.
+        where: Names the source in the error.
+        remedy: What to do.
+        first_label: Label that the source gives to the first class.
+
+    Raises:
+        InputError: A class has fewer; the text names it.
+    """
+    sizes = np.bincount(labels, minlength=len(classes))
+    few = np.flatnonzero(sizes < VALIDATION_SHARE)
+    if few.size:
+        named = ", ".join(f"'{classes[label]}' (label {label + first_label}): {sizes[label]}" for label in few[:3])
+        more = f" and {len(few) - 3} more classes" if len(few) > 3 else ""
+        problem = f"too few images of {named}{more}; each class needs {VALIDATION_SHARE} train images or more"
+        raise InputError(f"{where}: {problem}; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -27,3 +65,9 @@ class Dataset:
     val_labels: Labels
     fingerprint: str
     """16 hexadecimal digits that change with any byte of the fields above."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        *channels, height, width = self.train_images.shape[1:]
+        return (*channels, height, width) if channels else (1, height, width)

@@ -66,6 +66,15 @@ def find_files(data_dir: Path, split: str, part: str) -> tuple[Path, Path] | Non
     return None if images is None or labels is None else (images, labels)
 
 
+def find_in(data_dir: Path, name: str) -> Path | None:
+    """Return a file if it is anywhere in the data folder.
+
+    Raises:
+        InputError: It is a broken link.
+    """
+    return _lying_around(data_dir, {name}).get(name) if data_dir.is_dir() else None
+
+
 def _check_folders(data_dir: Path) -> None:
     for folder in (data_dir, data_dir / "EMNIST", data_dir / "EMNIST" / "raw"):
         if folder.is_symlink() and not folder.exists():

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grid.config import InputError
-from grid.data.dataset import Images, Labels
+from grid.data.dataset import Images, Labels, check_sizes
 
 IMAGE_SIZE = 28
 GZIP_MAGIC = b"\x1f\x8b"
@@ -30,16 +30,21 @@ HINT = "delete it and run again"
 PRINTABLE = frozenset(string.printable.encode())
 
 
-def read_pair(images_file: Path, labels_file: Path) -> tuple[Images, Labels]:
+def read_pair(images_file: Path, labels_file: Path, *, size: int | None = None) -> tuple[Images, Labels]:
     """Return the images and labels of two IDX files, gzipped or not, as they are stored.
+
+    Args:
+        images_file: Their pixels.
+        labels_file: Their classes.
+        size: That they must have in both directions; None for any.
 
     Raises:
         InputError: A file is damaged, or the two files do not match.
     """
     images = _read_idx(images_file, axes=3)
-    if images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE):
+    if size is not None and images.shape[1:] != (size, size):
         height, width = images.shape[1:]
-        raise InputError(f"{images_file}: the images are {height}x{width}, not 28x28; {HINT}")
+        raise InputError(f"{images_file}: the images are {height}x{width}, not {size}x{size}; {HINT}")
     labels = _read_idx(labels_file, axes=1)
     if len(labels) != len(images):
         raise InputError(
@@ -121,27 +126,9 @@ def check_labels(labels: Labels, class_count: int, path: Path) -> None:
         raise InputError(f"{path}: label {wrong[0] + shift} is outside {allowed}; {HINT}")
 
 
-def check_classes(labels: Labels, classes: Sequence[str], fewest: int, path: Path) -> None:
-    """Check that there are enough images of every class.
-
-    Args:
-        labels: From 0, below the number of classes.
-        classes: Their names.
-        fewest: Images that each class needs.
-        path: Of the labels, named in the error.
-
-    Raises:
-        InputError: A class has fewer; the text names it.
-    """
-    sizes = np.bincount(labels, minlength=len(classes))
-    few = np.flatnonzero(sizes < fewest)
-    if few.size:
-        named = ", ".join(
-            f"'{classes[label]}' (label {label + _first_label(path)}): {sizes[label]}" for label in few[:3]
-        )
-        more = f" and {len(few) - 3} more classes" if len(few) > 3 else ""
-        problem = f"too few images of {named}{more}; each class needs {fewest} train images or more"
-        raise InputError(f"{path}: {problem}; get the whole file: {HINT}")
+def check_classes(labels: Labels, classes: Sequence[str], path: Path) -> None:
+    """Check that a train file has enough images of every class; see `grid.data.dataset.check_sizes`."""
+    check_sizes(labels, classes, str(path), f"get the whole file: {HINT}", first_label=_first_label(path))
 
 
 def _first_label(path: Path) -> int:

@@ -1,12 +1,16 @@
 """`python -m grid.run --dry-run`: prints what would run and what it would cost; starts no trial, writes nothing."""
 
 import textwrap
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
-from grid.data.catalogue import DATASETS
+from grid.data.catalogue import find_dataset
 from grid.data.load import is_on_disk, load
 from grid.driver.messages import describe_cost, describe_packing, describe_plan, print_facts
+from grid.parts.files import PartsFile, loaded
+from grid.parts.files import load as load_parts
 from grid.plan import forecast
 from grid.plan.packing import Packing
 from grid.plan.request import Request
@@ -34,8 +38,8 @@ def run(request: Request, ends: forecast.EndSpread | None = None) -> int:
         where = connection.connected(cluster, request.concurrency)
     with where as packing:
         plan = make_plan(request, packing=packing, fingerprint="")
-        train_images, source = _count_train_images(request)
-        (seconds_per_image, spread), timed_on = _calibrate(plan, DATASETS[request.data].class_count, packing)
+        train_images, classes, image_shape, source = _look_at_data(request)
+        (seconds_per_image, spread), timed_on = _calibrate(plan, classes, image_shape, packing)
     cost = forecast.forecast(
         plan.trials,
         plan.controls,
@@ -68,19 +72,29 @@ def _describe_widths(plan: Plan, ends: forecast.EndSpread) -> dict[str, str]:
     return {"effects": textwrap.fill(text, 68, subsequent_indent=" " * 11, break_on_hyphens=False)}
 
 
-def _calibrate(plan: Plan, classes: int, packing: Packing) -> tuple[forecast.Calibration, str]:
+def _calibrate(
+    plan: Plan, classes: int, image_shape: tuple[int, int, int], packing: Packing
+) -> tuple[forecast.Calibration, str]:
     """Time a few trials where they would run, and say where that was; no machine is started for it."""
     if packing.device == "cpu" or find_gpus()[0]:
-        return forecast.calibrate(plan.trials, classes), "this machine"
+        return forecast.calibrate(plan.trials, classes, image_shape), "this machine"
     if connection.cluster_has_gpu():
-        return connection.call_remote(forecast.calibrate, plan.trials, classes, packing=packing), "a GPU of the cluster"
+        arguments = loaded(), plan.trials, classes, image_shape
+        return connection.call_remote(_calibrate_there, *arguments, packing=packing), "a GPU of the cluster"
     on_cpu = [replace(trial, device="cpu", fused=False) for trial in plan.trials]
-    return forecast.calibrate(on_cpu, classes), "this machine's CPU, as no GPU is up: expect less"
+    return forecast.calibrate(on_cpu, classes, image_shape), "this machine's CPU, as no GPU is up: expect less"
 
 
-def _count_train_images(request: Request) -> tuple[int, str]:
-    """Return how many training images there are, and the source of that number."""
-    if is_on_disk(request.data, request.data_dir):
+def _look_at_data(request: Request) -> tuple[int, int, tuple[int, int, int], str]:
+    """Return the numbers of training images and of classes, the shape of an image, and the source of all that."""
+    sizes = find_dataset(request.data, request.data_dir).sizes
+    if sizes is None or is_on_disk(request.data, request.data_dir):
         dataset = load(request.data, request.data_dir, per_class=request.per_class, split_seed=ORDER_SEED)
-        return len(dataset.train_images), "on this disk"
-    return DATASETS[request.data].split_sizes(request.per_class)[0], "(not on this disk yet)"
+        return len(dataset.train_images), len(dataset.classes), dataset.image_shape, "on this disk"
+    return sizes.split_sizes(request.per_class)[0], sizes.class_count, (1, 28, 28), "(not on this disk yet)"
+
+
+def _calibrate_there(files: Sequence[PartsFile], *arguments: Any) -> forecast.Calibration:
+    """Calibrate on another machine, which does not know the parts files yet."""
+    load_parts(files)
+    return forecast.calibrate(*arguments)

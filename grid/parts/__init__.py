@@ -16,6 +16,7 @@ The built-in parts are added in the same way. Standard library only, so that nam
 from grid.parts import builtin, grids
 from grid.parts.adding import (
     activation,
+    data,
     exclude,
     grid,
     lr_schedule,
@@ -34,6 +35,7 @@ __all__ = [
     "LEVELS",
     "activation",
     "builtin",
+    "data",
     "exclude",
     "grid",
     "grids",

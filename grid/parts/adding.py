@@ -1,6 +1,7 @@
 """The functions that add parts; `grid.parts.builtin` and `grid.parts.grids` add the built-in ones by them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from grid.config import FACTORS, Condition, InputError, declare, format_value
@@ -8,6 +9,7 @@ from grid.parts.registry import (
     ACTIONS,
     ACTIVATIONS,
     ADDED,
+    DATASETS,
     EXCLUSIONS,
     GRIDS,
     LEVELS,
@@ -18,6 +20,7 @@ from grid.parts.registry import (
     ActivationSpec,
     Cell,
     Code,
+    DataSource,
     Grid,
     Levels,
     OptimizerSpec,
@@ -156,6 +159,24 @@ def setting(
     _check_new("setting", name)
     declare(name, format_value(default), type(default), matters_with, rule)
     add("setting", name, ADDED, "setting")
+
+
+def data(name: str) -> Adder[Any]:
+    """Add a data set, for `--data`.
+
+    Decorates a function of the data folder, a `Path`, that returns train images, train labels, test images, test labels
+    and, if you like, the names of the classes. Images are uint8 `[image, row, column]` or `[image, channel, row,
+    column]`; labels are whole numbers from 0. Validation is cut from train.
+    """
+
+    def adder(load: Function) -> Function:
+        return _added("data", name, DATASETS, DataSource(Code(partial(_call, load))), load)
+
+    return adder
+
+
+def _call(*arguments: Any) -> Any:
+    return Code("grid.data.arrays:call")(*arguments)
 
 
 def grid(

@@ -65,6 +65,20 @@ class OptimizerSpec:
     """What a configuration sets of it, beside the learning rate."""
 
 
+@dataclass(frozen=True)
+class DataSource:
+    """One row of `DATASETS`."""
+
+    read: Code
+    """Called with the name, the data folder and `train` or `test`; returns a `grid.data.dataset.Labelled`."""
+    is_there: Code | None = None
+    """Called with the name and the data folder; returns whether nothing has to be downloaded or drawn. None: never."""
+    sizes: Any = None
+    """`grid.data.catalogue.Sizes`; None if they are known only after reading."""
+    equal_validation: bool = False
+    """Whether validation has as many images of every class; otherwise a sixth of each."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """A named grid: a question, the levels that answer it, and the default training settings."""
@@ -92,6 +106,7 @@ ADDED: dict[str, str] = {}
 ACTIONS: dict[str, dict[Place, Code]] = {}
 """Factor of a parts file -> what it does at each place at which it acts."""
 GRIDS: dict[str, Grid] = {}
+DATASETS: dict[str, DataSource] = {}
 EXCLUSIONS: dict[str, Callable[[Cell], bool]] = {}
 """Reason, printed and stored -> whether it excludes a cell from every grid."""
 ORIGINS: dict[str, str] = {}
@@ -188,7 +203,7 @@ def remove(part: str) -> None:
         LEVELS.pop(name, None)
         ADDED.pop(name, None)
         withdraw(name)
-    tables = {**TABLES, "factor": ACTIONS, "grid": GRIDS, "exclusion": EXCLUSIONS}
+    tables = {**TABLES, "factor": ACTIONS, "grid": GRIDS, "data": DATASETS, "exclusion": EXCLUSIONS}
     tables.get(kind, {}).pop(name, None)
     if kind in TABLES:
         LEVELS[kind] = tuple(level for level in LEVELS[kind] if level != name)
@@ -212,4 +227,4 @@ def adding_from(origin: str) -> Iterator[None]:
 
 
 def _all_tables() -> list[dict[Any, Any]]:
-    return [*TABLES.values(), ADDED, ACTIONS, GRIDS, EXCLUSIONS, ORIGINS, LEVELS, SETTINGS, OWN, MATTERS_WITH]
+    return [*TABLES.values(), ADDED, ACTIONS, GRIDS, DATASETS, EXCLUSIONS, ORIGINS, LEVELS, SETTINGS, OWN, MATTERS_WITH]

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from grid.config import InputError
-from grid.data.catalogue import DATASETS, check_name, check_per_class
+from grid.data.catalogue import check_per_class, find_dataset
 from grid.masking import mask, mask_arguments
-from grid.plan.asha import DEFAULT_RULE, StoppingRule
 from grid.parts.registry import Levels
+from grid.plan.asha import DEFAULT_RULE, StoppingRule
 from grid.store_uri import write_problem
 
 LIMITS = {"epochs": 100_000, "seeds": 1_000, "concurrency": 100_000}
@@ -63,7 +63,7 @@ class Request(Place):
     settings: Mapping[str, str] = field(default_factory=dict)
     """Those of all trials, from `--set`, where they differ from the defaults of `TrialConfig`."""
     data: str
-    """Name in `DATASETS`."""
+    """Name of the data set, as for `grid.data.catalogue.find_dataset`."""
     per_class: int | None
     """Training images per class; None for all."""
     epochs: int
@@ -84,8 +84,8 @@ class Request(Place):
     """Price of the machine or cluster per hour, in any currency; for the forecast."""
 
     def __post_init__(self) -> None:
-        check_name(self.data)
-        check_per_class(self.per_class, largest=DATASETS[self.data].largest_per_class)
+        sizes = find_dataset(self.data, self.data_dir).sizes
+        check_per_class(self.per_class, largest=None if sizes is None else sizes.largest_per_class)
         for name, value in (("epochs", self.epochs), ("seeds", self.seeds), ("concurrency", self.concurrency)):
             if value is not None and not 1 <= value <= LIMITS[name]:
                 raise InputError(f"--{name} must be 1 to {LIMITS[name]:,}, got {value}")
