@@ -226,7 +226,8 @@ def _key(run_id: str, tags: Mapping[str, str], params: Mapping[str, str], config
 
 
 def _has_all(params: Mapping[str, str]) -> bool:
-    return all(field.name in params or field.name in DEFAULTS for field in fields(TrialConfig))
+    known = params.keys() | DEFAULTS.keys() | {"own"}
+    return all(field.name in known for field in fields(TrialConfig))
 
 
 def _status(tags: Mapping[str, str]) -> str:

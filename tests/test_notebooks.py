@@ -20,8 +20,8 @@ from nbformat import NotebookNode
 from analysis.stopping.figures import audit_stopping
 from analysis.store import read_experiment
 from grid.config import TrialConfig, cell_name
-from grid.parts.registry import DATASETS
 from grid.metrics import EpochReport
+from grid.parts.registry import DATASETS
 from grid.record.recorder import Recorder
 from grid.record.spool import Spool
 from grid.record.store import Store

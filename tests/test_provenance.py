@@ -104,7 +104,7 @@ def test_the_code_to_go_back_to_is_described(record: dict[str, Any], origin: str
 def test_accepted_code_is_recorded_and_both_codes_may_train_on(store: Store, tmp_path: Path) -> None:
     first = start(store, tmp_path, as_record(other_code("nets/mlp.py")))
     accepting = check(store, accept=True)
-    assert accepting.accepted == {"instead_of": first, "files": ["nets/mlp.py"], "torch": HERE.torch}
+    assert accepting.accepted == {"instead_of": first, "files": ["nets/mlp.py"], "torch": HERE.torch, "parts": []}
     assert accepting.facts == {"code": "accepted as equal to other code (nets/mlp.py)"}
     request = read_request(_parser().parse_args(["--grid", "smoke", "--accept-code"]))
     record = describe_command("grid.run", request, accepting, ["a GPU"])

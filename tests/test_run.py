@@ -56,7 +56,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["--set", "momentum=0.5", "--set", "momentum=0.6"], "--set gives momentum twice, 0.5 and 0.6; give it once"),
         (["--only", "model=mlp", "--only", "model=cnn"], "--only leaves no cell: no model is left"),
         (["--only", "optimizer=adamw", "--only", "regularization=l2"], "--only leaves no cell: all are excluded"),
-        (["--data", "mnist"], "unknown data set 'mnist'; choose from emnist-balanced"),
+        (["--data", "cifar"], "unknown data set 'cifar'; choose from emnist-balanced"),
         (["--per-class", "0"], "--per-class must be 1 to 2000, what validation leaves of the smallest class; got 0"),
         (["--per-class", "-5"], "--per-class must be 1 to 2000"),
         (["--per-class", "2001"], "--per-class must be 1 to 2000"),
