@@ -26,10 +26,11 @@ settings.register_profile("busy machine", deadline=None)  # other work must not 
 settings.load_profile("busy machine")
 install_import_hook(["nets", "grid.train"], "beartype.beartype")
 
-from grid.config import TrialConfig  # noqa: E402
+from grid.config import OWN, TrialConfig, withdraw  # noqa: E402
 from grid.data.glyphs import render_if_missing  # noqa: E402
 from grid.driver.pictures import confusion_picture, mistake_sheet, sample_sheet  # noqa: E402
 from grid.metrics import EpochReport  # noqa: E402
+from grid.parts.files import loaded, unload  # noqa: E402
 from grid.plan.asha import Asha  # noqa: E402  (after the hook)
 from grid.record.commands import record_command  # noqa: E402
 from grid.record.recorder import Recorder  # noqa: E402
@@ -43,6 +44,16 @@ from grid.tune.private_ray import listen_on  # noqa: E402
 def _no_store_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep tests out of the store that the environment names; `mlflow.set_tracking_uri` in a test sets it, too."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _no_parts_of_users() -> Iterator[None]:
+    """Forget parts files and what stores declare after each test; they are known to the whole process."""
+    yield
+    for file in loaded():
+        unload(file.name)
+    for name in list(OWN):
+        withdraw(name)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -225,7 +225,9 @@ def test_the_token_gives_access_and_mlflow_and_the_dashboard_answer_on_the_head_
 
 
 def test_a_grid_survives_the_loss_of_a_worker_host_and_of_the_head(cluster: Cluster) -> None:
-    command = f"python -m grid.run --grid smoke --seeds {SEEDS} --controls 0 --data-dir ~/data --storage ~/storage"
+    options = f"--seeds {SEEDS} --controls 0 --data-dir ~/data --storage ~/storage"
+    own = "--only activation=relu,squared_relu --parts examples/own_activation.py"  # which no worker has
+    command = f"python -m grid.run --grid smoke {options} {own}"
     log = cluster.hosts.folder / "grid.log"
     executing = [str(BIN / "ray"), "exec", str(cluster.config), f"cd factorial-grid && {command}"]
     first = cluster.hosts.popen("laptop", executing, ROOT, log)

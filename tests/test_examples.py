@@ -3,6 +3,7 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from grid.record.store import Store
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").iterdir())
+PARTS = [path for path in EXAMPLES if path.name.startswith("own_")]
+FASHION = Path("/usr/share/datasets/fashion-mnist")
 SCRIPTS = [path for path in EXAMPLES if path.suffix == ".py"]
 
 
@@ -45,26 +48,109 @@ def percentages(text: str) -> list[float]:
 
 
 def test_every_example_is_tested() -> None:
-    names = ["one_training.ipynb", "own_activation.py", "own_net_and_data.py", "store_in_pandas.py"]
+    names = ["one_training.ipynb", "own_activation.py", "own_factor.py", "own_net_and_data.py", "store_in_pandas.py"]
     assert [path.name for path in EXAMPLES if not path.name.startswith("_")] == names
 
 
+def command_of(path: Path) -> str:
+    """Return the command in the docstring of an example."""
+    (command,) = re.findall(r"^python .*", ast.get_docstring(ast.parse(path.read_text())) or "", re.MULTILINE)
+    return command
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_a_script_is_short_and_its_docstring_contains_its_command(path: Path) -> None:
-    source = path.read_text()
-    assert f"\npython examples/{path.name}" in (ast.get_docstring(ast.parse(source)) or "")
-    assert len(source.splitlines()) <= 45
+def test_a_script_says_how_it_is_run(path: Path) -> None:
+    assert f"examples/{path.name}" in command_of(path)
 
 
-def test_your_own_activation_trains(folder: Path) -> None:
-    printed = run("own_activation.py", folder)
-    assert [line.partition(":")[0] for line in printed.splitlines()] == ["relu", "squared_relu"]
-    assert min(percentages(printed)) > 30  # chance: 2
+@pytest.mark.parametrize("path", PARTS, ids=lambda path: path.name)
+def test_each_part_takes_15_lines_at_most(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    parts = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Expr)]
+    lengths = [(node.end_lineno or 0) - node.lineno + 1 for node in parts[1:]]  # the first is the docstring
+    assert max(lengths) <= 15
 
 
-def test_your_own_net_learns_your_own_data(folder: Path) -> None:
-    printed = run("own_net_and_data.py", folder)
-    assert percentages(printed)[-1] > 80  # chance: 33
+HELD = [word for held in ("model=mlp", "dropout=off", "optimizer=adam") for word in ("--only", held)]
+
+
+def run_grid(path: Path, folder: Path, *options: str) -> str:
+    """Run the command of an example of parts with further options, and return what it prints."""
+    words = shlex.split(command_of(path).replace(f"examples/{path.name}", str(path)))
+    command = [sys.executable, *words[1:], "--address", "local", "--per-class", "20", "--epochs", "3", *options]
+    done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("own_activation.py", "squared_relu"), ("own_factor.py", "label_smoothing=0.05")],
+)
+def test_an_activation_and_a_factor_of_your_own_are_trained_ranked_and_reported(
+    name: str, found: str, folder: Path
+) -> None:
+    printed = run_grid(ROOT / "examples" / name, folder, *HELD)
+    cells = int(re.findall(r"(\d+) cells", printed)[0])
+    assert f"\n{cells}/{cells} done" in printed
+    assert found in printed.partition("rank")[2]
+    assert found.partition("=")[0] in (folder / "report.html").read_text()
+    assert percentages(printed.partition("rank")[2])[0] > 30  # chance: 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FASHION.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
+def test_a_net_and_data_of_your_own_are_confirmed_and_read_images_without_the_project(folder: Path) -> None:
+    path = ROOT / "examples" / "own_net_and_data.py"
+    printed = run_grid(path, folder, "--only", "activation=relu", "--only", "batch_norm=on")
+    assert "resnet one_cycle relu" in printed
+    experiment = re.findall(r"--experiment (\S+)", printed)[0]
+    options = ["--experiment", experiment, "--top", "1", "--seeds", "2", "--register", "clothes", "--address", "local"]
+    confirm = [sys.executable, "-m", "grid.confirm", *options, "--data-dir", str(FASHION)]
+    refused = subprocess.run(confirm, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "unknown model 'resnet'; choose from cnn, mlp, or add it with --parts FILE.py" in refused.stderr
+    done = subprocess.run(
+        [*confirm, "--parts", str(path)],
+        cwd=folder,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "elsewhere").mkdir()
+    code = (
+        "import mlflow, numpy as np\n"
+        f"mlflow.set_tracking_uri('sqlite:///{folder}/mlflow.db')\n"
+        "model = mlflow.pyfunc.load_model('models:/clothes/1')\n"
+        "print(model.predict(np.zeros((2, 28, 28), dtype=np.uint8)))\n"
+    )
+    alone = {name: value for name, value in environment(folder).items() if name != "PYTHONPATH"}
+    read = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=folder / "elsewhere",
+        env=alone,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert read.returncode == 0, read.stderr
+    words = ast.literal_eval(read.stdout.strip().splitlines()[-1])
+    assert len(words) == 2
+    assert set(words) <= {
+        "T-shirt",
+        "trousers",
+        "pullover",
+        "dress",
+        "coat",
+        "sandal",
+        "shirt",
+        "sneaker",
+        "bag",
+        "boot",
+    }
 
 
 def test_the_store_is_read_into_pandas(folder: Path, finished_store: Store) -> None:

@@ -16,11 +16,6 @@ GREY = ("1", "L")
 """Modes of Pillow that are read as one channel; all others are read as red, green and blue."""
 
 
-def is_image_folder(folder: Path) -> bool:
-    """Return whether a folder has the two folders of parts."""
-    return all((folder / part).is_dir() for part in PARTS)
-
-
 def read_folder(name: str, data_dir: Path, part: Part) -> Labelled:
     """Read one part of the folder `<data_dir>/<name>`; the classes are those of `train`, sorted by name.
 
@@ -28,6 +23,8 @@ def read_folder(name: str, data_dir: Path, part: Part) -> Labelled:
         InputError: A file can't be read, or the images differ in size.
     """
     folder = data_dir / name
+    if missing := [each for each in PARTS if not (folder / each).is_dir()]:
+        raise InputError(f"{folder} has no folder {missing[0]}; put the images into train/CLASS and test/CLASS")
     try:
         classes = _classes(folder / "train")
         files = [(file, label) for label, each in enumerate(classes) for file in _files(folder / part / each)]

@@ -5,7 +5,6 @@ A line has the label, then 784 pixels of the transposed image, as NIST's own fil
 Reference: https://www.kaggle.com/datasets/crawford/emnist
 """
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +31,20 @@ def read_csv(path: Path) -> tuple[Images, Labels]:
     """
     try:
         with path.open("rb") as file:
-            _check_first_line(file.readline(100 * COLUMNS), path)
-        table = np.loadtxt(path, dtype=np.uint8, delimiter=",", ndmin=2)
+            first_line = file.readline(100 * COLUMNS)
+        _check_first_line(first_line, path)
+        table = _parse(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable") from error
+    return _images(table), table[:, 0].astype(np.int64)
+
+
+def _parse(path: Path) -> NDArray[np.uint8]:
+    try:
+        return np.loadtxt(path, dtype=np.uint8, delimiter=",", ndmin=2)
     except ValueError as error:
         problem = _first_wrong_line(path) or " ".join(str(error).split())
         raise InputError(f"{path}: {problem}; {HINT}") from error
-    return _images(table), table[:, 0].astype(np.int64)
 
 
 def _images(table: NDArray[np.uint8]) -> Images:
@@ -58,7 +63,7 @@ def _check_first_line(line: bytes, path: Path) -> None:
 def _first_wrong_line(path: Path) -> str:
     """Return what is wrong with the first line that can't be read."""
     with path.open("rb") as file:
-        for number, line in enumerate(io.BufferedReader(file.detach()), 1):
+        for number, line in enumerate(file, 1):
             fields = line.strip().split(b",")
             if len(fields) != COLUMNS:
                 return f"line {number} has {len(fields)} columns, not {COLUMNS}"

@@ -91,7 +91,7 @@ def read_mnist_like(name: str, data_dir: Path, part: Part) -> Labelled:
     if found is None:
         raise InputError(f"torchvision did not put {name} into {data_dir}; download its four files by hand")
     images, labels = read_pair(*found)
-    classes = [each.removeprefix(f"{number} - ") for number, each in enumerate(source.classes)]
+    classes = [each.partition(" - ")[0] for each in source.classes]  # MNIST's are like `0 - zero`
     return _checked(images, labels, classes, found[1], part)
 
 

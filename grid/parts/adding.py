@@ -252,4 +252,4 @@ def _check_new(kind: str, name: str) -> None:
     if not name.isidentifier():
         raise InputError(f"a {kind} is named by letters, digits and underscores, got '{name[:60]}'")
     if name in ADDED or name in LEVELS:
-        raise InputError(f"there is a factor or setting '{name}' already; choose another name")
+        raise InputError(f"factor or setting '{name}' exists already; choose another name")

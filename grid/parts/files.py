@@ -53,7 +53,7 @@ def load_files(paths: Iterable[Path]) -> None:
         known = set(sys.modules)
         load([file])
         if beside := _modules_in({path.absolute().parent, Path.cwd()}, set(sys.modules) - known):
-            _unload(file.name)
+            unload(file.name)
             raise InputError(
                 f"--parts {path} imports {beside[0]}, which no other machine has; put both in one file, "
                 "or install it as a package on all machines"
@@ -69,7 +69,7 @@ def load(files: Sequence[PartsFile]) -> None:
     for file in files:
         if _loaded.get(file.name) == file:
             continue
-        _unload(file.name)
+        unload(file.name)
         with adding_from(file.name):
             _run(file)
         _loaded[file.name] = file
@@ -77,12 +77,13 @@ def load(files: Sequence[PartsFile]) -> None:
 
 def _read(path: Path) -> PartsFile:
     try:
-        if path.stat().st_size > LARGEST:
-            raise InputError(f"--parts {path} is larger than {LARGEST:,} bytes; pass a Python file")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        content = path.read_bytes() if path.stat().st_size <= LARGEST else b""
+        text = content.decode()
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text in UTF-8"
         raise InputError(f"can't read --parts {path}: {reason or first_line(error)}; pass a Python file") from error
+    if not content:
+        raise InputError(f"--parts {path} is empty or larger than {LARGEST:,} bytes; pass a Python file")
     return PartsFile(path.name, text)
 
 
@@ -121,7 +122,7 @@ def _modules_in(folders: set[Path], names: set[str]) -> list[str]:
     return [source.name for source in sources if source.is_absolute() and source.parent in folders]
 
 
-def _unload(name: str) -> None:
+def unload(name: str) -> None:
     """Remove what a parts file has added."""
     _loaded.pop(name, None)
     for part in [part for part, origin in ORIGINS.items() if origin == name]:

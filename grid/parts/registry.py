@@ -144,7 +144,7 @@ def add(kind: str, name: str, table: dict[str, Any], row: Any) -> None:
     check_word(kind, name)
     if name in table:
         origin = ORIGINS.get(f"{kind} {name}", BUILT_IN)
-        raise InputError(f"there is a {kind} '{name}' already ({origin}); choose another name")
+        raise InputError(f"{kind} '{name}' exists already ({origin}); choose another name")
     table[name] = row
     note_origin(f"{kind} {name}")
     if table is TABLES.get(kind):

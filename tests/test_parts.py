@@ -1,0 +1,249 @@
+"""Parts of a user's file: what is added, what is refused, and what it does to keys, cells and the identity of code."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from grid.config import FACTORS, OWN, SETTINGS, InputError, TrialConfig, cell_name, changed_settings, varied, withdraw
+from grid.parts import LEVELS
+from grid.parts.files import PartsFile, load, load_files, loaded, unload
+from grid.parts.registry import EXCLUSIONS, GRIDS, check_known
+from grid.plan.space import cross, restrict, vary
+from grid.train.code_version import NumericCode
+
+SMOOTHING = """
+from grid import parts
+
+@parts.on_loss("smoothing", ("off", "0.05", "0.1"))
+def smooth(loss, logits, labels, use):
+    share = float(use.level)
+    return (1 - share) * loss - share * logits.log_softmax(dim=1).mean()
+"""
+TEMPERATURE = """
+from grid import parts
+
+parts.setting("temperature", 1.0, rule=("above 0", lambda value: value > 0))
+parts.setting("clip", 5.0, matters_with=("optimizer", ("sgd",)))
+"""
+CUBED = """
+from grid import parts
+from torch import nn
+
+@parts.activation("cubed", shape="rising")
+class Cubed(nn.Module):
+    def forward(self, inputs):
+        return inputs**3
+"""
+PLAIN = TrialConfig(learning_rate=0.1, epochs=3)
+
+
+def use(text: str, name: str = "own.py") -> None:
+    load([PartsFile(name, f"from grid import parts\n{text}")])
+
+
+def with_level(**levels: str) -> TrialConfig:
+    return TrialConfig.from_params({"learning_rate": "0.1", "epochs": "3", **levels})
+
+
+def test_a_file_adds_a_level_and_takes_it_away_when_it_changes() -> None:
+    use(CUBED)
+    assert LEVELS["activation"][-1] == "cubed"
+    use(CUBED.replace("cubed", "fourth"))
+    assert LEVELS["activation"][-1] == "fourth"
+    assert "cubed" not in LEVELS["activation"]
+
+
+def test_the_same_file_is_run_once() -> None:
+    use(f"{CUBED}\nprint('run')")
+    use(f"{CUBED}\nprint('run')")  # would be refused: there is a 'cubed' already
+    assert [file.name for file in loaded()] == ["own.py"]
+
+
+def test_the_factor_of_a_file_is_crossed_with_all_its_levels_unless_it_is_restricted() -> None:
+    use(SMOOTHING)
+    levels = restrict(GRIDS["smoke"].levels, [])
+    assert levels["smoothing"] == ("off", "0.05", "0.1")
+    assert len(cross(levels)[0]) == 3 * len(cross(GRIDS["smoke"].levels)[0])
+    assert restrict(GRIDS["smoke"].levels, [("smoothing", ("0.1",))])["smoothing"] == ("0.1",)
+    with pytest.raises(InputError, match=r"^unknown smoothing '0.2'; choose from 0.05, 0.1, off$"):
+        restrict(GRIDS["smoke"].levels, [("smoothing", ("0.2",))])
+
+
+def test_the_first_level_and_a_default_change_no_key() -> None:
+    before = PLAIN.trial_key, PLAIN.cell_key
+    use(SMOOTHING + TEMPERATURE)
+    first = with_level(smoothing="off", temperature="1.0")
+    assert (first.trial_key, first.cell_key) == before
+    others = [with_level(smoothing=level) for level in ("0.05", "0.1")] + [with_level(temperature="2.0")]
+    assert len({config.trial_key for config in [PLAIN, *others]}) == 4
+    assert len({config.cell_key for config in [PLAIN, *others]}) == 4
+
+
+def test_a_run_says_all_that_is_needed_to_read_it_without_the_file() -> None:
+    use(SMOOTHING + TEMPERATURE)
+    config = with_level(smoothing="0.1", clip="2.0", optimizer="sgd")
+    params = config.to_params()
+    assert params["own"] == "clip=5.0 with optimizer=sgd; smoothing=off"
+    forget()
+    assert "smoothing" not in SETTINGS
+    again = TrialConfig.from_params(params)
+    assert again == config
+    assert (again.trial_key, again.cell_key, again.name) == (config.trial_key, config.cell_key, config.name)
+    assert cell_name(again.cell) == "mlp constant relu sgd clip=2.0 smoothing=0.1"
+    assert varied([again, PLAIN]) == (*FACTORS, "clip", "smoothing")
+
+
+def forget() -> None:
+    """Forget all parts files, as a process that reads a store has never heard of them."""
+    for file in loaded():
+        unload(file.name)
+    for name in list(OWN):
+        withdraw(name)
+
+
+def test_a_trial_of_an_unknown_file_is_refused_and_not_trained_without_it() -> None:
+    use(SMOOTHING)
+    params = [with_level(smoothing="0.1").to_params(), with_level(smoothing="off").to_params()]
+    forget()
+    acting, idle = map(TrialConfig.from_params, params)
+    check_known(idle)
+    with pytest.raises(InputError, match=r"^smoothing=0.1 is of a parts file; give that file with --parts FILE.py$"):
+        check_known(acting)
+    with pytest.raises(InputError, match="unknown activation 'cubed'"):
+        check_known(replace(PLAIN, activation="cubed"))
+
+
+def test_a_setting_of_a_file_is_held_varied_and_kept_in_its_range() -> None:
+    use(TEMPERATURE)
+    assert changed_settings({"temperature": "2"}) == {"temperature": "2.0"}
+    assert changed_settings({"temperature": "1"}) == {}
+    assert vary([("temperature", ("1", "0.5"))]) == {"temperature": ("1.0", "0.5")}
+    with pytest.raises(InputError, match="temperature must be above 0, got 0.0"):
+        changed_settings({"temperature": "0"})
+    with pytest.raises(InputError, match="temperature must be a number, got 'hot'"):
+        changed_settings({"temperature": "hot"})
+    assert with_level(temperature="2").setting("temperature") == 2.0
+    assert PLAIN.setting("temperature") == 1.0
+
+
+def test_cells_that_differ_only_where_a_setting_does_not_matter_are_one() -> None:
+    use(TEMPERATURE)
+    levels = restrict(GRIDS["mlp"].levels, [("optimizer", ("sgd", "adam"))])
+    cells, excluded = cross({**levels, **vary([("clip", ("1.0", "5.0", "9.0"))])})
+    half = len(cross(levels)[0]) // 2
+    assert len(cells) == half * 3 + half
+    assert excluded == {"clip matters only with optimizer=sgd": 2 * half}
+
+
+def test_a_grid_and_an_exclusion_of_a_file() -> None:
+    use(
+        'parts.grid("two", "Which of two?", {"optimizer": ["sgd", "adam"], "dropout": ["off", "on"]}, epochs=3)\n'
+        '@parts.exclude("no dropout with sgd")\n'
+        "def excluded(cell):\n"
+        '    return cell["optimizer"] == "sgd" and cell["dropout"] == "on"\n'
+    )
+    cells, excluded = cross(restrict(GRIDS["two"].levels, []))
+    assert excluded == {"no dropout with sgd": 1}
+    assert len(cells) == 3
+    assert {(cell["model"], cell["regularization"]) for cell in cells} == {("mlp", "none")}
+    assert "no dropout with sgd" in EXCLUSIONS
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('parts.net("mlp")(print)', "own.py line 2: model 'mlp' exists already (built in); choose another name"),
+        ('parts.on_loss("activation", ("a", "b"))(print)', "factor or setting 'activation' exists already"),
+        ('parts.on_loss("momentum", ("a", "b"))(print)', "every trial has a field 'momentum'; choose another name"),
+        ('parts.setting("seed", 1)', "every trial has a field 'seed'; choose another name"),
+        ('parts.on_loss("new", ("a",))(print)', "factor 'new' needs two levels or more that differ, got a"),
+        ('parts.on_loss("new", ("a", "a"))(print)', "needs two levels or more that differ, got a, a"),
+        ('parts.on_loss("a b", ("a", "b"))(print)', "a factor is named by letters, digits and underscores, got 'a b'"),
+        ('parts.on_loss("new", ("a", "b c"))(print)', "a name of a level has up to 40 letters, digits and any of _.+-"),
+        ('parts.net("a,b")(print)', "a name of a model has up to 40 letters, digits and any of _.+-; got 'a,b'"),
+        ('parts.optimizer("o", learning_rate=0)(print)', "learning rate of optimizer 'o' must be finite and above 0"),
+        ('parts.grid("g", "?", {"optimizer": ["sgdd"]})', "unknown optimizer 'sgdd'; choose from adagrad, adam"),
+        ('parts.grid("full", "?", {})', "grid 'full' exists already"),
+        ("def f(:", "own.py line 2: invalid syntax; a parts file is Python"),
+        ("1 / 0", "own.py line 2: ZeroDivisionError: division by zero"),
+        ("raise SystemExit(3)", "own.py line 2: SystemExit: 3"),
+        ("import nothing_of_that_name", "own.py line 2: ModuleNotFoundError: No module named 'nothing_of_that_name'"),
+        ('parts.activation("x", shape="rising")', ""),
+    ],
+)
+def test_a_wrong_file_is_one_line_with_its_place_and_adds_nothing(text: str, message: str) -> None:
+    before = dict(LEVELS), dict(SETTINGS), dict(GRIDS)
+    if not message:
+        use(text)
+        return
+    with pytest.raises(InputError) as caught:
+        use(f"{text}\n" if "line" in message else text)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("own.py line 2: ")
+    assert (dict(LEVELS), dict(SETTINGS), dict(GRIDS)) == before
+    assert loaded() == ()
+
+
+def test_a_name_of_another_file_is_taken() -> None:
+    use(CUBED, "first.py")
+    with pytest.raises(InputError, match=r"^second.py line \d+: activation 'cubed' exists already \(first.py\)"):
+        use(CUBED, "second.py")
+
+
+def write(content: bytes) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(content) and None
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: None, "No such file or directory"),
+        (lambda path: path.mkdir(), "Is a directory"),
+        (write(b"\xff\xfe"), "not a text in UTF-8"),
+        (write(b"#" * 1_000_001), "is empty or larger than 1,000,000 bytes"),
+        (write(b""), "is empty or larger than 1,000,000 bytes"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused(make: Callable[[Path], None], reason: str, tmp_path: Path) -> None:
+    make(tmp_path / "own.py")
+    with pytest.raises(InputError, match=reason):
+        load_files([tmp_path / "own.py"])
+
+
+def test_a_file_that_needs_another_one_beside_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "beside_parts.py").write_text("VALUE = 1\n")
+    (tmp_path / "own.py").write_text(f"import beside_parts\n{CUBED}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(InputError, match=r"imports beside_parts.py, which no other machine has; put both in one file"):
+        load_files([tmp_path / "own.py"])
+    assert "cubed" not in LEVELS["activation"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "changed"),
+    [
+        (lambda text: text, []),
+        (lambda text: f"# a comment\n{text}", []),
+        (lambda text: text.replace("inputs**3", "inputs**5"), ["activation cubed"]),
+        (lambda text: text.replace("cubed", "other"), []),
+    ],
+)
+def test_any_change_of_what_a_file_does_is_another_code(edit: Callable[[str], str], changed: list[str]) -> None:
+    use(CUBED)
+    before = NumericCode.here()
+    use(edit(CUBED), "renamed.py" if edit(CUBED) == CUBED.replace("cubed", "other") else "own.py")
+    assert NumericCode.here().changed_parts([before]) == changed
+
+
+def test_another_file_may_be_added_to_what_has_trained() -> None:
+    bare = NumericCode.here()
+    use(CUBED)
+    first = NumericCode.here()
+    use(SMOOTHING, "second.py")
+    both = NumericCode.here()
+    assert both.changed_parts([bare, first]) == []
+    assert both.matches(bare)
+    assert set(both.parts) == {"activation cubed", "factor smoothing"}
