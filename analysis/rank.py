@@ -7,7 +7,7 @@ Diverged and failed trials are counted, not ranked.
 
 import sys
 from base64 import b64decode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ TRAINING_COLUMNS = ("epochs_run", "epochs", "lr_scale")
 REPLICATE_COLUMNS = ("seeds", "diverged", "stopped", "controls", "controls_end")
 INTERVAL_COLUMNS = ("val_accuracy", "spread", "seed_half", "image_half", "low", "high")
 TEST_COLUMNS = ("test_accuracy_as_validated", "test_seed_half", "test_image_half", "test_accuracy")
+BALANCED_COLUMNS = ("val_balanced_accuracy", "test_balanced_accuracy")
 BEHIND_COLUMNS = ("behind", "behind_seed_half", "behind_image_half")
-COLUMNS = (*TRAINING_COLUMNS, *REPLICATE_COLUMNS, *INTERVAL_COLUMNS, *TEST_COLUMNS, *BEHIND_COLUMNS)
+COLUMNS = (*TRAINING_COLUMNS, *REPLICATE_COLUMNS, *INTERVAL_COLUMNS, *TEST_COLUMNS, *BALANCED_COLUMNS, *BEHIND_COLUMNS)
 """After `PLACE_COLUMNS` and the factors."""
 SHOWN_PER_MODEL = 3
 SAME = 1e-9
@@ -65,6 +66,8 @@ def rank_cells(
           and `high` (95% interval for both);
         - of tested finalists, else NaN: `test_accuracy_as_validated` (mean over the nets, classes weighted as in the
           validation data), its `test_seed_half` and `test_image_half`, and `test_accuracy` (plain share);
+        - `val_balanced_accuracy` and `test_balanced_accuracy`: means over the classes at the end of the budget and in
+          the test, averaged over the nets; NaN if not recorded, as where all classes have one size;
         - of finalists after the first, else NaN: how far they are `behind` it on the seeds and images that both have,
           with the half-widths of 95% intervals for another seed and for other images (NaN if unknown).
 
@@ -85,18 +88,20 @@ def _rank_trials(trials: pd.DataFrame, val_images: int | None) -> list[Row]:
     cells = rank_summaries(summarise_trials(trials))
     ties = tied_with_best(cells, val_images=val_images)
     tiers = ("completed" if cell.epochs_run == cell.epochs else "stopped" for cell in cells)
-    rows = zip(_rows(cells, val_images), tiers, ties, strict=True)
-    return [row | {"tier": tier, "tied": tied} for row, tier, tied in rows]
+    rows = zip(_rows(cells, val_images), tiers, ties, _balanced(trials, cells), strict=True)
+    return [row | {"tier": tier, "tied": tied} | balanced for row, tier, tied, balanced in rows]
 
 
 def _rank_finalists(finalists: pd.DataFrame, val_images: int | None) -> list[Row]:
     """Return a row per finalist, best first."""
     cells = [cell for cell in rank_summaries(summarise_trials(finalists)) if cell.epochs_run == cell.epochs]
     ties = tied_with_best(cells, val_images=val_images, paired=True)
-    rows = zip(
-        _rows(cells, val_images), _tests(finalists, cells), _behind(finalists, cells, val_images), ties, strict=True
-    )
-    return [row | test | behind | {"tier": "finalist", "tied": tied} for row, test, behind, tied in rows]
+    more = _tests(finalists, cells), _balanced(finalists, cells), _behind(finalists, cells, val_images)
+    rows = zip(_rows(cells, val_images), *more, ties, strict=True)
+    return [
+        row | test | balanced | behind | {"tier": "finalist", "tied": tied}
+        for row, test, balanced, behind, tied in rows
+    ]
 
 
 def _rows(cells: Sequence[RankedCell], val_images: int | None) -> list[Row]:
@@ -229,6 +234,15 @@ def _tests(finalists: pd.DataFrame, cells: Sequence[RankedCell]) -> list[dict[st
     return [dict(zip(TEST_COLUMNS, row, strict=True)) for row in values]
 
 
+def _balanced(trials: pd.DataFrame, cells: Sequence[RankedCell]) -> list[dict[str, float]]:
+    """Return the mean balanced accuracies of each cell."""
+    names = [name for name in BALANCED_COLUMNS if name in trials.columns]
+    means = trials.groupby(list(factors_among(trials.columns)), as_index=True)[names].mean()
+    known = {key if isinstance(key, tuple) else (key,): row for key, row in means.to_dict("index").items()}
+    rows: Iterable[Mapping[Any, Any]] = (known.get(tuple(cell.cell.values()), {}) for cell in cells)
+    return [{name: float(row.get(name, np.nan)) for name in BALANCED_COLUMNS} for row in rows]
+
+
 def format_ranking(cells: pd.DataFrame, experiment: Experiment, top: int) -> str:
     """Return the finalists, the `top` cells of the grid and the best of each model as text, with notes.
 
@@ -287,6 +301,8 @@ def _doubts(cells: pd.DataFrame, val_images: int | None) -> list[str]:
         lines.append("tie: may be as good as the best, among cells trained to the full budget")
     if (cells["test_accuracy"] - cells["test_accuracy_as_validated"]).abs().max() > SAME:
         lines.append("test: each class weighted by its share of the validation images")
+    if cells["val_balanced_accuracy"].notna().any():
+        lines.append("balanced: mean over the classes, which differ in size")
     if len(grid) and grid["seeds"].max() == 1:
         lines.append(
             "one seed per cell: how another would differ is unknown;"
@@ -311,6 +327,7 @@ def _table(cells: pd.DataFrame, last: str) -> str:
         "val acc": [f"{row['val_accuracy']:.2%}" + "*" * (row["controls"] > 0) for row in rows],
         "+- seed": [_points(row["seed_half"]) for row in rows],
         "+- images": [_points(row["image_half"]) for row in rows],
+        "balanced": [_share(row["val_balanced_accuracy"]) for row in rows],
         "seeds": _seeds(rows),
         **(
             _test_columns(rows)
@@ -325,7 +342,8 @@ def _table(cells: pd.DataFrame, last: str) -> str:
 def _test_columns(rows: Sequence[Mapping[Any, Any]]) -> dict[str, list[str]]:
     halves = (_combine(row["test_seed_half"], row["test_image_half"]) for row in rows)
     tests = (row["test_accuracy_as_validated"] for row in rows)
-    return {"test": ["" if np.isnan(test) else f"{test:.2%}" for test in tests], "+-": [*map(_points, halves)]}
+    balanced = [_share(row["test_balanced_accuracy"]) if _share(row["val_balanced_accuracy"]) else "" for row in rows]
+    return {"test": [*map(_share, tests)], "+-": [*map(_points, halves)], "balanced ": balanced}
 
 
 def _align(columns: Mapping[str, Sequence[str]]) -> list[str]:
@@ -333,6 +351,10 @@ def _align(columns: Mapping[str, Sequence[str]]) -> list[str]:
     columns = {name: [name, *texts] for name, texts in columns.items()}
     padded = [[text.rjust(max(map(len, texts))) for text in texts] for texts in columns.values()]
     return [" ".join(line) for line in zip(*padded, strict=True)]
+
+
+def _share(share: float) -> str:
+    return "" if np.isnan(share) else f"{share:.2%}"
 
 
 def _points(half: float) -> str:

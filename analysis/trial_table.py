@@ -41,6 +41,7 @@ COLUMNS = {
     "epochs_run": "int64",
     "final_val_accuracy": "float64",
     "best_val_accuracy": "float64",
+    "val_balanced_accuracy": "float64",
     "epoch_seconds": "float64",
     "val_correct": "str",
     "command": "str",
@@ -51,8 +52,9 @@ COLUMNS = {
 `control`: whether the trial is an unstopped control; `control_chance`: the chance with which it was drawn to be one, or
 not, in all draws together; `drawn_later`: whether a round of `--more-controls` drew it; `stop_epoch`: the rung at which
 ASHA stopped it or, if it is a control, would have; `final_val_accuracy`: of the weights at the end of the full budget,
-completed trials only; `val_correct`: base64 of `EpochReport.val_correct`; `command`: the one that started
-it; `resumed_by`: those that trained on, joined by commas.
+completed trials only; `val_balanced_accuracy`: the same as a mean over classes, where they differ in size;
+`val_correct`: base64 of `EpochReport.val_correct`; `command`: the one that started it; `resumed_by`: those that trained
+on, joined by commas.
 """
 
 
@@ -163,6 +165,7 @@ def _row(trial: RecordedTrial, rounds: Rounds | None) -> dict[str, Any]:
         "epochs_run": trial.epochs_run,
         "final_val_accuracy": _final(trial.status, metrics),
         "best_val_accuracy": metrics.get("best_val_accuracy", nan),
+        "val_balanced_accuracy": metrics.get("val_balanced_accuracy", nan) if trial.status == "completed" else nan,
         "epoch_seconds": metrics.get("epoch_seconds", nan),
         "val_correct": trial.tags.get("val_correct", ""),
         "command": trial.tags.get("command", ""),

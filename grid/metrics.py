@@ -24,6 +24,9 @@ class EpochReport:
     """Mean cross-entropy in nats on the validation images; NaN if diverged."""
     val_accuracy: float = math.nan
     """Share of validation images classified correctly, in [0, 1]; NaN if diverged."""
+    val_balanced_accuracy: float = math.nan
+    """Mean over the classes of the share of their validation images that are classified correctly, in [0, 1]; NaN if
+    diverged, and where all classes have as many validation images, as it is `val_accuracy` there."""
     learning_rate: float = math.nan
     """Learning rate of the epoch's last step."""
     epoch_seconds: float = math.nan
@@ -55,7 +58,7 @@ AS_VALIDATED_METRIC = "test_accuracy_as_validated"
 accuracies."""
 
 TEST_METRICS = (
-    *("test_accuracy", AS_VALIDATED_METRIC, "test_loss", "test_images"),
+    *("test_accuracy", AS_VALIDATED_METRIC, "test_balanced_accuracy", "test_loss", "test_images"),
     *("parameters", "inference_ms_per_image"),
 )
 """Metrics that only runs of `kind=confirm` have, once they are tested."""

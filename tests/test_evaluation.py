@@ -155,6 +155,7 @@ def test_metrics_have_their_names_in_the_store(dataset, data):
     assert result.metrics == {
         "test_accuracy": report.val_accuracy,
         "test_accuracy_as_validated": pytest.approx(report.val_accuracy),
+        "test_balanced_accuracy": pytest.approx(np.mean(result.confusion.diagonal() / result.confusion.sum(axis=1))),
         "test_loss": report.val_loss,
         "test_images": 37,
         "parameters": weights,

@@ -43,7 +43,7 @@ class FinalTest:
     checkpoints: Checkpoints
     """With the weights of the finalists."""
     images: NDArray[np.uint8]
-    """Of the test set, `[image, row, column]`."""
+    """Of the test set, as in `Dataset`."""
     labels: NDArray[np.int64]
     """`[image]`, from 0."""
 

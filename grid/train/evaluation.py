@@ -19,7 +19,7 @@ from torch import Tensor
 
 from grid.config import TrialConfig
 from grid.metrics import AS_VALIDATED_METRIC
-from grid.train.trial import EVALUATION_BATCH_SIZE, DeviceData, Trial
+from grid.train.trial import EVALUATION_BATCH_SIZE, DeviceData, Trial, with_channels
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +45,8 @@ class Evaluation:
     """Share of images classified correctly, in [0, 1]."""
     accuracy_as_validated: float
     """Accuracy of each class, weighted by its share of the validation images, in [0, 1]."""
+    balanced_accuracy: float
+    """Mean over the classes of the share of their images that are classified correctly, in [0, 1]."""
     loss: float
     """Mean cross-entropy in nats."""
     parameters: int
@@ -61,6 +63,7 @@ class Evaluation:
         return {
             "test_accuracy": self.accuracy,
             AS_VALIDATED_METRIC: self.accuracy_as_validated,
+            "test_balanced_accuracy": self.balanced_accuracy,
             "test_loss": self.loss,
             "test_images": float(self.images),
             "parameters": float(self.parameters),
@@ -101,11 +104,11 @@ def evaluate(
         config: The configuration that was trained.
         state: `Trial.state_dict()` after the last epoch, on the device that `config` names.
         data: The data that it was trained on.
-        images: Upright, white on black, `[image, row, column]`.
+        images: As in `grid.data.dataset.Dataset`.
         labels: Their classes, `[image]`, from 0.
     """
     trial = _restore(config, state, data)
-    on_device = torch.tensor(images, device=config.device).unsqueeze(1)
+    on_device = with_channels(torch.tensor(images, device=config.device))
     targets = torch.tensor(labels, device=config.device)
     seconds, loss, predicted, confidence = [], 0.0, [], []
     with trial.evaluating():
@@ -124,6 +127,7 @@ def evaluate(
         images=len(labels),
         accuracy=float(np.mean(guesses == labels)),
         accuracy_as_validated=reweighted_accuracy(confusion, data.val_labels.cpu().numpy()),
+        balanced_accuracy=reweighted_accuracy(confusion, np.arange(data.classes)),
         loss=loss / len(labels),
         parameters=sum(parameter.numel() for parameter in trial.net.parameters() if parameter.requires_grad),
         milliseconds_per_image=1000 * statistics.median(seconds),

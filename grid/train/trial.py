@@ -69,9 +69,9 @@ class DeviceData:
         mean = float(np.average(levels, weights=counts))
         std = math.sqrt(np.average((levels - mean) ** 2, weights=counts))
         return cls(
-            train_images=_with_channels(train_images),
+            train_images=with_channels(train_images),
             train_labels=train_labels,
-            val_images=_with_channels(val_images),
+            val_images=with_channels(val_images),
             val_labels=val_labels,
             classes=len(dataset.classes),
             mean=mean,
@@ -144,6 +144,7 @@ class Trial:
         self._penalise = find("regularization", config.regularization).resolve()
         self._weights = penalised_weights(self.net)
         self._parameters = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        self._val_sizes = np.bincount(data.val_labels.cpu().numpy(), minlength=data.classes)
         self._batch_size = min(config.batch_size, len(data.train_labels))
         self._steps = len(data.train_labels) // self._batch_size
         self._optimizer = build_optimizer(config, self.net.parameters(), average_from_step=self._steps)
@@ -165,6 +166,7 @@ class Trial:
             train_accuracy=train_accuracy if finite else math.nan,
             val_loss=val_loss if finite else math.nan,
             val_accuracy=float(correct.mean()) if finite else math.nan,
+            val_balanced_accuracy=self._balanced_accuracy(correct) if finite else math.nan,
             learning_rate=learning_rate,
             epoch_seconds=time.perf_counter() - begun,
             samples_per_second=self._steps * self._batch_size / (trained - begun),
@@ -242,6 +244,14 @@ class Trial:
                 loss += F.cross_entropy(logits, true, reduction="sum")
         return loss.item() / len(labels), torch.cat(correct).cpu().numpy()
 
+    def _balanced_accuracy(self, correct: NDArray[np.bool_]) -> float:
+        """Return the mean accuracy over the classes; NaN where it is the accuracy, as all classes have one size."""
+        sizes = self._val_sizes
+        if (sizes == sizes[0]).all():
+            return math.nan
+        hits = np.bincount(self.data.val_labels.cpu().numpy(), weights=correct, minlength=len(sizes))
+        return float((hits[sizes > 0] / sizes[sizes > 0]).mean())
+
     def _logits(self, images: Inputs) -> Float[Tensor, "batch classes"]:
         with torch.autocast(self.config.device, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             logits: Tensor = self.net(images)
@@ -263,7 +273,7 @@ class Trial:
         return images.float().sub_(self.data.mean).div_(self.data.std).contiguous(memory_format=self._layout)
 
 
-def _with_channels(images: Tensor) -> UInt8[Tensor, "image channels height width"]:
+def with_channels(images: Tensor) -> UInt8[Tensor, "image channels height width"]:
     """Return grey images `[image, row, column]` with one channel, others as they are."""
     return images.unsqueeze(1) if images.ndim == 3 else images
 
