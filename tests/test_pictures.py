@@ -18,8 +18,10 @@ from grid.driver.pictures import (
     caption,
     confusion_picture,
     mistake_sheet,
+    most_confused,
     row_shares,
     sample_sheet,
+    shorten,
     strip,
 )
 
@@ -170,3 +172,38 @@ def test_a_net_without_mistakes_gets_a_sheet_that_says_so():
 @pytest.mark.parametrize(("confidence", "text"), [(0.987, "98 %"), (0.9999, "99 %"), (1.0, "100 %")])
 def test_captions_round_confidence_down(confidence, text):
     assert caption("4", "9", confidence) == f"4 read as 9, {text}"
+
+
+NAMES = ["T-shirt/top", "trousers", "a very long name of a class", *"abcdefg"]
+
+
+@pytest.mark.parametrize("count", [10, 47, 200])
+def test_a_confusion_picture_is_readable_with_any_number_of_classes(count):
+    """The rim is free, nothing is cut off, and no picture is larger than a screen can show."""
+    confusion = np.diag(np.full(count, 90)) + np.random.default_rng(0).integers(0, 2, (count, count))
+    names = [f"{NAMES[label % 10]}{label}" for label in range(count)]
+    picture = pixels(confusion_picture(confusion, names, "resnet one_cycle leaky_relu adam batch_norm dropout l2"))
+    for rim in (picture[:4], picture[-4:], picture[:, :4], picture[:, -4:]):
+        assert (rim == 255).all()
+    assert max(picture.shape) < 2600
+
+
+def test_of_many_classes_those_that_are_confused_most_are_shown():
+    confusion = np.diag(np.full(200, 50))
+    confusion[150, 7], confusion[3, 199] = 9, 8
+    assert set(most_confused(confusion, 60)) >= {3, 7, 150, 199}
+    assert list(most_confused(confusion, 60)) == sorted(most_confused(confusion, 60))
+    assert list(most_confused(confusion[:5, :5], 60)) == [0, 1, 2, 3, 4]
+
+
+def test_long_names_are_cut_and_captions_take_two_lines():
+    assert caption("4", "9", 0.999) == "4 read as 9, 99 %"
+    assert caption("T-shirt/top", "Ankle boot", 0.5) == "T-shirt/top\nas Ankle b…, 50 %"
+    assert shorten("a very long name of a class") == "a very long nam…"
+    assert pixels(mistake_sheet(IMAGES[:3], LABELS[:3], LABELS[:3] + 1, CONFIDENCE[:3], NAMES)).shape[0] > 0
+
+
+def test_the_sample_sheet_of_a_thousand_classes_has_an_end():
+    labels = np.arange(1000)
+    sheet = pixels(sample_sheet(np.zeros((1000, 8, 8), np.uint8), labels, [f"class {label}" for label in labels]))
+    assert sheet.shape[0] < 3000

@@ -4,6 +4,7 @@ What is shown is chosen by pure functions, and drawn by thin ones. Equal input, 
 """
 
 import io
+import textwrap
 from collections.abc import Sequence
 from math import ceil
 
@@ -22,6 +23,8 @@ CHARACTERS = "DejaVu Sans Mono"
 """Ships with matplotlib; distinguishes 0 from O, and 1 from I and l."""
 
 CELL_INCHES = 0.21
+NAME_INCHES, TITLE_INCHES = 0.075, 0.085
+"""Width of a character of a class name, beyond the first, and of a title."""
 WRITTEN_SHARE = 0.05
 """Confusions of at least this share of a class are written out."""
 LARGEST_ERROR = 0.5
@@ -31,6 +34,14 @@ CAPTION_INCHES, GAP_INCHES = 0.24, 0.16
 """Above an image, and between two."""
 EXAMPLES = 5
 """Images per class on the sample sheet."""
+MOST_CLASSES = 60
+"""Drawn in a confusion matrix; of more, those that are confused most."""
+MOST_SAMPLES = 120
+"""Classes on the sample sheet."""
+LONGEST_NAME = 16
+"""Characters of a class name that are shown."""
+LONGEST_CAPTION = 18
+"""Characters in a line above a mistake."""
 SAMPLE_COLUMNS = 6
 SAMPLE_INCHES = 0.34
 MISTAKES = 40
@@ -44,31 +55,40 @@ def confusion_picture(confusion: NDArray[np.int64], classes: Sequence[str], titl
 
     Args:
         confusion: `[true, predicted]`.
-        classes: Characters, by label.
+        classes: Names, by label.
         title: Stands above.
 
     Returns:
         A PNG file.
     """
-    shares, count = row_shares(confusion), len(classes)
-    size = CELL_INCHES * max(count, 10)
-    figure = Figure(figsize=(size + 1.9, size + 1.1), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
+    shown = most_confused(confusion, MOST_CLASSES)
+    shares, count = row_shares(confusion)[np.ix_(shown, shown)], len(shown)
+    names = [shorten(classes[label]) for label in shown]
+    if count < len(classes):
+        title = f"{title}\nthe {count} of {len(classes):,} classes that are confused most"
+    size, beside = CELL_INCHES * max(count, 10), NAME_INCHES * (max(map(len, names)) - 1)
+    figure = Figure(
+        figsize=(size + beside + 1.9, size + beside + 1.1),
+        dpi=DPI,
+        layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12),
+    )
     axes = figure.add_subplot()
     right = np.eye(count, dtype=bool)
     norm = PowerNorm(0.5, 0, LARGEST_ERROR, clip=True)  # the root shows rare errors, too
     errors = axes.imshow(np.ma.masked_array(shares, right | (shares == 0)), cmap="Oranges", norm=norm)
     axes.imshow(np.ma.masked_array(shares, ~right), cmap="Blues", vmin=0, vmax=1)
     _write_shares(axes, shares)
-    axes.set_xticks(range(count), classes, family=CHARACTERS, fontsize=9, color=INK)
-    axes.set_yticks(range(count), classes, family=CHARACTERS, fontsize=9, color=INK)
+    axes.set_xticks(range(count), names, rotation=upright(names), family=CHARACTERS, fontsize=9, color=INK)
+    axes.set_yticks(range(count), names, family=CHARACTERS, fontsize=9, color=INK)
     axes.set_xticks(np.arange(-0.5, count), minor=True)
     axes.set_yticks(np.arange(-0.5, count), minor=True)
     axes.grid(which="minor", color=LINES, linewidth=0.4)
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("read as", color=INK)
-    axes.set_ylabel("true character", color=INK)
-    axes.set_title(title, color=INK, loc="left", pad=10)
+    axes.set_ylabel("true class", color=INK)
+    lines = [line for part in title.splitlines() for line in textwrap.wrap(part, int(size / TITLE_INCHES))]
+    axes.set_title("\n".join(lines), color=INK, loc="left", pad=10)
     bar = figure.colorbar(errors, shrink=0.5, aspect=25, pad=0.02, ticks=[0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5])
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     bar.ax.tick_params(labelsize=8, labelcolor=INK, color=MUTED)
@@ -78,7 +98,7 @@ def confusion_picture(confusion: NDArray[np.int64], classes: Sequence[str], titl
 
 
 def sample_sheet(images: NDArray[np.uint8], labels: NDArray[np.int64], classes: Sequence[str]) -> bytes:
-    """Draw the first few images of every class, below its character.
+    """Draw the first few images of every class, or of the first `MOST_SAMPLES`, below its name.
 
     Args:
         images: White on black, `[image, row, column]`.
@@ -88,10 +108,12 @@ def sample_sheet(images: NDArray[np.uint8], labels: NDArray[np.int64], classes: 
     Returns:
         A PNG file.
     """
-    figure, tiles = _tiles(len(classes), SAMPLE_COLUMNS, width=EXAMPLES * SAMPLE_INCHES, height=SAMPLE_INCHES)
+    count = min(len(classes), MOST_SAMPLES)
+    figure, tiles = _tiles(count, SAMPLE_COLUMNS, width=EXAMPLES * SAMPLE_INCHES, height=SAMPLE_INCHES)
     for label, axes in enumerate(tiles):
         _show(axes, strip(images[labels == label]))
-        axes.set_title(classes[label], loc="left", family=CHARACTERS, fontsize=9, color=ACCENT, weight="bold", pad=2)
+        name = shorten(classes[label])
+        axes.set_title(name, loc="left", family=CHARACTERS, fontsize=9, color=ACCENT, weight="bold", pad=2)
     return _png(figure)
 
 
@@ -115,10 +137,13 @@ def mistake_sheet(
         A PNG file.
     """
     shown = np.argsort(-confidence, kind="stable")[:MISTAKES]
-    figure, tiles = _tiles(len(shown), MISTAKE_COLUMNS, width=MISTAKE_INCHES, height=MISTAKE_INCHES)
-    for position, axes in zip(shown, tiles, strict=True):
+    texts = [caption(classes[true[place]], classes[predicted[place]], float(confidence[place])) for place in shown]
+    lines = max((text.count("\n") + 1 for text in texts), default=1)
+    figure, tiles = _tiles(
+        len(shown), MISTAKE_COLUMNS, width=MISTAKE_INCHES, height=MISTAKE_INCHES, caption_inches=lines * CAPTION_INCHES
+    )
+    for position, text, axes in zip(shown, texts, tiles, strict=True):
         _show(axes, images[position])
-        text = caption(classes[true[position]], classes[predicted[position]], float(confidence[position]))
         axes.set_title(text, family=CHARACTERS, fontsize=7.5, color=INK, pad=3)
     if not len(shown):
         figure.text(0.5, 0.5, "no mistakes", ha="center", va="center", color=MUTED)
@@ -147,8 +172,31 @@ def strip(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def caption(true: str, predicted: str, confidence: float) -> str:
-    """Return a caption such as `4 read as 9, 99 %`, the confidence rounded down."""
-    return f"{true} read as {predicted}, {int(100 * confidence)} %"
+    """Return a caption such as `4 read as 9, 99 %`, the confidence rounded down; on two lines if the names are long."""
+    share = f"{int(100 * confidence)} %"
+    text = f"{true} read as {predicted}, {share}"
+    return text if len(text) <= LONGEST_CAPTION else f"{shorten(true)}\nas {shorten(predicted, 8)}, {share}"
+
+
+def shorten(name: str, longest: int = LONGEST_NAME) -> str:
+    """Return a class name, cut if it is too long to be drawn."""
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+
+
+def upright(names: Sequence[str]) -> int:
+    """Return by how many degrees names below a picture are turned, so that they do not overlap."""
+    return 90 if max(map(len, names)) > 2 else 0
+
+
+def most_confused(confusion: NDArray[np.int64], most: int) -> NDArray[np.intp]:
+    """Return the labels of the classes with most errors, as true or as predicted class, in order; all if few enough.
+
+    Args:
+        confusion: `[true, predicted]`.
+        most: Number of classes.
+    """
+    errors = confusion - np.diag(confusion.diagonal())
+    return np.sort(np.argsort(-(errors.sum(axis=0) + errors.sum(axis=1)), kind="stable")[:most])
 
 
 def _write_shares(axes: Axes, shares: NDArray[np.float64]) -> None:
@@ -161,16 +209,18 @@ def _write_shares(axes: Axes, shares: NDArray[np.float64]) -> None:
         axes.text(predicted, true, f"{100 * share:.0f}", ha="center", va="center_baseline", fontsize=6, color=colour)
 
 
-def _tiles(count: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def _tiles(
+    count: int, columns: int, *, width: float, height: float, caption_inches: float = CAPTION_INCHES
+) -> tuple[Figure, list[Axes]]:
     """Return a figure and its tiles, row by row from the top, each with room for a caption; sizes in inches."""
     rows = max(1, ceil(count / columns))
     total_width = GAP_INCHES + columns * (width + GAP_INCHES)
-    total_height = GAP_INCHES + rows * (CAPTION_INCHES + height + GAP_INCHES / 2)
+    total_height = GAP_INCHES + rows * (caption_inches + height + GAP_INCHES / 2)
     figure = Figure(figsize=(total_width, total_height), dpi=DPI)
     tiles = []
     for row, column in (divmod(index, columns) for index in range(count)):
         left = GAP_INCHES + column * (width + GAP_INCHES)
-        bottom = total_height - (row + 1) * (CAPTION_INCHES + height + GAP_INCHES / 2)
+        bottom = total_height - (row + 1) * (caption_inches + height + GAP_INCHES / 2)
         tiles.append(
             figure.add_axes((left / total_width, bottom / total_height, width / total_width, height / total_height))
         )
