@@ -26,6 +26,22 @@ class Techniques:
     """A name in `INITIALIZATIONS`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class NetSpec:
+    """What a net is built from, beside its own sizes."""
+
+    image_shape: tuple[int, int, int]
+    """Channels, height and width of an image."""
+    classes: int
+    """Outputs of the net."""
+    techniques: Techniques
+    """Activation, batch norm and dropout: a net uses all of them, or they would be factors without an effect."""
+    weights: torch.Generator
+    """Draws the initial weights; on the CPU."""
+    masks: torch.Generator
+    """Draws the dropout masks; on the device that trains."""
+
+
 class FlattenPixels(nn.Module):
     """Flatten feature maps pixel by pixel, channels innermost; without a copy if they are channels last in memory."""
 

@@ -46,13 +46,16 @@ def _no_store_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
+BUILT_IN = set(OWN)
+
+
 @pytest.fixture(autouse=True)
 def _no_parts_of_users() -> Iterator[None]:
     """Forget parts files and what stores declare after each test; they are known to the whole process."""
     yield
     for file in loaded():
         unload(file.name)
-    for name in list(OWN):
+    for name in OWN.keys() - BUILT_IN:
         withdraw(name)
 
 

@@ -51,16 +51,16 @@ FAULTS = {
         "@parts.net('narrow')\ndef build(config, spec):\n    return nn.Sequential(nn.Flatten(), nn.Linear(784, 3))",
         "model narrow: returns (1, 3) for 1 images of 47 classes; return one row each",
     ),
-    "claimed to rise": (
+    "said to rise": (
         "@parts.activation('wave', shape='rising')\nclass Wave(nn.Module):\n"
         "    def forward(self, inputs):\n        return torch.sin(inputs)",
         "activation wave: shape='rising' is wrong, as it falls at -1",
     ),
-    "claimed to rise and learns": (
+    "said to rise and learns": (
         "parts.activation('slopes', shape='rising')(nn.PReLU)",
         "activation slopes: shape='rising' is wrong, as it has parameters, so that it may fall; leave shape out",
     ),
-    "claimed to have one valley": (
+    "said to have one valley": (
         "@parts.activation('wave', shape='falling_then_rising')\nclass Wave(nn.Module):\n"
         "    def forward(self, inputs):\n        return torch.sin(inputs)",
         "activation wave: shape='falling_then_rising' is wrong, as it falls again after it has risen",

@@ -51,8 +51,9 @@ class Sizes:
         return (train_size if per_class is None else min(train_size, per_class * self.class_count)), val_size
 
 
-def _add(name: str, kind: str, sizes: Sizes, *, equal_validation: bool = False) -> None:
-    read, is_there = (Code(f"grid.data.sources:{verb}_{kind}") for verb in ("read", "has"))
+def _add(name: str, source: str, sizes: Sizes, *, equal_validation: bool = False) -> None:
+    """Add a data set that `read_<source>` and `has_<source>` in `grid.data.sources` read and look for."""
+    read, is_there = (Code(f"grid.data.sources:{verb}_{source}") for verb in ("read", "has"))
     DATASETS[name] = DataSource(read, is_there, sizes, equal_validation=equal_validation)
 
 

@@ -93,7 +93,7 @@ def regularization(name: str) -> Adder[Any]:
 def net(name: str) -> Adder[Any]:
     """Add a level of the factor `model`.
 
-    Decorates a function of the `TrialConfig` and a `grid.train.models.NetSpec` that returns a module from float images
+    Decorates a function of the `TrialConfig` and a `nets.blocks.NetSpec` that returns a module from float images
     `[batch, channel, height, width]` to logits `[batch, classes]`.
     """
     return lambda build: _added("model", name, MODELS, Code(build), build)

@@ -27,26 +27,26 @@ References:
 
 from typing import Any
 
-from grid.parts.adding import activation, exclude, lr_schedule, net, optimizer, regularization
+from grid.parts import adding as parts
 
-net("mlp")("grid.train.models:build_mlp")
-net("cnn")("grid.train.models:build_cnn")
+parts.net("mlp")("grid.train.models:build_mlp")
+parts.net("cnn")("grid.train.models:build_cnn")
 
-lr_schedule("constant")("grid.train.schedules:constant")
-lr_schedule("step")("grid.train.schedules:step")
-lr_schedule("cosine")("grid.train.schedules:cosine")
-lr_schedule("one_cycle")("grid.train.schedules:one_cycle")
-lr_schedule("exponential")("grid.train.schedules:exponential")
-lr_schedule("plateau")("grid.train.schedules:plateau")
+parts.lr_schedule("constant")("grid.train.schedules:constant")
+parts.lr_schedule("step")("grid.train.schedules:step")
+parts.lr_schedule("cosine")("grid.train.schedules:cosine")
+parts.lr_schedule("one_cycle")("grid.train.schedules:one_cycle")
+parts.lr_schedule("exponential")("grid.train.schedules:exponential")
+parts.lr_schedule("plateau")("grid.train.schedules:plateau")
 
 # Prelu may learn a negative slope.
-activation("relu", shape="rising")("torch.nn:ReLU")
-activation("leaky_relu", shape="rising")("torch.nn:LeakyReLU")
-activation("elu", shape="rising")("torch.nn:ELU")
-activation("gelu", shape="falling_then_rising")("torch.nn:GELU")
-activation("silu", shape="falling_then_rising")("torch.nn:SiLU")
-activation("prelu", shape="falling_then_rising")("torch.nn:PReLU")
-activation("tanh", shape="rising")("torch.nn:Tanh")
+parts.activation("relu", shape="rising")("torch.nn:ReLU")
+parts.activation("leaky_relu", shape="rising")("torch.nn:LeakyReLU")
+parts.activation("elu", shape="rising")("torch.nn:ELU")
+parts.activation("gelu", shape="falling_then_rising")("torch.nn:GELU")
+parts.activation("silu", shape="falling_then_rising")("torch.nn:SiLU")
+parts.activation("prelu", shape="falling_then_rising")("torch.nn:PReLU")
+parts.activation("tanh", shape="rising")("torch.nn:Tanh")
 
 
 def _betas(config: Any) -> dict[str, Any]:
@@ -56,29 +56,31 @@ def _betas(config: Any) -> dict[str, Any]:
 # The base rates were measured by `python -m benchmarks.base_rates` on real images (the table is in LOG.md). `adamw`
 # decays weights separately from the loss. `asgd` has torch's decay term turned off, as decay is what the factor
 # `regularization` varies; it follows a schedule one step late, as torch's own does.
-optimizer(
+parts.optimizer(
     "sgd",
     learning_rate=0.05,
     fused=True,
     options=lambda config: {"momentum": config.momentum},
 )("torch.optim:SGD")
-optimizer("adam", learning_rate=2e-3, fused=True, options=_betas)("torch.optim:Adam")
-optimizer("rmsprop", learning_rate=1e-3, options=lambda config: {"alpha": config.rmsprop_decay})("torch.optim:RMSprop")
-optimizer("asgd", learning_rate=0.5, options=lambda config: {"lambd": 0.0})("torch.optim:ASGD")
-optimizer("adagrad", learning_rate=2e-2, fused=True)("torch.optim:Adagrad")
-optimizer(
+parts.optimizer("adam", learning_rate=2e-3, fused=True, options=_betas)("torch.optim:Adam")
+parts.optimizer("rmsprop", learning_rate=1e-3, options=lambda config: {"alpha": config.rmsprop_decay})(
+    "torch.optim:RMSprop"
+)
+parts.optimizer("asgd", learning_rate=0.5, options=lambda config: {"lambd": 0.0})("torch.optim:ASGD")
+parts.optimizer("adagrad", learning_rate=2e-2, fused=True)("torch.optim:Adagrad")
+parts.optimizer(
     "adamw",
     learning_rate=2e-3,
     fused=True,
     options=lambda config: _betas(config) | {"weight_decay": config.weight_decay},
 )("torch.optim:AdamW")
-optimizer("nadam", learning_rate=2e-3, options=_betas)("torch.optim:NAdam")
+parts.optimizer("nadam", learning_rate=2e-3, options=_betas)("torch.optim:NAdam")
 
-regularization("none")("grid.train.penalties:add_none")
-regularization("l1")("grid.train.penalties:add_l1")
-regularization("l2")("grid.train.penalties:add_l2")
-regularization("elastic")("grid.train.penalties:add_elastic")
+parts.regularization("none")("grid.train.penalties:add_none")
+parts.regularization("l1")("grid.train.penalties:add_l1")
+parts.regularization("l2")("grid.train.penalties:add_l2")
+parts.regularization("elastic")("grid.train.penalties:add_elastic")
 
-exclude("adamw decays the weights already; l2 in the loss would decay them twice")(
+parts.exclude("adamw decays the weights already; l2 in the loss would decay them twice")(
     lambda cell: cell["optimizer"] == "adamw" and cell["regularization"] in ("l2", "elastic")
 )

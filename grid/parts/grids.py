@@ -1,6 +1,6 @@
 """The named grids."""
 
-from grid.parts.adding import grid
+from grid.parts import adding as parts
 from grid.parts.registry import Levels
 
 FULL: Levels = {
@@ -13,10 +13,10 @@ FULL: Levels = {
     "dropout": ("off", "on"),
 }
 
-grid("full", "Which combination of all techniques wins, and what does each contribute?", FULL)
-grid("mlp", "The full grid for the MLP alone", {**FULL, "model": ("mlp",)})
-grid("cnn", "The full grid for the CNN alone", {**FULL, "model": ("cnn",)})
-grid(
+parts.grid("full", "Which combination of all techniques wins, and what does each contribute?", FULL)
+parts.grid("mlp", "The full grid for the MLP alone", {**FULL, "model": ("mlp",)})
+parts.grid("cnn", "The full grid for the CNN alone", {**FULL, "model": ("cnn",)})
+parts.grid(
     "techniques",
     "Which techniques matter at all? A screening with two levels per factor",
     {
@@ -29,7 +29,7 @@ grid(
         "dropout": ("off", "on"),
     },
 )
-grid(
+parts.grid(
     "smoke",
     "Does everything work here? A small grid on images drawn from fonts, without a network",
     {

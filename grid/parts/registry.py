@@ -157,6 +157,11 @@ def note_origin(part: str) -> None:
         ORIGINS[part] = _loading[-1]
 
 
+def is_from_file(kind: str, name: str) -> bool:
+    """Return whether a part comes from a parts file; others are built in."""
+    return f"{kind} {name}" in ORIGINS
+
+
 def check_word(kind: str, name: str) -> None:
     """Raise `InputError` unless a name can be given on the command line and stored as it is."""
     if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.+-]{0,39}", name):

@@ -16,7 +16,7 @@ from grid.config import (
     varied,
 )
 from grid.parts import LEVELS
-from grid.parts.registry import ACTIONS, EXCLUSIONS, GRIDS, Grid, Levels, check_level
+from grid.parts.registry import ACTIONS, EXCLUSIONS, GRIDS, Grid, Levels, check_level, is_from_file
 
 ORDER_SEED = 0
 """Seed of the order of the trials, of the controls and of the validation split; recorded in the manifest."""
@@ -56,8 +56,9 @@ def restrict(levels: Levels, only: Iterable[tuple[str, Sequence[str]]]) -> Level
         held[factor] = tuple(level for level in held.get(factor, LEVELS[factor]) if level in wanted)
         if not held[factor]:
             raise InputError(f"--only leaves no cell: no {factor} is left; give {factor}=LEVEL[,LEVEL] once")
-    crossed = {**{factor: LEVELS[factor] for factor in ACTIONS}, **levels}
-    return {factor: held.get(factor, tuple(crossed[factor])) for factor in LEVELS}
+    own = {factor: LEVELS[factor] for factor in ACTIONS if is_from_file("factor", factor)}
+    chosen = {**own, **levels, **held}
+    return {factor: tuple(chosen[factor]) for factor in LEVELS if factor in chosen}
 
 
 def vary(settings: Iterable[tuple[str, Sequence[str]]]) -> Levels:

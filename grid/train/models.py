@@ -1,31 +1,13 @@
-"""The built-in nets, and what is needed to build one."""
+"""The built-in nets, built from a configuration."""
 
-from dataclasses import dataclass
 from math import prod
 
-import torch
 from torch import nn
 
 from grid.config import TrialConfig, parse_sizes
-from nets.blocks import Techniques
+from nets.blocks import NetSpec
 from nets.cnn import CNN
 from nets.mlp import MLP
-
-
-@dataclass(frozen=True, kw_only=True)
-class NetSpec:
-    """What a builder of a net needs beside the configuration."""
-
-    image_shape: tuple[int, int, int]
-    """Channels, height and width of an image."""
-    classes: int
-    """Outputs of the net."""
-    techniques: Techniques
-    """Activation, batch norm and dropout: a net uses all of them, or they would be factors without an effect."""
-    weights: torch.Generator
-    """Draws the initial weights; on the CPU."""
-    masks: torch.Generator
-    """Draws the dropout masks; on the device that trains."""
 
 
 def build_mlp(config: TrialConfig, spec: NetSpec) -> nn.Module:

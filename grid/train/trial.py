@@ -26,12 +26,11 @@ from grid.metrics import EpochReport
 from grid.parts.registry import ActivationSpec, check_known, find
 from grid.train.actions import Actions, acting, change_net
 from grid.train.averaging import averaged_weights
-from grid.train.models import NetSpec
 from grid.train.optimizers import build_optimizer
 from grid.train.penalties import penalised_weights
 from grid.train.schedules import Schedule
 from nets.activations import Activation
-from nets.blocks import Techniques
+from nets.blocks import NetSpec, Techniques
 
 Pixels = UInt8[Tensor, "batch channels height width"]
 Inputs = Float[Tensor, "batch channels height width"]
