@@ -20,8 +20,9 @@ from analysis.estimates.rung_effects import measure_rung_effects
 from analysis.rank import rank_cells
 from analysis.store import read_artifact, read_artifacts, read_experiment
 from analysis.verdict import name_of
-from grid.config import FACTORS, InputError, TrialConfig, factors_among
+from grid.config import FACTORS, SETTINGS, InputError, TrialConfig, factors_among
 from grid.metrics import EpochReport
+from grid.parts.files import PartsFile, load, unload
 from grid.record.recorder import Recorder
 from grid.record.spool import Spool
 from grid.record.store import Store
@@ -52,6 +53,7 @@ def record(store: Store, folder: Path, status: str | None, epochs_run: int = 1, 
 
 def complete(store: Store, folder: Path, accuracies: Mapping[TrialConfig, float]) -> pd.DataFrame:
     """Record trials that trained to the end, and return their table."""
+    folder.mkdir(exist_ok=True)
     recorder = Recorder(store, Spool(folder / "spool.jsonl"))
     recorder.begin({"grid.json": b"{}"}, {})
     for config, accuracy in accuracies.items():
@@ -82,6 +84,36 @@ def test_settings_that_differ_between_trials_are_factors(store: Store, tmp_path:
     levels = measure_final_effects(trials).levels.set_index("level")["effect"]
     assert list(levels.index) == ["32", "128", "256"]  # not in the order of the alphabet
     assert list(levels) == pytest.approx([0.91 - 2.405 / 3, 0.795 - 2.405 / 3, 0.7 - 2.405 / 3])
+
+
+SMOOTHING = (
+    "from grid import parts\nparts.on_loss('smoothing', ('off', '0.1', '0.2'))(print)\nparts.setting('heat', 1.0)\n"
+)
+
+
+def test_a_factor_added_later_counts_as_its_first_level_before(store: Store, tmp_path: Path) -> None:
+    """The file is known where trials are recorded, and unknown where they are read."""
+    before = {replace(CONFIG, seed=seed): 0.5 + 0.01 * seed for seed in range(3)}
+    complete(store, tmp_path, before)
+    load([PartsFile("own.py", SMOOTHING)])
+    plain = CONFIG.to_params()
+    added = {
+        TrialConfig.from_params({**plain, "seed": str(seed), "smoothing": level, "heat": "1.0"}): 0.6 + 0.01 * seed
+        for level in ("0.1", "0.2")
+        for seed in range(3)
+    }
+    complete(store, tmp_path / "later", added)
+    unload("own.py")
+    assert "smoothing" not in SETTINGS
+    trials = read_experiment(store.uri, "some grid").trials
+    assert factors_among(trials.columns) == (*FACTORS, "smoothing")  # heat is the same in all
+    assert sorted(trials["smoothing"].value_counts().items()) == [("0.1", 3), ("0.2", 3), ("off", 3)]
+    assert trials["cell_key"].nunique() == 3
+    ranked = rank_cells(trials)
+    assert [name_of(cell) for _, cell in ranked.iterrows()][-1] == "mlp constant relu adam"
+    levels = measure_final_effects(trials).levels.set_index("level")["effect"]
+    assert list(levels.index) == ["off", "0.1", "0.2"]
+    assert levels["off"] == pytest.approx(-0.2 / 3)
 
 
 def test_a_setting_is_compared_where_it_matters_alone(store: Store, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from grid import confirm
 from grid.config import InputError, TrialConfig
 from grid.driver.provenance import check_code, describe_command
 from grid.metrics import EpochReport
+from grid.parts.files import PartsFile, load, loaded, unload
 from grid.record.commands import commands_of, describe_numeric_code, read_command, record_command
 from grid.record.recorder import Recorder
 from grid.record.spool import Spool
@@ -55,6 +57,44 @@ def start(store: Store, folder: Path, record: Mapping[str, Any] | None, config: 
 
 def check(store: Store, *, accept: bool = False) -> Any:
     return check_code(store, store.trials().values(), accept=accept)
+
+
+PARTS = "from grid import parts\nfrom torch import nn\nparts.activation('own')(nn.Hardswish)\n"
+
+
+def use(text: str, name: str = "own.py") -> None:
+    load([PartsFile(name, text)])
+
+
+def test_a_parts_file_that_changed_is_refused_whatever_trained_in_between(store: Store, tmp_path: Path) -> None:
+    use(PARTS)
+    start(store, tmp_path, as_record(NumericCode.here()), replace(CONFIGS[0], activation="own"))
+    check(store)
+    use(f"# a comment\n{PARTS}")
+    check(store)
+    unload("own.py")
+    start(store, tmp_path, as_record(NumericCode.here()), CONFIGS[1])  # without the file
+    check(store)
+    use(PARTS.replace("nn.Hardswish", "nn.Mish"))
+    with pytest.raises(InputError, match=r"was trained with other code \(activation own\); use .*--accept-code"):
+        check(store)
+    accepted = check(store, accept=True)
+    assert accepted.accepted["parts"] == ["activation own"]
+    start(store, tmp_path, as_record(accepted.code), CONFIGS[2])
+    check(store)  # both have trained
+
+
+def test_new_parts_may_be_added_to_an_experiment(store: Store, tmp_path: Path) -> None:
+    start(store, tmp_path, as_record(HERE))
+    use(PARTS)
+    check(store)
+
+
+def test_the_text_of_a_parts_file_is_kept_with_the_parent_run(store: Store, tmp_path: Path) -> None:
+    use(PARTS)
+    start(store, tmp_path, as_record(NumericCode.here()))
+    (file,) = loaded()
+    assert store.artifact(f"parts/{file.digest}/own.py") == PARTS.encode()
 
 
 def test_the_code_that_trained_it_may_train_on(store: Store, tmp_path: Path) -> None:

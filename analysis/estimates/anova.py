@@ -21,7 +21,7 @@ from scipy.linalg import helmert
 from statsmodels.regression.linear_model import OLS, RegressionResults
 
 from analysis.multiplicity import holm
-from grid.config import MATTERS_WITH, InputError, idle_settings
+from grid.config import MATTERS_WITH, SETTINGS, InputError, idle_settings
 from grid.parts import LEVELS
 
 TOLERANCE = 1e-9
@@ -184,10 +184,12 @@ def effect_weights(terms: Sequence[Term]) -> dict[str, Array]:
 def in_order(name: str, values: "pd.Series[Any]") -> tuple[Any, ...]:
     """Return the distinct values of a factor or of the seed: known levels in their usual order, then others sorted.
 
-    Values that are all numbers are sorted as such. Empty ones, of a setting that does not matter, are left out.
+    Values that are all numbers are sorted as such; of others a setting's default comes first. Empty ones, of a setting
+    that does not matter, are left out.
     """
     present = set(values.unique()) - {""}
-    return tuple(value for value in dict.fromkeys((*LEVELS.get(name, ()), *_sorted(present))) if value in present)
+    known = (*LEVELS.get(name, ()), *_sorted(present, SETTINGS.get(name)))
+    return tuple(value for value in dict.fromkeys(known) if value in present)
 
 
 def number_of_cells(varied: Levels) -> int:
@@ -198,11 +200,11 @@ def number_of_cells(varied: Levels) -> int:
     return len({tuple((cell | dict.fromkeys(idle_settings(cell), "")).values()) for cell in cells})
 
 
-def _sorted(values: Iterable[Any]) -> list[Any]:
+def _sorted(values: Iterable[Any], first: str | None) -> list[Any]:
     try:
         return sorted(values, key=float)
     except ValueError:
-        return sorted(values)
+        return sorted(values, key=lambda value: (value != first, value))
 
 
 def _term(name: str, values: "pd.Series[Any]") -> Term:
