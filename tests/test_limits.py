@@ -16,7 +16,16 @@ from grid.config import InputError
 from grid.plan.memory import BYTES_PER_TRIAL, DRIVER_BYTES, Memory
 from grid.plan.packing import Packing, pack
 from grid.tune.connection import _object_store_memory
-from grid.tune.limits import ADDRESS_SPACE, UNLIMITED, find_limits, largest_object_store, out_of_memory_kills
+from grid.tune.limits import (
+    ADDRESS_SPACE,
+    RAY_THREADS,
+    TRIAL_THREADS,
+    UNLIMITED,
+    check_thread_limit,
+    find_limits,
+    largest_object_store,
+    out_of_memory_kills,
+)
 
 MIB = 2**20
 GIB = 2**30
@@ -261,3 +270,45 @@ def test_a_limit_of_the_shell_makes_the_object_store_smaller(
     monkeypatch.setattr(resource, "getrlimit", lambda asked: (limit if asked == found else -1, -1))
     assert largest_object_store() == room
     assert _object_store_memory() == room
+
+
+@pytest.mark.parametrize(
+    ("mounts", "groups", "folder"),
+    [
+        (V2, "0::/", ""),
+        (V2, "0::/a/b", "a/"),
+        ({"/ /sys/fs/cgroup/pids": "cgroup cgroup rw,pids"}, "5:pids:/", "pids/"),
+    ],
+)
+def test_a_container_that_allows_too_few_threads_is_named(
+    mounts: dict[str, str], groups: str, folder: str, tmp_path: Path
+) -> None:
+    needed = RAY_THREADS + 2 * TRIAL_THREADS
+    root = system(tmp_path, mounts, groups, {f"{folder}pids.max": f"{needed + 9}", f"{folder}pids.current": "10"})
+    check_thread_limit(1, root)
+    with pytest.raises(InputError, match=rf"^the container limits processes and threads to {needed + 9}, of which 10 "):
+        check_thread_limit(2, root)
+
+
+@pytest.mark.parametrize("limit", ["max", "", "many"])
+def test_a_container_without_a_limit_of_threads_is_none(limit: str, tmp_path: Path) -> None:
+    check_thread_limit(100, system(tmp_path, V2, "0::/", {"pids.max": limit, "pids.current": "10"}))
+
+
+NOBODY = 65534
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="changing the user needs root, whom the limit does not bind")
+def test_a_shell_that_allows_too_few_threads_is_named() -> None:
+    """As an ordinary user, since root may have any number."""
+    code = (
+        "import os, resource\nfrom grid.config import InputError\nfrom grid.tune.limits import check_thread_limit\n"
+        f"resource.setrlimit(resource.RLIMIT_NPROC, (150, 150)); os.setuid({NOBODY})\n"
+        "try:\n    check_thread_limit(2)\nexcept InputError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=900)
+    assert re.fullmatch(
+        r"the shell limits processes and threads to 150, of which \d+ are in use, but Ray with 2 trials at once needs "
+        r"about 300; lift it with  ulimit -u unlimited .*\n",
+        done.stdout,
+    ), done.stdout + done.stderr

@@ -27,7 +27,7 @@ from grid.plan.request import NO_RAY, check_address, resume_command
 from grid.train.checkpoints import Checkpoints
 from grid.tune import private_ray
 from grid.tune.gpus import device_names, find_gpus
-from grid.tune.limits import SMALLEST_OBJECT_STORE, UNLIMITED, find_limits, largest_object_store
+from grid.tune.limits import SMALLEST_OBJECT_STORE, UNLIMITED, check_thread_limit, find_limits, largest_object_store
 from grid.tune.preflight import (
     ANSWER_SECONDS,
     HINT,
@@ -209,10 +209,11 @@ def local_packing(concurrency: int | None) -> Packing:
     """Choose how trials share this machine, without starting Ray.
 
     Raises:
-        InputError: `concurrency` is out of range, or the memory is too small.
+        InputError: `concurrency` is out of range, the memory is too small, or too few threads are allowed.
     """
     limits = find_limits()
     packing = pack(limits.cpus, *find_gpus(), concurrency, memory=limits.memory, cpu_limit=limits.cpu_limit)
+    check_thread_limit(packing.concurrency)
     return replace(packing, devices=device_names())
 
 

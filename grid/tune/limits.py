@@ -14,10 +14,13 @@ import psutil
 
 from grid.config import InputError
 from grid.plan.memory import Memory
+from grid.wording import count
 
 UNLIMITED = 2**60
 """Limits as large as this are none; version 1 writes 2^63 rounded down to a page."""
 SMALLEST_OBJECT_STORE = 80 * 2**20
+RAY_THREADS, TRIAL_THREADS = 200, 50
+"""Threads of Ray's servers and the driver, and of a worker: what a grid on two cores was seen to have, rounded up."""
 ADDRESS_SPACE = 8 * 2**30
 """Bytes that a process with torch and Ray maps at most, beside Ray's object store; most of them it never uses."""
 
@@ -72,6 +75,45 @@ def largest_object_store() -> int:
             hint = f"lift it with  ulimit -{option} unlimited  or, of a batch job, where it is submitted"
             raise InputError(f"the shell limits {what} to {limit / 2**20:,.0f} MiB, but {needed}; {hint}")
     return largest
+
+
+def check_thread_limit(trials: int, root: Path = Path("/")) -> None:
+    """Check that processes and threads may be started as Ray does; it would hang without a word.
+
+    Args:
+        trials: That run at once.
+        root: Where `proc` and `sys` are.
+
+    Raises:
+        InputError: The shell, a container or a batch job allows too few.
+    """
+    needed = RAY_THREADS + TRIAL_THREADS * trials
+    for room, limit, what, hint in _thread_limits(root):
+        if room < needed:
+            used = f"{limit:,}, of which {limit - room:,} are in use"
+            wanted = f"Ray with {count(trials, 'trial')} at once needs about {needed:,}"
+            raise InputError(f"{what} limits processes and threads to {used}, but {wanted}; {hint}")
+
+
+def _thread_limits(root: Path) -> Iterator[tuple[int, int, str, str]]:
+    """Yield each limit: how many threads are left, how many are allowed, what limits them, and how to lift it."""
+    allowed = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    if allowed != resource.RLIM_INFINITY and os.getuid() != 0:  # root may exceed it
+        hint = "lift it with  ulimit -u unlimited  or, of a batch job, where it is submitted"
+        yield allowed - _threads_of(os.getuid()), allowed, "the shell", hint
+    for folder in _groups(root, "pids"):
+        limit, used = (_text(folder / f"pids.{name}").strip() for name in ("max", "current"))
+        if limit.isdecimal() and used.isdecimal():
+            hint = "lift it with  --pids-limit  of docker or podman, or where the container or job is described"
+            yield int(limit) - int(used), int(limit), "the container", hint
+
+
+def _threads_of(user: int) -> int:
+    """Return how many threads the processes of a user have."""
+    processes = psutil.process_iter(["uids", "num_threads"])
+    return sum(
+        each.info["num_threads"] or 0 for each in processes if each.info["uids"] and each.info["uids"].real == user
+    )
 
 
 def out_of_memory_kills(root: Path = Path("/")) -> int:
