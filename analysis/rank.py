@@ -7,7 +7,7 @@ Diverged and failed trials are counted, not ranked.
 
 import sys
 from base64 import b64decode
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -235,12 +235,17 @@ def _tests(finalists: pd.DataFrame, cells: Sequence[RankedCell]) -> list[dict[st
 
 
 def _balanced(trials: pd.DataFrame, cells: Sequence[RankedCell]) -> list[dict[str, float]]:
-    """Return the mean balanced accuracies of each cell."""
-    names = [name for name in BALANCED_COLUMNS if name in trials.columns]
-    means = trials.groupby(list(factors_among(trials.columns)), as_index=True)[names].mean()
-    known = {key if isinstance(key, tuple) else (key,): row for key, row in means.to_dict("index").items()}
-    rows: Iterable[Mapping[Any, Any]] = (known.get(tuple(cell.cell.values()), {}) for cell in cells)
-    return [{name: float(row.get(name, np.nan)) for name in BALANCED_COLUMNS} for row in rows]
+    """Return the balanced accuracies of each cell at the end of the budget: means over the seeds that count there."""
+    factors, missing = list(factors_among(trials.columns)), dict.fromkeys(BALANCED_COLUMNS, np.nan)
+    values = trials.reindex(columns=list(BALANCED_COLUMNS)).to_dict("records")
+    keys = trials[[*factors, "lr_scale", "seed"]].itertuples(index=False, name=None)
+    known = dict(zip(keys, values, strict=True))
+
+    def of(cell: RankedCell) -> dict[str, float]:
+        rows = [known.get((*cell.cell.values(), cell.lr_scale, seed), missing) for seed in cell.accuracies]
+        return {name: float(np.mean([row[name] for row in rows])) for name in BALANCED_COLUMNS}
+
+    return [of(cell) if cell.accuracies and cell.epochs_run == cell.epochs else missing for cell in cells]
 
 
 def format_ranking(cells: pd.DataFrame, experiment: Experiment, top: int) -> str:

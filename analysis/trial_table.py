@@ -5,12 +5,13 @@ Knows the contract in docs/store.md, but not MLflow: runs are what its client re
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import nan, prod
 from typing import Any
 
 import pandas as pd
 
-from grid.config import idle_settings, varied
+from grid.config import idle_settings, know_alike, varied
 from grid.metrics import AS_VALIDATED_METRIC, FINAL_METRIC, RUNG_METRIC, TEST_METRICS, rung_epochs
 from grid.recorded import (
     ROUNDS,
@@ -76,6 +77,10 @@ def tabulate(
     read, unreadable = _read(runs)
     ended = [trial for trial in read if trial.status]
     counting, twins = drop_twins(ended)
+    configs = know_alike([trial.config for trial in counting.values()])
+    counting = {
+        key: replace(trial, config=config) for (key, trial), config in zip(counting.items(), configs, strict=True)
+    }
     rungs = [f"{RUNG_METRIC}{epoch}" for epoch in rung_epochs({name for each in ended for name in each.metrics})]
     extra = rungs if noun == "trial" else [*rungs, *TEST_METRICS]
     rows = [_row(counting[key], rounds) for key in sorted(counting)]

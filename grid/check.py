@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import grid
 from grid.arguments import Parser, add_data_dir, add_debug, run_command
 from grid.config import InputError
+from grid.data.catalogue import find_dataset
 from grid.parts.files import PartsFile, load_files, loaded
-from grid.parts.registry import DATASETS, GRIDS, ORIGINS
+from grid.parts.registry import GRIDS, ORIGINS
 from grid.plan.space import cross, restrict
 from grid.wording import count, last_line
 
@@ -26,6 +27,7 @@ ELSEWHERE = """
 import json, sys
 from grid.parts.files import PartsFile, load
 from grid.config import InputError
+from grid.data.catalogue import find_dataset
 try:
     load([PartsFile(**file) for file in json.load(sys.stdin)])
 except InputError as error:
@@ -55,13 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check(data_dir: Path) -> int:
-    """Print what is wrong with the parts that are loaded, a line for each fault, and return the exit code.
-
-    Raises:
-        InputError: The files add no parts.
-    """
-    if not ORIGINS:
-        raise InputError("the file adds no parts; decorate them with functions of grid.parts, such as @parts.net(...)")
+    """Print what is wrong with the parts that are loaded, a line for each fault, and return the exit code."""
     faults = 0
     for finding in _findings(data_dir):
         faults += finding.is_fault
@@ -85,6 +81,8 @@ def _findings(data_dir: Path) -> Iterator["Finding"]:
                 image_shape, classes = _look_at(name, data_dir)
             elif kind == "grid":
                 _check_grid(name, data_dir)
+            elif kind == "exclusion":
+                cross(restrict(GRIDS["full"].levels, []))
             else:
                 yield from conformance.examine(part, image_shape, classes)
         except InputError as error:
@@ -97,16 +95,13 @@ def _look_at(name: str, data_dir: Path) -> tuple[tuple[int, int, int], int]:
     first, again = (data.load(name, data_dir.absolute()) for _ in range(2))
     if first.fingerprint != again.fingerprint:
         raise InputError("returns other images at a second call; draw from a generator with a seed of its own")
-    test_images, _ = data.load_test(name, data_dir.absolute())
-    if test_images.shape[1:] != first.train_images.shape[1:]:
-        raise InputError(f"test images are {test_images.shape[1:]}, train images {first.train_images.shape[1:]}")
+    data.load_test(name, data_dir.absolute(), first)
     return first.image_shape, len(first.classes)
 
 
 def _check_grid(name: str, data_dir: Path) -> None:
     cross(restrict(GRIDS[name].levels, []))
-    if GRIDS[name].data not in DATASETS:
-        import_module("grid.data.catalogue").find_dataset(GRIDS[name].data, data_dir)
+    find_dataset(GRIDS[name].data, data_dir)
 
 
 def _problem_elsewhere(files: Sequence[PartsFile]) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from math import inf, isfinite
 from typing import Any
@@ -215,7 +215,7 @@ class TrialConfig:
             f"{name} must be {rule}, got {getattr(self, name)!r}" for name, rule, holds in self._rules() if not holds
         ]
         for each in self.own:
-            rule, holds = _OWN_RULES.get(each.name, ("", None))
+            rule, holds = OWN_RULES.get(each.name, ("", None))
             if holds is not None and not holds(_parse(each.name, OWN[each.name], each.value)):
                 problems.append(f"{each.name} must be {rule}, got {each.value}")
         if problems:
@@ -285,7 +285,14 @@ class TrialConfig:
         return next((each.value for each in self.own if each.name == name), SETTINGS[name])
 
     def setting(self, name: str) -> Any:
-        """Return a factor or setting that a parts file has declared, in its type."""
+        """Return a setting in its type.
+
+        Raises:
+            InputError: There is no such setting.
+        """
+        if name in _FIELDS:
+            return getattr(self, name)
+        check_setting(name)
         return _parse(name, OWN[name], self.text(name))
 
     @classmethod
@@ -337,7 +344,8 @@ SETTINGS: Params = {
 
 OWN: dict[str, type] = {}
 """Those in `SETTINGS` that are no field of a trial, with the types of their values."""
-_OWN_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {}
+OWN_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {}
+"""What values of some of these must be, in words and as a function."""
 
 
 def declare(
@@ -367,12 +375,12 @@ def declare(
     if matters_with is not None:
         MATTERS_WITH[name] = matters_with
     if rule is not None:
-        _OWN_RULES[name] = rule
+        OWN_RULES[name] = rule
 
 
 def withdraw(name: str) -> None:
     """Forget what `declare` made known."""
-    for table in (OWN, SETTINGS, MATTERS_WITH, _OWN_RULES):
+    for table in (OWN, SETTINGS, MATTERS_WITH, OWN_RULES):
         table.pop(name, None)
 
 
@@ -392,6 +400,29 @@ def varied(trials: Sequence[TrialConfig]) -> tuple[str, ...]:
     """Return the factors of a grid, in order: those of every grid, and the settings that differ between its trials."""
     changed = [name for name in SETTINGS if len({trial.text(name) for trial in trials}) > 1]
     return (*FACTORS, *changed)
+
+
+def know_alike(trials: Sequence[TrialConfig]) -> list[TrialConfig]:
+    """Return the trials of an experiment, each with all that any of them has in `own`, at its default if it lacks it.
+
+    Of two defaults the first one counts. What other experiments have declared in this process is of no account.
+    """
+    declared: dict[str, Own] = {}
+    for trial in trials:
+        for each in trial.own:
+            declared.setdefault(each.name, each)
+    if not declared:
+        return list(trials)
+    return [
+        replace(
+            trial,
+            own=tuple(
+                replace(each, value=next((own.value for own in trial.own if own.name == name), each.default))
+                for name, each in sorted(declared.items())
+            ),
+        )
+        for trial in trials
+    ]
 
 
 def idle_settings(cell: Mapping[str, str]) -> list[str]:
@@ -424,8 +455,6 @@ def changed_settings(settings: Params) -> Params:
         InputError: One of them is no setting of a trial, or a value is not in its range.
     """
     for name in settings:
-        if name in FACTORS:
-            raise InputError(f"{name} is a factor: give --only {name}={settings[name]}")
         check_setting(name)
     config = TrialConfig.from_params({"learning_rate": "1", "epochs": "1", **settings})
     return {name: config.text(name) for name in settings if config.text(name) != SETTINGS[name]}

@@ -277,6 +277,8 @@ def _read_settings(texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         name, values = _split(text, "--set", SETTINGS)
         value = ",".join(values)
+        if name in LEVELS:
+            raise InputError(f"{name} is a factor: give --only {name}={value}")
         if settings.get(name, value) != value:
             raise InputError(f"--set gives {name} twice, {settings[name]} and {value}; give it once")
         settings[name] = value

@@ -39,6 +39,7 @@ def gain(activation: Activation) -> float:
     """
     inputs = torch.linspace(-10, 10, POINTS, dtype=torch.float64)
     density = torch.exp(-inputs.square() / 2) / math.sqrt(2 * math.pi)
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # an activation may draw weights of its own
         outputs = activation.build().double()(inputs)
     return torch.trapezoid(density * outputs.square(), inputs).rsqrt().item()

@@ -11,7 +11,7 @@ from grid.data.load import split_indices
 from grid.parts.registry import DATASETS
 
 
-@pytest.mark.parametrize("name", [name for name, source in DATASETS.items() if source.sizes.balanced])
+@pytest.mark.parametrize("name", [name for name, source in DATASETS.items() if source.sizes and source.sizes.balanced])
 @pytest.mark.parametrize("per_class", [None, 1, 100])
 def test_forecast_sizes_equal_those_of_the_split(name: str, per_class: int | None) -> None:
     sizes = DATASETS[name].sizes

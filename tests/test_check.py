@@ -93,6 +93,14 @@ FAULTS = {
         "    return images, labels, images[:, :7], labels",
         "data odd: test images are (7, 8), train images (8, 8)",
     ),
+    "exclusion": (
+        "@parts.exclude('mine')\ndef mine(cell):\n    return cell['optimiser'] == 'sgd'",
+        "own.py:6: exclusion mine: exclusion 'mine': KeyError: 'optimiser'",
+    ),
+    "frozen and unused": (
+        "@parts.on_net('cut', ('off', 'on'))\ndef cut(net, use):\n    return nn.Sequential(net, nn.Flatten(0))",
+        "factor cut: returns (47,) for 1 images of 47 classes; return one row each",
+    ),
     "data of a grid": (
         "parts.grid('mine', 'Which?', {'optimizer': ['sgd', 'adam']}, data='nowhere')",
         "grid mine: unknown data set 'nowhere'; choose from",
@@ -187,7 +195,7 @@ def test_a_file_that_works_only_where_it_lies_is_found(
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("x = 1", "the file adds no parts; decorate them with"), ("1 / 0", "own.py line 1: ZeroDivisionError")],
+    [("x = 1", "own.py: own.py adds no parts; decorate them, such as"), ("1 / 0", "own.py line 1: ZeroDivisionError")],
 )
 def test_a_file_that_adds_nothing_is_refused(
     text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -14,6 +14,7 @@ from grid.config import TrialConfig
 from grid.data.dataset import Dataset
 from grid.metrics import EpochReport
 from grid.train import evaluation
+from grid.train import trial as trial_module
 from grid.train.evaluation import (
     Evaluation,
     confused_pairs,
@@ -100,7 +101,7 @@ def test_reading_a_state_does_not_change_it(dataset, data, read):
 def test_the_batch_size_changes_only_rounding(dataset, data, monkeypatch):
     trial, _ = trained(data)
     whole = evaluated(trial, dataset)
-    monkeypatch.setattr(evaluation, "EVALUATION_BATCH_SIZE", 5)
+    monkeypatch.setattr(trial_module, "EVALUATION_BATCH_SIZE", 5)
     parts = evaluated(trial, dataset)
     assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
     assert np.array_equal(parts.confusion, whole.confusion)
@@ -133,7 +134,7 @@ def test_milliseconds_per_image_are_the_median_over_batches(dataset, data, monke
     sizes = [10, 10, 10, 7]
     times = [value for second, size in zip(seconds, sizes, strict=True) for value in (0.0, second * size / 1000)]
     clock = iter(times)
-    monkeypatch.setattr(evaluation, "EVALUATION_BATCH_SIZE", 10)
+    monkeypatch.setattr(trial_module, "EVALUATION_BATCH_SIZE", 10)
     monkeypatch.setattr(evaluation, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     assert evaluated(trial, dataset).milliseconds_per_image == pytest.approx(median)
 
@@ -142,7 +143,7 @@ def test_the_first_batch_warms_up_untimed(dataset, data, monkeypatch):
     trial, _ = trained(data)
     seen: list[int] = []
     logits = Trial.logits
-    monkeypatch.setattr(evaluation, "EVALUATION_BATCH_SIZE", 20)
+    monkeypatch.setattr(trial_module, "EVALUATION_BATCH_SIZE", 20)
     monkeypatch.setattr(Trial, "logits", lambda self, images: seen.append(len(images)) or logits(self, images))
     evaluated(trial, dataset)
     assert seen == [20, 20, 17]

@@ -1,16 +1,32 @@
 """Parts of a user's file: what is added, what is refused, and what it does to keys, cells and the identity of code."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from grid.config import FACTORS, OWN, SETTINGS, InputError, TrialConfig, cell_name, changed_settings, varied, withdraw
+from grid.config import (
+    FACTORS,
+    OWN,
+    SETTINGS,
+    InputError,
+    TrialConfig,
+    cell_name,
+    changed_settings,
+    know_alike,
+    varied,
+    withdraw,
+)
+from grid.metrics import TEST_METRICS
 from grid.parts import LEVELS
-from grid.parts.files import PartsFile, load, load_files, loaded, unload
+from grid.parts.adding import RESERVED
+from grid.parts.files import PartsFile, imported_packages, load, load_files, loaded, unload, using
 from grid.parts.registry import EXCLUSIONS, GRIDS, check_known
 from grid.plan.space import cross, restrict, vary
+from grid.plan.trials import check_comparable
+from grid.run import main
 from grid.train.code_version import NumericCode
 
 SMOOTHING = """
@@ -170,19 +186,31 @@ def test_a_grid_and_an_exclusion_of_a_file() -> None:
         ("1 / 0", "own.py line 2: ZeroDivisionError: division by zero"),
         ("raise SystemExit(3)", "own.py line 2: SystemExit: 3"),
         ("import nothing_of_that_name", "own.py line 2: ModuleNotFoundError: No module named 'nothing_of_that_name'"),
-        ('parts.activation("x", shape="rising")', ""),
+        ('parts.activation("x", shape="rising")', "own.py adds no parts; decorate them, such as @parts.net(NAME)"),
+        ('parts.on_loss("status", ("a", "b"))(print)', "'status' is a column of the tables of results; choose another"),
+        (
+            'parts.setting("rank", 1)',
+            "'rank' is a column of the tables of results; choose another name for the setting",
+        ),
+        (
+            'parts.on_loss("new", (0, 0.1))(print)',
+            "a name of a level has up to 40 letters, digits and any of _.+-; got '0'",
+        ),
+        ('parts.setting("new", "")', "the default of setting 'new' must be a number, True, False or a word, got ''"),
+        ('parts.setting("new", "8 16")', "must be a number, True, False or a word, got '8 16'"),
+        ('parts.setting("new", None)', "must be a number, True, False or a word, got None"),
+        ('parts.setting("new", 0, rule=("above 0", bool))', "the default of setting 'new' must be above 0, got 0"),
+        ('parts.setting("new", 1, matters_with=("optimizer", "sgd"))', "takes a factor and a tuple of its levels"),
+        ('parts.setting("new", 1, matters_with=("optimizer", ("sdg",)))', "unknown optimizer 'sdg'"),
     ],
 )
 def test_a_wrong_file_is_one_line_with_its_place_and_adds_nothing(text: str, message: str) -> None:
     before = dict(LEVELS), dict(SETTINGS), dict(GRIDS)
-    if not message:
-        use(text)
-        return
     with pytest.raises(InputError) as caught:
-        use(f"{text}\n" if "line" in message else text)
+        use(text)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith("own.py line 2: ")
+    assert str(caught.value).startswith("own.py")
     assert (dict(LEVELS), dict(SETTINGS), dict(GRIDS)) == before
     assert loaded() == ()
 
@@ -213,13 +241,134 @@ def test_a_file_that_cannot_be_read_is_refused(make: Callable[[Path], None], rea
         load_files([tmp_path / "own.py"])
 
 
-def test_a_file_that_needs_another_one_beside_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "beside_parts.py").write_text("VALUE = 1\n")
-    (tmp_path / "own.py").write_text(f"import beside_parts\n{CUBED}")
+@pytest.mark.parametrize("source", ["beside_parts.py", "beside_package/__init__.py"])
+def test_a_file_that_needs_another_one_beside_it_is_refused(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / source).parent.mkdir(exist_ok=True)
+    (tmp_path / source).write_text("VALUE = 1\n")
+    (tmp_path / "own.py").write_text(f"import {source.partition('/')[0].removesuffix('.py')}\n{CUBED}")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(InputError, match=r"imports beside_parts.py, which no other machine has; put both in one file"):
+    with pytest.raises(InputError, match=rf"imports {Path(source).name}, which no other machine has; put both in one"):
         load_files([tmp_path / "own.py"])
     assert "cubed" not in LEVELS["activation"]
+
+
+def written(folder: Path, text: str, name: str = "own.py") -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    files = [written(tmp_path / "a", CUBED), written(tmp_path / "b", SMOOTHING)]
+    with pytest.raises(InputError, match=r"^two files of --parts are called own.py; rename one$"):
+        load_files(files)
+
+
+def test_a_command_knows_the_files_that_it_was_given_and_no_others(tmp_path: Path) -> None:
+    load_files([written(tmp_path, CUBED)])
+    load_files([written(tmp_path, SMOOTHING, "second.py")])
+    assert "cubed" not in LEVELS["activation"]
+    assert "smoothing" in LEVELS
+    load_files([])
+    assert "smoothing" not in LEVELS
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    load_files([written(tmp_path, f"\ufeff{CUBED}")])
+    assert "cubed" in LEVELS["activation"]
+
+
+def test_a_factor_is_extended_by_its_own_file_alone() -> None:
+    use(SMOOTHING, "first.py")
+    with pytest.raises(InputError, match="factor or setting 'smoothing' exists already"):
+        use('parts.on_images("smoothing", ("off", "0.05", "0.1"))(print)', "second.py")
+
+
+def test_within_a_block_other_files_are_known_and_afterwards_those_from_before() -> None:
+    use(CUBED)
+    with using([PartsFile("own.py", SMOOTHING)]):
+        assert "cubed" not in LEVELS["activation"]
+        assert "smoothing" in LEVELS
+    assert "cubed" in LEVELS["activation"]
+    assert "smoothing" not in LEVELS
+    assert [file.text for file in loaded()] == [f"from grid import parts\n{CUBED}"]
+
+
+def test_a_held_factor_of_a_file_is_asked_for_by_only(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = written(tmp_path, SMOOTHING)
+    assert main(["--grid", "smoke", "--parts", str(file), "--set", "smoothing=0.1"]) == 2
+    assert "smoothing is a factor: give --only smoothing=0.1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [("return cell['optimiser'] == 'sgd'", "exclusion 'mine': KeyError: 'optimiser'"), ("return False", "")],
+)
+def test_an_exclusion_that_fails_is_one_line(body: str, message: str) -> None:
+    use(f"@parts.exclude('mine')\ndef mine(cell):\n    {body}\n")
+    if message:
+        with pytest.raises(InputError, match=message):
+            cross(GRIDS["smoke"].levels)
+    else:
+        assert cross(GRIDS["smoke"].levels)[1] == {}
+
+
+def test_a_reason_is_given_once() -> None:
+    with pytest.raises(InputError, match="there is an exclusion 'mine' already; give another reason"):
+        use("for _ in range(2):\n    parts.exclude('mine')(lambda cell: False)\n")
+
+
+def test_no_column_of_a_table_can_be_the_name_of_a_factor() -> None:
+    from analysis.rank import COLUMNS as RANKED  # noqa: PLC0415
+    from analysis.rank import PLACE_COLUMNS  # noqa: PLC0415
+    from analysis.trial_table import COLUMNS  # noqa: PLC0415
+
+    fields = {field.name for field in dataclasses.fields(TrialConfig)}
+    assert {*COLUMNS, *RANKED, *PLACE_COLUMNS, *TEST_METRICS, "factor", "level", "label"} <= {*RESERVED, *fields}
+
+
+def comparable(planned: TrialConfig, *recorded: TrialConfig) -> None:
+    check_comparable([planned], recorded, "mine")
+
+
+def test_factors_may_be_added_one_after_the_other_and_settings_may_not_change() -> None:
+    use(SMOOTHING)
+    first = with_level(smoothing="off")
+    use('parts.on_net("frozen", ("no", "yes"))(lambda net, use: net)', "second.py")
+    use(TEMPERATURE, "third.py")
+    comparable(with_level(smoothing="0.1", frozen="yes", temperature="1.0"), PLAIN, first)
+    comparable(with_level(smoothing="off", frozen="no"), first)
+    with pytest.raises(InputError, match=r"trained with other settings: temperature \(2.0, now 1.0\)"):
+        comparable(PLAIN, with_level(temperature="2.0"))
+    with pytest.raises(InputError, match=r"trained with other settings: temperature \(1.0, now 2.0\)"):
+        comparable(with_level(temperature="2.0"), PLAIN, first)
+
+
+def test_the_defaults_of_one_experiment_are_not_those_of_another() -> None:
+    """Both are read in one process, as a notebook does."""
+    base = PLAIN.to_params()
+    one = know_alike([TrialConfig.from_params({**base, "own": "x=off", "x": "on"})])
+    other = know_alike([TrialConfig.from_params({**base, "own": "x=0", "x": "1"}), PLAIN])
+    assert one[0].text("x") == "on"
+    assert [config.text("x") for config in other] == ["1", "0"]
+    assert other[1].trial_key == PLAIN.trial_key
+
+
+def test_a_setting_is_read_in_its_type() -> None:
+    use(TEMPERATURE)
+    assert PLAIN.setting("momentum") == 0.9
+    assert PLAIN.setting("clip") == 5.0
+    with pytest.raises(InputError, match="unknown setting 'clap'; choose from"):
+        PLAIN.setting("clap")
+
+
+def test_what_a_file_imports_is_found() -> None:
+    file = PartsFile(
+        "own.py", "import torchvision.transforms\nfrom numpy import random\nimport os, grid\nimport nothing_like_it"
+    )
+    assert imported_packages([file]) == {"torchvision", "numpy"}
 
 
 @pytest.mark.parametrize(

@@ -287,3 +287,27 @@ def test_a_missing_store_is_reported_in_one_line_with_exit_code_2(
 def test_a_wrong_top_is_reported_in_one_line_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--experiment", "x", "--top", "0"]) == 2
     assert capsys.readouterr().err == "analysis.rank: --top must be 1 or more, got 0\n"
+
+
+def test_the_balanced_accuracy_is_of_the_ranked_scale_and_seeds_at_the_end_alone() -> None:
+    trials = [
+        trial(0.9, val_balanced_accuracy=0.88, seed=0),
+        trial(0.8, val_balanced_accuracy=0.78, seed=1),
+        trial(0.3, val_balanced_accuracy=0.20, lr_scale=3.0),
+        trial(0.8, "completed", 9, stop_epoch=1.0, control=True, val_balanced_accuracy=0.79, activation="gelu"),
+        trial(0.4, "stopped", 1, activation="elu"),
+    ]
+    cells = rank_cells(pd.DataFrame(trials)).set_index("activation")["val_balanced_accuracy"]
+    assert cells["relu"] == pytest.approx(0.83)
+    assert cells[["gelu", "elu"]].isna().all()  # that control counts as stopped after epoch 1
+
+
+def test_where_classes_differ_in_size_both_accuracies_are_shown() -> None:
+    confirmed = finalists({"relu": [0.9, 0.92]}, 0.91, val_balanced_accuracy=0.8, test_balanced_accuracy=0.7)
+    text = text_of(experiment([trial(0.9, val_balanced_accuracy=0.75)], finalists=confirmed))
+    assert "balanced" in text
+    assert "80.00%" in text
+    assert "70.00%" in text
+    assert "balanced: mean over the classes, which differ in size" in text
+    plain = text_of(experiment([trial(0.9)], finalists=finalists({"relu": [0.9]}, 0.91, test_balanced_accuracy=0.91)))
+    assert "balanced" not in plain

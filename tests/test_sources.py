@@ -4,6 +4,7 @@ import gzip
 import os
 import struct
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from grid.config import InputError
+from grid.data.catalogue import locate
 from grid.data.dataset import Dataset
 from grid.data.load import is_on_disk, load, load_test, split_indices
 from grid.parts.files import PartsFile
@@ -84,7 +86,6 @@ def lines(edit: Callable[[list[str]], list[str]]) -> Callable[[Path], None]:
         (lines(lambda rows: ["<!DOCTYPE html>"]), "line 1: text that begins with '<!DOCTYPE html>'"),
         (lines(lambda rows: ["47," + rows[0].partition(",")[2], *rows[1:]]), "label 47 is outside 0..46"),
         (lambda path: path.write_bytes(b"") and None, "line 1: empty"),
-        (lambda path: path.chmod(0) if os.geteuid() else path.unlink() or path.mkdir(), "read"),
     ],
 )
 def test_a_wrong_csv_is_refused_with_the_file_and_the_line(
@@ -92,8 +93,6 @@ def test_a_wrong_csv_is_refused_with_the_file_and_the_line(
 ) -> None:
     path = as_csv(tmp_path)
     spoil(path)
-    if path.is_dir():
-        return  # is no file of that name, and root may read any file
     with pytest.raises(InputError) as caught:
         load("emnist-balanced", tmp_path)
     assert str(path) in str(caught.value)
@@ -124,29 +123,33 @@ def write_mnist(folder: Path, *, packed: bool = False, dotted: bool = False) -> 
 @pytest.mark.parametrize(
     ("name", "folder"),
     [("mnist", "MNIST/raw"), ("fashion-mnist", "FashionMNIST/raw"), ("kmnist", "KMNIST/raw"), ("kmnist", "kmnist"),
-     ("fashion-mnist", ".")],
+     ("fashion-mnist", "../fashion-mnist")],
 )  # fmt: skip
 def test_data_sets_like_mnist_are_read_where_torchvision_or_their_publishers_put_them(
     name: str, folder: str, packed: bool, tmp_path: Path
 ) -> None:
     write_mnist(tmp_path / "data" / folder, packed=packed, dotted=packed)
-    assert is_on_disk(name, tmp_path / "data")
-    data = load(name, tmp_path / "data")
+    data_dir = tmp_path / "data" if ".." not in folder else tmp_path / "fashion-mnist"
+    assert is_on_disk(name, data_dir)
+    data = load(name, data_dir)
     assert (len(data.train_images), len(data.val_images), len(data.classes)) == (70, 10, 10)
-    images, labels = load_test(name, tmp_path / "data")
+    images, labels = load_test(name, data_dir)
     np.testing.assert_array_equal(images, small_images(20, (28, 28)))  # upright as they are stored
     np.testing.assert_array_equal(labels, small_labels(20, 10))
 
 
-def test_one_data_set_is_not_taken_for_another(tmp_path: Path) -> None:
-    write_mnist(tmp_path / "MNIST" / "raw")
-    assert not is_on_disk("fashion-mnist", tmp_path)
+@pytest.mark.parametrize("folder", ["MNIST/raw", "mnist", "."])
+def test_one_data_set_is_not_taken_for_another(folder: str, tmp_path: Path) -> None:
+    """Their files have the same names."""
+    write_mnist(tmp_path / "images" / folder)
+    assert not is_on_disk("fashion-mnist", tmp_path / "images")
 
 
 def test_classes_have_the_names_that_people_use(tmp_path: Path) -> None:
-    write_mnist(tmp_path / "data")
-    assert load("mnist", tmp_path / "data").classes == tuple("0123456789")
-    assert load("fashion-mnist", tmp_path / "data").classes[-1] == "Ankle boot"
+    for name in ("mnist", "fashion-mnist"):
+        write_mnist(tmp_path / name)
+    assert load("mnist", tmp_path).classes == tuple("0123456789")
+    assert load("fashion-mnist", tmp_path).classes[-1] == "Ankle boot"
 
 
 def test_a_download_that_fails_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,12 +211,20 @@ def test_wrong_arrays_are_refused_with_what_is_wanted(
     assert str(tmp_path / "own.npz") in str(caught.value)
 
 
+def as_npy() -> bytes:
+    """Return a single array as numpy.save writes it."""
+    file = BytesIO()
+    np.save(file, small_images())
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: path.write_bytes(b"PK nothing"), "no .npz file of numbers"),
-        (lambda path: path.write_bytes(b""), "no .npz file of numbers"),
-        (lambda path: path.write_text("<html>"), "no .npz file of numbers"),
+        (lambda path: path.write_bytes(b"PK nothing"), "text that begins with 'PK nothing', no .npz file"),
+        (lambda path: path.write_bytes(b""), "empty, no .npz file; save one by numpy.savez"),
+        (lambda path: path.write_text("<html>"), "text that begins with '<html>', no .npz file"),
+        (lambda path: path.write_bytes(as_npy()), "begins with the bytes 934e554d, no .npz file"),
         (
             lambda path: np.savez(path, pictures=small_images()),
             "has pictures; save train_images and train_labels or x_",
@@ -223,8 +234,20 @@ def test_wrong_arrays_are_refused_with_what_is_wanted(
 )
 def test_a_file_without_arrays_is_refused(make: Callable[[Path], object], message: str, tmp_path: Path) -> None:
     make(tmp_path / "own.npz")
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=rf"^\S*: {message}"):
         load("own.npz", tmp_path)
+
+
+def test_a_test_set_that_does_not_go_with_train_is_refused(tmp_path: Path) -> None:
+    other = {"test_images": small_images(8, (3, 6, 5)), "test_labels": small_labels(8)}
+    np.savez(tmp_path / "shapes.npz", **arrays(**other))
+    with pytest.raises(InputError, match=r"the test images of 'shapes.npz' are of shape \(3, 6, 5\), the train images"):
+        load_test("shapes.npz", tmp_path, load("shapes.npz", tmp_path))
+    np.savez(tmp_path / "labels.npz", **arrays(test_labels=small_labels(8) + 1))
+    with pytest.raises(InputError, match="labels run from 1 to 4 for 4 classes"):
+        load_test("labels.npz", tmp_path, load("labels.npz", tmp_path))
+    np.savez(tmp_path / "fewer.npz", **arrays(test_labels=np.zeros(8, dtype=int)))
+    assert load_test("fewer.npz", tmp_path, load("fewer.npz", tmp_path))[1].tolist() == [0] * 8
 
 
 # a folder of images
@@ -257,6 +280,23 @@ def test_pixels_keep_their_place(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path / "pets") / "test" / "cats"
     with Image.open(folder / "000.png") as first:
         np.testing.assert_array_equal(load_test("pets", tmp_path)[0][0], np.asarray(first).transpose(2, 0, 1))
+
+
+def test_grey_pictures_of_16_bits_and_transparent_ones_are_refused(tmp_path: Path) -> None:
+    """Pillow would make nearly all of them black or white."""
+    folder = write_pictures(tmp_path / "pets", mode="L")
+    Image.fromarray(np.full((9, 7), 40_000, np.uint16)).save(folder / "train" / "cats" / "000.png")
+    with pytest.raises(InputError, match=r"000.png: of mode I;16; save it in grey or colour, 8 bits for each"):
+        load("pets", tmp_path)
+    Image.new("RGBA", (7, 9), (0, 0, 0, 0)).save(folder / "train" / "cats" / "000.png")
+    with pytest.raises(InputError, match=r"000.png: transparent; save it in grey or colour"):
+        load("pets", tmp_path)
+
+
+def test_a_folder_with_the_name_of_a_data_set_is_refused(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "mnist")
+    with pytest.raises(InputError, match="has the name of the data set mnist; rename the file or folder"):
+        locate(str(tmp_path / "mnist"), tmp_path)
 
 
 def spoil_pictures(name: str) -> Callable[[Path], None]:

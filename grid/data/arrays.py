@@ -10,21 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grid.config import InputError
-from grid.data.dataset import Labelled, Part, check_sizes
+from grid.data.dataset import Labelled, Split, check_sizes
+from grid.data.idx import describe_start
 from grid.wording import first_line
 
 KEYS = {
     "train": (("train_images", "train_labels"), ("x_train", "y_train")),
     "test": (("test_images", "test_labels"), ("x_test", "y_test")),
 }
-"""Part -> the names, each of images and labels, that a file may have for it; the second are those of Keras."""
+"""Split -> the names, each of images and labels, that a file may have for it; the second are those of Keras."""
 CLASSES_KEY = "classes"
 CLASSES = range(2, 1001)
 CHANNELS = range(1, 17)
 WANTED = "uint8 [image, row, column] or [image, channel, row, column]"
 
 
-def read_npz(name: str, data_dir: Path, part: Part) -> Labelled:
+def read_npz(name: str, data_dir: Path, part: Split) -> Labelled:
     """Read one part of `<data_dir>/<name>`, an `.npz` file.
 
     Raises:
@@ -32,18 +33,24 @@ def read_npz(name: str, data_dir: Path, part: Part) -> Labelled:
     """
     path = data_dir / name
     try:
+        if not zipfile.is_zipfile(path):
+            with path.open("rb") as other:
+                raise InputError(f"{path}: {describe_start(other.read(40))}, no .npz file; save one by numpy.savez")
         with np.load(path, allow_pickle=False) as file:
             images, labels = _pick(path, file, part)
-            classes = file[CLASSES_KEY].astype(str).tolist() if CLASSES_KEY in file else None
+            known = file[CLASSES_KEY].astype(str).tolist() if CLASSES_KEY in file else None
+            classes = _numbered(known, labels if part == "train" else _pick(path, file, "train")[1])
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise InputError(f"{path}: cannot be read ({reason}); pass another file") from error
-    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except InputError:
+        raise
+    except (ValueError, TypeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise InputError(f"{path}: no .npz file of numbers ({first_line(error)}); save one by numpy.savez") from error
     return check_arrays(images, labels, classes, str(path), part)
 
 
-def call(function: Any, name: str, data_dir: Path, part: Part) -> Labelled:
+def call(function: Any, name: str, data_dir: Path, part: Split) -> Labelled:
     """Return one part of what the function of a parts file loads; see `grid.parts.data`.
 
     Raises:
@@ -52,6 +59,8 @@ def call(function: Any, name: str, data_dir: Path, part: Part) -> Labelled:
     where = f"data set '{name}'"
     try:
         loaded = tuple(function(data_dir))
+        arrays = [np.asarray(each) for each in loaded[:4]]
+        classes = None if len(loaded) < 5 or loaded[4] is None else list(map(str, loaded[4]))
     except InputError:
         raise
     except Exception as error:  # whatever the user's code raises
@@ -61,14 +70,12 @@ def call(function: Any, name: str, data_dir: Path, part: Part) -> Labelled:
             f"{where} must return train images, train labels, test images, test labels and, if you like, the names of "
             f"its classes; got {len(loaded)} values"
         )
-    images, labels = loaded[:2] if part == "train" else loaded[2:4]
-    classes = None if len(loaded) == 4 else list(map(str, loaded[4]))
-    known = _numbered(classes, np.asarray(loaded[1]))
-    return check_arrays(np.asarray(images), np.asarray(labels), known, f"{where} ({part})", part)
+    images, labels = arrays[:2] if part == "train" else arrays[2:]
+    return check_arrays(images, labels, _numbered(classes, arrays[1]), f"{where} ({part})", part)
 
 
 def check_arrays(
-    images: NDArray[Any], labels: NDArray[Any], classes: Sequence[str] | None, where: str, part: Part
+    images: NDArray[Any], labels: NDArray[Any], classes: Sequence[str] | None, where: str, part: Split
 ) -> Labelled:
     """Return images and labels after a check.
 
@@ -113,7 +120,7 @@ def _numbered(classes: Sequence[str] | None, labels: NDArray[Any]) -> list[str]:
     return [str(label) for label in range(max(0, min(int(labels.max()), CLASSES[-1])) + 1)]
 
 
-def _pick(path: Path, file: Any, part: Part) -> tuple[NDArray[Any], NDArray[Any]]:
+def _pick(path: Path, file: Any, part: Split) -> tuple[NDArray[Any], NDArray[Any]]:
     for images, labels in KEYS[part]:
         if images in file and labels in file:
             return file[images], file[labels]

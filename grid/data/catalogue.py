@@ -89,17 +89,22 @@ def find_dataset(name: str, data_dir: Path) -> DataSource:
     if name not in ("", ".", "..") and path.is_dir():
         return DataSource(Code("grid.data.folder:read_folder"))
     choices = f"choose from {', '.join(DATASETS)}, a file.npz, or a folder with train/CLASS and test/CLASS"
-    raise InputError(f"unknown data set '{name}'; {choices}")
+    raise InputError(f"unknown data set '{name}'; {choices}, or add it with --parts FILE.py")
 
 
 def locate(data: str, data_dir: Path) -> tuple[str, Path]:
     """Return the name of a data set and the folder that it is in, given what a user calls it.
 
     A file or a folder may be given by its path, from here or from the data folder.
+
+    Raises:
+        InputError: It has the name of another data set.
     """
     if data in DATASETS:
         return data, data_dir
     found = next((path.absolute() for path in (Path(data), data_dir / data) if path.exists()), data_dir / data)
+    if found.name in DATASETS:
+        raise InputError(f"--data {data} has the name of the data set {found.name}; rename the file or folder")
     return found.name, found.parent
 
 

@@ -12,7 +12,7 @@ from grid.data.catalogue import VALIDATION_SHARE
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
-Part = Literal["train", "test"]
+Split = Literal["train", "test"]
 
 
 @dataclass(frozen=True)

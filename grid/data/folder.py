@@ -9,14 +9,16 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from grid.config import InputError
 from grid.data.arrays import check_arrays
-from grid.data.dataset import Images, Labelled, Part
+from grid.data.dataset import Images, Labelled, Split
 
-PARTS: tuple[Part, ...] = ("train", "test")
-GREY = ("1", "L")
-"""Modes of Pillow that are read as one channel; all others are read as red, green and blue."""
+PARTS: tuple[Split, ...] = ("train", "test")
+GREY, COLOUR = ("1", "L"), ("RGB", "P")
+"""Modes of Pillow that are read as one channel, and as red, green and blue."""
+TRANSPARENT, OPAQUE = ("LA", "RGBA", "PA", "P"), 255
+"""Modes that may have a channel of transparency, and its value where nothing shines through."""
 
 
-def read_folder(name: str, data_dir: Path, part: Part) -> Labelled:
+def read_folder(name: str, data_dir: Path, part: Split) -> Labelled:
     """Read one part of the folder `<data_dir>/<name>`; the classes are those of `train`, sorted by name.
 
     Raises:
@@ -68,8 +70,14 @@ def _read_images(files: Sequence[Path]) -> Images:
 
 
 def _read_image(file: Path) -> Images:
+    """Return an image, `[row, column]` or `[row, column, channel]`."""
     try:
         with Image.open(file) as image:
-            return np.asarray(image.convert("L" if image.mode in GREY else "RGB"))
+            mode = image.mode
+            opaque = mode in (*GREY, *COLOUR) and "transparency" not in image.info
+            if opaque or (mode in TRANSPARENT and np.asarray(image.convert("RGBA"))[..., 3].min() == OPAQUE):
+                return np.asarray(image.convert("L" if mode in (*GREY, "LA") else "RGB"))
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise InputError(f"{file}: no image that can be read; delete it, or save it again") from error
+    kind = "transparent" if mode in (*GREY, *COLOUR, *TRANSPARENT) else f"of mode {mode}"
+    raise InputError(f"{file}: {kind}; save it in grey or colour, 8 bits for each, without transparency")

@@ -48,8 +48,13 @@ def is_on_disk(name: str, data_dir: Path) -> bool:
     return is_there is None or bool(is_there(name, data_dir))
 
 
-def load_test(name: str, data_dir: Path) -> tuple[Images, Labels]:
+def load_test(name: str, data_dir: Path, like: Dataset | None = None) -> tuple[Images, Labels]:
     """Load the test set. Only `grid.confirm` may call this: no choice may depend on the test set.
+
+    Args:
+        name: As for `load`.
+        data_dir: As for `load`.
+        like: The train and validation images that it goes with, to be compared with it.
 
     Returns:
         Images as in `Dataset`, and labels from 0, int64 `[image]`.
@@ -58,6 +63,12 @@ def load_test(name: str, data_dir: Path) -> tuple[Images, Labels]:
         InputError: Unknown name, or files that are damaged or can't be obtained.
     """
     read: Labelled = find_dataset(name, data_dir).read(name, data_dir, "test")
+    if like is not None and read.images.shape[1:] != like.train_images.shape[1:]:
+        shapes = f"{read.images.shape[1:]}, the train images {like.train_images.shape[1:]}"
+        raise InputError(f"the test images of '{name}' are of shape {shapes}; bring them to one size and colour")
+    if like is not None and read.labels.max() >= len(like.classes):
+        problem = f"label {read.labels.max()}, and train has {len(like.classes)} classes"
+        raise InputError(f"the test images of '{name}' have {problem}; leave out classes that train lacks")
     return read.images, read.labels
 
 

@@ -12,7 +12,7 @@ from torchvision.datasets import EMNIST
 
 from grid.config import InputError
 from grid.data import kaggle
-from grid.data.dataset import Images, Labelled, Labels, Part
+from grid.data.dataset import Images, Labelled, Labels, Split
 from grid.data.emnist import check_above, download, find_files, find_in, idx_files
 from grid.data.glyphs import Glyphs, render_if_missing
 from grid.data.idx import IMAGE_SIZE, check_classes, check_labels, read_pair
@@ -25,7 +25,7 @@ TRANSPOSED = (0, 2, 1)
 MNIST_FILES = {"train": "train", "test": "t10k"}
 
 
-def read_emnist(name: str, data_dir: Path, part: Part) -> Labelled:
+def read_emnist(name: str, data_dir: Path, part: Split) -> Labelled:
     """Read a split of EMNIST from NIST's files or Kaggle's; download NIST's if there are neither.
 
     Raises:
@@ -59,7 +59,7 @@ def has_emnist(name: str, data_dir: Path) -> bool:
     )
 
 
-def read_glyphs(name: str, data_dir: Path, part: Part) -> Labelled:
+def read_glyphs(name: str, data_dir: Path, part: Split) -> Labelled:
     """Read the glyphs; render them if they are missing."""
     images_file, labels_file = idx_files(render_if_missing(data_dir), name, part)
     images, labels = read_pair(images_file, labels_file, size=IMAGE_SIZE)
@@ -71,7 +71,7 @@ def has_glyphs(name: str, data_dir: Path) -> bool:
     return all(path.is_file() for path in idx_files(data_dir / "Glyphs" / "raw", name, "train"))
 
 
-def read_mnist_like(name: str, data_dir: Path, part: Part) -> Labelled:
+def read_mnist_like(name: str, data_dir: Path, part: Split) -> Labelled:
     """Read MNIST or a data set of the same form; torchvision downloads it if it is missing.
 
     Raises:
@@ -85,7 +85,8 @@ def read_mnist_like(name: str, data_dir: Path, part: Part) -> Labelled:
         except (OSError, RuntimeError) as error:
             wanted = f"{MNIST_FILES['train']}-images-idx3-ubyte.gz and the other three files"
             raise InputError(
-                f"no {name} in {data_dir}, and it can't be downloaded ({first_line(error)}); put {wanted} there"
+                f"no {name} in {data_dir}, and it can't be downloaded ({first_line(error)}); put {wanted} into "
+                f"{data_dir / name}"
             ) from error
         found = _find_mnist_like(name, data_dir, part)
     if found is None:
@@ -100,10 +101,14 @@ def has_mnist_like(name: str, data_dir: Path) -> bool:
     return _find_mnist_like(name, data_dir, "train") is not None
 
 
-def _find_mnist_like(name: str, data_dir: Path, part: Part) -> tuple[Path, Path] | None:
-    """Return images and labels, from torchvision's folder, one named like the data set, or the data folder itself."""
-    prefix = MNIST_FILES[part]
-    for folder in (data_dir / MNIST_LIKE[name].__name__ / "raw", data_dir / name, data_dir):
+def _find_mnist_like(name: str, data_dir: Path, part: Split) -> tuple[Path, Path] | None:
+    """Return images and labels, from torchvision's folder or one named like the data set.
+
+    The files of all these data sets have the same names, so the name of their folder has to say which they are.
+    """
+    prefix, plain = MNIST_FILES[part], MNIST_LIKE[name].__name__.lower()
+    own = [data_dir] if data_dir.absolute().name.lower() in (name, plain) else []
+    for folder in (data_dir / MNIST_LIKE[name].__name__ / "raw", data_dir / name, *own):
         pair = [
             next((path for path in _spellings(folder, f"{prefix}-{kind}") if path.is_file()), None)
             for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
@@ -117,7 +122,7 @@ def _spellings(folder: Path, name: str) -> Sequence[Path]:
     return [folder / each for plain in (name, name.replace("-idx", ".idx")) for each in (plain, f"{plain}.gz")]
 
 
-def _checked(images: Images, labels: Labels, classes: Sequence[str], labels_file: Path, part: Part) -> Labelled:
+def _checked(images: Images, labels: Labels, classes: Sequence[str], labels_file: Path, part: Split) -> Labelled:
     check_labels(labels, len(classes), labels_file)
     if part == "train":
         check_classes(labels, classes, labels_file)

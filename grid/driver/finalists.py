@@ -78,7 +78,7 @@ def confirm(request: Confirmation) -> int:
     check = check_code(store, [*stored.values(), *store.trials(KIND).values()], accept=request.accept_code)
     dataset = _load_as_before(manifest, trained, request)
     chosen, also_tied = choose(ranked, request.top, val_images=len(dataset.val_labels))
-    test_images, test_labels = load_test(dataset.name, request.data_dir)
+    test_images, test_labels = load_test(dataset.name, request.data_dir, dataset)
     checkpoints = Checkpoints(request.storage, slug(request.store, f"{request.experiment} {KIND}"))
     with ExitStack() as stack:
         spool = become_driver(store, stack, spool=request.spool, storage=request.storage, kind=KIND)

@@ -156,9 +156,10 @@ def _next_commands(request: Request) -> dict[str, str]:
     experiment, address = experiment_options(request), shlex.quote(mask(request.store))
     is_default = request.data_dir == Path("data").absolute()
     data_dir = "" if is_default else f" --data-dir {shlex.quote(str(request.data_dir))}"
+    parts = "".join(f" --parts {shlex.quote(str(file))}" for file in request.parts)
     server = f"mlflow server --host 127.0.0.1 --backend-store-uri {address}"
     return {
         "ranking": f"python -m analysis.rank {experiment}",
         "all runs": address if request.store.startswith("http") else server,
-        "finalists": f"python -m grid.confirm {experiment}{data_dir}",
+        "finalists": f"python -m grid.confirm {experiment}{data_dir}{parts}",
     }

@@ -1,5 +1,6 @@
 """The functions that add parts; `grid.parts.builtin` and `grid.parts.grids` add the built-in ones by them."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -9,6 +10,7 @@ from grid.parts.registry import (
     ACTIONS,
     ACTIVATIONS,
     ADDED,
+    BUILT_IN,
     DATASETS,
     EXCLUSIONS,
     GRIDS,
@@ -16,6 +18,7 @@ from grid.parts.registry import (
     LR_SCHEDULES,
     MODELS,
     OPTIMIZERS,
+    ORIGINS,
     REGULARIZATIONS,
     ActivationSpec,
     Cell,
@@ -24,14 +27,44 @@ from grid.parts.registry import (
     Grid,
     Levels,
     OptimizerSpec,
-    Place,
     Shape,
+    Site,
     add,
     check_level,
     check_word,
+    loading,
     note_origin,
 )
 
+VALUE = re.compile(r"[^\s;,]+")
+"""A value that can be given on the command line and stored as it is."""
+RESERVED = frozenset(
+    (
+        *("behind", "balanced", "best_val_accuracy", "cell", "cell_key", "command", "control", "control_chance"),
+        *("controls", "controls_end", "diverged", "drawn_later", "epoch", "epoch_seconds", "epochs_run", "factor"),
+        *(
+            "behind_image_half",
+            "behind_seed_half",
+            "final_val_accuracy",
+            "high",
+            "image_half",
+            "kind",
+            "label",
+            "level",
+        ),
+        *("low", "rank", "resumed_by", "run_id", "seed_half", "seeds", "spread", "status", "stop_epoch", "stopped"),
+        *(
+            "stopped_at_epoch",
+            "test_accuracy",
+            "test_accuracy_as_validated",
+            "test_balanced_accuracy",
+            "test_image_half",
+        ),
+        *("test_images", "test_loss", "test_seed_half", "tied", "tier", "trial_key", "val_accuracy"),
+        *("val_balanced_accuracy", "val_correct", "parameters", "inference_ms_per_image"),
+    )
+)
+"""Names of columns of tables, which no factor and no setting may have."""
 Function = TypeVar("Function", bound=Callable[..., Any])
 Adder = Callable[[Function], Function]
 """A decorator that returns what it decorates."""
@@ -155,8 +188,13 @@ def setting(
     Raises:
         InputError: The name is taken or can't be one.
     """
-    check_word("setting", name)
     _check_new("setting", name)
+    if type(default) not in (str, int, float, bool) or not VALUE.fullmatch(format_value(default)):
+        raise InputError(f"the default of setting '{name}' must be a number, True, False or a word, got {default!r}")
+    if rule is not None and not rule[1](default):
+        raise InputError(f"the default of setting '{name}' must be {rule[0]}, got {default!r}")
+    if matters_with is not None:
+        _check_condition(name, matters_with)
     declare(name, format_value(default), type(default), matters_with, rule)
     add("setting", name, ADDED, "setting")
 
@@ -217,6 +255,8 @@ def exclude(reason: str) -> Adder[Callable[[Cell], bool]]:
     """
 
     def adder(excludes: Callable[[Cell], bool]) -> Callable[[Cell], bool]:
+        if reason in EXCLUSIONS:
+            raise InputError(f"there is an exclusion '{reason}' already; give another reason")
         EXCLUSIONS[reason] = excludes
         note_origin(f"exclusion {reason}")
         return excludes
@@ -229,9 +269,10 @@ def _added(kind: str, name: str, table: dict[str, Any], row: Any, function: Func
     return function
 
 
-def _at(place: Place, name: str, levels: Sequence[str]) -> Adder[Any]:
+def _at(place: Site, name: str, levels: Sequence[str]) -> Adder[Any]:
     def adder(act: Function) -> Function:
-        if LEVELS.get(name) == tuple(levels) and place not in ACTIONS.get(name, {place: None}):
+        is_known = LEVELS.get(name) == tuple(levels) and ORIGINS.get(f"factor {name}", BUILT_IN) == loading()
+        if is_known and place not in ACTIONS[name]:
             ACTIONS[name][place] = Code(act)  # the same factor, at another place
             return act
         _check_new("factor", name)
@@ -248,8 +289,18 @@ def _at(place: Place, name: str, levels: Sequence[str]) -> Adder[Any]:
     return adder
 
 
+def _check_condition(name: str, condition: Condition) -> None:
+    if len(condition) != 2 or isinstance(condition[1], str):
+        hint = 'matters_with=("optimizer", ("sgd", "adam"))'
+        raise InputError(f"setting '{name}': matters_with takes a factor and a tuple of its levels, such as {hint}")
+    for level in condition[1]:
+        check_level(condition[0], level)
+
+
 def _check_new(kind: str, name: str) -> None:
     if not name.isidentifier():
         raise InputError(f"a {kind} is named by letters, digits and underscores, got '{name[:60]}'")
+    if name in RESERVED:
+        raise InputError(f"'{name}' is a column of the tables of results; choose another name for the {kind}")
     if name in ADDED or name in LEVELS:
         raise InputError(f"factor or setting '{name}' exists already; choose another name")

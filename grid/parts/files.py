@@ -1,19 +1,23 @@
 """Parts files: Python files of users, read on the driver, sent to the workers as text, and run in every process.
 
-What they say is code; it is run because its owner names it with `--parts`, never because a store holds it.
+They are code. The commands run what their user names with `--parts`, never what a store holds; a registered model, once
+somebody loads it, runs the file that it was trained with.
 """
 
+import ast
 import linecache
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import ModuleType
 
 from grid.config import InputError
-from grid.parts.registry import ORIGINS, adding_from, remove
+from grid.parts.registry import ORIGINS, adding_from, all_restored, remove
 from grid.wording import first_line
 
 LARGEST = 1_000_000
@@ -34,6 +38,9 @@ class PartsFile:
         return sha256(self.text.encode()).hexdigest()[:12]
 
 
+OURS = {"analysis", "benchmarks", "grid", "nets", "tests"}
+INSTALLED = {"site-packages", "dist-packages"}
+"""Folders of installed packages."""
 _loaded: dict[str, PartsFile] = {}
 
 
@@ -42,22 +49,43 @@ def loaded() -> tuple[PartsFile, ...]:
     return tuple(_loaded.values())
 
 
-def load_files(paths: Iterable[Path]) -> None:
-    """Read and run the parts files of a user.
+def load_files(paths: Sequence[Path]) -> None:
+    """Read and run the parts files of a user, and forget all others.
 
     Raises:
-        InputError: One can't be read, is wrong, or needs another file beside it.
+        InputError: One can't be read, is wrong, needs another file beside it, or has the name of another.
     """
+    names = [path.name for path in paths]
+    if twins := {name for name in names if names.count(name) > 1}:
+        raise InputError(f"two files of --parts are called {min(twins)}; rename one")
+    for file in loaded():
+        if file.name not in names:
+            unload(file.name)
     for path in paths:
         file = _read(path)
         known = set(sys.modules)
         load([file])
-        if beside := _modules_in({path.absolute().parent, Path.cwd()}, set(sys.modules) - known):
+        if beside := _sources_in({path.absolute().parent, Path.cwd()}, set(sys.modules) - known):
             unload(file.name)
             raise InputError(
                 f"--parts {path} imports {beside[0]}, which no other machine has; put both in one file, "
                 "or install it as a package on all machines"
             )
+
+
+@contextmanager
+def using(files: Sequence[PartsFile]) -> Iterator[None]:
+    """Know these parts files within the block, and no others; afterwards what was known before."""
+    kept = dict(_loaded)
+    with all_restored():
+        for name in kept:
+            unload(name)
+        load(files)
+        try:
+            yield
+        finally:
+            _loaded.clear()
+            _loaded.update(kept)
 
 
 def load(files: Sequence[PartsFile]) -> None:
@@ -72,13 +100,24 @@ def load(files: Sequence[PartsFile]) -> None:
         unload(file.name)
         with adding_from(file.name):
             _run(file)
+            if file.name not in ORIGINS.values():
+                raise InputError(f"{file.name} adds no parts; decorate them, such as @parts.net(NAME)")
         _loaded[file.name] = file
+
+
+def imported_packages(files: Iterable[PartsFile]) -> set[str]:
+    """Return the installed distributions whose modules parts files import, such as `torchvision`."""
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.text))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    known = packages_distributions()
+    return {known[top][0] for name in names if (top := name.partition(".")[0]) in known and top not in OURS}
 
 
 def _read(path: Path) -> PartsFile:
     try:
         content = path.read_bytes() if path.stat().st_size <= LARGEST else b""
-        text = content.decode()
+        text = content.decode("utf-8-sig")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text in UTF-8"
         raise InputError(f"can't read --parts {path}: {reason or first_line(error)}; pass a Python file") from error
@@ -114,12 +153,15 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _modules_in(folders: set[Path], names: set[str]) -> list[str]:
-    """Return the files in some folders that are the sources of modules, but not those of this project."""
-    ours = {"analysis", "benchmarks", "grid", "nets", "tests"}
-    modules = [sys.modules[name] for name in sorted(names) if name.partition(".")[0] not in ours]
+def _sources_in(folders: set[Path], names: set[str]) -> list[str]:
+    """Return the sources of modules that lie below some folders, without installed ones and those of this project."""
+    modules = [sys.modules[name] for name in sorted(names) if name.partition(".")[0] not in OURS]
     sources = [Path(file) for module in modules if (file := getattr(module, "__file__", None))]
-    return [source.name for source in sources if source.is_absolute() and source.parent in folders]
+    return [
+        source.name
+        for source in sources
+        if not INSTALLED & set(source.parts) and any(source.is_relative_to(folder) for folder in folders)
+    ]
 
 
 def unload(name: str) -> None:

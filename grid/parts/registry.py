@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, cast
 
-from grid.config import FACTORS, MATTERS_WITH, OWN, SETTINGS, InputError, TrialConfig, withdraw
+from grid.config import FACTORS, MATTERS_WITH, OWN, OWN_RULES, SETTINGS, InputError, TrialConfig, withdraw
 
 Levels = Mapping[str, Sequence[str]]
 """Factor -> some of its levels."""
 Cell = Mapping[str, str]
 """Factor -> level."""
 Shape = Literal["rising", "falling_then_rising", "any"]
-Place = Literal["images", "net", "loss", "gradients"]
+Site = Literal["images", "net", "loss", "gradients"]
 """Where a factor of a parts file acts in a training; see `grid.parts`."""
 BUILT_IN = "built in"
 
@@ -103,7 +103,7 @@ REGULARIZATIONS: dict[str, Code] = {}
 """Name -> function that adds a penalty's gradient to those of the weights, given the weights and the configuration."""
 ADDED: dict[str, str] = {}
 """Factor or setting that is no field of a trial, and that this process knows how to use -> which of both it is."""
-ACTIONS: dict[str, dict[Place, Code]] = {}
+ACTIONS: dict[str, dict[Site, Code]] = {}
 """Factor of a parts file -> what it does at each place at which it acts."""
 GRIDS: dict[str, Grid] = {}
 DATASETS: dict[str, DataSource] = {}
@@ -153,8 +153,8 @@ def add(kind: str, name: str, table: dict[str, Any], row: Any) -> None:
 
 def note_origin(part: str) -> None:
     """Note that a part comes from the file that is being loaded, if it is not built in."""
-    if _loading[-1] != BUILT_IN:
-        ORIGINS[part] = _loading[-1]
+    if loading() != BUILT_IN:
+        ORIGINS[part] = loading()
 
 
 def is_from_file(kind: str, name: str) -> bool:
@@ -164,8 +164,8 @@ def is_from_file(kind: str, name: str) -> bool:
 
 def check_word(kind: str, name: str) -> None:
     """Raise `InputError` unless a name can be given on the command line and stored as it is."""
-    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.+-]{0,39}", name):
-        raise InputError(f"a name of a {kind} has up to 40 letters, digits and any of _.+-; got '{name[:60]}'")
+    if not isinstance(name, str) or not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.+-]{0,39}", name):
+        raise InputError(f"a name of a {kind} has up to 40 letters, digits and any of _.+-; got '{str(name)[:60]}'")
 
 
 def find(factor: str, level: str) -> Any:
@@ -185,6 +185,8 @@ def check_known(config: TrialConfig) -> None:
     for each in config.own:
         if each.value != each.default and each.name not in ADDED:
             raise InputError(f"{each.name}={each.value} is of a parts file; give that file with --parts FILE.py")
+        if each.name in ACTIONS:
+            check_level(each.name, each.value)
 
 
 def check_level(factor: str, level: str) -> None:
@@ -217,19 +219,43 @@ def remove(part: str) -> None:
 @contextmanager
 def adding_from(origin: str) -> Iterator[None]:
     """Note where parts come from that are added within; if adding them fails, add none."""
-    before = _all_tables()
-    copies = [copy(table) for table in before]
+    before = _contents()
     _loading.append(origin)
     try:
         yield
     except BaseException:
-        for table, contents in zip(before, copies, strict=True):
-            table.clear()
-            table.update(contents)
+        _restore(before)
         raise
     finally:
         _loading.pop()
 
 
-def _all_tables() -> list[dict[Any, Any]]:
-    return [*TABLES.values(), ADDED, ACTIONS, GRIDS, DATASETS, EXCLUSIONS, ORIGINS, LEVELS, SETTINGS, OWN, MATTERS_WITH]
+@contextmanager
+def all_restored() -> Iterator[None]:
+    """Undo at the end whatever is added or removed within."""
+    before = _contents()
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
+def loading() -> str:
+    """Return the file whose parts are being added."""
+    return _loading[-1]
+
+
+Contents = list[tuple[dict[Any, Any], dict[Any, Any]]]
+"""Tables, each with a copy."""
+
+
+def _contents() -> Contents:
+    own = (SETTINGS, OWN, OWN_RULES, MATTERS_WITH)
+    tables = [*TABLES.values(), ADDED, ACTIONS, GRIDS, DATASETS, EXCLUSIONS, ORIGINS, LEVELS, *own]
+    return [(table, {key: copy(row) for key, row in table.items()}) for table in tables]
+
+
+def _restore(contents: Contents) -> None:
+    for table, rows in contents:
+        table.clear()
+        table.update(rows)

@@ -7,6 +7,7 @@ from itertools import product
 
 from grid.config import (
     MATTERS_WITH,
+    OWN,
     SETTINGS,
     InputError,
     TrialConfig,
@@ -17,6 +18,7 @@ from grid.config import (
 )
 from grid.parts import LEVELS
 from grid.parts.registry import ACTIONS, EXCLUSIONS, GRIDS, Grid, Levels, check_level, is_from_file
+from grid.wording import first_line
 
 ORDER_SEED = 0
 """Seed of the order of the trials, of the controls and of the validation split; recorded in the manifest."""
@@ -94,7 +96,7 @@ def cross(levels: Levels) -> tuple[list[Cell], dict[str, int]]:
     excluded: Counter[str] = Counter()
     for combination in product(*levels.values()):
         cell, idle = _without_idle(dict(zip(levels, combination, strict=True)))
-        reasons = [reason for reason, excludes in EXCLUSIONS.items() if excludes(cell)]
+        reasons = [reason for reason in EXCLUSIONS if _is_excluded(cell, reason)]
         if not reasons and tuple(cell.values()) in cells:
             reasons = [f"{name} matters only with {_condition(name)}" for name in idle]
         excluded.update(reasons[:1])
@@ -103,6 +105,13 @@ def cross(levels: Levels) -> tuple[list[Cell], dict[str, int]]:
     if not cells:
         raise InputError(f"--only leaves no cell: all are excluded ({'; '.join(excluded)}); allow other levels")
     return list(cells.values()), dict(excluded)
+
+
+def _is_excluded(cell: Cell, reason: str) -> bool:
+    try:
+        return EXCLUSIONS[reason](cell)
+    except Exception as error:  # whatever the user's code raises
+        raise InputError(f"exclusion '{reason}': {type(error).__name__}: {first_line(error)}") from error
 
 
 def _without_idle(cell: Cell) -> tuple[Cell, list[str]]:
@@ -141,8 +150,9 @@ def expand(
 
 def shared_settings(trials: Sequence[TrialConfig]) -> dict[str, str]:
     """Return what all trials of a grid share: everything except factors, seed and nuisance."""
-    varying = {*varied(trials), "seed", "lr_scale", "learning_rate"}
-    return {name: value for name, value in trials[0].to_params().items() if name not in varying}
+    varying = {*varied(trials), "seed", "lr_scale", "learning_rate", "own"}
+    known = {**trials[0].to_params(), **{name: trials[0].text(name) for name in OWN}}
+    return {name: value for name, value in known.items() if name not in varying}
 
 
 def _draw(*parts: object) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from grid.config import InputError, TrialConfig
+from grid.parts.registry import ADDED
 from grid.plan.asha import DEFAULT_RULE, StoppingRule
 from grid.plan.controls import draw_controls
 from grid.plan.packing import Packing
@@ -86,7 +87,7 @@ def check_comparable(planned: Sequence[TrialConfig], recorded: Sequence[TrialCon
     differences = [
         f"{MEANINGS.get(name, name)} ({before[name]}, now {value})"
         for name, value in now.items()
-        if name in before and before[name] != value
+        if name in before and before[name] != value and ADDED.get(name) != "factor"  # it may be added later
     ]
     if differences:
         raise InputError(

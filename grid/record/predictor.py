@@ -1,7 +1,7 @@
 """A trained net as MLflow serves it: images in, characters out.
 
 This file is the model itself ("models from code"): MLflow runs it to get the reader, which builds the net from the code
-shipped with it, and loads tensors and JSON. Nothing is pickled.
+shipped with it, and loads tensors and JSON. Nothing is pickled; a parts file that the net was trained with is run.
 """
 
 import json
@@ -32,7 +32,7 @@ from torch import Tensor
 import grid
 import nets
 from grid.config import InputError, TrialConfig
-from grid.parts.files import PartsFile, load, loaded
+from grid.parts.files import PartsFile, imported_packages, loaded, using
 from grid.train.trial import DeviceData, assemble_net
 
 MODEL_NAME = "character_reader"
@@ -52,13 +52,14 @@ class CharacterReader(PythonModel):
             context: Holds the paths of `model.json` and of `weights.pt`.
         """
         settings = json.loads(Path(context.artifacts["model"]).read_text())
-        load([PartsFile(**file) for file in settings["parts"]])
         config = TrialConfig.from_params(settings["config"])
         self._classes = np.array(settings["classes"])
         self._shape: tuple[int, int, int] = tuple(settings["image_shape"])
         self._mean: float = settings["mean"]
         self._std: float = settings["std"]
-        self._net = assemble_net(config, image_shape=self._shape, classes=len(self._classes), dropout=torch.Generator())
+        shape, classes = self._shape, len(self._classes)
+        with using([PartsFile(**file) for file in settings["parts"]]):
+            self._net = assemble_net(config, image_shape=shape, classes=classes, dropout=torch.Generator())
         self._net.load_state_dict(torch.load(context.artifacts["weights"], map_location="cpu", weights_only=True))
         self._net.eval()
 
@@ -227,7 +228,9 @@ def save_predictor(
                 outputs=Schema([ColSpec("string")]),
             ),
             input_example=example,
-            pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in PACKAGES],
+            pip_requirements=[
+                f"{name}=={version(name).split('+')[0]}" for name in sorted({*PACKAGES, *imported_packages(loaded())})
+            ],
             mlflow_model=card,
         )
 

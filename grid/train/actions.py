@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from grid.config import TrialConfig
-from grid.parts.registry import ACTIONS, Code, Place
+from grid.parts.registry import ACTIONS, Code, Site
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Actions:
     def on_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Change the gradients of all parameters before a step."""
         for code, use in self._gradients:
-            code(parameters, use)
+            code([parameter for parameter in parameters if parameter.grad is not None], use)
 
 
 def change_net(net: nn.Module, config: TrialConfig, generators: Mapping[str, torch.Generator]) -> nn.Module:
@@ -66,7 +66,7 @@ def acting(config: TrialConfig) -> list[str]:
     return [each.name for each in config.own if each.name in ACTIONS and each.value != each.default]
 
 
-def _find(place: Place, config: TrialConfig, generators: Mapping[str, torch.Generator]) -> list[tuple[Code, Use]]:
+def _find(place: Site, config: TrialConfig, generators: Mapping[str, torch.Generator]) -> list[tuple[Code, Use]]:
     return [
         (ACTIONS[name][place], Use(config.text(name), config, generators[name]))
         for name in generators

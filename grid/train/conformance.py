@@ -76,7 +76,8 @@ def _configurations(kind: str, name: str) -> list[TrialConfig]:
     if kind in ("lr_schedule", "optimizer", "regularization"):
         return [_config(model=model, **{kind: name}) for model in ("mlp", "cnn")]
     if kind == "factor":
-        return [_config(model=model, **{name: level}) for level in LEVELS[name][1:] for model in ("mlp", "cnn")]
+        pairs = [(level, model) for level in LEVELS[name][1:] for model in ("mlp", "cnn")]
+        return [_config(model=model, regularization="elastic", **{name: level}) for level, model in pairs]
     return [_config(**{name: SETTINGS[name]})] if kind == "setting" else []
 
 

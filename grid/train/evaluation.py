@@ -19,7 +19,7 @@ from torch import Tensor
 
 from grid.config import TrialConfig
 from grid.metrics import AS_VALIDATED_METRIC
-from grid.train.trial import EVALUATION_BATCH_SIZE, DeviceData, Trial, with_channels
+from grid.train.trial import DeviceData, Trial, with_channels
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class Evaluation:
     parameters: int
     """Trainable weights of the net."""
     milliseconds_per_image: float
-    """Inference time on the device: the median over batches of `EVALUATION_BATCH_SIZE`, after one to warm up."""
+    """Inference time on the device: the median over batches, after one to warm up."""
     confusion: NDArray[np.int64]
     """Number of images by true class (row) and predicted class (column), `[true, predicted]`."""
     mistakes: Mistakes
@@ -111,11 +111,10 @@ def evaluate(
     on_device = with_channels(torch.tensor(images, device=config.device))
     targets = torch.tensor(labels, device=config.device)
     seconds, loss, predicted, confidence = [], 0.0, [], []
+    size = trial.evaluation_batch_size
     with trial.evaluating():
-        trial.logits(on_device[:EVALUATION_BATCH_SIZE])
-        for batch, true in zip(
-            on_device.split(EVALUATION_BATCH_SIZE), targets.split(EVALUATION_BATCH_SIZE), strict=True
-        ):
+        trial.logits(on_device[:size])
+        for batch, true in zip(on_device.split(size), targets.split(size), strict=True):
             logits, elapsed = _timed_logits(trial, batch)
             seconds.append(elapsed / len(batch))
             loss += F.cross_entropy(logits, true, reduction="sum").item()

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import ASGD, Optimizer
 
 from grid.config import TrialConfig
 from grid.parts.registry import OptimizerSpec, find
@@ -26,7 +26,7 @@ def build_optimizer(config: TrialConfig, parameters: Iterable[nn.Parameter], *, 
     spec: OptimizerSpec = find("optimizer", config.optimizer)
     fused = {"fused": True} if config.fused and spec.fused else {}
     optimizer: Optimizer = spec.build(parameters, lr=config.learning_rate, **spec.options(config), **fused)
-    for group in optimizer.param_groups:
-        if "t0" in group:
+    if isinstance(optimizer, ASGD):
+        for group in optimizer.param_groups:
             group["t0"] = average_from_step
     return optimizer

@@ -22,16 +22,16 @@ def add_none(weights: Weights, config: TrialConfig) -> None:
 def add_l1(weights: Weights, config: TrialConfig) -> None:
     """Add the gradient of `l1_strength` x sum of |w|."""
     for weight in weights:
-        assert weight.grad is not None  # noqa: S101  (called after a backward pass)
-        weight.grad.add_(weight.sign(), alpha=config.l1_strength)
+        if weight.grad is not None:  # it is None of a layer that the net does not use
+            weight.grad.add_(weight.sign(), alpha=config.l1_strength)
 
 
 @torch.no_grad()
 def add_l2(weights: Weights, config: TrialConfig) -> None:
     """Add the gradient of `l2_strength` x sum of w^2 / 2; under plain SGD this is weight decay of that strength."""
     for weight in weights:
-        assert weight.grad is not None  # noqa: S101  (called after a backward pass)
-        weight.grad.add_(weight, alpha=config.l2_strength)
+        if weight.grad is not None:
+            weight.grad.add_(weight, alpha=config.l2_strength)
 
 
 def add_elastic(weights: Weights, config: TrialConfig) -> None:
@@ -41,6 +41,7 @@ def add_elastic(weights: Weights, config: TrialConfig) -> None:
 
 
 def penalised_weights(net: nn.Module) -> list[nn.Parameter]:
-    """Return the weights of all linear and convolution layers of `net`."""
+    """Return the weights of all linear and convolution layers of `net` that are trained."""
     layers = (module for module in net.modules() if isinstance(module, nn.Linear | nn.Conv2d))
-    return [parameter for layer in layers for name, parameter in layer.named_parameters() if name == "weight"]
+    weights = [parameter for layer in layers for name, parameter in layer.named_parameters() if name == "weight"]
+    return [weight for weight in weights if weight.requires_grad]

@@ -34,7 +34,8 @@ from nets.blocks import NetSpec, Techniques
 
 Pixels = UInt8[Tensor, "batch channels height width"]
 Inputs = Float[Tensor, "batch channels height width"]
-EVALUATION_BATCH_SIZE = 1000
+EVALUATION_BATCH_SIZE, LARGE_IMAGE = 1000, 4 * 28 * 28
+"""Images that are evaluated at once, and the numbers in an image above which they are fewer, to save memory."""
 NORM_BATCHES = 20
 """Training batches from which the batch norm statistics of averaged weights are estimated, at most."""
 
@@ -229,6 +230,11 @@ class Trial:
         """Return the logits of unscaled images; call it within `evaluating`."""
         return self._logits(self._scaled(images))
 
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Images that are evaluated at once."""
+        return max(1, EVALUATION_BATCH_SIZE * LARGE_IMAGE // max(LARGE_IMAGE, math.prod(self.data.image_shape)))
+
     def _validate(self) -> tuple[float, NDArray[np.bool_]]:
         """Return the mean cross-entropy of the validation images, and which of them are classified correctly."""
         images, labels = self.data.val_images, self.data.val_labels
@@ -236,7 +242,7 @@ class Trial:
         correct = []
         with self.evaluating():
             for batch, true in zip(
-                images.split(EVALUATION_BATCH_SIZE), labels.split(EVALUATION_BATCH_SIZE), strict=True
+                images.split(self.evaluation_batch_size), labels.split(self.evaluation_batch_size), strict=True
             ):
                 logits = self.logits(batch)
                 correct.append(logits.argmax(dim=1) == true)
