@@ -1,5 +1,6 @@
 import math
 import os
+import random
 import shutil
 import sqlite3
 import subprocess
@@ -8,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -89,6 +91,40 @@ def test_settings_that_differ_between_trials_are_factors(store: Store, tmp_path:
 SMOOTHING = (
     "from grid import parts\nparts.on_loss('smoothing', ('off', '0.1', '0.2'))(print)\nparts.setting('heat', 1.0)\n"
 )
+
+
+@pytest.mark.parametrize("sizes", [(2,), (20,), (3, 2, 2), (2,) * 12, (20, 5)], ids=str)
+def test_any_number_of_factors_with_any_names_is_ranked_and_measured(
+    sizes: tuple[int, ...], store: Store, tmp_path: Path
+) -> None:
+    """A level of a factor is worth its place; the last cell is the best."""
+    names = [f"factor_{number}" for number in range(len(sizes))]
+    own = "; ".join(f"{name}=v0" for name in names)
+    cells = list(product(*(range(size) for size in sizes)))
+    rng = random.Random(0)
+    shown = [cells[0], cells[-1], *rng.sample(cells[1:-1], min(len(cells) - 2, 80))] if len(cells) > 2 else cells
+    plain = CONFIG.to_params()
+    trials = {
+        TrialConfig.from_params(
+            {
+                **plain,
+                "own": own,
+                "seed": str(seed),
+                **{name: f"v{level}" for name, level in zip(names, cell, strict=True)},
+            }
+        ): 0.3 + 0.01 * sum(cell) + 0.0001 * seed
+        for cell in shown
+        for seed in range(2)
+    }
+    table = complete(store, tmp_path, trials)
+    assert sorted(factors_among(table.columns)) == sorted([*FACTORS, *names])
+    best = rank_cells(table).iloc[0]
+    assert [best[name] for name in names] == [f"v{size - 1}" for size in sizes]
+    effects = measure_final_effects(table)
+    assert set(effects.levels["factor"]) == set(names)
+    assert effects.levels.groupby("factor").size().to_dict() == dict(zip(names, sizes, strict=True))
+    found = effects.levels.set_index(["factor", "level"])["effect"]
+    assert found[names[0], f"v{sizes[0] - 1}"] - found[names[0], "v0"] == pytest.approx(0.01 * (sizes[0] - 1))
 
 
 def test_a_factor_added_later_counts_as_its_first_level_before(store: Store, tmp_path: Path) -> None:

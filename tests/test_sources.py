@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grid.config import InputError
+from grid.config import InputError, TrialConfig
 from grid.data.catalogue import locate
 from grid.data.dataset import Dataset
 from grid.data.load import is_on_disk, load, load_test, split_indices
+from grid.driver.pictures import mistake_sheet, sample_sheet
 from grid.parts.files import PartsFile
 from grid.parts.files import load as load_parts
+from grid.train.evaluation import evaluate
+from grid.train.trial import DeviceData, Trial
 from tests.small_emnist import BALANCED, write_files
 
 FASHION = Path(os.environ.get("FASHION_MNIST_DIR", "/usr/share/datasets/fashion-mnist"))
@@ -411,3 +414,21 @@ def test_validation_is_the_same_for_every_size_of_a_stratified_train() -> None:
     np.testing.assert_array_equal(small[1], large[1])
     assert set(small[0]) < set(large[0])
     assert np.bincount(labels[large[0]]).tolist() == [10, 10, 10]
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_a_folder_in_colour_is_trained_on_validated_and_tested(model: str, tmp_path: Path) -> None:
+    """From PNG files to the numbers and the pictures of a test."""
+    data = load("pets", write_pictures(tmp_path / "pets", size=(16, 12)).parent)
+    on_device = DeviceData.from_dataset(data)
+    config = TrialConfig(model=model, learning_rate=1e-3, epochs=1, channels="4-6", dense_size=12, hidden_sizes="16")
+    trial = Trial(config, on_device)
+    report = trial.run_epoch()
+    assert 0 <= report.val_accuracy <= 1
+    images, labels = load_test("pets", tmp_path, data)
+    result = evaluate(config, trial.state_dict(), on_device, images, labels)
+    assert (result.images, result.confusion.shape) == (4, (2, 2))
+    assert result.balanced_accuracy == pytest.approx(result.accuracy)
+    assert sample_sheet(data.train_images, data.train_labels, data.classes)
+    wrong = result.mistakes
+    assert mistake_sheet(images[wrong.indices], wrong.true, wrong.predicted, wrong.confidence, data.classes)
