@@ -56,9 +56,11 @@ DRAWS = (
     Setting("D-optimal, then as many more", DEFAULT_RULE, DEFAULT_CONTROLS, more=True),
     Setting("D-optimal, twice as many", DEFAULT_RULE, DEFAULT_CONTROLS, times=2),
 )
+SHARED = [Setting(f"{share:.0%}", DEFAULT_RULE, share, tuple(ESTIMATORS)) for share in SHARES]
 IMPORTANCE = "importance"
 SETTINGS: Mapping[str, list[Setting]] = {
-    "shares": [Setting(f"{share:.0%}", DEFAULT_RULE, share, tuple(ESTIMATORS)) for share in SHARES],
+    "default": SHARED[:1],
+    "shares": SHARED,
     "rules": [Setting(label, rule, DEFAULT_CONTROLS) for label, rule in RULES.items()],
     "draws": list(DRAWS),
     IMPORTANCE: [Setting(IMPORTANCE, DEFAULT_RULE, DEFAULT_CONTROLS, (), importances=True)],
