@@ -77,15 +77,15 @@ def load_files(paths: Sequence[Path]) -> None:
 def using(files: Sequence[PartsFile]) -> Iterator[None]:
     """Know these parts files within the block, and no others; afterwards what was known before."""
     kept = dict(_loaded)
-    with all_restored():
-        for name in kept:
-            unload(name)
-        load(files)
-        try:
+    try:
+        with all_restored():
+            for name in kept:
+                unload(name)
+            load(files)
             yield
-        finally:
-            _loaded.clear()
-            _loaded.update(kept)
+    finally:
+        _loaded.clear()
+        _loaded.update(kept)
 
 
 def load(files: Sequence[PartsFile]) -> None:
