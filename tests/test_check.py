@@ -78,10 +78,6 @@ FAULTS = {
         "@parts.on_loss('nothing', ('off', 'on'))\ndef nothing(loss, logits, labels, use):\n    return loss",
         "factor nothing: level on changes nothing in the mlp; only the first level, off, may do nothing",
     ),
-    "default out of range": (
-        "parts.setting('heat', -1.0, rule=('above 0', lambda value: value > 0))",
-        "setting heat: heat must be above 0, got -1.0",
-    ),
     "other images each time": (
         "@parts.data('noise')\ndef noise(folder):\n"
         "    images = np.random.default_rng().integers(0, 256, (40, 8, 8), dtype=np.uint8)\n"
@@ -91,15 +87,11 @@ FAULTS = {
     "test images of another size": (
         "@parts.data('odd')\ndef odd(folder):\n    images, labels = np.zeros((40, 8, 8), np.uint8), np.arange(40) % 4\n"
         "    return images, labels, images[:, :7], labels",
-        "data odd: test images are (7, 8), train images (8, 8)",
+        "data odd: the test images of 'odd' are of shape (7, 8), the train images (8, 8); bring them to one size",
     ),
     "exclusion": (
         "@parts.exclude('mine')\ndef mine(cell):\n    return cell['optimiser'] == 'sgd'",
         "own.py:6: exclusion mine: exclusion 'mine': KeyError: 'optimiser'",
-    ),
-    "frozen and unused": (
-        "@parts.on_net('cut', ('off', 'on'))\ndef cut(net, use):\n    return nn.Sequential(net, nn.Flatten(0))",
-        "factor cut: returns (47,) for 1 images of 47 classes; return one row each",
     ),
     "data of a grid": (
         "parts.grid('mine', 'Which?', {'optimizer': ['sgd', 'adam']}, data='nowhere')",
@@ -195,7 +187,7 @@ def test_a_file_that_works_only_where_it_lies_is_found(
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("x = 1", "own.py: own.py adds no parts; decorate them, such as"), ("1 / 0", "own.py line 1: ZeroDivisionError")],
+    [("x = 1", "own.py adds no parts; decorate them, such as"), ("1 / 0", "own.py line 1: ZeroDivisionError")],
 )
 def test_a_file_that_adds_nothing_is_refused(
     text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -255,6 +255,7 @@ def test_the_project_the_token_and_the_versions_arrive_and_nothing_else(
         "nets/cnn.py",
         "analysis/rank.py",
         "benchmarks/chaos/audit.py",
+        "examples/own_factor.py",
         "analysis/notebooks/a.ipynb",
     ]
     wanted += ["LICENSE", "Makefile", "README.md", "pyproject.toml"]

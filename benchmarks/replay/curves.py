@@ -84,6 +84,11 @@ def describe(curves: pd.DataFrame) -> str:
     )
 
 
+def in_order(curves: pd.DataFrame) -> pd.DataFrame:
+    """Return curves sorted by the order of the levels."""
+    return curves.sort_values(list(FACTORS), key=_place, ignore_index=True)
+
+
 def _place(values: "pd.Series[Any]") -> "pd.Series[Any]":
     levels = LEVELS.get(str(values.name), ())
     return values.map({level: place for place, level in enumerate(levels)}) if levels else values

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from benchmarks.replay.curves import EPOCHS
+from benchmarks.replay.curves import EPOCHS, in_order
 from grid.config import FACTORS
 from grid.metrics import RUNG_METRIC
 from grid.plan.asha import Asha, StoppingRule
@@ -33,7 +33,7 @@ class Table:
         """
         seeds = curves.groupby("model")["seed"].unique()
         chosen = curves["model"].map(lambda model: sorted(seeds[model])[number % len(seeds[model])])
-        rows = curves[curves["seed"] == chosen].reset_index(drop=True)
+        rows = in_order(curves[curves["seed"] == chosen])
         return cls(rows[list(FACTORS)], rows[[str(epoch) for epoch in range(1, EPOCHS + 1)]].to_numpy(dtype=float))
 
     @property

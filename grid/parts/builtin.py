@@ -27,7 +27,7 @@ References:
 
 from typing import Any
 
-from grid.parts import adding as parts
+import grid.parts.adding as parts
 
 parts.net("mlp")("grid.train.models:build_mlp")
 parts.net("cnn")("grid.train.models:build_cnn")

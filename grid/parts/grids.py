@@ -1,6 +1,6 @@
 """The named grids."""
 
-from grid.parts import adding as parts
+import grid.parts.adding as parts
 from grid.parts.registry import Levels
 
 FULL: Levels = {
