@@ -15,10 +15,10 @@ from grid.masking import mask_message
 from grid.wording import count
 
 TEXTS = frozenset(
-    {*FACTORS, *SETTINGS, "accepted as equal", "code", "command", "commit", "device", "host", "time", "torch"}
+    {"accepted as equal", "code", "command", "commit", "device", "host", "time", "torch"}
     | {"cell", "character", "level", "over", "factor", "read as", "status", "sure", "term", "tie", "true"}
 )
-"""Columns of text, aligned left; numbers are aligned right."""
+"""Columns of text beside the factors, aligned left; numbers are aligned right."""
 SPLITS = {"train": "training", "val": "validation"}
 
 
@@ -37,7 +37,7 @@ def render(verdict: Verdict) -> str:
         headline=list(headline(verdict)),
         differences=headline_figure(verdict),
         sections=list(sections(verdict)),
-        texts=TEXTS,
+        texts={*FACTORS, *SETTINGS, *TEXTS},
         commands=command_table(experiment),
         manifest=_without_secrets(json.dumps(experiment.manifest, indent=1)) if experiment.manifest else "",
     )
