@@ -1,6 +1,8 @@
 """Parts of a user's file: what is added, what is refused, and what it does to keys, cells and the identity of code."""
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +54,7 @@ class Cubed(nn.Module):
     def forward(self, inputs):
         return inputs**3
 """
+ROOT = Path(__file__).parents[1]
 PLAIN = TrialConfig(learning_rate=0.1, epochs=3)
 
 
@@ -252,6 +255,14 @@ def test_a_file_that_needs_another_one_beside_it_is_refused(
     with pytest.raises(InputError, match=rf"imports {Path(source).name}, which no other machine has; put both in one"):
         load_files([tmp_path / "own.py"])
     assert "cubed" not in LEVELS["activation"]
+
+
+def test_the_command_itself_is_no_file_beside_a_parts_file(tmp_path: Path) -> None:
+    """Run from the project's folder, where torch makes the running module known under a second name."""
+    file = written(tmp_path, f"import torch.multiprocessing\n{CUBED}")
+    command = [sys.executable, "-m", "grid.run", "--parts", str(file), "--only", "activation=nothing"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "unknown activation 'nothing'; choose from cubed, " in done.stderr
 
 
 def written(folder: Path, text: str, name: str = "own.py") -> Path:

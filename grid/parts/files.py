@@ -155,12 +155,15 @@ def _describe(error: BaseException) -> str:
 
 def _sources_in(folders: set[Path], names: set[str]) -> list[str]:
     """Return the sources of modules that lie below some folders, without installed ones and those of this project."""
-    modules = [sys.modules[name] for name in sorted(names) if name.partition(".")[0] not in OURS]
-    sources = [Path(file) for module in modules if (file := getattr(module, "__file__", None))]
+    project = Path(__file__).parents[2]
+    skipped = (*(project / name for name in OURS), *map(Path, {sys.prefix, sys.base_prefix}))
+    sources = [Path(file) for name in sorted(names) if (file := getattr(sys.modules[name], "__file__", None))]
     return [
         source.name
         for source in sources
-        if not INSTALLED & set(source.parts) and any(source.is_relative_to(folder) for folder in folders)
+        if any(source.is_relative_to(folder) for folder in folders)
+        and not INSTALLED & set(source.parts)
+        and not any(source.is_relative_to(folder) for folder in skipped)
     ]
 
 
