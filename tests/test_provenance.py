@@ -233,15 +233,15 @@ def test_momentum_that_was_changed_in_the_table_is_not_mixed_in_silently(glyphs_
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
 
     assert run(*grid).returncode == 0
-    table = tmp_path / "grid" / "train" / "optimizers.py"
+    table = tmp_path / "grid" / "parts" / "builtin.py"
     table.write_text(table.read_text().replace('"momentum": config.momentum', '"momentum": 0.0'))
     for command in ([*grid, "--seeds", "2"], ["grid.confirm", "--top", "1", "--seeds", "1", *shared]):
         refused = run(*command)
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
-        assert "was trained with other code (grid/train/optimizers.py); use " in refused.stderr
+        assert "was trained with other code (grid/parts/builtin.py); use " in refused.stderr
     accepted = run(*grid, "--seeds", "2", "--accept-code")
     assert (accepted.returncode, accepted.stderr) == (0, "")
-    assert "accepted as equal to other code (grid/train/optimizers.py)" in accepted.stdout
+    assert "accepted as equal to other code (grid/parts/builtin.py)" in accepted.stdout
     assert run("grid.confirm", "--top", "1", "--seeds", "1", *shared).returncode == 0
     store = Store(f"sqlite:///{tmp_path}/mlflow.db", "tiny")
     store.open(missing=False)

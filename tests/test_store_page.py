@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from grid.record.lease import Lease
 from grid.record.store import Store
 from grid.train.code_version import NUMERIC_CODE
 
-PAGE = (Path(__file__).parents[1] / "docs" / "store.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "store.md").read_text()
 OURS = re.compile(r"(?!mlflow\.)")
 """MLflow adds names of its own."""
 
@@ -50,12 +51,18 @@ def metrics_of(runs: Iterable[Run]) -> set[str]:
 
 
 def artifacts_of(client: MlflowClient, runs: Iterable[Run]) -> set[str]:
-    found: set[str] = set()
-    for run in runs:
-        for artifact in client.list_artifacts(run.info.run_id):
-            files = client.list_artifacts(run.info.run_id, artifact.path) if artifact.is_dir else [artifact]
-            found |= {re.sub(r"^(commands)/[^/]+\.json$", r"\1/<id>.json", file.path) for file in files}
-    return found
+    paths = {path for run in runs for path in files_of(client, run.info.run_id)}
+    plain = {re.sub(r"^commands/[^/]+\.json$", "commands/<id>.json", path) for path in paths}
+    return {re.sub(r"^parts/\w+/.+$", "parts/<digest>/<file>", path) for path in plain}
+
+
+def files_of(client: MlflowClient, run_id: str, folder: str | None = None) -> Iterator[str]:
+    """Yield the paths of all artifacts of a run."""
+    for artifact in client.list_artifacts(run_id, folder):
+        if artifact.is_dir:
+            yield from files_of(client, run_id, artifact.path)
+        else:
+            yield artifact.path
 
 
 @pytest.mark.parametrize("kind", ["grid", "trial", "confirm"])
@@ -102,8 +109,11 @@ def real_store(glyphs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> St
     folder = tmp_path_factory.mktemp("real")
     uri, shared = f"sqlite:///{folder}/mlflow.db", ["--data-dir", str(glyphs_dir), "--address", "local"]
     small = ["--only", "model=mlp", "--only", "optimizer=adam", "--only", "dropout=off", "--per-class", "20"]
-    grid = ["grid.run", "--grid", "smoke", *small, "--epochs", "2", "--controls", "0"]
-    for command in (grid, [*grid, "--more-controls", "1"], ["grid.confirm", "--top", "1", "--seeds", "1"]):
+    parts = ["--parts", str(ROOT / "examples" / "own_factor.py")]
+    own = ["--only", "activation=relu", "--only", "label_smoothing=0.05,0.1"]
+    grid = ["grid.run", "--grid", "smoke", *small, *parts, *own, "--epochs", "2", "--controls", "0"]
+    confirm = ["grid.confirm", "--top", "1", "--seeds", "1", *parts]
+    for command in (grid, [*grid, "--more-controls", "1"], confirm):
         arguments = [*command, *shared, "--store", uri, "--experiment", "tiny"]
         subprocess.run([sys.executable, "-m", *arguments], cwd=folder, check=True, capture_output=True)
     store = Store(uri, "tiny")
@@ -117,11 +127,14 @@ def test_the_commands_record_exactly_what_is_documented(real_store: Store) -> No
     assert tags_of(grid) == documented("grid", "tag")
     assert artifacts_of(real_store.client, grid) == documented("grid", "artifact")
     assert tags_of(trials) == documented("trial", "tag") - {"error", "controls_rounds_before"}  # none failed, or is new
-    assert {name for run in trials for name in run.data.params} == documented("trial", "parameter")
-    assert metrics_of(trials) == documented("trial", "metric") | set(EPOCH_METRICS)
+    for runs in (trials, finalists):
+        params = {name for run in runs for name in run.data.params}
+        assert params == documented("trial", "parameter") | {"label_smoothing"}
+    one_size = {"val_balanced_accuracy"}  # of all classes
+    assert metrics_of(trials) == (documented("trial", "metric") | set(EPOCH_METRICS)) - one_size
     drawn = {"would_stop_at_epoch", "control_chance", "controls_rounds_before"}  # no finalist is drawn
     assert tags_of(finalists) == documented("confirm", "tag") - {"error", "stopped_at_epoch", "resumed_by", *drawn}
-    assert metrics_of(finalists) == documented("confirm", "metric") | set(EPOCH_METRICS)
+    assert metrics_of(finalists) == (documented("confirm", "metric") | set(EPOCH_METRICS)) - one_size
     assert artifacts_of(real_store.client, finalists) == documented("confirm", "artifact") - {"traceback.txt"}
 
 
