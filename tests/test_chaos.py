@@ -1,5 +1,6 @@
 import random
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from mlflow.tracking import MlflowClient
 
 from benchmarks.chaos import recording
 from benchmarks.chaos.__main__ import FAILURES, draw_schedule, main, print_table
-from benchmarks.chaos.audit import Audit, audit
+from benchmarks.chaos.audit import Audit, _read, audit, wrong_decisions
 from grid.config import TrialConfig
 from grid.metrics import EPOCH_METRICS, EpochReport
 from grid.record.recorder import Recorder
@@ -102,6 +103,26 @@ def test_another_last_value_is_different_as_that_epochs_and_as_the_final_accurac
 def test_a_stop_that_asha_would_not_make_is_a_wrong_decision(auditor: Auditor) -> None:
     auditor.record({1: (0.4,), 0: GOOD[0]})  # ASHA never stops the first arrival at a rung
     assert auditor.audit().wrong_decisions == 1
+
+
+def test_a_diverged_trial_counts_as_an_arrival_below_all_others(auditor: Auditor) -> None:
+    """Four have come with it, of which two go on; without it, 0.45 would be the second of three and stopped."""
+    auditor.record({0: GOOD[0], 1: (0.4,)})
+    recorder = Recorder(Store(auditor.uri, "disturbed"), Spool(auditor.folder / "later.jsonl"))
+    recorder.store.create()
+    recorder.begin({}, {})
+    diverged, last = (replace(CONFIG, seed=seed) for seed in (2, 3))
+    recorder.started(diverged, control=False)
+    recorder.epoch_ended(diverged, EpochReport(epoch=1, diverged=True, epoch_seconds=0.5), is_rung=True)
+    recorder.ended(diverged, "diverged", epochs_run=1, best_val_accuracy=None)
+    time.sleep(0.01)  # arrivals are told by milliseconds
+    recorder.started(last, control=False)
+    for epoch in (1, 2, 3):
+        recorder.epoch_ended(last, EpochReport(epoch=epoch, **dict.fromkeys(EPOCH_METRICS, 0.45)), is_rung=epoch == 1)
+    recorder.ended(last, "completed", epochs_run=3, best_val_accuracy=0.45)
+    recorder.close(finished=True)
+    client = MlflowClient(tracking_uri=auditor.uri)
+    assert wrong_decisions(list(_read(client, "disturbed", Audit()).values())) == 0
 
 
 @pytest.mark.parametrize(("spared_at", "wrong"), [(1, 0), (None, 1)])

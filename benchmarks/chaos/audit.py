@@ -1,7 +1,9 @@
 """Compare the store of a disturbed grid with that of an undisturbed one; `benchmarks.chaos` prints the result."""
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import isnan, nan
 from pathlib import Path
 
 from mlflow.entities import Run
@@ -93,19 +95,29 @@ def audit(uri: str, folder: Path, reference: str, experiments: list[str]) -> Aud
 def wrong_decisions(trials: list[Recorded]) -> int:
     """Count the recorded decisions that ASHA does not make when the recorded arrivals are replayed in their order."""
     asha = Asha(rung_epochs(trials[0].config.epochs))
-    arrivals = []
-    for trial in trials:
-        for epoch in asha.rungs:
-            for _, value, when in trial.histories.get(f"val_accuracy_at_{epoch}", []):
-                arrivals.append((when, epoch, value, trial))
     wrong = 0
-    for _, epoch, value, trial in sorted(arrivals, key=lambda arrival: arrival[0]):
+    for _, epoch, value, trial in sorted(_arrivals(trials, asha.rungs), key=lambda arrival: arrival[0]):
         config, control = trial.config, trial.tags["control"] == "true"
         group = asha.rule.group_of(config.cell)
+        if isnan(value):
+            asha.diverge(config.trial_key, group=group, epoch=epoch)
+            continue
         asha.decide(config.trial_key, group=group, epoch=epoch, value=value, control=control)
         recorded = trial.tags.get("would_stop_at_epoch" if control else "stopped_at_epoch")
         wrong += (asha.stop_epoch(config.trial_key) == epoch) != (recorded == str(epoch))
     return wrong
+
+
+def _arrivals(trials: list[Recorded], rungs: Iterable[int]) -> Iterator[tuple[int, int, float, Recorded]]:
+    """Yield the time, the epoch and the accuracy of each arrival at a rung; NaN for a divergence in that epoch."""
+    for trial in trials:
+        for epoch in rungs:
+            for _, value, when in trial.histories.get(f"val_accuracy_at_{epoch}", []):
+                yield when, epoch, value, trial
+        if trial.tags.get("status") == "diverged":
+            for step, _, when in trial.histories.get("epoch_seconds", []):
+                if step == trial.epochs_run:
+                    yield when, step, nan, trial
 
 
 def _read(client: MlflowClient, experiment: str, found: Audit) -> dict[str, Recorded]:
