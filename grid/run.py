@@ -34,6 +34,8 @@ from grid.plan.space import cross, find_grid, restrict, vary
 from grid.store_uri import check_store_uri
 from grid.wording import first_line
 
+ALL = "all"
+"""Of the training images, whatever the grid says."""
 INTERRUPTED = "interrupted; run the same command to continue"
 
 
@@ -123,7 +125,7 @@ def read_request(options: argparse.Namespace) -> Request:
         settings=settings,
         data=data,
         data_dir=data_dir,
-        per_class=grid.per_class if options.per_class is None else options.per_class,
+        per_class={None: grid.per_class, ALL: None}.get(options.per_class, options.per_class),
         epochs=grid.epochs if options.epochs is None else options.epochs,
         seeds=options.seeds,
         lr_scales=_split_numbers(options.lr_scales),
@@ -203,7 +205,9 @@ def _add_training(what: Options) -> None:
         help=f"{', '.join(NAMES)}, a file.npz, or a folder of images (the grid's own)",
     )
     add_data_dir(what)
-    what.add_argument("--per-class", type=int, metavar="N", help="training images per class (the grid's own, or all)")
+    what.add_argument(
+        "--per-class", type=_per_class, metavar="N", help="training images per class, or all (the grid's own, or all)"
+    )
     what.add_argument("--epochs", type=int, metavar="N", help="full budget of a trial (the grid's own)")
     what.add_argument("--seeds", type=int, default=1, metavar="N", help="replicates per cell (1)")
     what.add_argument("--lr-scales", default="1", metavar="X[,X]", help="factors on the base learning rates (1)")
@@ -265,6 +269,10 @@ def _default_name(options: argparse.Namespace, data: str, settings: Mapping[str,
     parts += sorted(varied)
     parts += ["no-stopping"] if options.no_stopping else []
     return "-".join(parts)
+
+
+def _per_class(text: str) -> int | str:
+    return ALL if text == ALL else int(text)
 
 
 def _describe(grid: str, question: str) -> str:

@@ -26,10 +26,15 @@ def test_forecast_of_an_unbalanced_set_is_an_upper_bound() -> None:
     assert sizes.split_sizes(100) == (4_700, 0)
 
 
-@pytest.mark.parametrize("name", ["cifar", "missing.npz", "", ".", ".."])
+@pytest.mark.parametrize("name", ["cifar", "", ".", ".."])
 def test_an_unknown_name_is_refused_with_the_choices(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"^unknown data set '{name}'; choose from emnist-balanced, .*, a file.npz"):
         find_dataset(name, tmp_path)
+
+
+def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^there is no file .*/missing.npz; pass another --data or --data-dir$"):
+        find_dataset("missing.npz", tmp_path)
 
 
 def test_a_file_or_folder_is_found_from_here_or_in_the_data_folder(

@@ -115,7 +115,7 @@ def test_a_diverged_trial_counts_as_an_arrival_below_all_others(auditor: Auditor
     recorder.started(diverged, control=False)
     recorder.epoch_ended(diverged, EpochReport(epoch=1, diverged=True, epoch_seconds=0.5), is_rung=True)
     recorder.ended(diverged, "diverged", epochs_run=1, best_val_accuracy=None)
-    time.sleep(0.01)  # arrivals are told by milliseconds
+    time.sleep(0.01)  # arrivals are ordered by milliseconds
     recorder.started(last, control=False)
     for epoch in (1, 2, 3):
         recorder.epoch_ended(last, EpochReport(epoch=epoch, **dict.fromkeys(EPOCH_METRICS, 0.45)), is_rung=epoch == 1)

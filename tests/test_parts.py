@@ -182,7 +182,16 @@ def test_a_grid_and_an_exclusion_of_a_file() -> None:
         ('parts.on_loss("a b", ("a", "b"))(print)', "a factor is named by letters, digits and underscores, got 'a b'"),
         ('parts.on_loss("new", ("a", "b c"))(print)', "a name of a level has up to 40 letters, digits and any of _.+-"),
         ('parts.net("a,b")(print)', "a name of a model has up to 40 letters, digits and any of _.+-; got 'a,b'"),
-        ('parts.optimizer("o", learning_rate=0)(print)', "learning rate of optimizer 'o' must be finite and above 0"),
+        ('parts.optimizer("o", learning_rate=0)(print)', "optimizer 'o' needs learning_rate=..., finite and above 0"),
+        ('parts.optimizer("o")(print)', "optimizer 'o' needs learning_rate=..., finite and above 0, got 0.0"),
+        ('parts.optimizer("o", learning_rate=1, options={})(print)', "optimizer 'o': options takes a function of the"),
+        (
+            "@parts.exclude\ndef f(cell): return True",
+            '@parts.exclude takes a text first, such as @parts.exclude("TEXT")',
+        ),
+        ("@parts.activation\nclass A: pass", '@parts.activation takes a text first, such as @parts.activation("TEXT")'),
+        ('parts.setting("new", 1, rule=bool)', "setting 'new': rule takes words and a function, such as rule=("),
+        ('parts.setting("n", 1, matters_with=("optimizer", ("o",)))', "unknown optimizer 'o'; choose from adagrad"),
         ('parts.grid("g", "?", {"optimizer": ["sgdd"]})', "unknown optimizer 'sgdd'; choose from adagrad, adam"),
         ('parts.grid("full", "?", {})', "grid 'full' exists already"),
         ("def f(:", "own.py line 2: invalid syntax; a parts file is Python"),
@@ -197,14 +206,14 @@ def test_a_grid_and_an_exclusion_of_a_file() -> None:
         ),
         (
             'parts.on_loss("new", (0, 0.1))(print)',
-            "a name of a level has up to 40 letters, digits and any of _.+-; got '0'",
+            "a name of a level is a text, such as '0' in quotes; got 0",
         ),
         ('parts.setting("new", "")', "the default of setting 'new' must be a number, True, False or a word, got ''"),
         ('parts.setting("new", "8 16")', "must be a number, True, False or a word, got '8 16'"),
         ('parts.setting("new", None)', "must be a number, True, False or a word, got None"),
         ('parts.setting("new", 0, rule=("above 0", bool))', "the default of setting 'new' must be above 0, got 0"),
         ('parts.setting("new", 1, matters_with=("optimizer", "sgd"))', "takes a factor and a tuple of its levels"),
-        ('parts.setting("new", 1, matters_with=("optimizer", ("sdg",)))', "unknown optimizer 'sdg'"),
+        ('parts.setting("new", 1, matters_with=("optimizer", ("sdg",)))', ", or add it above this line"),
     ],
 )
 def test_a_wrong_file_is_one_line_with_its_place_and_adds_nothing(text: str, message: str) -> None:
@@ -242,6 +251,12 @@ def test_a_file_that_cannot_be_read_is_refused(make: Callable[[Path], None], rea
     make(tmp_path / "own.py")
     with pytest.raises(InputError, match=reason):
         load_files([tmp_path / "own.py"])
+
+
+def test_a_file_beside_is_named_from_wherever_the_command_runs(tmp_path: Path) -> None:
+    (tmp_path / "beside_parts.py").write_text("VALUE = 1\n")
+    with pytest.raises(InputError, match=r"imports beside_parts.py, which no other machine has; put both in one file"):
+        load_files([written(tmp_path, f"import beside_parts\n{CUBED}")])
 
 
 @pytest.mark.parametrize("source", ["beside_parts.py", "beside_package/__init__.py"])

@@ -76,7 +76,10 @@ def test_a_parts_file_that_changed_is_refused_whatever_trained_in_between(store:
     start(store, tmp_path, as_record(NumericCode.here()), CONFIGS[1])  # without the file
     check(store)
     use(PARTS.replace("nn.Hardswish", "nn.Mish"))
-    with pytest.raises(InputError, match=r"was trained with other code \(activation own\); use .*--accept-code"):
+    with pytest.raises(
+        InputError,
+        match=r"was trained with other code \(activation own\); use the parts file as it was .*--accept-code",
+    ):
         check(store)
     accepted = check(store, accept=True)
     assert accepted.accepted["parts"] == ["activation own"]

@@ -57,10 +57,13 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["--only", "model=mlp", "--only", "model=cnn"], "--only leaves no cell: no model is left"),
         (["--only", "optimizer=adamw", "--only", "regularization=l2"], "--only leaves no cell: all are excluded"),
         (["--data", "cifar"], "unknown data set 'cifar'; choose from emnist-balanced"),
-        (["--per-class", "0"], "--per-class must be 1 to 2000, what validation leaves of the smallest class; got 0"),
+        (
+            ["--per-class", "0"],
+            "--per-class must be 1 to 2000, what validation leaves of the smallest class, or all; got 0",
+        ),
         (["--per-class", "-5"], "--per-class must be 1 to 2000"),
         (["--per-class", "2001"], "--per-class must be 1 to 2000"),
-        (["--data", "emnist-bymerge", "--per-class", "0"], "--per-class must be at least 1; got 0"),
+        (["--data", "emnist-bymerge", "--per-class", "0"], "--per-class must be at least 1, or all; got 0"),
         (["--seeds", "99999999999999999999"], "--seeds must be 1 to 1,000, got 99999999999999999999"),
         (["--grid", "smoke", "--concurrency", "30000"], "30000 trials at once need"),
         (["--data-dir", "x" * 300], f"--data-dir can't be '{'x' * 60}': File name too long"),
@@ -315,3 +318,10 @@ def test_a_fault_in_the_analysis_does_not_change_how_a_run_ended(
     assert capsys.readouterr().err.startswith("grid.run: no report: a fault; write it with:")
     assert run_ended(monkeypatch, store, 1, "--debug") == 1
     assert "ZeroDivisionError: a fault" in capsys.readouterr().err
+
+
+def test_all_images_can_be_asked_for_where_the_grid_takes_some() -> None:
+    assert read_request(_parser().parse_args(["--grid", "smoke"])).per_class == GRIDS["smoke"].per_class == 100
+    request = read_request(_parser().parse_args(["--grid", "smoke", "--per-class", "all"]))
+    assert request.per_class is None
+    assert request.experiment == "smoke-glyphs-all-per-class"

@@ -305,7 +305,14 @@ def _leaders(cells: pd.DataFrame) -> pd.DataFrame:
         "± seed": [points(half).lstrip("+") for half in cells["seed_half"]],
         "± images": [points(half).lstrip("+") for half in cells["image_half"]],
         "tie": ["yes" if tied else "" for tied in cells["tied"] & cells["low"].notna()],
+        "balanced": [percent(value) for value in cells["val_balanced_accuracy"]],
         "test acc": [percent(value) for value in cells["test_accuracy_as_validated"]],
+        "test balanced": [
+            percent(value) if known else ""
+            for value, known in zip(
+                cells["test_balanced_accuracy"], cells["val_balanced_accuracy"].notna(), strict=True
+            )
+        ],
         "control": [percent(value) for value in cells["controls_end"]],
         "diverged": [number or "" for number in cells["diverged"]],
         "lr": ["" if scale == 1 else f"x{scale:g}" for scale in cells["lr_scale"]],

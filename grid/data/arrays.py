@@ -100,6 +100,9 @@ def check_arrays(
         raise InputError(f"{where}: labels are {labels.dtype}, not whole numbers; number the classes from 0")
     if not len(images):
         raise InputError(f"{where}: no images")
+    if labels.min() >= 1 and part == "train":
+        found = f"labels run from {labels.min()} to {labels.max()}"
+        raise InputError(f"{where}: {found}; number the classes from 0, as labels - {labels.min()} does")
     names = _numbered(classes, labels)
     if len(names) not in CLASSES:
         raise InputError(f"{where}: {len(names):,} classes; 2 to {CLASSES[-1]:,} are possible")

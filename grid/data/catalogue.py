@@ -84,7 +84,9 @@ def find_dataset(name: str, data_dir: Path) -> DataSource:
     if name in DATASETS:
         return DATASETS[name]
     path = data_dir / name
-    if name.endswith(NPZ) and path.is_file():
+    if name.endswith(NPZ):
+        if not path.is_file():
+            raise InputError(f"there is no file {path}; pass another --data or --data-dir")
         return DataSource(Code("grid.data.arrays:read_npz"))
     if name not in ("", ".", "..") and path.is_dir():
         return DataSource(Code("grid.data.folder:read_folder"))
@@ -118,4 +120,4 @@ def check_per_class(per_class: int | None, *, largest: int | None = None) -> Non
     if per_class is None or (per_class >= 1 and (largest is None or per_class <= largest)):
         return
     allowed = "at least 1" if largest is None else f"1 to {largest}, what validation leaves of the smallest class"
-    raise InputError(f"--per-class must be {allowed}; got {per_class}")
+    raise InputError(f"--per-class must be {allowed}, or all; got {per_class}")

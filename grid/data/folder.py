@@ -30,8 +30,8 @@ def read_folder(name: str, data_dir: Path, part: Split) -> Labelled:
     try:
         classes = _classes(folder / "train")
         files = [(file, label) for label, each in enumerate(classes) for file in _files(folder / part / each)]
-        if unknown := sorted(set(_classes(folder / part)) - set(classes)):
-            raise InputError(f"{folder / part}: class '{unknown[0]}' is not in {folder / 'train'}; add or remove it")
+        if unknown := sorted(set(_classes(folder / "test")) - set(classes)):
+            raise InputError(f"{folder / 'test'}: class '{unknown[0]}' is not in {folder / 'train'}; add or remove it")
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror}); make it readable") from error
     if not files:

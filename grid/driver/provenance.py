@@ -18,6 +18,8 @@ from grid.record.store import Store, StoredTrial
 from grid.train.code_version import NumericCode
 from grid.wording import count
 
+PARTS_ORIGIN = "the parts file as it was (kept under parts/ of the parent run), put new parts into a new file"
+"""Where parts are to be had that have changed since."""
 MOST_NAMES = 3
 """Files that a message names."""
 
@@ -64,9 +66,10 @@ def check_code(store: Store, trials: Collection[StoredTrial], *, accept: bool) -
         return CodeCheck(code, facts={"code": remark} if trials else {})
     command_id, record, before = known[0]
     difference = _describe(before, code, changed)
+    origin = PARTS_ORIGIN if before.matches(code) else _origin(record)  # it matches but for the parts
     if not accept:
         raise InputError(
-            f"experiment '{store.experiment}' was trained with {difference}; use {_origin(record)}, pick "
+            f"experiment '{store.experiment}' was trained with {difference}; use {origin}, pick "
             "another --experiment, or pass --accept-code if you know that both yield the same numbers"
         )
     files = code.differing_files(before)

@@ -78,13 +78,14 @@ def activation(name: str, *, shape: Shape = "any") -> Adder[Any]:
         shape: `rising` if its output never falls as its input rises, `falling_then_rising` if it has one valley; such
             activations are computed after the pooling, on a quarter of the pixels. `any` is always right.
     """
+    _check_named("activation", name)
     return lambda build: _added("activation", name, ACTIVATIONS, ActivationSpec(Code(build), shape), build)
 
 
 def optimizer(
     name: str,
     *,
-    learning_rate: float,
+    learning_rate: float = 0.0,
     fused: bool = False,
     options: Callable[[Any], Mapping[str, Any]] = lambda config: {},
 ) -> Adder[Any]:
@@ -98,8 +99,11 @@ def optimizer(
         fused: Whether it takes `fused=True`.
         options: Given the `TrialConfig`, returns what else it is called with.
     """
+    _check_named("optimizer", name)
     if not 0 < learning_rate < float("inf"):
-        raise InputError(f"the learning rate of optimizer '{name}' must be finite and above 0, got {learning_rate}")
+        raise InputError(f"optimizer '{name}' needs learning_rate=..., finite and above 0, got {learning_rate}")
+    if not callable(options):
+        raise InputError(f"optimizer '{name}': options takes a function of the configuration that returns a dictionary")
     return lambda build: _added(
         "optimizer", name, OPTIMIZERS, OptimizerSpec(Code(build), learning_rate, fused, options), build
     )
@@ -111,6 +115,7 @@ def lr_schedule(name: str) -> Adder[Any]:
     Decorates a function of the `TrialConfig`, its optimizer and the number of steps in the budget that returns an
     `LRScheduler`, which is stepped after each training step, or a `ReduceLROnPlateau`, after each epoch.
     """
+    _check_named("lr_schedule", name)
     return lambda build: _added("lr_schedule", name, LR_SCHEDULES, Code(build), build)
 
 
@@ -120,6 +125,7 @@ def regularization(name: str) -> Adder[Any]:
     Decorates a function of the weights of all linear and convolution layers and the `TrialConfig` that adds the
     gradient of a penalty to their gradients.
     """
+    _check_named("regularization", name)
     return lambda penalise: _added("regularization", name, REGULARIZATIONS, Code(penalise), penalise)
 
 
@@ -129,6 +135,7 @@ def net(name: str) -> Adder[Any]:
     Decorates a function of the `TrialConfig` and a `nets.blocks.NetSpec` that returns a module from float images
     `[batch, channel, height, width]` to logits `[batch, classes]`.
     """
+    _check_named("net", name)
     return lambda build: _added("model", name, MODELS, Code(build), build)
 
 
@@ -191,6 +198,9 @@ def setting(
     _check_new("setting", name)
     if type(default) not in (str, int, float, bool) or not VALUE.fullmatch(format_value(default)):
         raise InputError(f"the default of setting '{name}' must be a number, True, False or a word, got {default!r}")
+    if rule is not None and not (isinstance(rule, tuple) and len(rule) == 2 and callable(rule[1])):
+        hint = 'rule=("above 0", lambda value: value > 0)'
+        raise InputError(f"setting '{name}': rule takes words and a function, such as {hint}")
     if rule is not None and not rule[1](default):
         raise InputError(f"the default of setting '{name}' must be {rule[0]}, got {default!r}")
     if matters_with is not None:
@@ -206,6 +216,7 @@ def data(name: str) -> Adder[Any]:
     and, if you like, the names of the classes. Images are uint8 `[image, row, column]` or `[image, channel, row,
     column]`; labels are whole numbers from 0. Validation is cut from train.
     """
+    _check_named("data", name)
 
     def adder(load: Function) -> Function:
         return _added("data", name, DATASETS, DataSource(Code(partial(_call, load))), load)
@@ -253,6 +264,7 @@ def exclude(reason: str) -> Adder[Callable[[Cell], bool]]:
     Args:
         reason: Printed with the number of cells that it excludes, and stored.
     """
+    _check_named("exclude", reason)
 
     def adder(excludes: Callable[[Cell], bool]) -> Callable[[Cell], bool]:
         if reason in EXCLUSIONS:
@@ -287,6 +299,11 @@ def _at(place: Site, name: str, levels: Sequence[str]) -> Adder[Any]:
         return act
 
     return adder
+
+
+def _check_named(function: str, name: object) -> None:
+    if not isinstance(name, str):
+        raise InputError(f'@parts.{function} takes a text first, such as @parts.{function}("TEXT")')
 
 
 def _check_condition(name: str, condition: Condition) -> None:

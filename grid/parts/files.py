@@ -64,8 +64,10 @@ def load_files(paths: Sequence[Path]) -> None:
     for path in paths:
         file = _read(path)
         known = set(sys.modules)
-        load([file])
-        if beside := _sources_in({path.absolute().parent, Path.cwd()}, set(sys.modules) - known):
+        beside = _imported_beside(file, path.absolute().parent)
+        if not beside:
+            load([file])
+        if beside := beside or _sources_in({path.absolute().parent, Path.cwd()}, set(sys.modules) - known):
             unload(file.name)
             raise InputError(
                 f"--parts {path} imports {beside[0]}, which no other machine has; put both in one file, "
@@ -107,11 +109,25 @@ def load(files: Sequence[PartsFile]) -> None:
 
 def imported_packages(files: Iterable[PartsFile]) -> set[str]:
     """Return the installed distributions whose modules parts files import, such as `torchvision`."""
-    nodes = [node for file in files for node in ast.walk(ast.parse(file.text))]
+    known = packages_distributions()
+    return {known[name][0] for file in files for name in _imports(file) if name in known and name not in OURS}
+
+
+def _imports(file: PartsFile) -> set[str]:
+    """Return the names of the packages and modules that a file imports; none if it can't be parsed."""
+    try:
+        nodes = list(ast.walk(ast.parse(file.text)))
+    except (SyntaxError, ValueError):
+        return set()
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
-    known = packages_distributions()
-    return {known[top][0] for name in names if (top := name.partition(".")[0]) in known and top not in OURS}
+    return {name.partition(".")[0] for name in names}
+
+
+def _imported_beside(file: PartsFile, folder: Path) -> list[str]:
+    """Return the modules that a file imports and that lie beside it, found or not from where Python runs."""
+    names = sorted(_imports(file) - OURS - sys.stdlib_module_names)
+    return [f"{name}.py" for name in names if (folder / f"{name}.py").is_file()]
 
 
 def _read(path: Path) -> PartsFile:

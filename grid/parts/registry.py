@@ -164,8 +164,10 @@ def is_from_file(kind: str, name: str) -> bool:
 
 def check_word(kind: str, name: str) -> None:
     """Raise `InputError` unless a name can be given on the command line and stored as it is."""
-    if not isinstance(name, str) or not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.+-]{0,39}", name):
-        raise InputError(f"a name of a {kind} has up to 40 letters, digits and any of _.+-; got '{str(name)[:60]}'")
+    if not isinstance(name, str):
+        raise InputError(f"a name of a {kind} is a text, such as '{name}' in quotes; got {name!r}")
+    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.+-]{0,39}", name):
+        raise InputError(f"a name of a {kind} has up to 40 letters, digits and any of _.+-; got '{name[:60]}'")
 
 
 def find(factor: str, level: str) -> Any:
@@ -194,7 +196,8 @@ def check_level(factor: str, level: str) -> None:
     if factor not in LEVELS:
         raise InputError(f"unknown factor '{factor}'; choose from {', '.join(sorted(LEVELS))}")
     if level not in LEVELS[factor]:
-        hint = ", or add it with --parts FILE.py" if factor in TABLES else ""
+        add_it = ", or add it with --parts FILE.py" if loading() == BUILT_IN else ", or add it above this line"
+        hint = add_it if factor in TABLES else ""
         raise InputError(f"unknown {factor} '{level}'; choose from {', '.join(sorted(LEVELS[factor]))}{hint}")
 
 

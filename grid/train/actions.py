@@ -40,12 +40,16 @@ class Actions:
         """Return the images to train on instead of a batch, `[batch, channel, height, width]`."""
         for code, use in self._images:
             images = code(images, use)
+            if not isinstance(images, Tensor):
+                raise TypeError(f"a factor on images returned {type(images).__name__}; return the images, a tensor")
         return images
 
     def on_loss(self, loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the loss to train on instead of `loss`, given logits `[batch, class]` and labels `[batch]`."""
         for code, use in self._loss:
             loss = code(loss, logits, labels, use)
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"a factor on the loss returned {type(loss).__name__}; return the loss, a tensor")
         return loss
 
     def on_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -58,6 +62,8 @@ def change_net(net: nn.Module, config: TrialConfig, generators: Mapping[str, tor
     """Return what the factors of parts files make of a net before its training; all is on the CPU."""
     for code, use in _find("net", config, generators):
         net = code(net, use)
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"a factor on the net returned {type(net).__name__}; return the net, a module")
     return net
 
 

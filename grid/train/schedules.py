@@ -71,6 +71,9 @@ class Schedule:
         self._optimizer = optimizer
         self._scheduler = find("lr_schedule", config.lr_schedule)(config, optimizer, steps)
         self._by_loss = isinstance(self._scheduler, ReduceLROnPlateau)
+        if not self._by_loss and not isinstance(self._scheduler, LRScheduler):
+            kind = type(self._scheduler).__name__
+            raise TypeError(f"lr_schedule {config.lr_schedule} returned {kind}; return an LRScheduler of torch")
 
     @property
     def learning_rate(self) -> float:
