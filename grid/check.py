@@ -27,7 +27,6 @@ ELSEWHERE = """
 import json, sys
 from grid.parts.files import PartsFile, load
 from grid.config import InputError
-from grid.data.catalogue import find_dataset
 try:
     load([PartsFile(**file) for file in json.load(sys.stdin)])
 except InputError as error:

@@ -325,7 +325,7 @@ class TrialConfig:
         return cls(**known, own=tuple(sorted([*listed, *given], key=lambda each: each.name)))
 
 
-_FIELDS = tuple(each.name for each in fields(TrialConfig))
+_FIELDS = dict.fromkeys(each.name for each in fields(TrialConfig))  # in order, and found at once
 
 DEFAULTS: Params = {
     each.name: format_value(getattr(TrialConfig, each.name)) for each in fields(TrialConfig) if "later" in each.metadata
