@@ -272,6 +272,8 @@ def _default_name(options: argparse.Namespace, data: str, settings: Mapping[str,
 
 
 def _per_class(text: str) -> int | str:
+    if text != ALL and not text.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"takes a whole number or {ALL}, got '{text}'")
     return ALL if text == ALL else int(text)
 
 
