@@ -194,14 +194,14 @@ def test_an_unknown_name_is_refused_by_every_loader(loader: object, tmp_path: Pa
 
 @pytest.mark.parametrize("per_class", [0, -1])
 def test_a_subset_below_one_is_refused_before_anything_is_touched(per_class: int, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=f"^--per-class must be at least 1; got {per_class}$"):
+    with pytest.raises(InputError, match=f"^--per-class must be at least 1, or all; got {per_class}$"):
         load("emnist-balanced", tmp_path, per_class=per_class)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_subset_that_is_too_large_is_refused_with_the_range(data_dir: Path) -> None:
     assert len(load("emnist-balanced", data_dir, per_class=10).train_labels) == 470
-    with pytest.raises(InputError, match="must be 1 to 10, what validation leaves of the smallest class; got 11"):
+    with pytest.raises(InputError, match="must be 1 to 10, what validation leaves of the smallest class, or all; got 11"):
         load("emnist-balanced", data_dir, per_class=11)
 
 

@@ -727,13 +727,15 @@ def test_an_error_while_an_error_is_dealt_with_is_survived_and_told(
 
 
 def test_a_spool_that_can_not_be_read_is_told_and_its_reports_arrive_when_it_can(
-    store: Store, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(courier, "FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.setattr(courier, "LONGEST_WAIT_SECONDS", 0.1)
     monkeypatch.setattr(record, "PATIENCE_SECONDS", 0.0)
     spool = tmp_path / "spool.jsonl"
-    spool.rename(tmp_path / "hidden")
+    recorder = Recorder(store, Spool(spool))
+    spool.rename(tmp_path / "hidden")  # before its thread starts, which may have it open already
+    recorder.begin({}, {})
     record_trial(recorder)
     wait_until(lambda: "No such file or directory" in recorder.error)
     wait_until(lambda: recorder.trouble.endswith("5 reports waiting"))
