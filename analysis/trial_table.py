@@ -36,7 +36,6 @@ COLUMNS = {
     "status": "str",
     "control": "bool",
     "control_chance": "float64",
-    "drawn_later": "bool",
     "stopped_at_epoch": "float64",
     "stop_epoch": "float64",
     "epochs_run": "int64",
@@ -51,11 +50,10 @@ COLUMNS = {
 """Columns of every table of trials beside the factors, with their types; NaN marks a missing value.
 
 `control`: whether the trial is an unstopped control; `control_chance`: the chance with which it was drawn to be one, or
-not, in all draws together; `drawn_later`: whether a round of `--more-controls` drew it; `stop_epoch`: the rung at which
-ASHA stopped it or, if it is a control, would have; `final_val_accuracy`: of the weights at the end of the full budget,
-completed trials only; `val_balanced_accuracy`: the same as a mean over classes, where they differ in size;
-`val_correct`: base64 of `EpochReport.val_correct`; `command`: the one that started it; `resumed_by`: those that trained
-on, joined by commas.
+not, in all draws together; `stop_epoch`: the rung at which ASHA stopped it or, if it is a control, would have;
+`final_val_accuracy`: of the weights at the end of the full budget, completed trials only; `val_balanced_accuracy`: the
+same as a mean over classes, where they differ in size; `val_correct`: base64 of `EpochReport.val_correct`; `command`:
+the one that started it; `resumed_by`: those that trained on, joined by commas.
 """
 
 
@@ -164,7 +162,6 @@ def _row(trial: RecordedTrial, rounds: Rounds | None) -> dict[str, Any]:
         "status": trial.status,
         "control": trial.control,
         "control_chance": _combine_chances(trial, rounds),
-        "drawn_later": _is_drawn(trial, rounds or ()),
         "stopped_at_epoch": nan if trial.stopped_at is None else float(trial.stopped_at),
         "stop_epoch": nan if stop_epoch is None else float(stop_epoch),
         "epochs_run": trial.epochs_run,
@@ -191,10 +188,8 @@ def _combine_chances(trial: RecordedTrial, rounds: Rounds | None) -> float:
     if own is None or trial.stop_epoch is None:
         return nan if own is None else own
     drawn_later = trial.stopped_at is not None and trial.would_stop_at is not None
-    if rounds is None or before > len(rounds) or (drawn_later and not _is_drawn(trial, rounds)):
+    if rounds is None or before > len(rounds):
+        return nan
+    if drawn_later and not any(trial.trial_key in each.drawn for each in rounds):
         return nan
     return 1 - (1 - own) * prod(1 - len(each.drawn) / each.among for each in rounds[before:])
-
-
-def _is_drawn(trial: RecordedTrial, rounds: Rounds) -> bool:
-    return any(trial.trial_key in each.drawn for each in rounds)

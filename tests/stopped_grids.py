@@ -59,7 +59,6 @@ class Grid:
             stop_epoch=self.stop,
             final_val_accuracy=final,
             best_val_accuracy=final,
-            drawn_later=drawn,  # by a plain draw
             val_correct="",
             **accuracies,
         )

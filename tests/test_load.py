@@ -201,7 +201,9 @@ def test_a_subset_below_one_is_refused_before_anything_is_touched(per_class: int
 
 def test_a_subset_that_is_too_large_is_refused_with_the_range(data_dir: Path) -> None:
     assert len(load("emnist-balanced", data_dir, per_class=10).train_labels) == 470
-    with pytest.raises(InputError, match="must be 1 to 10, what validation leaves of the smallest class, or all; got 11"):
+    with pytest.raises(
+        InputError, match="must be 1 to 10, what validation leaves of the smallest class, or all; got 11"
+    ):
         load("emnist-balanced", data_dir, per_class=11)
 
 

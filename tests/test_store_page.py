@@ -99,7 +99,7 @@ def test_metrics_are_those_that_the_code_records() -> None:
 
 def test_analysis_reads_only_documented_names() -> None:
     names = documented("trial", "tag") | documented("trial", "parameter") | documented("trial", "metric")
-    derived = {"run_id", "stop_epoch", "drawn_later"}  # from tags, and from more_controls.json
+    derived = {"run_id", "stop_epoch"}  # from tags
     assert set(COLUMNS) - derived <= names
 
 

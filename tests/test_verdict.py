@@ -21,7 +21,7 @@ LONG = "Matters at the end (9 epochs)"
 
 
 def trial(accuracy: float, status: str = "completed", epochs_run: int = 9, **changes: object) -> dict[str, object]:
-    row = {**CELL, "seed": 0, "lr_scale": 1.0, "status": status, "control": False, "drawn_later": False, "epochs": 9}
+    row = {**CELL, "seed": 0, "lr_scale": 1.0, "status": status, "control": False, "epochs": 9}
     rungs = {f"val_accuracy_at_{rung}": accuracy / 2 if epochs_run >= rung else np.nan for rung in (1, 3)}
     stop = float(epochs_run) if status == "stopped" else np.nan
     ends = {"final_val_accuracy": accuracy if status == "completed" else np.nan, "best_val_accuracy": accuracy}

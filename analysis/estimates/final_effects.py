@@ -208,7 +208,6 @@ def make_sample(rows: pd.DataFrame) -> Sample:
         final=rows["final_val_accuracy"].to_numpy(dtype=float),
         stop=np.asarray(stop, dtype=np.int_),
         chance=rows["control_chance"].to_numpy(dtype=float),
-        balanced=(rows["control_chance"].notna() & ~rows["drawn_later"]).to_numpy(dtype=np.bool_),
     )
 
 

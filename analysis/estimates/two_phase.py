@@ -27,10 +27,6 @@ STOPPED_WEIGHT = 3.0
 """Weight in the regression of a trial that the rule stops, next to 1 for one that went on: it is about the stopped."""
 SMALLEST_SLACK = 0.02
 """Least value of 1 - leverage, by which a residual is divided to leave its own observation out."""
-BALANCED_INFLATION, PLAIN_INFLATION = 1.5, 2.0
-"""Power of 1 / (1 - leverage) by which squared residuals grow in the variance: 1 is right for even leverages and even
-noise (HC2), 2 leaves each observation out of its own fit (HC3). What a draw needs was measured on real and on planted
-grids; see docs/statistics.md."""
 FREE, MILD, STRONG, PAIRS = 0.0, 0.05, 0.3, 16.0
 """Shares of the penalty that columns bear: the last accuracy; levels; curvature and slopes; pairs of levels."""
 Integers = NDArray[np.int_]
@@ -48,8 +44,6 @@ class Sample:
     """Index of the rung at which the rule stops the trial, control or not, `[trial]`; their number if at none."""
     chance: Array
     """Chance with which the end of the trial is seen if the rule stops it, `[trial]`; NaN if it is not recorded."""
-    balanced: NDArray[np.bool_]
-    """Whether the draw that let the trial go on kept the levels in balance, `[trial]`; of probed trials."""
 
     @property
     def stopped(self) -> NDArray[np.bool_]:
@@ -133,9 +127,7 @@ def estimate_ends(sample: Sample, terms: Sequence[Term]) -> Ends:
     predicted, residuals, left_out = _predict(sample, terms)
     values = np.where(sample.stopped, predicted, sample.final)
     values[probed] += residuals[probed] / chances[probed]
-    inflation = np.where(sample.balanced, BALANCED_INFLATION, PLAIN_INFLATION)
-    squares = np.abs(left_out) ** inflation * np.abs(residuals) ** (2 - inflation)
-    sampling = np.where(probed, squares * (1 - chances) / chances**2, 0.0)
+    sampling = np.where(probed, left_out**2 * (1 - chances) / chances**2, 0.0)  # HC3
     noise, degrees = _noise(sample, terms, np.where(sample.seen, sample.final, predicted), chances)
     return Ends(values, sampling, noise, probed, np.where(sample.seen, 1 / chances, 0.0), degrees)
 

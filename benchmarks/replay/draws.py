@@ -105,13 +105,13 @@ def replay(
             if not continues:
                 allowed[trial] = rung
                 break
-    drawn_later = np.zeros(len(groups), dtype=np.bool_)
     if later:
         stopped = np.flatnonzero(allowed < EPOCHS)
-        drawn_later[rng.choice(stopped, min(later, len(stopped)), replace=False)] = True
-        allowed[drawn_later], controls = EPOCHS, controls | drawn_later
-        chance = 1 - (1 - chance) * (1 - drawn_later.sum() / len(stopped))
-    return _observe(table, allowed, stop, controls, chance, asha.rungs).assign(drawn_later=drawn_later)
+        drawn = rng.choice(stopped, min(later, len(stopped)), replace=False)
+        controls = controls.copy()
+        allowed[drawn], controls[drawn] = EPOCHS, True
+        chance = 1 - (1 - chance) * (1 - len(drawn) / len(stopped))
+    return _observe(table, allowed, stop, controls, chance, asha.rungs)
 
 
 def _observe(

@@ -49,17 +49,17 @@ RULES: Mapping[str, StoppingRule] = {
     "model x schedule; rungs 1, 3; best 1/3": StoppingRule(within=("model", "lr_schedule")),
     "model x schedule; rungs 1, 3; best 1/2": StoppingRule(within=("model", "lr_schedule"), factor=2),
 }
-SHARES = (DEFAULT_CONTROLS, 0.1, 0.2)
+FEWER, MORE = 0.03, 0.2
 DRAWS = (
     Setting("D-optimal", DEFAULT_RULE, DEFAULT_CONTROLS),
     Setting("at random", DEFAULT_RULE, DEFAULT_CONTROLS, designed=False),
     Setting("D-optimal, then as many more", DEFAULT_RULE, DEFAULT_CONTROLS, more=True),
     Setting("D-optimal, twice as many", DEFAULT_RULE, DEFAULT_CONTROLS, times=2),
 )
-SHARED = [Setting(f"{share:.0%}", DEFAULT_RULE, share, tuple(ESTIMATORS)) for share in SHARES]
+SHARED = [Setting(f"{share:.0%}", DEFAULT_RULE, share, tuple(ESTIMATORS)) for share in (FEWER, DEFAULT_CONTROLS, MORE)]
 IMPORTANCE = "importance"
 SETTINGS: Mapping[str, list[Setting]] = {
-    "default": SHARED[:1],
+    "default": SHARED[1:2],
     "shares": SHARED,
     "rules": [Setting(label, rule, DEFAULT_CONTROLS) for label, rule in RULES.items()],
     "draws": list(DRAWS),
@@ -107,8 +107,6 @@ def examine(task: tuple[Setting, int], curves: Path, seed: int) -> pd.DataFrame:
     number = setting.times * number_of_controls(len(table.cells), setting.share)
     controls, chance = (draw_controls if setting.designed else draw_at_random)(table.cells, number, rng)
     trials = replay(table, setting.rule, controls, chance, rng, number if setting.more else 0)
-    if not setting.designed:
-        trials["drawn_later"] = trials["control"]  # nothing kept their levels in balance either
     parts = [
         compare(ESTIMATORS[name](trials), _truth(curves, place)).assign(estimator=name) for name in setting.estimators
     ]

@@ -41,7 +41,7 @@ VALUE = re.compile(r"[^\s;,]+")
 RESERVED = frozenset(
     (
         *("behind", "balanced", "best_val_accuracy", "cell", "cell_key", "command", "control", "control_chance"),
-        *("controls", "controls_end", "diverged", "drawn_later", "epoch", "epoch_seconds", "epochs_run", "factor"),
+        *("controls", "controls_end", "diverged", "epoch", "epoch_seconds", "epochs_run", "factor"),
         *(
             "behind_image_half",
             "behind_seed_half",

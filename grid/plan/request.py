@@ -17,7 +17,7 @@ from grid.store_uri import write_problem
 
 LIMITS = {"epochs": 100_000, "seeds": 1_000, "concurrency": 100_000}
 """Largest values allowed; anything above is a typing error."""
-DEFAULT_CONTROLS = 0.03
+DEFAULT_CONTROLS = 0.1
 """Share of the trials that are unstopped controls; never fewer than `grid.plan.controls.FEWEST` allows."""
 
 NO_RAY = "start one with `ray up` or `ray start --head`, or leave --address out"
