@@ -201,7 +201,12 @@ def measure(trials: int, folder: Path) -> Cost:
         with contextlib.closing(spool_of_grid) as spool, Lease(store):
             recorder = Recorder(store, spool)
             recorder.recover()
-            plan = cut(make_plan(request, packing=packing, fingerprint=dataset.fingerprint), trials)
+            plan = cut(
+                make_plan(
+                    request, packing=packing, fingerprint=dataset.fingerprint, train_images=len(dataset.train_labels)
+                ),
+                trials,
+            )
             asha = Asha.of(plan.rule, request.epochs)
             restore_rungs(asha, store.trials())
             recorder.begin({"grid.json": b"{}"}, {})

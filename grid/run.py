@@ -28,7 +28,7 @@ from grid.data.catalogue import NAMES, locate
 from grid.parts import LEVELS
 from grid.parts.files import load_files
 from grid.parts.registry import GRIDS
-from grid.plan.asha import NO_STOPPING, StoppingRule
+from grid.plan.asha import FEWEST_STEPS, NO_STOPPING, StoppingRule
 from grid.plan.request import DEFAULT_CONTROLS, Request, check_address, check_folder_name, check_storage
 from grid.plan.space import cross, find_grid, restrict, vary
 from grid.store_uri import check_store_uri
@@ -235,7 +235,12 @@ def _add_stopping(what: Options) -> None:
         help="once all trials have ended: draw N of the stopped ones at random and train them to the end",
     )
     what.add_argument("--stop-factor", type=int, default=3, metavar="N", help="one trial in N continues at a rung (3)")
-    what.add_argument("--grace", type=int, default=1, metavar="N", help="epochs before any trial is stopped (1)")
+    what.add_argument(
+        "--grace",
+        type=int,
+        metavar="N",
+        help=f"epochs before any trial is stopped (as many as take {FEWEST_STEPS} steps, at most a third)",
+    )
     what.add_argument(
         "--stop-within",
         default="model",

@@ -17,7 +17,9 @@ DATA = DeviceData.from_dataset(blank_dataset())
 
 
 def plan_of(trials: int, folder: Path) -> Plan:
-    return cut(make_plan(request_of(trials, folder), packing=pack(2, 0, 0), fingerprint="0" * 16), trials)
+    return cut(
+        make_plan(request_of(trials, folder), packing=pack(2, 0, 0), fingerprint="0" * 16, train_images=10**6), trials
+    )
 
 
 def curve_of(config: TrialConfig, epochs: int = 9) -> list[EpochReport]:
@@ -31,10 +33,10 @@ def test_a_big_grid_has_as_many_seeds_as_necessary(trials: int, seeds: int, tmp_
 
 
 def test_a_cut_plan_keeps_the_order_and_the_share_of_unstopped_controls(tmp_path: Path) -> None:
-    whole = make_plan(request_of(1000, tmp_path), packing=pack(2, 0, 0), fingerprint="0" * 16)
+    whole = make_plan(request_of(1000, tmp_path), packing=pack(2, 0, 0), fingerprint="0" * 16, train_images=10**6)
     plan = cut(whole, 1000)
     assert plan.trials == whole.trials[:1000]
-    assert 10 < len(plan.controls) < 60
+    assert 60 < len(plan.controls) < 140
     assert plan.controls <= {trial.trial_key for trial in plan.trials}
 
 

@@ -107,7 +107,9 @@ class Driver:
 
     def planned(self, *options: str) -> list[TrialConfig]:
         """Return the trials of the grid."""
-        return make_plan(self.request(*options), packing=PACKING, fingerprint=blank_dataset().fingerprint).trials
+        return make_plan(
+            self.request(*options), packing=PACKING, fingerprint=blank_dataset().fingerprint, train_images=10**6
+        ).trials
 
     def run(self, *options: str, trainer: Trainer | None = None) -> tuple[int, Trainer]:
         """Return the exit code, and what was trained."""

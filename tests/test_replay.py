@@ -221,7 +221,7 @@ def test_the_command_prints_all_tables_in_80_columns(capsys: pytest.CaptureFixtu
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert any(line.startswith("3%       ours") for line in lines)
-    assert any(line.startswith("model x schedule; rungs 1, 3; best 1/2") for line in lines)
+    assert any(line.startswith("model x schedule; rungs 2, 6; best 1/3") for line in lines)
     assert any(line.startswith("D-optimal, then as many more") for line in lines)
     shares = next(line.split() for line in lines if line.startswith("batch_norm"))
     assert float(shares[1].rstrip("%")) == pytest.approx(float(shares[2].rstrip("%")), abs=20)

@@ -28,12 +28,12 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     ("arguments", "message"),
     [
         (["--grid", "x"], "unknown grid 'x'; choose from cnn, full, mlp, smoke, techniques"),
-        (["--only", "x=1"], "unknown factor 'x'; choose from activation, batch_norm"),
+        (["--only", "x=1"], "unknown factor 'x'; choose from activation, augmentation, batch_norm"),
         (["--only", "activation=rely"], "unknown activation 'rely'; choose from elu, gelu"),
         (["--only", "activation"], "--only takes NAME=VALUE[,VALUE], got 'activation'; names: model, lr_schedule"),
         (["--only", "activation="], "unknown activation ''"),
         (["--set", "momentum"], "--set takes NAME=VALUE[,VALUE], got 'momentum'; names: batch_size, "),
-        (["--set", "momentun=0.5"], "unknown setting 'momentun'; choose from batch_size, beta1, "),
+        (["--set", "momentun=0.5"], "unknown setting 'momentun'; choose from augmentation_strength, batch_size, "),
         (["--set", "momentum=1"], "momentum must be 0 or more and below 1, got 1.0"),
         (["--set", "momentum=high"], "momentum must be a number, got 'high'"),
         (["--set", "batch_size=64.5"], "batch_size must be a whole number, got '64.5'"),
@@ -50,7 +50,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["--vary", "batch_size=64,1"], "batch_size must be 2 or more, got 1"),
         (["--vary", "optimizer=adam,sgd"], "optimizer is a factor: give --only optimizer=adam,sgd"),
         (["--vary", "seed=1,2"], "seed can't be set: --seeds gives the number of replicates"),
-        (["--vary", "beta=1,2"], "unknown setting 'beta'; choose from batch_size, beta1"),
+        (["--vary", "beta=1,2"], "unknown setting 'beta'; choose from augmentation_strength, batch_size, beta1"),
         (["--set", "beta1=0.8", "--vary", "beta1=0.8,0.9"], "--set and --vary both give beta1; leave one of them out"),
         (["--stop-within", "momentum"], "--stop-within takes factors joined by commas, got 'momentum'; choose from"),
         (["--set", "momentum=0.5", "--set", "momentum=0.6"], "--set gives momentum twice, 0.5 and 0.6; give it once"),
@@ -178,7 +178,7 @@ def test_what_the_user_says_beats_the_grid() -> None:
 @pytest.mark.parametrize(
     ("arguments", "rule"),
     [
-        ([], StoppingRule(factor=3, grace=1, within=("model",))),
+        ([], StoppingRule(factor=3, grace=None, within=("model",))),
         (["--grace", "3", "--stop-factor", "2"], StoppingRule(factor=2, grace=3, within=("model",))),
         (["--stop-within", "model,lr_schedule"], StoppingRule(within=("model", "lr_schedule"))),
         (["--stop-within", ""], StoppingRule(within=())),

@@ -11,7 +11,12 @@ from grid.run import _parser, read_request
 
 
 def plan(*arguments: str) -> Plan:
-    return make_plan(read_request(_parser().parse_args(arguments)), packing=Packing(1, 1.0, 0.0), fingerprint="abc")
+    return make_plan(
+        read_request(_parser().parse_args(arguments)),
+        packing=Packing(1, 1.0, 0.0),
+        fingerprint="abc",
+        train_images=10**6,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -19,10 +24,35 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_full_grid_is_1920_trials_and_60_controls() -> None:
+def test_the_full_grid_is_1920_trials_and_192_controls() -> None:
     full = plan()
-    assert (len(full.cells), len(full.trials), len(full.controls)) == (1920, 1920, 60)
-    assert full.control_chance == 60 / 1920
+    assert (len(full.cells), len(full.trials), len(full.controls)) == (1920, 1920, 192)
+    assert full.control_chance == 192 / 1920
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "rungs"),
+    [
+        (94_000, [], (1, 3)),  # 734 steps in an epoch
+        (40 * 128, [], (1, 3)),
+        (40 * 128 - 1, [], (2, 6)),
+        (2820, [], (2, 6)),
+        (2820, ["--epochs", "27"], (2, 6, 18)),
+        (2820, ["--epochs", "3"], (1,)),
+        (2820, ["--epochs", "5"], (1, 3)),
+        (100, [], (3,)),
+        (100, ["--grace", "1"], (1, 3)),
+        (2820, ["--set", "batch_size=32"], (1, 3)),
+        (2820, ["--vary", "batch_size=32,128"], (2, 6)),
+        (2820, ["--no-stopping"], (2, 6)),  # where accuracies are recorded; nobody is stopped
+    ],
+)
+def test_the_first_rung_is_after_enough_steps_and_within_a_third(
+    images: int, options: list[str], rungs: tuple[int, ...]
+) -> None:
+    request = read_request(_parser().parse_args(["--grid", "smoke", *options]))
+    planned = make_plan(request, packing=Packing(1, 1.0, 0.0), fingerprint="abc", train_images=images)
+    assert planned.rule.rungs(request.epochs) == rungs
 
 
 def test_eighty_cells_of_the_mlp() -> None:
@@ -125,7 +155,7 @@ def resume(before: Plan, *arguments: str) -> Plan:
     """Return the plan of another command, once every trial of a plan has begun."""
     begun = {trial.trial_key: trial.trial_key in before.controls for trial in before.trials}
     request = read_request(_parser().parse_args(arguments))
-    return make_plan(request, packing=Packing(1, 1.0, 0.0), fingerprint="abc", begun=begun)
+    return make_plan(request, packing=Packing(1, 1.0, 0.0), fingerprint="abc", train_images=10**6, begun=begun)
 
 
 def test_a_grown_grid_keeps_the_controls_that_have_begun_and_draws_among_the_others() -> None:

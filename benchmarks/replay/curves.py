@@ -27,6 +27,8 @@ PATH = Path(__file__).with_name("curves.csv")
 VAL_IMAGES = 4465
 """Validation images of the cut: 95 for each of 47 classes."""
 EPOCHS = 9
+STEPS = 60 * 47 // 128
+"""In an epoch: 60 training images of each class, in batches of 128."""
 COLUMNS = [str(epoch) for epoch in range(1, EPOCHS + 1)]
 
 

@@ -1,7 +1,7 @@
 """One replay: draws an order and controls, stops the trials, and compares every answer with the truth."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import lcm
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from benchmarks.replay.curves import EPOCHS, load_curves
+from benchmarks.replay.curves import EPOCHS, STEPS, load_curves
 from benchmarks.replay.draws import Table, draw_at_random, draw_controls, replay
 from benchmarks.replay.estimators import ESTIMATORS, compare, truth
 from benchmarks.replay.importance import METHODS, TRUTH, compare_importances, installed_methods, of_effects
@@ -40,30 +40,33 @@ class Setting:
     """Whether methods are asked how important each factor is."""
 
 
+RULE = DEFAULT_RULE.for_steps(EPOCHS, STEPS)
+"""What `grid.run` does by default."""
 RULES: Mapping[str, StoppingRule] = {
-    "model; rungs 1, 3; best 1/3": DEFAULT_RULE,
-    "model; rungs 1, 3; best 1/2": StoppingRule(factor=2),
-    "model; rungs 1, 3; best 1/4": StoppingRule(factor=4),
+    "model; rungs 2, 6; best 1/3": RULE,
+    "model; rungs 2, 6; best 1/4": replace(RULE, factor=4),
+    "model; rungs 1, 3; best 1/3": StoppingRule(grace=1),
+    "model; rungs 1, 3; best 1/2": StoppingRule(grace=1, factor=2),
     "model; rung 3; best 1/3": StoppingRule(grace=3),
-    "model; rung 3; best 1/2": StoppingRule(grace=3, factor=2),
-    "model x schedule; rungs 1, 3; best 1/3": StoppingRule(within=("model", "lr_schedule")),
-    "model x schedule; rungs 1, 3; best 1/2": StoppingRule(within=("model", "lr_schedule"), factor=2),
+    "model; rung 3; best 1/9": StoppingRule(grace=3, factor=9),
+    "model x schedule; rungs 2, 6; best 1/3": replace(RULE, within=("model", "lr_schedule")),
+    "model x schedule; rungs 1, 3; best 1/3": StoppingRule(grace=1, within=("model", "lr_schedule")),
 }
 FEWER, MORE = 0.03, 0.2
 DRAWS = (
-    Setting("D-optimal", DEFAULT_RULE, DEFAULT_CONTROLS),
-    Setting("at random", DEFAULT_RULE, DEFAULT_CONTROLS, designed=False),
-    Setting("D-optimal, then as many more", DEFAULT_RULE, DEFAULT_CONTROLS, more=True),
-    Setting("D-optimal, twice as many", DEFAULT_RULE, DEFAULT_CONTROLS, times=2),
+    Setting("D-optimal", RULE, DEFAULT_CONTROLS),
+    Setting("at random", RULE, DEFAULT_CONTROLS, designed=False),
+    Setting("D-optimal, then as many more", RULE, DEFAULT_CONTROLS, more=True),
+    Setting("D-optimal, twice as many", RULE, DEFAULT_CONTROLS, times=2),
 )
-SHARED = [Setting(f"{share:.0%}", DEFAULT_RULE, share, tuple(ESTIMATORS)) for share in (FEWER, DEFAULT_CONTROLS, MORE)]
+SHARED = [Setting(f"{share:.0%}", RULE, share, tuple(ESTIMATORS)) for share in (FEWER, DEFAULT_CONTROLS, MORE)]
 IMPORTANCE = "importance"
 SETTINGS: Mapping[str, list[Setting]] = {
     "default": SHARED[1:2],
     "shares": SHARED,
     "rules": [Setting(label, rule, DEFAULT_CONTROLS) for label, rule in RULES.items()],
     "draws": list(DRAWS),
-    IMPORTANCE: [Setting(IMPORTANCE, DEFAULT_RULE, DEFAULT_CONTROLS, (), importances=True)],
+    IMPORTANCE: [Setting(IMPORTANCE, RULE, DEFAULT_CONTROLS, (), importances=True)],
 }
 """Table -> what is replayed for it."""
 

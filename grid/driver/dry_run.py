@@ -37,8 +37,8 @@ def run(request: Request, ends: forecast.EndSpread | None = None) -> int:
     else:
         where = connection.connected(cluster, request.concurrency)
     with where as packing:
-        plan = make_plan(request, packing=packing, fingerprint="")
         train_images, classes, image_shape, source = _look_at_data(request)
+        plan = make_plan(request, packing=packing, fingerprint="", train_images=train_images)
         (seconds_per_image, spread), timed_on = _calibrate(plan, classes, image_shape, packing)
     cost = forecast.forecast(
         plan.trials,

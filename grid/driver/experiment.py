@@ -128,7 +128,14 @@ def _plan_what_is_left(request: Request, prepared: Prepared, packing: Packing, b
     stored = reopen_drawn(store, store.trials(), rounds)
     left_out = describe_left_out(store)
     begun = {key: trial.control for key, trial in stored.items()}
-    plan = make_plan(request, packing=packing, fingerprint=prepared.dataset.fingerprint, begun=begun)
+    dataset = prepared.dataset
+    plan = make_plan(
+        request,
+        packing=packing,
+        fingerprint=dataset.fingerprint,
+        train_images=len(dataset.train_labels),
+        begun=begun,
+    )
     check_comparable(plan.trials, [trial.config for trial in stored.values()], request.experiment)
     check = check_code(store, stored.values(), accept=request.accept_code)
     asha = Asha.of(plan.rule, request.epochs)

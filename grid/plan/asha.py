@@ -11,10 +11,13 @@ import math
 from bisect import bisect_right, insort
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 FACTOR = 3
 """By default one trial in `FACTOR` continues past each rung; each rung has `FACTOR` times the epochs of the last."""
+FEWEST_STEPS = 40
+"""Training steps before the first rung. After 22 steps of the CNN on real images the order of its trials says nothing
+of the end, and all of the best are stopped; after 44 steps the winner is never lost (`benchmarks.replay`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,14 +26,27 @@ class StoppingRule:
 
     factor: int = FACTOR
     """One trial in this many continues past each rung; 1 for no stopping at all."""
-    grace: int = 1
-    """Epoch of the first rung."""
+    grace: int | None = None
+    """Epoch of the first rung; None for the first epoch, or what `for_steps` makes of it."""
     within: tuple[str, ...] = ("model",)
     """Trials are compared with those that have the same levels of these factors; empty for with all."""
 
     def rungs(self, epochs: int) -> tuple[int, ...]:
         """Return the epochs of the rungs for a full budget."""
-        return rung_epochs(epochs, self.grace)
+        return rung_epochs(epochs, 1 if self.grace is None else self.grace)
+
+    def for_steps(self, epochs: int, steps: int) -> "StoppingRule":
+        """Return the rule with the first rung at the end of the first epoch that ends after `FEWEST_STEPS` or later.
+
+        It is no later than a third of the budget, and stays where it is if it was given.
+
+        Args:
+            epochs: Full budget.
+            steps: In an epoch.
+        """
+        if self.grace is not None:
+            return self
+        return replace(self, grace=max(1, min(math.ceil(FEWEST_STEPS / max(1, steps)), epochs // 3)))
 
     def group_of(self, cell: Mapping[str, str]) -> str:
         """Return the name of the group in which a cell's trials are compared."""

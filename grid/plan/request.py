@@ -90,7 +90,7 @@ class Request(Place):
             if value is not None and not 1 <= value <= LIMITS[name]:
                 raise InputError(f"--{name} must be 1 to {LIMITS[name]:,}, got {value}")
         for name, value in (("grace", self.rule.grace), ("stop-factor", self.rule.factor)):
-            if not 1 <= value <= LIMITS["epochs"]:
+            if value is not None and not 1 <= value <= LIMITS["epochs"]:
                 raise InputError(f"--{name} must be 1 to {LIMITS['epochs']:,}, got {value}")
         if unknown := set(self.rule.within) - set(self.levels):
             hint = f"choose from {', '.join(self.levels)}"

@@ -39,13 +39,21 @@ class Plan:
     """Which of the other trials are stopped."""
 
 
-def make_plan(request: Request, *, packing: Packing, fingerprint: str, begun: Mapping[str, bool] | None = None) -> Plan:
+def make_plan(
+    request: Request,
+    *,
+    packing: Packing,
+    fingerprint: str,
+    train_images: int,
+    begun: Mapping[str, bool] | None = None,
+) -> Plan:
     """Expand a request into trials.
 
     Args:
         request: The user's request.
         packing: The machines that train.
         fingerprint: Fingerprint of the data.
+        train_images: How many there are.
         begun: Keys of the trials that began in an earlier run, and whether they are controls.
 
     Raises:
@@ -67,7 +75,9 @@ def make_plan(request: Request, *, packing: Packing, fingerprint: str, begun: Ma
 
     trials = expand(cells, seeds=request.seeds, lr_scales=request.lr_scales, order_seed=ORDER_SEED, configure=configure)
     controls = draw_controls(trials, request.controls, ORDER_SEED, begun)
-    return Plan(cells, excluded, trials, controls.keys, controls.chance, rule=request.rule)
+    steps = min(max(1, train_images // trial.batch_size) for trial in trials)
+    rule = request.rule.for_steps(request.epochs, steps)
+    return Plan(cells, excluded, trials, controls.keys, controls.chance, rule=rule)
 
 
 def check_comparable(planned: Sequence[TrialConfig], recorded: Sequence[TrialConfig], experiment: str) -> None:
