@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from grid.arguments import Parser
 from grid.config import TrialConfig, cell_name
-from grid.parts.registry import OPTIMIZERS
+from grid.parts.registry import ACTIONS, LEVELS, MODELS, OPTIMIZERS
 from grid.train.hardware import keep_freed_memory, numeric_settings
 from grid.train.trial import DeviceData, Trial
 from grid.wording import count
@@ -68,7 +68,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="kind of device (cpu)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (1, as for a trial)")
     parser.add_argument(
-        "--models", nargs="+", choices=["mlp", "cnn"], default=["mlp", "cnn"], help="nets to train (both)"
+        "--models", nargs="+", choices=list(MODELS), default=["mlp", "cnn"], help="nets to train (mlp and cnn)"
     )
     parser.add_argument(
         "--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS), help="precisions (both)"
@@ -77,6 +77,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images per step (128)")
     parser.add_argument("--images", type=int, default=6400, metavar="N", help="training images per epoch (6400)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed epochs; the median is printed (5)")
+    parser.add_argument(
+        "--techniques", action="store_true", help="time augmentation, mixup, ... as well, each beside the bare trial"
+    )
     parser.add_argument(
         "--profile",
         type=int,
@@ -93,19 +96,21 @@ def trials(options: argparse.Namespace) -> Iterator[TrialConfig]:
     for model in options.models:
         for precision in options.precisions:
             settings = numeric_settings(options.device, precision)
-            bare = TrialConfig.from_params(
-                settings
-                | {
-                    "model": model,
-                    "optimizer": options.optimizer,
-                    "learning_rate": str(OPTIMIZERS[options.optimizer].base_learning_rate),
-                    "epochs": "1000",
-                    "batch_size": str(options.batch_size),
-                }
-            )
+            params = settings | {
+                "model": model,
+                "optimizer": options.optimizer,
+                "learning_rate": str(OPTIMIZERS[options.optimizer].base_learning_rate),
+                "epochs": "1000",
+                "batch_size": str(options.batch_size),
+            }
+            bare = TrialConfig.from_params(params)
             yield bare
             yield replace(bare, batch_norm=True, dropout=True)
             yield replace(bare, batch_norm=True, dropout=True, activation="gelu", regularization="elastic")
+            if options.techniques:
+                in_training = [factor for factor in ACTIONS if "prediction" not in ACTIONS[factor]]
+                levels = [(factor, level) for factor in in_training for level in LEVELS[factor][1:]]
+                yield from (TrialConfig.from_params(params | {factor: level}) for factor, level in levels)
 
 
 def random_images(number: int, device: str) -> DeviceData:

@@ -48,7 +48,7 @@ MATTERS_WITH: dict[str, Condition] = {
     "l1_strength": ("regularization", ("l1", "elastic")),
     "l2_strength": ("regularization", ("l2", "elastic")),
     "hidden_sizes": ("model", ("mlp",)),
-    "channels": ("model", ("cnn",)),
+    "channels": ("model", ("cnn", "resnet")),
     "dense_size": ("model", ("cnn",)),
     "momentum": ("optimizer", ("sgd",)),
     **dict.fromkeys(("beta1", "beta2"), ("optimizer", ("adam", "adamw", "nadam"))),
@@ -74,6 +74,10 @@ NUMERICS_VERSION = 5
 
 Params = dict[str, str]
 """A configuration as MLflow stores it: every value a string."""
+
+
+class Level(str):
+    """Type of the values of a factor that is no field of a trial."""
 
 
 class InputError(ValueError):
@@ -168,7 +172,7 @@ class TrialConfig:
     hidden_sizes: str = "512-256-128"
     """Widths of the MLP's hidden layers, joined by '-'."""
     channels: str = "32-64-128"
-    """Output channels of the CNN's convolutions, joined by '-'."""
+    """Output channels of the CNN's convolutions, or of the stages of the residual net, joined by '-'."""
     dense_size: int = 256
     """Width of the CNN's dense layer. 1 or more."""
     initialization: str = "norm_aware"
@@ -360,7 +364,7 @@ def declare(
     Args:
         name: Letters, digits and underscores.
         default: The value of trials that do not know it.
-        kind: Type of its values: str, int, float or bool.
+        kind: Type of its values: str, int, float or bool; `Level` of a factor.
         matters_with: As in `MATTERS_WITH`; None if it always matters.
         rule: What its values must be, in words and as a function.
 
@@ -445,7 +449,8 @@ def check_setting(name: str) -> None:
     if name in GIVEN_OTHERWISE:
         raise InputError(f"{name} can't be set: {GIVEN_OTHERWISE[name]}")
     if name not in SETTINGS:
-        raise InputError(f"unknown setting '{name}'; choose from {', '.join(sorted(SETTINGS))}")
+        choices = sorted(known for known in SETTINGS if OWN.get(known) is not Level)
+        raise InputError(f"unknown setting '{name}'; choose from {', '.join(choices)}")
 
 
 def changed_settings(settings: Params) -> Params:

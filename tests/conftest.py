@@ -49,14 +49,18 @@ def _no_store_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
 BUILT_IN = set(OWN)
 
 
-@pytest.fixture(autouse=True)
-def _no_parts_of_users() -> Iterator[None]:
-    """Forget parts files and what stores declare after each test; they are known to the whole process."""
-    yield
+def forget_parts() -> None:
+    """Forget parts files and what stores declare; they are known to the whole process."""
     for file in loaded():
         unload(file.name)
     for name in OWN.keys() - BUILT_IN:
         withdraw(name)
+
+
+@pytest.fixture(autouse=True)
+def _no_parts_of_users() -> Iterator[None]:
+    yield
+    forget_parts()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -49,6 +49,20 @@ def clipped(parameters, use):
 def inverted(images, use):
     return -images
 
+@parts.on_batch("reversed", ("no", "yes"))
+def reversed_classes(images, targets, use):
+    assert images.shape == (32, 1, 8, 8) and targets.shape == (32, 5)
+    return images, targets.flip(1)
+
+@parts.on_averages("swa", ("no", "yes"))
+def stochastic_weight_averaging(averages, weights, step, use):
+    for average, weight in zip(averages, weights):
+        average.lerp_(weight, 1 / step)
+
+@parts.on_prediction("mirrored", ("no", "yes"))
+def mirrored(predict, images, use):
+    return predict(images) + predict(images.flip(3))
+
 @parts.on_loss("twice", ("no", "yes"))
 def doubled(loss, logits, labels, use):
     return 2 * loss
@@ -87,10 +101,13 @@ def equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 
 def test_first_levels_do_nothing() -> None:
     firsts = {"noise": "off", "scaled": "1", "frozen": "no", "wrapped": "no", "clipped": "no", "twice": "no"}
+    firsts |= {"reversed": "no", "swa": "no", "mirrored": "no"}
     assert equal(trained(**firsts), trained())
 
 
-@pytest.mark.parametrize("levels", [{"noise": "0.1"}, {"noise": "0.5"}, {"scaled": "3"}, {"clipped": "yes"}])
+@pytest.mark.parametrize(
+    "levels", [{"noise": "0.1"}, {"noise": "0.5"}, {"scaled": "3"}, {"clipped": "yes"}, {"reversed": "yes"}]
+)
 def test_every_other_level_acts_and_is_repeatable(levels: dict[str, str]) -> None:
     assert not equal(trained(**levels), trained())
     assert equal(trained(**levels), trained(**levels))
@@ -143,10 +160,60 @@ def test_gradients_are_clipped_by_the_setting_of_the_trial() -> None:
     assert equal(ends[2], trained())
 
 
+def test_targets_are_the_labels_unless_a_factor_changes_them() -> None:
+    trial = Trial(config(reversed="yes"), DATA)
+    images, labels = DATA.train_images[:32].float(), DATA.train_labels[:32]
+    _, targets = trial._actions.on_batch(images, labels, classes=5)
+    assert torch.equal(targets.argmax(dim=1), 4 - labels)
+    assert Trial(config(), DATA)._actions.on_batch(images, labels, classes=5)[1] is labels
+
+
+def test_a_net_is_evaluated_with_the_averages_of_its_weights_and_trained_with_its_own() -> None:
+    averaged, plain = Trial(config(swa="yes"), DATA), Trial(config(), DATA)
+    path: list[list[torch.Tensor]] = []
+    change = averaged._actions.on_averages
+
+    def note(averages: list[torch.Tensor], weights: list[torch.Tensor], step: int) -> None:
+        path.append([weight.clone() for weight in weights])
+        assert step == len(path)
+        change(averages, weights, step)
+
+    averaged._actions.on_averages = note
+    for _ in range(2):
+        averaged.run_epoch()
+        plain.run_epoch()
+    assert equal(list(averaged.net.parameters()), list(plain.net.parameters()))
+    with averaged.evaluating():
+        for average, steps in zip(averaged.net.parameters(), zip(*path, strict=True), strict=True):
+            torch.testing.assert_close(average.detach(), torch.stack(steps).mean(dim=0))
+
+
+def test_averages_take_the_place_of_those_of_the_optimizer() -> None:
+    trials = [Trial(config(swa=level, optimizer="asgd"), DATA) for level in ("no", "yes")]
+    losses = [[trial.run_epoch().val_loss for _ in range(2)][-1] for trial in trials]
+    assert losses[0] != losses[1]
+
+
+def test_a_net_predicts_as_a_factor_says_in_validation_and_test() -> None:
+    trial, plain = Trial(config(mirrored="yes"), DATA), Trial(config(), DATA)
+    with trial.evaluating(), plain.evaluating():
+        images = DATA.val_images
+        torch.testing.assert_close(trial.logits(images), plain.logits(images) + plain.logits(images.flip(3)))
+    assert trial.run_epoch().val_loss != plain.run_epoch().val_loss
+    assert equal(list(trial.net.parameters()), list(plain.net.parameters()))
+
+
+def test_two_factors_that_keep_averages_are_refused() -> None:
+    with pytest.raises(InputError, match="swa and weight_averaging both keep averages of the weights; hold all but"):
+        Trial(config(swa="yes", weight_averaging="ema"), DATA)
+
+
 def test_a_factor_may_act_at_two_places() -> None:
     trial = Trial(config(twice="yes"), DATA)
     images, logits, labels = torch.ones(2, 1, 8, 8), torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64)
-    assert torch.equal(trial._actions.on_images(images), -images)
+    changed, unchanged = trial._actions.on_batch(images, labels, classes=5)
+    assert torch.equal(changed, -images)
+    assert unchanged is labels
     assert trial._actions.on_loss(torch.tensor(1.5), logits, labels).item() == 3.0
 
 
@@ -156,14 +223,24 @@ def test_evaluation_sees_images_as_they_are() -> None:
         assert torch.equal(plain.logits(DATA.val_images), noisy.logits(DATA.val_images))
 
 
-@pytest.mark.parametrize("levels", [{"noise": "0.5"}, {"clipped": "yes", "noise": "0.1"}, {"wrapped": "yes"}])
+@pytest.mark.parametrize(
+    "levels",
+    [
+        {"noise": "0.5"},
+        {"clipped": "yes", "noise": "0.1"},
+        {"wrapped": "yes"},
+        {"augmentation": "elastic", "mixup": "on", "label_smoothing": "on"},
+        {"weight_averaging": "ema", "test_time_shifts": "on"},
+    ],
+)
 def test_a_resumed_training_draws_on_where_it_was(levels: dict[str, str]) -> None:
     first = Trial(config(**levels), DATA)
     first.run_epoch()
     resumed = Trial(config(**levels), DATA)
     resumed.load_state_dict(saved_and_read(first))
-    resumed.run_epoch()
+    last = resumed.run_epoch().val_loss
     assert equal([value.clone() for value in resumed.net.state_dict().values()], trained(**levels))
+    assert last == first.run_epoch().val_loss
 
 
 def test_a_checkpoint_of_before_parts_were_known_can_be_resumed() -> None:

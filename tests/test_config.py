@@ -11,6 +11,7 @@ from grid.config import (
     DEFAULTS,
     FACTORS,
     GIVEN_OTHERWISE,
+    OWN,
     SETTINGS,
     InputError,
     Own,
@@ -119,7 +120,7 @@ def test_only_settings_that_differ_from_their_defaults_count() -> None:
 
 
 def test_every_field_is_a_factor_or_a_setting_or_decided_otherwise() -> None:
-    assert {*FACTORS, *SETTINGS, *GIVEN_OTHERWISE} == {field.name for field in fields(TrialConfig)}
+    assert {*FACTORS, *SETTINGS, *GIVEN_OTHERWISE} - OWN.keys() == {field.name for field in fields(TrialConfig)}
     for name in GIVEN_OTHERWISE:
         with pytest.raises(InputError, match=f"^{name} can't be set: "):
             changed_settings({name: getattr(plain, name)})
@@ -193,7 +194,7 @@ def test_parameters_that_are_no_field_are_passed_over() -> None:
 
 
 def test_an_unknown_factor_is_refused_with_the_choices() -> None:
-    with pytest.raises(InputError, match=re.escape(f"unknown factor 'x'; choose from {', '.join(sorted(FACTORS))}")):
+    with pytest.raises(InputError, match=re.escape(f"unknown factor 'x'; choose from {', '.join(sorted(LEVELS))}")):
         check_level("x", "y")
 
 

@@ -86,7 +86,7 @@ def run_grid(path: Path, folder: Path, *options: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "found"),
-    [("own_activation.py", "squared_relu"), ("own_factor.py", "label_smoothing=0.05")],
+    [("own_activation.py", "squared_relu"), ("own_factor.py", "clipping=0.1")],
 )
 def test_an_activation_and_a_factor_of_your_own_are_trained_ranked_and_reported(
     name: str, found: str, folder: Path

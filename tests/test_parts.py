@@ -11,7 +11,6 @@ import pytest
 
 from grid.config import (
     FACTORS,
-    OWN,
     SETTINGS,
     InputError,
     TrialConfig,
@@ -19,17 +18,17 @@ from grid.config import (
     changed_settings,
     know_alike,
     varied,
-    withdraw,
 )
 from grid.metrics import TEST_METRICS
 from grid.parts import LEVELS
 from grid.parts.adding import RESERVED
-from grid.parts.files import PartsFile, imported_packages, load, load_files, loaded, unload, using
+from grid.parts.files import PartsFile, imported_packages, load, load_files, loaded, using
 from grid.parts.registry import EXCLUSIONS, GRIDS, check_known
 from grid.plan.space import cross, restrict, vary
 from grid.plan.trials import check_comparable
 from grid.run import main
 from grid.train.code_version import NumericCode
+from tests.conftest import forget_parts
 
 SMOOTHING = """
 from grid import parts
@@ -105,7 +104,7 @@ def test_a_run_says_all_that_is_needed_to_read_it_without_the_file() -> None:
     config = with_level(smoothing="0.1", clip="2.0", optimizer="sgd")
     params = config.to_params()
     assert params["own"] == "clip=5.0 with optimizer=sgd; smoothing=off"
-    forget()
+    forget_parts()
     assert "smoothing" not in SETTINGS
     again = TrialConfig.from_params(params)
     assert again == config
@@ -114,18 +113,10 @@ def test_a_run_says_all_that_is_needed_to_read_it_without_the_file() -> None:
     assert varied([again, PLAIN]) == (*FACTORS, "clip", "smoothing")
 
 
-def forget() -> None:
-    """Forget all parts files, as a process that reads a store has never heard of them."""
-    for file in loaded():
-        unload(file.name)
-    for name in list(OWN):
-        withdraw(name)
-
-
 def test_a_trial_of_an_unknown_file_is_refused_and_not_trained_without_it() -> None:
     use(SMOOTHING)
     params = [with_level(smoothing="0.1").to_params(), with_level(smoothing="off").to_params()]
-    forget()
+    forget_parts()
     acting, idle = map(TrialConfig.from_params, params)
     check_known(idle)
     with pytest.raises(InputError, match=r"^smoothing=0.1 is of a parts file; give that file with --parts FILE.py$"):

@@ -110,6 +110,20 @@ def test_a_registered_model_is_read_by_its_own_code(store, run_id, trial, images
     assert heavy == []
 
 
+def test_a_model_reads_with_the_averages_and_the_shifts_that_it_was_tested_with(trial, images, tmp_path):
+    levels = {"weight_averaging": "ema", "test_time_shifts": "on", "augmentation": "elastic", "mixup": "on"}
+    config = TrialConfig.from_params({**replace(CONFIG, optimizer="adam").to_params(), **levels})
+    other = Trial(config, trial.data)
+    other.run_epoch()
+    weights = inference_state(config, other.state_dict(), other.data)
+    save_predictor(tmp_path / "model", config, weights, other.data, CLASSES, images[:3])
+    with other.evaluating():
+        expected = [CLASSES[label] for label in other.logits(other.data.val_images).argmax(dim=1)]
+        plain = [CLASSES[label] for label in other._logits(other._scaled(other.data.val_images)).argmax(dim=1)]
+    assert expected != plain
+    assert read_elsewhere("", str(tmp_path / "model"), images, tmp_path)[0] == expected
+
+
 def test_a_logged_model_is_an_output_of_its_run(store, run_id, trial):
     model_id = log_predictor(store.client, run_id, *belongings(trial))
     assert [output.model_id for output in store.client.get_run(run_id).outputs.model_outputs] == [model_id]

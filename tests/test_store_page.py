@@ -110,7 +110,7 @@ def real_store(glyphs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> St
     uri, shared = f"sqlite:///{folder}/mlflow.db", ["--data-dir", str(glyphs_dir), "--address", "local"]
     small = ["--only", "model=mlp", "--only", "optimizer=adam", "--only", "dropout=off", "--per-class", "20"]
     parts = ["--parts", str(ROOT / "examples" / "own_factor.py")]
-    own = ["--only", "activation=relu", "--only", "label_smoothing=0.05,0.1"]
+    own = ["--only", "activation=relu", "--only", "clipping=1.0,0.1"]
     grid = ["grid.run", "--grid", "smoke", *small, *parts, *own, "--epochs", "2", "--controls", "0"]
     confirm = ["grid.confirm", "--top", "1", "--seeds", "1", *parts]
     for command in (grid, [*grid, "--more-controls", "1"], confirm):
@@ -129,7 +129,7 @@ def test_the_commands_record_exactly_what_is_documented(real_store: Store) -> No
     assert tags_of(trials) == documented("trial", "tag") - {"error", "controls_rounds_before"}  # none failed, or is new
     for runs in (trials, finalists):
         params = {name for run in runs for name in run.data.params}
-        assert params == documented("trial", "parameter") | {"label_smoothing"}
+        assert params == documented("trial", "parameter") | {"clipping"}
     one_size = {"val_balanced_accuracy"}  # of all classes
     assert metrics_of(trials) == (documented("trial", "metric") | set(EPOCH_METRICS)) - one_size
     drawn = {"would_stop_at_epoch", "control_chance", "controls_rounds_before"}  # no finalist is drawn

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from grid.config import FACTORS, Condition, InputError, declare, format_value
+from grid.config import FACTORS, Condition, InputError, Level, declare, format_value
 from grid.parts.registry import (
     ACTIONS,
     ACTIVATIONS,
@@ -152,6 +152,15 @@ def on_images(name: str, levels: Sequence[str]) -> Adder[Any]:
     return _at("images", name, levels)
 
 
+def on_batch(name: str, levels: Sequence[str]) -> Adder[Any]:
+    """Add a factor that acts on the images and the targets of every training batch; see `on_images`.
+
+    Decorates `f(images, targets, use)`, which returns images and targets; targets are the probabilities of the classes
+    that the net should learn, floats `[batch, class]`: 1 for the label of an image unless another factor changed it.
+    """
+    return _at("batch", name, levels)
+
+
 def on_net(name: str, levels: Sequence[str]) -> Adder[Any]:
     """Add a factor that acts on the net before training: decorates `f(net, use)`, which returns a net; see `on_images`.
 
@@ -174,6 +183,25 @@ def on_gradients(name: str, levels: Sequence[str]) -> Adder[Any]:
     Decorates `f(parameters, use)`, which changes the `grad` of the parameters of the net in place.
     """
     return _at("gradients", name, levels)
+
+
+def on_averages(name: str, levels: Sequence[str]) -> Adder[Any]:
+    """Add a factor that keeps averages of the weights, with which the net is validated, tested and registered.
+
+    Decorates `f(averages, weights, step, use)`, called after every step, from 1; it changes the tensors of `averages`,
+    which begin as the initial weights, in place. Batch norm statistics are estimated anew for the averages. Only one
+    such factor may act in a trial. See `on_images`.
+    """
+    return _at("averages", name, levels)
+
+
+def on_prediction(name: str, levels: Sequence[str]) -> Adder[Any]:
+    """Add a factor that acts wherever the net predicts: in validation, in the test and as a registered model.
+
+    Decorates `f(predict, images, use)`, which returns logits `[batch, class]`; `predict(images)` returns those of the
+    net. It should not draw: a net predicts the same whenever it is asked. See `on_images`.
+    """
+    return _at("prediction", name, levels)
 
 
 def setting(
@@ -292,7 +320,7 @@ def _at(place: Site, name: str, levels: Sequence[str]) -> Adder[Any]:
             check_word("level", level)
         if len(set(levels)) < max(2, len(levels)):
             raise InputError(f"factor '{name}' needs two levels or more that differ, got {', '.join(levels)}")
-        declare(name, levels[0])
+        declare(name, levels[0], Level)
         add("factor", name, ADDED, "factor")
         ACTIONS[name] = {place: Code(act)}
         LEVELS[name] = tuple(levels)

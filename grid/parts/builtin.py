@@ -1,6 +1,7 @@
 """The built-in parts, but for the named grids. A row says where its code is, and what it takes from a configuration.
 
 References:
+    resnet: He et al. 2016, https://arxiv.org/abs/1512.03385
     relu: Nair & Hinton 2010, https://www.cs.toronto.edu/~fritz/absps/reluICML.pdf
     leaky_relu: Maas et al. 2013, https://ai.stanford.edu/~amaas/papers/relu_hybrid_icml2013_final.pdf
     elu: Clevert et al. 2016, https://arxiv.org/abs/1511.07289
@@ -23,6 +24,11 @@ References:
     l1: Tibshirani 1996, https://doi.org/10.1111/j.2517-6161.1996.tb02080.x
     l2: Krogh & Hertz 1991, https://papers.nips.cc/paper/563-a-simple-weight-decay-can-improve-generalization
     elastic: Zou & Hastie 2005, https://doi.org/10.1111/j.1467-9868.2005.00503.x
+    augmentation: Simard et al. 2003, https://doi.org/10.1109/ICDAR.2003.1227801
+    label_smoothing: Szegedy et al. 2016, https://arxiv.org/abs/1512.00567
+    mixup: Zhang et al. 2018, https://arxiv.org/abs/1710.09412
+    weight_averaging: Tarvainen & Valpola 2017, https://arxiv.org/abs/1703.01780
+    test_time_shifts: Jordan 2024, https://arxiv.org/abs/2404.00498
 """
 
 from typing import Any
@@ -31,6 +37,7 @@ import grid.parts.adding as parts
 
 parts.net("mlp")("grid.train.models:build_mlp")
 parts.net("cnn")("grid.train.models:build_cnn")
+parts.net("resnet")("grid.train.models:build_resnet")
 
 parts.lr_schedule("constant")("grid.train.schedules:constant")
 parts.lr_schedule("step")("grid.train.schedules:step")
@@ -80,6 +87,36 @@ parts.regularization("none")("grid.train.penalties:add_none")
 parts.regularization("l1")("grid.train.penalties:add_l1")
 parts.regularization("l2")("grid.train.penalties:add_l2")
 parts.regularization("elastic")("grid.train.penalties:add_elastic")
+
+parts.on_images("augmentation", levels=("none", "shift", "affine", "elastic"))("grid.train.augmentation:augment")
+parts.setting(
+    "augmentation_strength",
+    1.0,
+    matters_with=("augmentation", ("shift", "affine", "elastic")),
+    rule=("above 0 and at most 5", lambda strength: 0 < strength <= 5),
+)
+parts.on_batch("label_smoothing", levels=("off", "on"))("grid.train.soft_targets:smooth_labels")
+parts.setting(
+    "label_smoothing_rate",
+    0.1,
+    matters_with=("label_smoothing", ("on",)),
+    rule=("between 0 and 1, both excluded", lambda share: 0 < share < 1),
+)
+parts.on_batch("mixup", levels=("off", "on"))("grid.train.soft_targets:mix")
+parts.setting(
+    "mixup_alpha",
+    0.2,
+    matters_with=("mixup", ("on",)),
+    rule=("above 0 and at most 100", lambda alpha: 0 < alpha <= 100),
+)
+parts.on_averages("weight_averaging", levels=("off", "ema"))("grid.train.averaging:update_ema")
+parts.setting(
+    "ema_decay",
+    0.999,
+    matters_with=("weight_averaging", ("ema",)),
+    rule=("0 or more and below 1", lambda decay: 0 <= decay < 1),
+)
+parts.on_prediction("test_time_shifts", levels=("off", "on"))("grid.train.augmentation:predict_shifted")
 
 parts.exclude("adamw decays the weights already; l2 in the loss would decay them twice")(
     lambda cell: cell["optimizer"] == "adamw" and cell["regularization"] in ("l2", "elastic")

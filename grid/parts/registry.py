@@ -18,8 +18,8 @@ Levels = Mapping[str, Sequence[str]]
 Cell = Mapping[str, str]
 """Factor -> level."""
 Shape = Literal["rising", "falling_then_rising", "any"]
-Site = Literal["images", "net", "loss", "gradients"]
-"""Where a factor of a parts file acts in a training; see `grid.parts`."""
+Site = Literal["images", "batch", "net", "loss", "gradients", "averages", "prediction"]
+"""Where a factor beside those of every grid acts in a training; see `grid.parts.adding`."""
 BUILT_IN = "built in"
 
 
@@ -104,7 +104,7 @@ REGULARIZATIONS: dict[str, Code] = {}
 ADDED: dict[str, str] = {}
 """Factor or setting that is no field of a trial, and that this process knows how to use -> which of both it is."""
 ACTIONS: dict[str, dict[Site, Code]] = {}
-"""Factor of a parts file -> what it does at each place at which it acts."""
+"""Factor beside those of every grid -> what it does at each place at which it acts."""
 GRIDS: dict[str, Grid] = {}
 DATASETS: dict[str, DataSource] = {}
 EXCLUSIONS: dict[str, Callable[[Cell], bool]] = {}

@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ import grid
 import nets
 from grid.config import InputError, TrialConfig
 from grid.parts.files import PartsFile, imported_packages, loaded, using
-from grid.train.trial import DeviceData, assemble_net
+from grid.train.trial import DeviceData, actions_of, assemble_net
 
 MODEL_NAME = "character_reader"
 BATCH_SIZE = 1000
@@ -59,6 +59,7 @@ class CharacterReader(PythonModel):
         self._std: float = settings["std"]
         shape, classes = self._shape, len(self._classes)
         with using([PartsFile(**file) for file in settings["parts"]]):
+            self._actions = actions_of(replace(config, device="cpu"))
             self._net = assemble_net(config, image_shape=shape, classes=classes, dropout=torch.Generator())
         self._net.load_state_dict(torch.load(context.artifacts["weights"], map_location="cpu", weights_only=True))
         self._net.eval()
@@ -90,8 +91,8 @@ class CharacterReader(PythonModel):
         return [str(character) for character in self._classes[torch.cat(batches).numpy()]]
 
     def _read(self, images: Tensor) -> Tensor:
-        labels: Tensor = self._net(images.float().sub_(self._mean).div_(self._std)).argmax(dim=1)
-        return labels
+        scaled = images.float().sub_(self._mean).div_(self._std)
+        return self._actions.predict(self._net, scaled).argmax(dim=1)
 
     def _checked(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
         if images.dtype != np.uint8:

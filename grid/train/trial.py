@@ -25,7 +25,7 @@ from grid.data.dataset import Dataset
 from grid.metrics import EpochReport
 from grid.parts.registry import ActivationSpec, check_known, find
 from grid.train.actions import Actions, acting, change_net
-from grid.train.averaging import averaged_weights
+from grid.train.averaging import Averages, averaged_weights, averages_of
 from grid.train.optimizers import build_optimizer
 from grid.train.penalties import penalised_weights
 from grid.train.schedules import Schedule
@@ -137,13 +137,14 @@ class Trial:
         self.epoch = 0
         self._order = _generator(config, "order", "cpu")
         self._dropout = _generator(config, "dropout", config.device)
-        self._actions = Actions(config, _generators(config, "batches", config.device))
+        self._actions = actions_of(config)
         self._layout = torch.channels_last if config.memory_format == "channels_last" else torch.contiguous_format
         self.net = build_net(config, data, self._dropout).to(device=config.device)
         self.net = self.net.to(memory_format=self._layout)
         self._penalise = find("regularization", config.regularization).resolve()
         self._weights = penalised_weights(self.net)
         self._parameters = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        self._averages = Averages(self._parameters) if self._actions.keeps_averages else None
         self._val_sizes = np.bincount(data.val_labels.cpu().numpy(), minlength=data.classes)
         self._batch_size = min(config.batch_size, len(data.train_labels))
         self._steps = len(data.train_labels) // self._batch_size
@@ -184,6 +185,7 @@ class Trial:
             "order": self._order.get_state(),
             "dropout": self._dropout.get_state(),
             "own": {name: generator.get_state() for name, generator in self._actions.generators.items()},
+            **({"averages": self._averages.state_dict()} if self._averages else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -196,6 +198,8 @@ class Trial:
         self._dropout.set_state(state["dropout"].cpu())
         for name, generator in self._actions.generators.items():
             generator.set_state(state["own"][name].cpu())
+        if self._averages:
+            self._averages.load_state_dict(state["averages"])
 
     def _train_epoch(self) -> tuple[float, float, float, bool]:
         self.net.train()
@@ -203,32 +207,36 @@ class Trial:
         learning_rate = self._schedule.learning_rate
         for images, labels in self._batches():
             learning_rate = self._schedule.learning_rate
-            totals += self._step(self._actions.on_images(images), labels)
+            totals += self._step(images, labels)
         loss, correct = (totals / self._steps).tolist()
         return loss, correct / self._batch_size, learning_rate, math.isfinite(loss)
 
     def _step(self, images: Inputs, labels: Int[Tensor, " batch"]) -> Float[Tensor, "2"]:
         self._optimizer.zero_grad(set_to_none=True)
-        logits = self._logits(images)
-        loss = F.cross_entropy(logits, labels)
+        images, targets = self._actions.on_batch(images, labels, self.data.classes)
+        logits = self._logits(images.contiguous(memory_format=self._layout))
+        loss = F.cross_entropy(logits, targets)
         self._actions.on_loss(loss, logits, labels).backward()
         self._penalise(self._weights, self.config)
         self._actions.on_gradients(self._parameters)
         self._optimizer.step()
+        if self._averages:
+            self._averages.update(self._actions.on_averages)
         self._schedule.after_step()
         correct = (logits.detach().argmax(dim=1) == labels).sum()
         return torch.stack((loss.detach(), correct.to(loss.dtype)))
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Switch to evaluation mode: no gradients, and averaged weights if the optimizer keeps them (`asgd`)."""
+        """Switch to evaluation mode: no gradients, and averaged weights if a factor or the optimizer keeps them."""
         self.net.eval()
-        with torch.no_grad(), averaged_weights(self.net, self._optimizer, self._norm_batches()):
+        pairs = self._averages.pairs if self._averages else averages_of(self._optimizer)
+        with torch.no_grad(), averaged_weights(self.net, pairs, self._norm_batches()):
             yield
 
     def logits(self, images: Pixels) -> Float[Tensor, "batch classes"]:
         """Return the logits of unscaled images; call it within `evaluating`."""
-        return self._logits(self._scaled(images))
+        return self._actions.predict(self._logits, self._scaled(images))
 
     @property
     def evaluation_batch_size(self) -> int:
@@ -320,8 +328,13 @@ def assemble_net(
         return change_net(build(config, spec), config, _generators(config, "net", "cpu"))
 
 
+def actions_of(config: TrialConfig) -> Actions:
+    """Return what factors beside those of every grid do to the batches and predictions of a trial, at its start."""
+    return Actions(config, _generators(config, "batches", config.device))
+
+
 def _generators(config: TrialConfig, purpose: str, device: str) -> dict[str, torch.Generator]:
-    """Return a generator for each factor of a parts file that does something in a trial."""
+    """Return a generator for each factor beside those of every grid that does something in a trial."""
     return {name: _generator(config, f"{name} on {purpose}", device) for name in acting(config)}
 
 
