@@ -7,10 +7,10 @@ from torch import nn
 from grid.config import InputError, TrialConfig, parse_sizes
 from grid.train.conformance import random_images
 from grid.train.trial import Trial
-from nets.blocks import Techniques
+from nets.blocks import FlattenPixels, Techniques
 from nets.dropout import SeededDropout
 from nets.pooling import PooledActivation
-from nets.resnet import MeanPixels, Residual, ResNet
+from nets.resnet import Residual, ResNet
 from tests.activations import ACTIVATIONS
 
 CHANNELS = parse_sizes(TrialConfig(learning_rate=1.0, epochs=1).channels)
@@ -35,32 +35,26 @@ def count(net: nn.Module) -> int:
 @given(channels=st.lists(st.integers(1, 5), min_size=1, max_size=3), side=st.integers(8, 15), norm=st.booleans())
 def test_any_sizes_give_their_parameters_and_outputs(channels, side, norm):
     net = resnet(channels, side=side, classes=6, batch_norm=norm)
+    pixels = (side // 2 ** len(channels)) ** 2
     per_unit = 2 if norm else 1  # a scale and a shift instead of a bias
     convolutions = sum(
         9 * before * after + 2 * 9 * after**2 + 3 * per_unit * after
         for before, after in zip([1, *channels], channels, strict=False)
     )
-    assert count(net) == convolutions + (channels[-1] + 1) * 6
+    assert count(net) == convolutions + len(channels) + (pixels * channels[-1] + 1) * 6
     assert net(torch.zeros(3, 1, side, side)).shape == (3, 6)
 
 
 def test_a_stage_pools_once_and_adds_what_two_convolutions_make_of_its_maps():
     kinds = [type(module) for module in resnet().layers]
     stage = [nn.Conv2d, PooledActivation, SeededDropout, Residual]
-    assert kinds == [*stage, *stage, *stage, MeanPixels, nn.Linear]
+    assert kinds == [*stage, *stage, *stage, FlattenPixels, nn.Linear]
     (residual, *_) = (module for module in resnet().layers if isinstance(module, Residual))
     assert [type(module) for module in residual.layers] == 2 * [nn.Conv2d, nn.ReLU, SeededDropout]
     maps = torch.rand(2, CHANNELS[0], 5, 5)
-    torch.testing.assert_close(residual.eval()(maps) - maps, residual.layers(maps))
-
-
-def test_the_outputs_are_a_linear_function_of_the_mean_over_pixels():
-    net = resnet(dropout_rate=0.0)
-    images = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    *body, _, head = net.layers
-    maps = nn.Sequential(*body)(images)
-    assert maps.shape == (2, CHANNELS[-1], 3, 3)
-    torch.testing.assert_close(net(images), head(maps.flatten(2).mean(2)))
+    assert torch.equal(residual.eval()(maps), maps)
+    residual.share.data.fill_(0.5)
+    torch.testing.assert_close(residual(maps) - maps, residual.layers(maps) / 2)
 
 
 @pytest.mark.parametrize("model", ["cnn", "resnet"])
