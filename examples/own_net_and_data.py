@@ -1,6 +1,6 @@
 """python -m grid.run --grid fashion --parts examples/own_net_and_data.py --data-dir /usr/share/datasets/fashion-mnist
 
-A residual net, He et al. 2016, https://arxiv.org/abs/1512.03385, on Fashion-MNIST, Xiao et al. 2017,
+A small residual net, He et al. 2016, https://arxiv.org/abs/1512.03385, on Fashion-MNIST, Xiao et al. 2017,
 https://arxiv.org/abs/1708.07747: its four .gz files, as Debian's package dataset-fashion-mnist has them.
 """
 
@@ -29,7 +29,7 @@ class Residual(nn.Sequential):
         return maps + super().forward(maps)
 
 
-@parts.net("resnet")
+@parts.net("small_resnet")
 def build(config, spec):
     layers, channels = [], spec.image_shape[0]
     for wider in (32, 64, 128):
@@ -42,9 +42,9 @@ def build(config, spec):
 
 parts.grid(
     "fashion",
-    "Which techniques suit a residual net on Fashion-MNIST?",
+    "Which techniques suit a small residual net on Fashion-MNIST?",
     {
-        "model": ["resnet"],
+        "model": ["small_resnet"],
         "lr_schedule": ["one_cycle"],
         "activation": ["relu", "gelu"],
         "optimizer": ["sgd", "adam"],

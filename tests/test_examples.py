@@ -104,13 +104,15 @@ def test_an_activation_and_a_factor_of_your_own_are_trained_ranked_and_reported(
 def test_a_net_and_data_of_your_own_are_confirmed_and_read_images_without_the_project(folder: Path) -> None:
     path = ROOT / "examples" / "own_net_and_data.py"
     printed = run_grid(path, folder, "--only", "activation=relu", "--only", "batch_norm=on")
-    assert "resnet one_cycle relu" in printed
+    assert "small_resnet one_cycle relu" in printed
     experiment = re.findall(r"--experiment (\S+)", printed)[0]
     options = ["--experiment", experiment, "--top", "1", "--seeds", "2", "--register", "clothes", "--address", "local"]
     confirm = [sys.executable, "-m", "grid.confirm", *options, "--data-dir", str(FASHION)]
     refused = subprocess.run(confirm, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
     assert refused.returncode == 2
-    assert "unknown model 'resnet'; choose from cnn, mlp, or add it with --parts FILE.py" in refused.stderr
+    assert (
+        "unknown model 'small_resnet'; choose from cnn, mlp, resnet, or add it with --parts FILE.py" in refused.stderr
+    )
     done = subprocess.run(
         [*confirm, "--parts", str(path)],
         cwd=folder,

@@ -259,7 +259,7 @@ def test_a_dry_run_forecasts_the_full_grid_and_starts_and_writes_nothing(tmp_pat
         [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=tmp_path, env=environment
     )
     assert "1,920 cells" in found.stdout
-    assert re.search(r"^epochs     7,\d\d\d expected of 51,840", found.stdout, re.MULTILINE)
+    assert re.search(r"^epochs     1[01],\d\d\d expected of 51,840", found.stdout, re.MULTILINE)
     assert re.search(r"^time +\d", found.stdout, re.MULTILINE)
     assert re.search(r"^price +[\d.,]+ at 2 per hour", found.stdout, re.MULTILINE)
     assert found.stderr == ""
