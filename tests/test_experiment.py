@@ -17,7 +17,7 @@ from mlflow.entities import Run
 from analysis.rank import main as rank
 from grid.config import FACTORS, InputError, TrialConfig
 from grid.driver import experiment
-from grid.driver.experiment import _check_same_rule, _describe_rule
+from grid.driver.experiment import _check_same_rule, _describe_rule, _with_recorded_rung
 from grid.metrics import EPOCH_METRICS, STATUSES
 from grid.plan.asha import Asha
 from grid.plan.trials import Plan, make_plan
@@ -176,6 +176,25 @@ def test_the_same_stopping_rule_and_stores_that_do_not_know_theirs_are_accepted(
     check_rules(["--grace", "2"], ["--grace", "2", "--controls", "0.5"])
     _check_same_rule({}, *planned([]), "tiny")
     _check_same_rule({"rungs": "unknown"}, *planned([]), "tiny")
+
+
+@pytest.mark.parametrize(
+    ("options", "rungs", "grace"),
+    [
+        ([], {"epochs": [2, 6]}, 2),
+        ([], {"epochs": [1, 3]}, 1),
+        (["--grace", "3"], {"epochs": [2, 6]}, 3),
+        ([], {"epochs": []}, None),
+        ([], {"epochs": [0, 3]}, 1),  # edited
+        ([], {"epochs": ["one"]}, None),
+        ([], "unknown", None),
+    ],
+)
+def test_an_experiment_keeps_its_first_rung_unless_another_is_asked_for(
+    options: list[str], rungs: object, grace: int | None
+) -> None:
+    request = read_request(_parser().parse_args([*TINY, "--experiment", "tiny", *options]))
+    assert _with_recorded_rung(request, {"rungs": rungs}).rule.grace == grace
 
 
 def check_rules(before: list[str], now: list[str]) -> None:

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -130,7 +130,7 @@ def _plan_what_is_left(request: Request, prepared: Prepared, packing: Packing, b
     begun = {key: trial.control for key, trial in stored.items()}
     dataset = prepared.dataset
     plan = make_plan(
-        request,
+        _with_recorded_rung(request, before),
         packing=packing,
         fingerprint=dataset.fingerprint,
         train_images=len(dataset.train_labels),
@@ -241,6 +241,15 @@ def _check_same_rule(manifest: Mapping[str, Any], plan: Plan, asha: Asha, experi
     if changed:
         hint = "ask for the same --grace, --stop-factor, --stop-within and --no-stopping, or pick another --experiment"
         raise InputError(f"experiment '{experiment}' was stopped early by another rule ({changed}); {hint}")
+
+
+def _with_recorded_rung(request: Request, manifest: Mapping[str, Any]) -> Request:
+    """Return a request without a `--grace` with the first rung that its experiment has already."""
+    rungs = manifest.get("rungs")
+    epochs = rungs.get("epochs") if isinstance(rungs, Mapping) else None
+    if request.rule.grace is not None or not epochs or not _is_rule_entry("epochs", epochs):
+        return request
+    return replace(request, rule=replace(request.rule, grace=max(1, epochs[0])))
 
 
 def _is_rule_entry(name: str, value: object) -> bool:
