@@ -8,12 +8,14 @@ import json
 import sys
 import textwrap
 from collections.abc import Sequence
+from dataclasses import asdict
 from math import inf, isnan
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from analysis.estimates.earned import describe_together
 from analysis.estimates.final_effects import FinalEffects, measure_experiment
 from analysis.estimates.rung_effects import RungEffects, measure_rung_effects
 from analysis.plot import draw_main_effects, effect_rows
@@ -31,7 +33,7 @@ def format_final_effects(effects: FinalEffects) -> str:
     title += [_wrap(_evidence(effects))]
     if effects.fixed:
         title.append(f"fixed: {', '.join(f'{factor}={level}' for factor, level in effects.fixed.items())}")
-    blocks = [title, _difference_lines(effects), _level_lines(effects), _pair_lines(effects)]
+    blocks = [title, _difference_lines(effects), _level_lines(effects), _pair_lines(effects), _earned_lines(effects)]
     blocks += [_divergence_lines(effects), list(effects.notes)]
     lines = [line for block in blocks if block for line in [*block, ""]]
     return "\n".join(_wrap(line) if "\n" not in line else line for line in lines[:-1])
@@ -84,6 +86,21 @@ def _pair_lines(effects: FinalEffects) -> list[str]:
     more = len(found) - SHOWN_PAIRS
     lines += [f"{count(more, 'weaker pair')}"] if more > 0 else []
     return lines if len(found) else [f"of {count(len(effects.interactions), 'pair')} of levels none stands out"]
+
+
+def _earned_lines(effects: FinalEffects) -> list[str]:
+    """Return what each of the best levels earns over the plain one, and all of them together."""
+    if effects.earned is None:
+        return []
+    lines = [f"{'what the best levels earn, in points':<38} {'alone':>12} {'on average':>13} {'added last':>13}"]
+    for row in effects.earned.table.to_dict("records"):
+        name = f"{row['factor']}={row['level']} over {row['plain']}"
+        columns = [
+            f"{100 * row[which]:>+6.2f} +-{50 * (row[f'{which}_high'] - row[f'{which}_low']):.2f}"
+            for which in ("alone", "average", "last")
+        ]
+        lines.append(f"{name:<38} {columns[0]:>12} {columns[1]:>13} {columns[2]:>13}")
+    return [*lines, describe_together(effects.earned)]
 
 
 def format_rung_effects(effects: RungEffects) -> str:
@@ -160,8 +177,18 @@ def describe(effects: FinalEffects | RungEffects, experiment: Experiment) -> dic
         "at_the_end": isinstance(effects, FinalEffects),
         "grand_mean": effects.grand_mean,
         "effects": table.where(table.notna(), None).to_dict("records"),
+        "earned": describe_earned(effects) if isinstance(effects, FinalEffects) else None,
         "notes": [*effects.notes, *experiment.notes],
     }
+
+
+def describe_earned(effects: FinalEffects) -> dict[str, Any] | None:
+    """Return what the best levels earn, in JSON's types; see `analysis.estimates.earned.Earned`."""
+    earned = effects.earned
+    if earned is None:
+        return None
+    sums = {name: asdict(getattr(earned, name)) for name in ("summed", "together", "beyond")}
+    return {"levels": earned.table.to_dict("records"), **sums}
 
 
 def measure(experiment: Experiment, epoch: int | None) -> FinalEffects | RungEffects:

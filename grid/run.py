@@ -27,7 +27,7 @@ from grid.config import SETTINGS, InputError, changed_settings
 from grid.data.catalogue import NAMES, locate
 from grid.parts import LEVELS
 from grid.parts.files import load_files
-from grid.parts.registry import GRIDS
+from grid.parts.registry import GRIDS, Grid
 from grid.plan.asha import FEWEST_STEPS, NO_STOPPING, StoppingRule
 from grid.plan.request import DEFAULT_CONTROLS, Request, check_address, check_folder_name, check_storage
 from grid.plan.space import cross, find_grid, restrict, vary
@@ -114,9 +114,11 @@ def read_request(options: argparse.Namespace) -> Request:
     data, data_dir = locate(options.data or grid.data, data_dir)
     if options.dry_run and options.more_controls is not None:
         raise InputError("--dry-run starts nothing and --more-controls draws trials to start; leave one of them out")
-    settings, varied = _read_settings(options.set), vary(_split(text, "--vary", SETTINGS) for text in options.vary)
-    if both := settings.keys() & varied:
+    given, varied = _read_settings(options.set), vary(_split(text, "--vary", SETTINGS) for text in options.vary)
+    if both := given.keys() & varied:
         raise InputError(f"--set and --vary both give {min(both)}; leave one of them out")
+    usual = {name: value for name, value in grid.settings.items() if name not in varied}
+    settings = changed_settings({**usual, **given})
     levels = {**restrict(grid.levels, [_split(text, "--only", LEVELS) for text in options.only]), **varied}
     cross(levels)  # raises if nothing is left
     return Request(
@@ -131,9 +133,9 @@ def read_request(options: argparse.Namespace) -> Request:
         lr_scales=_split_numbers(options.lr_scales),
         controls=options.controls,
         more_controls=options.more_controls,
-        rule=_read_rule(options),
+        rule=_read_rule(options, grid),
         store=check_store_uri(options.store),
-        experiment=_default_name(options, data, settings, varied) if options.experiment is None else options.experiment,
+        experiment=_default_name(options, data, given, varied) if options.experiment is None else options.experiment,
         storage=check_storage(options.storage),
         spool=Path("spool").absolute(),
         address=check_address(options.address),
@@ -145,11 +147,12 @@ def read_request(options: argparse.Namespace) -> Request:
     )
 
 
-def _read_rule(options: argparse.Namespace) -> StoppingRule:
+def _read_rule(options: argparse.Namespace, grid: Grid) -> StoppingRule:
     if options.no_stopping:
         return NO_STOPPING
     within = tuple(name for name in options.stop_within.split(",") if name)
-    return StoppingRule(factor=options.stop_factor, grace=options.grace, within=within)
+    grace = grid.grace if options.grace is None else options.grace
+    return StoppingRule(factor=options.stop_factor, grace=grace, within=within)
 
 
 def _parser() -> Parser:
@@ -265,12 +268,14 @@ def _add_place(where: Options) -> None:
     )
 
 
-def _default_name(options: argparse.Namespace, data: str, settings: Mapping[str, str], varied: Iterable[str]) -> str:
+def _default_name(options: argparse.Namespace, data: str, given: Mapping[str, str], varied: Iterable[str]) -> str:
     """Name an experiment after what its trials share, so that a first look does not end up in the full run."""
     parts = [options.grid, data]
     parts += [] if options.per_class is None else [f"{options.per_class}-per-class"]
     parts += [] if options.epochs is None else [f"{options.epochs}-epochs"]
-    parts += [f"{name}-{value}" for name, value in sorted(settings.items())]
+    usual = {**SETTINGS, **find_grid(options.grid).settings}
+    own = [(name, value) for name, value in given.items() if value != usual[name]]
+    parts += [f"{name}-{value}" for name, value in sorted(own)]
     parts += sorted(varied)
     parts += ["no-stopping"] if options.no_stopping else []
     return "-".join(parts)
@@ -287,7 +292,7 @@ def _describe(grid: str, question: str) -> str:
 
 
 def _read_settings(texts: Sequence[str]) -> dict[str, str]:
-    """Return the settings that differ from the defaults, as strings."""
+    """Return the settings that are given, as MLflow stores them."""
     settings: dict[str, str] = {}
     for text in texts:
         name, values = _split(text, "--set", SETTINGS)
@@ -297,7 +302,8 @@ def _read_settings(texts: Sequence[str]) -> dict[str, str]:
         if settings.get(name, value) != value:
             raise InputError(f"--set gives {name} twice, {settings[name]} and {value}; give it once")
         settings[name] = value
-    return changed_settings(settings)
+    changed = changed_settings(settings)
+    return {name: changed.get(name, SETTINGS[name]) for name in settings}
 
 
 def _split(text: str, option: str, names: Iterable[str]) -> tuple[str, tuple[str, ...]]:

@@ -27,7 +27,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--grid", "x"], "unknown grid 'x'; choose from cnn, full, mlp, smoke, techniques"),
+        (["--grid", "x"], "unknown grid 'x'; choose from cnn, full, mlp, record, smoke, techniques"),
         (["--only", "x=1"], "unknown factor 'x'; choose from activation, augmentation, batch_norm"),
         (["--only", "activation=rely"], "unknown activation 'rely'; choose from elu, gelu"),
         (["--only", "activation"], "--only takes NAME=VALUE[,VALUE], got 'activation'; names: model, lr_schedule"),
@@ -156,6 +156,21 @@ def test_a_request_takes_from_the_grid_what_the_user_leaves_open(name: str) -> N
     grid = GRIDS[name]
     assert (request.levels, request.data, request.per_class) == (grid.levels, grid.data, grid.per_class)
     assert (request.epochs, request.experiment) == (grid.epochs, f"{name}-{grid.data}")
+
+
+def test_a_grid_has_settings_and_a_patience_of_its_own_and_the_user_overrides_both() -> None:
+    plain = read_request(_parser().parse_args(["--grid", "record"]))
+    assert (plain.settings, plain.rule.grace) == (GRIDS["record"].settings, GRIDS["record"].grace)
+    usual = [f"{name}={value}" for name, value in plain.settings.items()]
+    assert read_request(_parser().parse_args(["--grid", "record", "--set", usual[0]])).experiment == plain.experiment
+    other = ["--grid", "record", "--set", "channels=32-64-128", "--set", "batch_size=64", "--grace", "1"]
+    request = read_request(_parser().parse_args(other))
+    assert (request.settings, request.rule.grace) == ({"batch_size": "64"}, 1)
+    assert request.experiment == "record-emnist-balanced-batch_size-64-channels-32-64-128"
+    varied = read_request(_parser().parse_args(["--grid", "record", "--vary", "channels=16-32,32-64"]))
+    assert (varied.settings.get("channels"), varied.levels["channels"]) == (None, ("16-32", "32-64"))
+    with pytest.raises(InputError, match="--set and --vary both give momentum"):
+        read_request(_parser().parse_args(["--set", "momentum=0.9", "--vary", "momentum=0.8,0.9"]))
 
 
 def test_what_the_user_says_beats_the_grid() -> None:

@@ -25,6 +25,7 @@ from analysis.estimates.anova import (
     list_labels,
     number_of_cells,
 )
+from analysis.estimates.earned import Earned, measure_earned
 from analysis.estimates.rung_effects import divergence_rates
 from analysis.estimates.two_phase import Ends, Sample, estimate_ends
 from analysis.multiplicity import holm, level_quantile
@@ -78,6 +79,8 @@ class FinalEffects:
     """`factor`, `level`, `trials`, `diverged`, `rate`, `low`, `high`, over all trials."""
     notes: tuple[str, ...]
     """Sentences to read before trusting the tables."""
+    earned: Earned | None = None
+    """What the best levels earn, each and together; None where fewer than two are surely better than the plain ones."""
     confidence: float = 0.95
 
 
@@ -106,6 +109,7 @@ def measure_final_effects(
     _check_probed(sample)
     ends, weights = estimate_ends(sample, terms), effect_weights(terms)
     mean, effects = float(weights[INTERCEPT][0] @ ends.values), _effects(terms, weights, ends, confidence)
+    differences = _differences(terms, weights, ends, confidence)
     return FinalEffects(
         epochs=epochs,
         factors=tuple(varied),
@@ -117,10 +121,11 @@ def measure_final_effects(
         diverged=int((chosen["status"] == "diverged").sum()),
         grand_mean=mean,
         levels=_levels(effects, mean),
-        differences=_differences(terms, weights, ends, confidence),
+        differences=differences,
         interactions=_interactions(effects, confidence),
         divergence=divergence_rates(trials, varied, confidence),
         notes=(*explain_scales(trials), *_notes(chosen, rows, terms, varied, classes)),
+        earned=measure_earned(terms, weights, ends, differences, confidence),
         confidence=confidence,
     )
 

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from analysis import plot
 from analysis.audit import WORDING, caption_of
 from analysis.curves import read_curves
+from analysis.estimates.earned import Earned, describe_together
 from analysis.formatting import INTERVAL, format_table, hundredths, number, percent, points, sentence
 from analysis.stopping.figures import Audit
 from analysis.store import read_artifact, read_artifacts
@@ -139,7 +140,26 @@ def effects(verdict: Verdict) -> Section | None:
             "Intervals hold for all differences of a factor at once (Tukey).",
         )
     ]
+    if found.earned is not None:
+        tables.append(_earned(found.earned))
     return Section("Effects at the end", [lead, *map(sentence, found.notes)], figures, tables)
+
+
+def _earned(earned: Earned) -> Table:
+    """Return what each of the best levels earns over the plain one."""
+    rows = earned.table
+    halves = {which: (rows[f"{which}_high"] - rows[f"{which}_low"]) / 2 for which in ("alone", "average", "last")}
+    shown = pd.DataFrame({"factor": rows["factor"], "level": rows["level"] + " over " + rows["plain"]})
+    for which, title in (("alone", "alone"), ("average", "on average"), ("last", "added last")):
+        shown[title] = [
+            f"{points(value)} ±{100 * half:.2f}" for value, half in zip(rows[which], halves[which], strict=True)
+        ]
+    return Table(
+        "What the best levels earn",
+        shown,
+        "In points, over the plain level, the first of each factor: added to the plain levels of the other rows, "
+        f"averaged over these, and added to their best levels. {sentence(describe_together(earned))}",
+    )
 
 
 def first_rung(verdict: Verdict) -> Section | None:

@@ -22,8 +22,8 @@ from grid.wording import count, format_seconds
 
 def describe_plan(request: Request, plan: Plan) -> dict[str, str]:
     """Return what is trained: the grid, its trials, their budget."""
-    levels = " x ".join(str(len(levels)) for levels in request.levels.values())
-    facts = {"grid": f"{request.grid}: {levels} levels, {len(plan.cells):,} cells"}
+    levels = " x ".join(str(len(levels)) for levels in request.levels.values() if len(levels) > 1)
+    facts = {"grid": f"{request.grid}: {f'{levels} levels, ' if levels else ''}{count(len(plan.cells), 'cell')}"}
     if plan.excluded:
         facts["excluded"] = "; ".join(f"{count(cells, 'cell')}: {reason}" for reason, cells in plan.excluded.items())
     facts["trials"] = (

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from grid.config import FACTORS, Condition, InputError, Level, declare, format_value
+from grid.config import FACTORS, Condition, InputError, Level, changed_settings, declare, format_value
 from grid.parts.registry import (
     ACTIONS,
     ACTIVATIONS,
@@ -65,6 +65,7 @@ RESERVED = frozenset(
     )
 )
 """Names of columns of tables, which no factor and no setting may have."""
+NO_SETTINGS: Mapping[str, str | float | bool] = {}
 Function = TypeVar("Function", bound=Callable[..., Any])
 Adder = Callable[[Function], Function]
 """A decorator that returns what it decorates."""
@@ -264,6 +265,8 @@ def grid(
     data: str = Grid.data,
     per_class: int | None = Grid.per_class,
     epochs: int = Grid.epochs,
+    grace: int | None = Grid.grace,
+    settings: Mapping[str, str | float | bool] = NO_SETTINGS,
 ) -> None:
     """Add a named grid, for `--grid`.
 
@@ -274,16 +277,28 @@ def grid(
         data: Name of the data set.
         per_class: Training images per class; None for all.
         epochs: Full budget of a trial.
+        grace: Epochs before any trial is stopped; None for the default. Techniques that learn slowly need some.
+        settings: Those of all trials that differ from the defaults, such as `{"batch_size": 64}`; `--set` overrides.
 
     Raises:
-        InputError: The name is taken, or a level is unknown.
+        InputError: The name is taken, or a level or a setting is unknown.
     """
     for factor, chosen in levels.items():
         for level in chosen:
             check_level(factor, level)
     own = {factor: tuple(chosen) for factor, chosen in levels.items()}
     every = {factor: own.get(factor, LEVELS[factor][:1]) for factor in (*FACTORS, *own)}
-    add("grid", name, GRIDS, Grid(question=question, levels=every, data=data, per_class=per_class, epochs=epochs))
+    changed = changed_settings({setting: format_value(value) for setting, value in settings.items()})
+    row = Grid(
+        question=question,
+        levels=every,
+        data=data,
+        per_class=per_class,
+        epochs=epochs,
+        grace=grace,
+        settings=changed,
+    )
+    add("grid", name, GRIDS, row)
 
 
 def exclude(reason: str) -> Adder[Callable[[Cell], bool]]:

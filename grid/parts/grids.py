@@ -45,3 +45,23 @@ parts.grid(
     per_class=100,
     epochs=9,
 )
+parts.grid(
+    "record",
+    "How accurate can a small net be, and which technique earns how much of it?",
+    {
+        "model": ("resnet",),
+        "lr_schedule": ("one_cycle",),
+        "activation": ("gelu",),
+        "optimizer": ("adamw",),
+        "batch_norm": ("on",),
+        "dropout": ("off", "on"),
+        "augmentation": ("none", "elastic"),
+        "label_smoothing": ("off", "on"),
+        "mixup": ("off", "on"),
+        "weight_averaging": ("off", "ema"),
+        "test_time_shifts": ("off", "on"),
+    },
+    epochs=15,
+    grace=5,
+    settings={"channels": "48-96-176"},
+)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal, cast
 
@@ -91,6 +91,10 @@ class Grid:
     """Training images per class; None for all."""
     epochs: int = 27
     """Full budget of a trial."""
+    grace: int | None = None
+    """Epochs before any trial is stopped; None for what `grid.plan.asha.StoppingRule` takes."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Those of all trials, where they differ from the defaults of `grid.config.TrialConfig`."""
 
 
 MODELS: dict[str, Code] = {}
