@@ -1,4 +1,4 @@
-"""Which base learning rate suits each optimizer, and what would fewer rates cost? Source of `grid.train.optimizers`.
+"""Which base learning rate suits each optimizer, and what would fewer rates cost? Source of `grid/parts/builtin.py`.
 
     python -m benchmarks.base_rates --data emnist-bymerge --data-dir DIR --csv rates.csv     # adds what it lacks
     python -m benchmarks.base_rates --report rates.csv                                       # prints its tables again
@@ -30,7 +30,7 @@ from grid.data.load import load
 from grid.parts import LEVELS
 from grid.parts.registry import OPTIMIZERS
 from grid.train.hardware import keep_freed_memory, numeric_settings
-from grid.train.optimizers import base_learning_rate
+from grid.train.techniques.optimizers import base_learning_rate
 from grid.train.trial import DeviceData, Trial
 from grid.wording import count, first_line
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from grid.config import InputError, TrialConfig
 from grid.train import augmentation
 from grid.train.actions import Use
-from grid.train.augmentation import augment, predict_shifted, shift
+from grid.train.techniques.augmentation import augment, predict_shifted, shift
 
 LEVELS = ("affine", "elastic", "shift")
 

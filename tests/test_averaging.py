@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from grid.config import TrialConfig
 from grid.parts.registry import OPTIMIZERS
 from grid.train.actions import Use
-from grid.train.averaging import Averages, averaged_weights, averages_of, update_ema
-from grid.train.optimizers import build_optimizer
+from grid.train.techniques.averaging import Averages, averaged_weights, averages_of, update_ema
+from grid.train.techniques.optimizers import build_optimizer
 from nets.dropout import SeededDropout
 
 AVERAGE_FROM = 3

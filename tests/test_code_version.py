@@ -30,7 +30,7 @@ def edit(file: Path, old: str, new: str) -> None:
     ("file", "old", "new"),
     [
         ("grid/config.py", "momentum: float = _later(0.9)", "momentum: float = _later(0.0)"),
-        ("grid/train/schedules.py", "(STEP_PARTS - 1)", "STEP_PARTS"),
+        ("grid/train/techniques/schedules.py", "(STEP_PARTS - 1)", "STEP_PARTS"),
         ("grid/train/trial.py", "(levels - mean) ** 2", "levels**2"),
         ("nets/blocks.py", "bias=", "bias=not "),
         ("grid/parts/builtin.py", "torch.nn:SiLU", "torch.nn:GELU"),

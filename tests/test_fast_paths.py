@@ -14,7 +14,7 @@ from grid.config import TrialConfig
 from grid.data.load import load
 from grid.parts.registry import LR_SCHEDULES, OPTIMIZERS
 from grid.train import trial as trial_module
-from grid.train.penalties import penalised_weights
+from grid.train.techniques.penalties import penalised_weights
 from grid.train.trial import DeviceData, Trial
 from nets.dropout import SeededDropout
 from nets.pooling import PooledActivation

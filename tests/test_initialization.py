@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from grid.config import CHOICES, TrialConfig
-from grid.train.optimizers import base_learning_rate, build_optimizer
+from grid.train.techniques.optimizers import base_learning_rate, build_optimizer
 from nets.activations import gain
 from nets.blocks import Techniques, block, conv3x3, linear, output
 from nets.initialization import INITIALIZATIONS, Surroundings, draw

@@ -7,7 +7,7 @@ from torch import nn
 
 from grid.config import MATTERS_WITH, TrialConfig
 from grid.parts.registry import OPTIMIZERS
-from grid.train.optimizers import build_optimizer
+from grid.train.techniques.optimizers import build_optimizer
 
 CURVATURES = torch.linspace(0.5, 2.0, 10)
 

@@ -7,7 +7,7 @@ from torch.optim import SGD
 
 from grid.config import TrialConfig
 from grid.parts.registry import REGULARIZATIONS
-from grid.train.penalties import penalised_weights
+from grid.train.techniques.penalties import penalised_weights
 
 L1, L2 = 0.25, 0.5
 TERMS = {

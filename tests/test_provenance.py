@@ -109,7 +109,7 @@ def test_the_code_that_trained_it_may_train_on(store: Store, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("before", "named"),
     [
-        (other_code("grid/train/optimizers.py"), "other code (grid/train/optimizers.py)"),
+        (other_code("grid/train/techniques/optimizers.py"), "other code (grid/train/techniques/optimizers.py)"),
         (other_code("nets/cnn.py", "grid/data/load.py"), "other code (grid/data/load.py, nets/cnn.py)"),
         (
             other_code(*(f"nets/{name}.py" for name in "edcba")),

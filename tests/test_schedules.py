@@ -9,7 +9,7 @@ from torch.optim import SGD
 
 from grid.config import STEP_PARTS, TrialConfig
 from grid.parts.registry import LR_SCHEDULES
-from grid.train.schedules import Schedule
+from grid.train.techniques.schedules import Schedule
 
 EPOCHS, STEPS, PEAK = 9, 11, 0.5  # 99 steps: one_cycle's peak falls on step 29
 BY_STEP = sorted(set(LR_SCHEDULES) - {"plateau"})

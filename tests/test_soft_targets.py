@@ -7,7 +7,7 @@ from scipy import stats
 
 from grid.config import InputError, TrialConfig
 from grid.train.actions import Use
-from grid.train.soft_targets import mix, smooth_labels
+from grid.train.techniques.soft_targets import mix, smooth_labels
 
 IMAGES = torch.randn(64, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(64) % 5

@@ -16,7 +16,7 @@ from grid.metrics import EPOCH_METRICS, STATUSES, EpochReport
 from grid.parts import LEVELS
 from grid.parts.registry import LR_SCHEDULES, OPTIMIZERS, REGULARIZATIONS
 from grid.train import trial as trial_module
-from grid.train.penalties import penalised_weights
+from grid.train.techniques.penalties import penalised_weights
 from grid.train.trial import DeviceData, Trial, TrialResult, build_net, train
 from nets.dropout import SeededDropout
 

@@ -39,7 +39,7 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
     "asgd": lambda parameters: ASGD(parameters, lr=0.5, lambd=0.0),
     "adagrad": lambda parameters: Adagrad(parameters, lr=2e-2),
 }
-"""With the learning rates of `grid.train.optimizers`, measured for these nets; `lambd` is ASGD's own weight decay."""
+"""With the learning rates of `grid/parts/builtin.py`, measured for these nets; `lambd` is ASGD's own weight decay."""
 
 
 class Glyphs(EMNIST):  # type: ignore[misc]

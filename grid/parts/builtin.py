@@ -39,12 +39,12 @@ parts.net("mlp")("grid.train.models:build_mlp")
 parts.net("cnn")("grid.train.models:build_cnn")
 parts.net("resnet")("grid.train.models:build_resnet")
 
-parts.lr_schedule("constant")("grid.train.schedules:constant")
-parts.lr_schedule("step")("grid.train.schedules:step")
-parts.lr_schedule("cosine")("grid.train.schedules:cosine")
-parts.lr_schedule("one_cycle")("grid.train.schedules:one_cycle")
-parts.lr_schedule("exponential")("grid.train.schedules:exponential")
-parts.lr_schedule("plateau")("grid.train.schedules:plateau")
+parts.lr_schedule("constant")("grid.train.techniques.schedules:constant")
+parts.lr_schedule("step")("grid.train.techniques.schedules:step")
+parts.lr_schedule("cosine")("grid.train.techniques.schedules:cosine")
+parts.lr_schedule("one_cycle")("grid.train.techniques.schedules:one_cycle")
+parts.lr_schedule("exponential")("grid.train.techniques.schedules:exponential")
+parts.lr_schedule("plateau")("grid.train.techniques.schedules:plateau")
 
 # Prelu may learn a negative slope.
 parts.activation("relu", shape="rising")("torch.nn:ReLU")
@@ -83,40 +83,42 @@ parts.optimizer(
 )("torch.optim:AdamW")
 parts.optimizer("nadam", learning_rate=2e-3, options=_betas)("torch.optim:NAdam")
 
-parts.regularization("none")("grid.train.penalties:add_none")
-parts.regularization("l1")("grid.train.penalties:add_l1")
-parts.regularization("l2")("grid.train.penalties:add_l2")
-parts.regularization("elastic")("grid.train.penalties:add_elastic")
+parts.regularization("none")("grid.train.techniques.penalties:add_none")
+parts.regularization("l1")("grid.train.techniques.penalties:add_l1")
+parts.regularization("l2")("grid.train.techniques.penalties:add_l2")
+parts.regularization("elastic")("grid.train.techniques.penalties:add_elastic")
 
-parts.on_images("augmentation", levels=("none", "shift", "affine", "elastic"))("grid.train.augmentation:augment")
+parts.on_images("augmentation", levels=("none", "shift", "affine", "elastic"))(
+    "grid.train.techniques.augmentation:augment"
+)
 parts.setting(
     "augmentation_strength",
     1.0,
     matters_with=("augmentation", ("shift", "affine", "elastic")),
     rule=("above 0 and at most 5", lambda strength: 0 < strength <= 5),
 )
-parts.on_batch("label_smoothing", levels=("off", "on"))("grid.train.soft_targets:smooth_labels")
+parts.on_batch("label_smoothing", levels=("off", "on"))("grid.train.techniques.soft_targets:smooth_labels")
 parts.setting(
     "label_smoothing_rate",
     0.1,
     matters_with=("label_smoothing", ("on",)),
     rule=("between 0 and 1, both excluded", lambda share: 0 < share < 1),
 )
-parts.on_batch("mixup", levels=("off", "on"))("grid.train.soft_targets:mix")
+parts.on_batch("mixup", levels=("off", "on"))("grid.train.techniques.soft_targets:mix")
 parts.setting(
     "mixup_alpha",
     0.2,
     matters_with=("mixup", ("on",)),
     rule=("above 0 and at most 100", lambda alpha: 0 < alpha <= 100),
 )
-parts.on_averages("weight_averaging", levels=("off", "ema"))("grid.train.averaging:update_ema")
+parts.on_averages("weight_averaging", levels=("off", "ema"))("grid.train.techniques.averaging:update_ema")
 parts.setting(
     "ema_decay",
     0.999,
     matters_with=("weight_averaging", ("ema",)),
     rule=("0 or more and below 1", lambda decay: 0 <= decay < 1),
 )
-parts.on_prediction("test_time_shifts", levels=("off", "on"))("grid.train.augmentation:predict_shifted")
+parts.on_prediction("test_time_shifts", levels=("off", "on"))("grid.train.techniques.augmentation:predict_shifted")
 
 parts.exclude("adamw decays the weights already; l2 in the loss would decay them twice")(
     lambda cell: cell["optimizer"] == "adamw" and cell["regularization"] in ("l2", "elastic")

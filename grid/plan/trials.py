@@ -11,7 +11,7 @@ from grid.plan.packing import Packing
 from grid.plan.request import Request
 from grid.plan.space import ORDER_SEED, Cell, cross, expand, shared_settings
 from grid.train.hardware import numeric_settings
-from grid.train.optimizers import base_learning_rate
+from grid.train.techniques.optimizers import base_learning_rate
 
 MEANINGS = {
     "data_fingerprint": "other images or another split",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from grid.config import SETTINGS, InputError, TrialConfig
 from grid.parts.registry import ACTIVATIONS, LEVELS, OPTIMIZERS
-from grid.train.optimizers import base_learning_rate
+from grid.train.techniques.optimizers import base_learning_rate
 from grid.train.trial import DeviceData, Trial
 from grid.wording import first_line
 

@@ -25,10 +25,10 @@ from grid.data.dataset import Dataset
 from grid.metrics import EpochReport
 from grid.parts.registry import ActivationSpec, check_known, find
 from grid.train.actions import Actions, acting, change_net
-from grid.train.averaging import Averages, averaged_weights, averages_of
-from grid.train.optimizers import build_optimizer
-from grid.train.penalties import penalised_weights
-from grid.train.schedules import Schedule
+from grid.train.techniques.averaging import Averages, averaged_weights, averages_of
+from grid.train.techniques.optimizers import build_optimizer
+from grid.train.techniques.penalties import penalised_weights
+from grid.train.techniques.schedules import Schedule
 from nets.activations import Activation
 from nets.blocks import NetSpec, Techniques
 
