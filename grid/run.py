@@ -143,6 +143,7 @@ def read_request(options: argparse.Namespace) -> Request:
         precision=options.precision,
         price_per_hour=options.price_per_hour,
         accept_code=options.accept_code,
+        keep_going=options.keep_going,
         parts=tuple(options.parts),
     )
 
@@ -258,6 +259,7 @@ def _add_place(where: Options) -> None:
     where.add_argument("--experiment", metavar="NAME", help="MLflow experiment (named after grid, data and budget)")
     add_workers(where)
     add_accept_code(where)
+    where.add_argument("--keep-going", action="store_true", help="go on even if the first trials all fail alike")
     where.add_argument(
         "--report", type=Path, default=Path("report.html"), metavar="FILE", help="page of results (report.html)"
     )

@@ -97,6 +97,28 @@ def test_the_run_ends_when_no_trial_gets_anywhere(slots: int, most: int) -> None
     assert recovery.futile == ""
 
 
+def failed(recovery: Recovery, *reasons: str) -> str:
+    for reason in reasons:
+        recovery.ended(reason)
+    return recovery.futile
+
+
+@pytest.mark.parametrize("slots", [1, 12])
+def test_the_run_ends_when_the_first_trials_all_fail_alike(slots: int) -> None:
+    most = max(8, slots)
+    reasons = [f"Traceback ...\nValueError: 128 images, seed {seed}" for seed in range(most)]
+    assert failed(Recovery(slots), *reasons[:-1]) == ""
+    first = f"the first {most} trials all failed alike (ValueError: 128 images, seed 0); fix that, or pass --keep-going"
+    assert failed(Recovery(slots), *reasons) == first
+    assert failed(Recovery(slots, keep_going=True), *reasons) == ""
+
+
+def test_one_that_succeeds_or_fails_otherwise_keeps_the_run_going() -> None:
+    alike = ["ValueError: x"] * 20
+    assert failed(Recovery(1), "", *alike) == ""
+    assert failed(Recovery(1), *alike[:7], "KeyError: 'y'", *alike) == ""
+
+
 class Time:
     def __init__(self) -> None:
         self.now = 1000.0

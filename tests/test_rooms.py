@@ -201,7 +201,7 @@ def imports(tree: ast.Module, modules: Mapping[str, ast.Module]) -> set[str]:
             assert node.level == 0
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
             found.add(str(node.module))
-    # `from grid.tune import tuner` imports the module grid.tune.tuner; grid/tune/__init__.py imports nothing.
+    # `from grid.tune import tuner` imports the module grid.tune.tuner; grid/tune/__init__.py imports nothing of these.
     return {name for name in found if name in modules}
 
 

@@ -25,7 +25,8 @@ from grid.train.checkpoints import Checkpoints
 from grid.train.trial import DeviceData, train
 from grid.tune.connection import connect, disconnect
 from grid.tune.preflight import CodeVersion
-from grid.tune.tuner import AshaScheduler, Queue, run_trials
+from grid.tune.queue import Queue
+from grid.tune.tuner import AshaScheduler, run_trials
 
 pytestmark = pytest.mark.slow
 
@@ -193,7 +194,7 @@ def test_a_free_worker_does_not_get_a_trial_for_which_a_worker_is_starting() -> 
 
 def test_a_trial_whose_worker_died_starts_before_trials_that_wait() -> None:
     lost, waiting = CONFIG, replace(CONFIG, seed=1)
-    queue = Queue([lost, waiting])
+    queue = Queue([lost, waiting], 1)
     assert queue.suggest("1") == {"trial": lost}
     queue.on_trial_complete("1", error=True)
     queue.put_back(lost)
@@ -309,7 +310,7 @@ class Stopper(Notes):
 def test_an_epoch_that_hangs_is_ended_and_tried_once_more(
     times: int, dataset: Dataset, packing: Packing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grid.tune.tuner.FLOOR_SECONDS", 15.0)
+    monkeypatch.setattr("grid.tune.recovery.FLOOR_SECONDS", 15.0)
     config = replace(CONFIG, epochs=6)
     notes = Stopper(times)
     checkpoints = Checkpoints(str(tmp_path), "test")
@@ -361,7 +362,7 @@ def test_a_storage_that_fails_for_a_while_costs_nothing(dataset: Dataset, packin
 def test_a_storage_that_stays_away_suspends_the_trials_and_is_named(
     dataset: Dataset, packing: Packing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grid.tune.tuner.STORAGE_PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr("grid.tune.recovery.STORAGE_PATIENCE_SECONDS", 2.0)
     notes = Unplugger(tmp_path, 10**9)
     settings = {"asha": Asha((1,)), "controls": (), "checkpoints": Checkpoints(str(tmp_path), "test")}
     run_trials([CONFIG], dataset, notes, packing=packing, **settings)  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ class Counting(Trial):
     """Counts its epochs instead of training; the next `raises` epochs raise."""
 
     raises = 0
+    error: BaseException
     trained = 0
 
     def __init__(self, config: TrialConfig, data: DeviceData):
@@ -31,7 +32,7 @@ class Counting(Trial):
     def run_epoch(self) -> EpochReport:
         if Counting.raises:
             Counting.raises -= 1
-            raise RuntimeError("out of luck")
+            raise Counting.error
         self.epoch += 1
         Counting.trained += 1
         return EpochReport(epoch=self.epoch, val_accuracy=0.5)
@@ -46,6 +47,7 @@ class Counting(Trial):
 @pytest.fixture
 def worker(glyphs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
     monkeypatch.setattr(Counting, "raises", 0)
+    monkeypatch.setattr(Counting, "error", RuntimeError("out of luck"), raising=False)
     monkeypatch.setattr(Counting, "trained", 0)
     WAITS.clear()
     checkpoints = Checkpoints(str(tmp_path), "test")
@@ -133,3 +135,18 @@ def test_failures_of_the_storage_are_no_tries_of_the_trial(worker: Worker, tmp_p
         for _ in range(5 * TRIES):
             assert "storage_error" in worker.run_epoch(CONFIG)
     assert worker.run_epoch(CONFIG)["report"].epoch == 1
+
+
+def test_after_an_error_of_the_device_a_worker_trains_no_more_and_says_so(worker: Worker) -> None:
+    worker.run_epoch(CONFIG)
+    Counting.raises, Counting.error = 1, RuntimeError("CUDA error: an illegal memory access was encountered")
+    said = {"device_error": str(Counting.error), "out_of_memory": False, "done": False}
+    assert worker.run_epoch(CONFIG) == said
+    worker.clear()  # as for the next trial
+    assert worker.run_epoch(CONFIG) == said
+    assert Counting.trained == 1
+
+
+def test_a_worker_says_that_memory_was_short(worker: Worker) -> None:
+    Counting.raises, Counting.error = 1, MemoryError()
+    assert worker.run_epoch(CONFIG) == {"device_error": "MemoryError", "out_of_memory": True, "done": False}

@@ -80,6 +80,8 @@ class Training:
     checkpoints: Checkpoints
     keep_weights: bool = False
     """Whether the last checkpoint of a completed trial is kept."""
+    keep_going: bool = False
+    """Whether to go on though the first trials all fail alike."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,7 @@ def _train_left(ready: Ready, watcher: Watcher, dataset: Dataset, training: Trai
         packing=training.packing,
         checkpoints=training.checkpoints,
         keep_weights=training.keep_weights,
+        keep_going=training.keep_going,
     )
     watcher.progress.show(last=True)
 

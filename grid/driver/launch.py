@@ -30,7 +30,9 @@ def run(request: Request) -> int:
         else:
             packing, (experiment, prepared) = _join(cluster, request, checkpoints, stack)
         _keep_what_is_imported(stack)
-        exit_code: int = experiment.run(request, prepared, experiment.Training(packing, checkpoints))
+        exit_code: int = experiment.run(
+            request, prepared, experiment.Training(packing, checkpoints, keep_going=request.keep_going)
+        )
     return exit_code
 
 

@@ -78,6 +78,8 @@ class Request(Place):
     """Controls to draw among the stopped trials of a grid that has ended; None to draw none."""
     rule: StoppingRule = DEFAULT_RULE
     """Which of the other trials are stopped early."""
+    keep_going: bool = False
+    """Whether to go on though the first trials all fail alike."""
     precision: str
     """`auto`, `float32` or `bfloat16`."""
     price_per_hour: float | None

@@ -9,6 +9,7 @@ from grid.config import TrialConfig
 from grid.data.dataset import Dataset
 from grid.metrics import EpochReport
 from grid.train.checkpoints import Checkpoints, StorageError
+from grid.train.device_errors import DeviceError
 from grid.train.trial import DeviceData, Trial
 
 TRIES = 2
@@ -45,6 +46,7 @@ class Worker:
         self._sleep = sleep
         self._data: DeviceData | None = None
         self._waits = 0
+        self._device_error: DeviceError | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -58,22 +60,26 @@ class Worker:
 
         Returns:
             `report` with an `EpochReport`, or `error` with a traceback, or `storage_error` if the storage has failed
-            and nothing is lost: call again; and `done`, whether no epoch follows. An error is returned, not raised, so
-            that the worker survives it.
+            and nothing is lost: call again; or `device_error` with a line, and `out_of_memory`, if this process can
+            train no more: end it. And `done`, whether no epoch follows. An error is returned, not raised, so that the
+            worker survives it.
         """
-        while True:
+        while self._device_error is None:
             try:
                 report = self._run_epoch(config)
             except StorageError as error:
                 return self.wait_for_storage(error)
-            except Exception:  # noqa: BLE001  (any error is recorded as the trial's failure)
+            except Exception as error:  # noqa: BLE001  (any other error is recorded as the trial's failure)
+                self._device_error = DeviceError.of(error)
                 self._trial = self._report = None
                 self._failures += 1
-                if self._failures == TRIES:
+                if self._failures == TRIES and self._device_error is None:
                     return {"error": traceback.format_exc(), "done": True}
             else:
                 self._failures = self._waits = 0
                 return {"report": report, "done": report.diverged or report.epoch == config.epochs}
+        short = self._device_error.out_of_memory
+        return {"device_error": str(self._device_error), "out_of_memory": short, "done": False}
 
     def wait_for_storage(self, error: StorageError) -> dict[str, Any]:
         """Wait a while, longer each time, and return what `run_epoch` returns for a storage that has failed."""

@@ -13,9 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the default of newer versions; older ones warn
-
 import psutil
 import ray
 from ray.exceptions import AuthenticationError, GetTimeoutError, RayError
@@ -232,6 +229,19 @@ def call_remote(function: Callable[..., Result], *arguments: Any, packing: Packi
     task = ray.remote(num_cpus=packing.cpus_per_trial, num_gpus=packing.gpus_per_trial)(function)
     result: Result = ray.get(task.remote(*arguments))
     return result
+
+
+class _Holder:
+    """Does nothing."""
+
+
+def occupy(node_id: str, packing: Packing) -> Any:
+    """Hold the share of a node that a trial has, so that none is put there, until the actor returned is forgotten."""
+    here = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    holder = ray.remote(_Holder).options(
+        num_cpus=packing.cpus_per_trial, num_gpus=packing.gpus_per_trial, scheduling_strategy=here
+    )
+    return holder.remote()
 
 
 def _watch_servers() -> None:

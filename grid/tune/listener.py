@@ -1,4 +1,4 @@
-"""The door between `grid.tune.tuner`, which knows Ray, and the rest, which does not."""
+"""The door between `grid.tune.bridge`, which knows Ray, and the rest, which does not."""
 
 from typing import Protocol
 

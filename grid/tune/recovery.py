@@ -1,6 +1,7 @@
 """What becomes of a trial whose worker dies, hangs or waits for the storage. Pure rules, without Ray."""
 
 import math
+import re
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
@@ -13,6 +14,8 @@ MOST_DEATHS = 8
 """Deaths of its worker without a new epoch in between, after which a trial fails; losses of nodes do not count."""
 FEWEST_FUTILE_DEATHS = 12
 """Deaths without any epoch of any trial in between, after which the run ends; at least three for each worker."""
+FEWEST_ALIKE = 8
+"""Trials that end first and all fail alike, after which the run ends; at least one for each worker."""
 STORAGE_PATIENCE_SECONDS = 600.0
 """How long a trial waits for a storage that fails before the run ends."""
 EPOCH_FACTOR = 20.0
@@ -21,6 +24,8 @@ FLOOR_SECONDS = 300.0
 """No epoch is ended earlier than this; the first of a worker may take as long on top, to start."""
 LONGEST_TICK_SECONDS = 1.0
 """More time than this between two looks is not counted: the machine or this process was suspended."""
+KEEP = "--keep-going"
+NUMBER = re.compile(r"\d+")
 KNOWN_EPOCHS = 25
 """Epochs of a model from which the expected time is taken."""
 
@@ -67,9 +72,13 @@ class Recovery:
 
     Args:
         slots: Workers at once.
+        keep_going: Whether to go on though the first trials all fail alike.
     """
 
-    def __init__(self, slots: int):
+    def __init__(self, slots: int, *, keep_going: bool = False):
+        self._most_alike = math.inf if keep_going else max(FEWEST_ALIKE, slots)
+        self._alike: list[str] | None = []
+        """Why the trials failed that have ended; None once one has not failed, or otherwise."""
         self._most_futile = max(FEWEST_FUTILE_DEATHS, 3 * slots)
         self._futile: list[str] = []
         self._deaths: Counter[str] = Counter()
@@ -97,9 +106,21 @@ class Recovery:
         self._hung.add(trial_key)
         return f"{overdue}, twice" if again else ""
 
+    def ended(self, failure: str) -> None:
+        """Note that a trial has ended, and why it failed; empty if it did not."""
+        if self._alike is None:
+            return
+        reason = (failure.strip().splitlines() or [""])[-1]
+        if not reason or (self._alike and NUMBER.sub("#", self._alike[0]) != NUMBER.sub("#", reason)):
+            self._alike = None
+        else:
+            self._alike.append(reason)
+
     @property
     def futile(self) -> str:
         """Why no trial gets anywhere; empty as long as some do."""
+        if self._alike and len(self._alike) >= self._most_alike:
+            return f"the first {len(self._alike)} trials all failed alike ({self._alike[0]}); fix that, or pass {KEEP}"
         if len(self._futile) < self._most_futile:
             return ""
         reason, _ = Counter(self._futile).most_common(1)[0]

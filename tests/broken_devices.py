@@ -1,0 +1,59 @@
+"""Trials whose devices fail: importable by workers, as code of a test file is not."""
+
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from grid.config import TrialConfig
+from grid.metrics import EpochReport
+from grid.train.trial import DeviceData, Trial
+
+ILLEGAL = "CUDA error: an illegal memory access was encountered"
+MOST = 3
+"""Trials that fit into the memory of the machine that is made up here."""
+
+
+class Sticky(Trial):
+    """Trains; but the first process that comes to one trial breaks, and stays so, as after an error of a GPU."""
+
+    broken = False
+
+    def run_epoch(self) -> EpochReport:
+        mark = Path(os.environ["BREAKS"])
+        if self.config.seed == 3 and not mark.exists():
+            mark.touch()
+            Sticky.broken = True
+        if Sticky.broken:
+            raise torch.AcceleratorError(ILLEGAL)
+        return super().run_epoch()
+
+
+class Crowded(Trial):
+    """Trains, if no more than `MOST` processes of its kind are there."""
+
+    def __init__(self, config: TrialConfig, data: DeviceData):
+        super().__init__(config, data)
+        (Path(os.environ["CROWD"]) / str(os.getpid())).touch()
+
+    def run_epoch(self) -> EpochReport:
+        time.sleep(0.2)  # so that all of them are there at once
+        crowd = [mark for mark in Path(os.environ["CROWD"]).iterdir() if Path("/proc", mark.name).exists()]
+        if len(crowd) > MOST:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return super().run_epoch()
+
+
+class Starved(Trial):
+    """Finds no memory, however few there are."""
+
+    def run_epoch(self) -> EpochReport:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+class Wrong(Trial):
+    """Raises what is the training's own fault."""
+
+    def run_epoch(self) -> EpochReport:
+        raise ValueError("a wrong shape")
