@@ -18,7 +18,7 @@ FACTORS = ("model", "lr_schedule", "activation", "optimizer", "batch_norm", "reg
 CHOICES: dict[str, tuple[str, ...]] = {
     "initialization": ("norm_aware", "he", "torch"),
     "device": ("cpu", "cuda"),
-    "precision": ("float32", "bfloat16"),
+    "precision": ("float32", "bfloat16", "tf32"),
     "memory_format": ("contiguous", "channels_last"),
 }
 """Every setting that takes one of a few names, with these names."""
@@ -199,7 +199,8 @@ class TrialConfig:
     device: str = "cpu"
     """Kind of device to train on: `cpu` or `cuda`."""
     precision: str = "float32"
-    """Of the forward and backward pass: `float32`, or `bfloat16` by autocast (weights stay float32)."""
+    """Of the forward and backward pass: `float32`, `bfloat16` by autocast (weights stay float32), or `tf32`: float32
+    with 10 bits in products and convolutions, on NVIDIA's GPUs."""
     memory_format: str = "contiguous"
     """Layout of images and convolution weights: `contiguous` or `channels_last`."""
     fused: bool = False

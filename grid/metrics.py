@@ -4,8 +4,8 @@ Standard library only. A metric is one field of `EpochReport`; its value comes f
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,9 @@ class EpochReport:
     val_correct: bytes = b""
     """After the full budget: which validation images were classified correctly, 8 in a byte, the first in its highest
     bit; empty before."""
+
+    machine: Mapping[str, str] = field(default_factory=dict)
+    """What it was trained on: tags of a run, by name."""
 
     @property
     def metrics(self) -> dict[str, float]:

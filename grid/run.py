@@ -218,8 +218,8 @@ def _add_training(what: Options) -> None:
     what.add_argument(
         "--precision",
         default="auto",
-        choices=("auto", "float32", "bfloat16"),
-        help="auto picks what the device is fast at",
+        choices=("auto", "float32", "bfloat16", "tf32"),
+        help="auto picks what the device is fast at; float32 is never tf32",
     )
 
 

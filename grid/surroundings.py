@@ -1,4 +1,4 @@
-"""Makes do with what a process is given: no home folder, no user name, closed standard streams. Standard library only.
+"""What a process finds: its CPU's name; no home folder, no user name, closed standard streams. Standard library only.
 
 Importing `grid` or `analysis` calls `make_do`: MLflow and Ray look for these when they are imported.
 """
@@ -6,10 +6,24 @@ Importing `grid` or `analysis` calls `make_do`: MLflow and Ray look for these wh
 import getpass
 import logging
 import os
+import platform
+import re
+import subprocess
 import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
+
+
+def cpu_name(processors: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the name of the CPU of this machine."""
+    with suppress(OSError, subprocess.CalledProcessError):
+        if sys.platform == "darwin":
+            command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+        if found := re.search(r"^(?:model name|Model|cpu model)\s*:\s*(.+)$", processors.read_text(), re.M):
+            return found[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def make_do() -> None:

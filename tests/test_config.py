@@ -145,7 +145,9 @@ def test_a_name_tells_seed_and_learning_rate_scale() -> None:
 
 
 def test_all_faults_are_named_at_once() -> None:
-    with pytest.raises(InputError, match=r"epochs must be 1 or more, got 0; .*precision must be float32 or bfloat16"):
+    with pytest.raises(
+        InputError, match=r"epochs must be 1 or more, got 0; .*precision must be float32 or bfloat16 or tf32"
+    ):
         replace(plain, precision="float8", epochs=0)
 
 

@@ -17,7 +17,7 @@ from mlflow.entities import Run
 from analysis.rank import main as rank
 from grid.config import FACTORS, InputError, TrialConfig
 from grid.driver import experiment
-from grid.driver.experiment import _check_same_rule, _describe_rule, _with_recorded_rung
+from grid.driver.experiment import _as_recorded, _check_same_rule, _describe_rule
 from grid.metrics import EPOCH_METRICS, STATUSES
 from grid.plan.asha import Asha
 from grid.plan.trials import Plan, make_plan
@@ -194,7 +194,22 @@ def test_an_experiment_keeps_its_first_rung_unless_another_is_asked_for(
     options: list[str], rungs: object, grace: int | None
 ) -> None:
     request = read_request(_parser().parse_args([*TINY, "--experiment", "tiny", *options]))
-    assert _with_recorded_rung(request, {"rungs": rungs}).rule.grace == grace
+    assert _as_recorded(request, {"rungs": rungs}).rule.grace == grace
+
+
+@pytest.mark.parametrize(
+    ("options", "recorded", "precision"),
+    [
+        ([], "bfloat16", "bfloat16"),
+        (["--precision", "float32"], "bfloat16", "float32"),  # refused later, with the reason
+        ([], "edited", "auto"),
+    ],
+)
+def test_an_experiment_keeps_its_precision_unless_another_is_asked_for(
+    options: list[str], recorded: str, precision: str
+) -> None:
+    request = read_request(_parser().parse_args([*TINY, "--experiment", "tiny", *options]))
+    assert _as_recorded(request, {"settings": {"precision": recorded}}).precision == precision
 
 
 def check_rules(before: list[str], now: list[str]) -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from grid.surroundings import cpu_name
 from grid.tune.gpus import device_names, find_gpus
 
 GIB = 2**30
@@ -55,9 +56,10 @@ def test_gpus_are_named_each_kind_once_and_without_any_the_cpu_is(
     monkeypatch.setattr(sys, "platform", "linux")
     processors = tmp_path / "cpuinfo"
     processors.write_text("processor\t: 0\nmodel\t\t: 85\nmodel name\t: A CPU @ 2 GHz\n\nmodel name\t: A CPU @ 2 GHz\n")
+    assert cpu_name(processors) == "A CPU @ 2 GHz"
+    assert cpu_name(tmp_path / "none") == (platform.processor() or platform.machine())
     monkeypatch.setattr("grid.tune.gpus.find_gpus", lambda: (0, 0))
-    assert device_names(processors) == ("A CPU @ 2 GHz",)
-    assert device_names(tmp_path / "none") == (platform.processor() or platform.machine(),)
+    assert device_names() == (cpu_name(),)
     monkeypatch.setattr("grid.tune.gpus.find_gpus", lambda: (2, 24 * GIB))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H100")
-    assert device_names(processors) == ("H100",)
+    assert device_names() == ("H100",)

@@ -5,8 +5,11 @@ import sys
 import pytest
 import torch
 
-from grid.config import TrialConfig
-from grid.train.hardware import numeric_settings
+from benchmarks.step_speed import random_images
+from grid.config import InputError, TrialConfig
+from grid.surroundings import cpu_name
+from grid.train.hardware import numeric_settings, use_precision
+from grid.train.trial import Trial
 
 COUNT_PAGE_FAULTS = """
 import resource, sys
@@ -31,10 +34,76 @@ print(page_faults(3))
 """
 
 
-@pytest.mark.parametrize(("native", "precision"), [(True, "bfloat16"), (False, "float32")])
-def test_a_gpu_trains_in_bfloat16_if_it_supports_it(native, precision, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: native)
+@pytest.fixture
+def gpus(monkeypatch):
+    """Make up GPUs of some compute capabilities."""
+
+    def make_up(*capabilities):
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+
+    return make_up
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "precision"),
+    [
+        ([(8, 0)], "bfloat16"),
+        ([(8, 9), (9, 0)], "bfloat16"),
+        ([(7, 5)], "float32"),  # T4, RTX 20xx: torch emulates it
+        ([(7, 0)], "float32"),
+        ([(9, 0), (7, 5)], "float32"),
+    ],
+)
+def test_gpus_train_in_bfloat16_if_all_of_them_compute_in_it_themselves(capabilities, precision, gpus):
+    gpus(*capabilities)
     assert numeric_settings("cuda")["precision"] == precision
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "tf32"])
+def test_a_precision_that_gpus_lack_is_refused(precision, gpus):
+    gpus((7, 5))
+    needed = rf"--precision {precision} needs GPUs of compute capability 8.0 \(Ampere\) or later"
+    with pytest.raises(InputError, match=needed):
+        numeric_settings("cuda", precision)
+    gpus((8, 6))
+    assert numeric_settings("cuda", precision)["precision"] == precision
+
+
+def test_tf32_is_refused_on_a_cpu():
+    with pytest.raises(InputError, match="--precision tf32 is one of NVIDIA's GPUs, and trials run on CPUs here"):
+        numeric_settings("cpu", "tf32")
+
+
+@pytest.mark.parametrize(("precision", "computed"), [("float32", "ieee"), ("bfloat16", "ieee"), ("tf32", "tf32")])
+def test_on_a_gpu_float32_is_float32_in_products_and_convolutions(precision, computed):
+    flags = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
+    before = [each.fp32_precision for each in flags]
+    try:
+        for each in flags:
+            each.fp32_precision = "tf32"
+        use_precision("cuda", precision)
+        assert [each.fp32_precision for each in flags] == [computed] * 2
+    finally:
+        for each, kept in zip(flags, before, strict=True):
+            each.fp32_precision = kept
+
+
+def test_a_trial_sets_the_precision_before_it_trains_and_before_it_is_evaluated(monkeypatch):
+    seen = []
+    monkeypatch.setattr("grid.train.trial.use_precision", lambda *settings: seen.append(settings))
+    trial = Trial(TrialConfig(learning_rate=0.1, epochs=1, hidden_sizes="8"), random_images(128, "cpu"))
+    with trial.evaluating():
+        assert seen == [("cpu", "float32")]
+    trial.run_epoch()
+    assert seen == [("cpu", "float32")] * 3
+
+
+def test_a_trial_says_on_what_it_was_trained():
+    trial = Trial(TrialConfig(learning_rate=0.1, epochs=1, hidden_sizes="8"), random_images(128, "cpu"))
+    assert trial.run_epoch().machine == {"device_name": cpu_name(), "torch_version": torch.__version__}
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 
 from grid.plan.packing import Node, pack_nodes
-from grid.tune.machines import USUAL_GPU_BYTES, describe, has_fast_bfloat16, to_node, with_growth
+from grid.tune.machines import USUAL_GPU_BYTES, describe, is_known_for_bfloat16, to_node, with_growth
 
 HEAD = Node(0, 0, 0)
 GPU_KIND = {"resources": {"CPU": 8, "GPU": 1, "accelerator_type:A10G": 1}, "min_workers": 0, "max_workers": 3}
@@ -51,7 +51,13 @@ def test_a_cluster_without_an_autoscaler_does_not_grow() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "fast"), [("A10G", True), ("H100", True), ("T4", False), ("V100", False), ("", False)]
+    ("kind", "known"),
+    [
+        *(("A10G", True), ("H100", True), ("A100-80G", True)),
+        *(("T4", False), ("V100", False), ("GeForce-RTX-2080-Ti", False), ("", False)),
+    ],
 )
-def test_bfloat16_is_chosen_by_the_kind_of_gpu_so_that_a_resumed_grid_chooses_the_same(kind: str, fast: bool) -> None:
-    assert has_fast_bfloat16([HEAD, Node(8, 1, 1, gpu_kind=kind)]) is fast
+def test_of_a_gpu_that_is_not_up_yet_bfloat16_is_expected_only_if_its_kind_is_known_for_it(
+    kind: str, known: bool
+) -> None:
+    assert is_known_for_bfloat16(kind) is known

@@ -86,6 +86,16 @@ def test_nodes_that_the_autoscaler_may_add_are_planned_for() -> None:
     assert (packing.concurrency, packing.gpus_per_trial, packing.bfloat16) == (16, 1 / 8, False)
 
 
+GPUS = {"10.0.0.1 (head)": {**RESOURCES, HEAD: 1.0, "CPU": 0.0}, "10.0.0.2 (node)": {**RESOURCES, "GPU": 1.0}}
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_gpus_that_are_up_say_whether_they_have_bfloat16_whatever_they_are_called(bfloat16: bool) -> None:
+    resources = {**GPUS, "10.0.0.2 (node)": {**GPUS["10.0.0.2 (node)"], "accelerator_type:GeForce-RTX-2080-Ti": 1.0}}
+    reports = {"10.0.0.1 (head)": GOOD, "10.0.0.2 (node)": replace(GOOD, gpu_bytes=2**34, bfloat16=bfloat16)}
+    assert plan_packing(resources, reports, CODE, None).bfloat16 is bfloat16
+
+
 def test_too_little_memory_is_reported_with_a_concurrency_that_fits() -> None:
     node, packing = Node(4, 0, 0), Packing(8, 1.0, 0.0)  # two such nodes
     assert memory_problem(4 * BYTES_PER_TRIAL, node, packing) == ""

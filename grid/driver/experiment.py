@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
-from grid.config import SETTINGS, InputError
+from grid.config import CHOICES, SETTINGS, InputError
 from grid.data.dataset import Dataset
 from grid.data.load import load
 from grid.driver.messages import (
@@ -132,7 +132,7 @@ def _plan_what_is_left(request: Request, prepared: Prepared, packing: Packing, b
     begun = {key: trial.control for key, trial in stored.items()}
     dataset = prepared.dataset
     plan = make_plan(
-        _with_recorded_rung(request, before),
+        _as_recorded(request, before),
         packing=packing,
         fingerprint=dataset.fingerprint,
         train_images=len(dataset.train_labels),
@@ -246,10 +246,13 @@ def _check_same_rule(manifest: Mapping[str, Any], plan: Plan, asha: Asha, experi
         raise InputError(f"experiment '{experiment}' was stopped early by another rule ({changed}); {hint}")
 
 
-def _with_recorded_rung(request: Request, manifest: Mapping[str, Any]) -> Request:
-    """Return a request without a `--grace` with the first rung that its experiment has already."""
-    rungs = manifest.get("rungs")
+def _as_recorded(request: Request, manifest: Mapping[str, Any]) -> Request:
+    """Return a request that leaves its first rung or its precision open with those that its experiment has already."""
+    rungs, settings = manifest.get("rungs"), manifest.get("settings")
     epochs = rungs.get("epochs") if isinstance(rungs, Mapping) else None
+    precision = settings.get("precision") if isinstance(settings, Mapping) else None
+    if request.precision == "auto" and precision in CHOICES["precision"]:
+        request = replace(request, precision=precision)
     if request.rule.grace is not None or not epochs or not _is_rule_entry("epochs", epochs):
         return request
     return replace(request, rule=replace(request.rule, grace=max(1, epochs[0])))

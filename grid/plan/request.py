@@ -81,7 +81,7 @@ class Request(Place):
     keep_going: bool = False
     """Whether to go on though the first trials all fail alike."""
     precision: str
-    """`auto`, `float32` or `bfloat16`."""
+    """`auto`, `float32`, `bfloat16` or `tf32`."""
     price_per_hour: float | None
     """Price of the machine or cluster per hour, in any currency; for the forecast."""
 

@@ -55,6 +55,8 @@ class Recorder:
         """Id of the record of this command; empty for one that has none."""
         self._resumed_by: dict[str, list[str]] = {}
         """Ids of the commands that trained a trial further than the one that started it, by trial key."""
+        self._machines: dict[str, Mapping[str, str]] = {}
+        """What each trial was last trained on."""
         self._last_time = 0
 
     @property
@@ -253,6 +255,9 @@ class Recorder:
         tags |= {"would_stop_at_epoch": str(report.epoch)} if spared else {}
         tags |= {"val_correct": b64encode(report.val_correct).decode()} if report.val_correct else {}
         tags |= self._tags_of_resumed(config.trial_key)
+        if report.machine != self._machines.get(config.trial_key, {}):
+            tags |= report.machine
+            self._machines[config.trial_key] = report.machine
         self._append(
             EpochEnded(trial_key=config.trial_key, time=self._now(), epoch=report.epoch, metrics=metrics, tags=tags)
         )

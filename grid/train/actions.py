@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grid.config import InputError, TrialConfig
@@ -75,7 +74,9 @@ class Actions:
                 raise TypeError(f"a factor on images returned {type(images).__name__}; return the images, a tensor")
         if not self._batch:
             return images, labels
-        targets: Tensor = F.one_hot(labels, classes).to(images.dtype)
+        targets = images.new_zeros(len(labels), classes).scatter_(
+            1, labels[:, None], 1.0
+        )  # one_hot waits for some devices
         for code, use in self._batch:
             changed = code(images, targets, use)
             if not isinstance(changed, tuple) or [type(each) for each in changed] != [Tensor, Tensor]:

@@ -25,6 +25,7 @@ from grid.data.dataset import Dataset
 from grid.metrics import EpochReport
 from grid.parts.registry import ActivationSpec, check_known, find
 from grid.train.actions import Actions, acting, change_net
+from grid.train.hardware import describe_machine, use_precision
 from grid.train.techniques.averaging import Averages, averaged_weights, averages_of
 from grid.train.techniques.optimizers import build_optimizer
 from grid.train.techniques.penalties import penalised_weights
@@ -154,6 +155,7 @@ class Trial:
     def run_epoch(self) -> EpochReport:
         """Train one epoch and validate."""
         begun = time.perf_counter()
+        use_precision(self.config.device, self.config.precision)
         train_loss, train_accuracy, learning_rate, finite = self._train_epoch()
         trained = time.perf_counter()
         val_loss, correct = self._validate() if finite else (math.nan, np.empty(0, dtype=np.bool_))
@@ -173,6 +175,7 @@ class Trial:
             samples_per_second=self._steps * self._batch_size / (trained - begun),
             diverged=not finite,
             val_correct=np.packbits(correct).tobytes() if finite and self.epoch == self.config.epochs else b"",
+            machine=describe_machine(self.config.device),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -229,6 +232,7 @@ class Trial:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Switch to evaluation mode: no gradients, and averaged weights if a factor or the optimizer keeps them."""
+        use_precision(self.config.device, self.config.precision)
         self.net.eval()
         pairs = self._averages.pairs if self._averages else averages_of(self._optimizer)
         with torch.no_grad(), averaged_weights(self.net, pairs, self._norm_batches()):

@@ -23,7 +23,7 @@ from grid.plan.packing import Packing, pack
 from grid.plan.request import NO_RAY, check_address, resume_command
 from grid.train.checkpoints import Checkpoints
 from grid.tune import private_ray
-from grid.tune.gpus import device_names, find_gpus
+from grid.tune.gpus import device_names, find_gpus, have_bfloat16
 from grid.tune.limits import SMALLEST_OBJECT_STORE, UNLIMITED, check_thread_limit, find_limits, largest_object_store
 from grid.tune.preflight import (
     ANSWER_SECONDS,
@@ -211,7 +211,8 @@ def local_packing(concurrency: int | None) -> Packing:
     limits = find_limits()
     packing = pack(limits.cpus, *find_gpus(), concurrency, memory=limits.memory, cpu_limit=limits.cpu_limit)
     check_thread_limit(packing.concurrency)
-    return replace(packing, devices=device_names())
+    bfloat16 = have_bfloat16() if packing.gpus_per_trial else None
+    return replace(packing, devices=device_names(), bfloat16=bfloat16)
 
 
 def is_one_machine() -> bool:

@@ -9,8 +9,8 @@ from grid.wording import count
 USUAL_GPU_BYTES = 16 * 2**30
 """Memory assumed for a GPU that is not up yet: that of the small GPUs which clouds rent out."""
 
-WITHOUT_BFLOAT16 = ("K80", "M60", "P4", "P100", "V100", "T4")
-"""Kinds of GPU, as Ray names them, that are not fast in bfloat16."""
+WITH_BFLOAT16 = ("A10", "A10G", "A30", "A40", "A100", "B200", "B300", "GH200", "H100", "H200", "L4", "L40", "L40S")
+"""Kinds of GPU, as Ray names them, without what follows a hyphen, that compute in bfloat16 themselves."""
 
 HEAD = "node:__internal_head__"
 """The resource that Ray counts on the head only."""
@@ -46,10 +46,9 @@ def with_growth(head: Sequence[Node], workers: Sequence[Node], scaling: Mapping[
     return grown
 
 
-def has_fast_bfloat16(nodes: Sequence[Node]) -> bool:
-    """Return whether all GPUs of a cluster are fast in bfloat16, going by their kind, as none may be up yet."""
-    kinds = [node.gpu_kind for node in nodes if node.gpus]
-    return all(kind and kind not in WITHOUT_BFLOAT16 for kind in kinds)
+def is_known_for_bfloat16(kind: str) -> bool:
+    """Return whether GPUs of a kind that is not up yet are known to compute in bfloat16 themselves."""
+    return kind.partition("-")[0] in WITH_BFLOAT16
 
 
 def gpu_kind(resources: Mapping[str, float]) -> str:

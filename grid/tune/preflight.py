@@ -5,7 +5,7 @@ node before anything is trained.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
@@ -16,9 +16,9 @@ from grid.plan.memory import BYTES_PER_TRIAL
 from grid.plan.packing import Node, Packing, pack_nodes
 from grid.train.checkpoints import Checkpoints, StorageError
 from grid.train.code_version import digest_here, package_versions
-from grid.tune.gpus import device_names, find_gpus
+from grid.tune.gpus import device_names, find_gpus, have_bfloat16
 from grid.tune.limits import Limits, find_limits
-from grid.tune.machines import HEAD, describe, has_fast_bfloat16, to_node, with_growth
+from grid.tune.machines import HEAD, describe, is_known_for_bfloat16, to_node, with_growth
 from grid.tune.private_ray import autoscaler_configuration
 from grid.wording import first_line
 
@@ -68,6 +68,8 @@ class NodeReport:
     """What its container or batch job may use, which Ray does not always see."""
     devices: tuple[str, ...] = ()
     """What it would train on, by name."""
+    bfloat16: bool = False
+    """Whether all its GPUs compute in bfloat16 themselves."""
 
     def problems(self, code: CodeVersion) -> list[str]:
         """Return why the node can't train with the driver's code."""
@@ -84,8 +86,9 @@ def inspect_node(checkpoints: Checkpoints | None, mark: str, name: str, cluster:
         cluster: Address of the cluster's head.
     """
     problem = "" if checkpoints is None else storage_problem(checkpoints, mark, name)
-    scaling, gpu_bytes = autoscaler_configuration(cluster), find_gpus()[1]
-    return NodeReport(CodeVersion.here(), problem, gpu_bytes, scaling, find_limits(), device_names())
+    scaling, (gpus, gpu_bytes) = autoscaler_configuration(cluster), find_gpus()
+    bfloat16 = gpus > 0 and have_bfloat16()
+    return NodeReport(CodeVersion.here(), problem, gpu_bytes, scaling, find_limits(), device_names(), bfloat16)
 
 
 @contextmanager
@@ -193,9 +196,15 @@ def plan_packing(
     packing = pack_nodes(nodes, concurrency)
     memory = {name: min(resources[name].get("memory", 0), received[name].limits.memory.total) for name in up}
     _raise({name: memory_problem(memory[name], node, packing) for name, node in up.items()})
-    fast = has_fast_bfloat16(nodes) if packing.gpus_per_trial else None
+    fast = _all_have_bfloat16(nodes, up, received) if packing.gpus_per_trial else None
     devices = tuple(dict.fromkeys(device for report in received.values() for device in report.devices))
     return replace(packing, machines=describe(nodes), bfloat16=fast, devices=devices)
+
+
+def _all_have_bfloat16(nodes: Sequence[Node], up: Mapping[str, Node], reports: Mapping[str, NodeReport]) -> bool:
+    """Return whether all GPUs compute in bfloat16 themselves: those that are up say so, others by their kind."""
+    say = all(reports[name].bfloat16 for name, node in up.items() if node.gpus)
+    return say and all(is_known_for_bfloat16(node.gpu_kind) for node in nodes if node.gpus and not node.here)
 
 
 def _limited(node: Node, limits: Limits) -> Node:

@@ -1,6 +1,7 @@
 """The optimizer of a configuration."""
 
 from collections.abc import Iterable, Mapping
+from inspect import signature
 
 from torch import nn
 from torch.optim import ASGD, Optimizer
@@ -15,6 +16,17 @@ def base_learning_rate(cell: Mapping[str, str]) -> float:
     return spec.base_learning_rate
 
 
+GPU = "cuda"
+
+
+def _counts_on_host(spec: OptimizerSpec, config: TrialConfig) -> bool:
+    """Return whether an optimizer would count its steps on a GPU and read the count back for every tensor.
+
+    That waits for the GPU each time. Optimizers of torch that take `capturable` compute with the count where it is.
+    """
+    return config.device == GPU and "capturable" in signature(spec.build.resolve()).parameters
+
+
 def build_optimizer(config: TrialConfig, parameters: Iterable[nn.Parameter], *, average_from_step: int) -> Optimizer:
     """Build the optimizer of a configuration.
 
@@ -25,7 +37,10 @@ def build_optimizer(config: TrialConfig, parameters: Iterable[nn.Parameter], *, 
     """
     spec: OptimizerSpec = find("optimizer", config.optimizer)
     fused = {"fused": True} if config.fused and spec.fused else {}
-    optimizer: Optimizer = spec.build(parameters, lr=config.learning_rate, **spec.options(config), **fused)
+    capturable = {"capturable": True} if _counts_on_host(spec, config) and not fused else {}
+    optimizer: Optimizer = spec.build(
+        parameters, lr=config.learning_rate, **spec.options(config), **fused, **capturable
+    )
     if isinstance(optimizer, ASGD):
         for group in optimizer.param_groups:
             group["t0"] = average_from_step

@@ -7,7 +7,7 @@ the loss, without a graph over all weights at every step.
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from grid.config import TrialConfig
 
@@ -21,23 +21,27 @@ def add_none(weights: Weights, config: TrialConfig) -> None:
 @torch.no_grad()
 def add_l1(weights: Weights, config: TrialConfig) -> None:
     """Add the gradient of `l1_strength` x sum of |w|."""
-    for weight in weights:
-        if weight.grad is not None:  # it is None of a layer that the net does not use
-            weight.grad.add_(weight.sign(), alpha=config.l1_strength)
+    used, gradients = _used(weights)
+    torch._foreach_add_(gradients, torch._foreach_sign(used), alpha=config.l1_strength)
 
 
 @torch.no_grad()
 def add_l2(weights: Weights, config: TrialConfig) -> None:
     """Add the gradient of `l2_strength` x sum of w^2 / 2; under plain SGD this is weight decay of that strength."""
-    for weight in weights:
-        if weight.grad is not None:
-            weight.grad.add_(weight, alpha=config.l2_strength)
+    used, gradients = _used(weights)
+    torch._foreach_add_(gradients, used, alpha=config.l2_strength)
 
 
 def add_elastic(weights: Weights, config: TrialConfig) -> None:
     """Add the gradients of both penalties."""
     add_l1(weights, config)
     add_l2(weights, config)
+
+
+def _used(weights: Weights) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the weights that have a gradient, and these; a layer that the net does not use has none."""
+    pairs = [(weight.detach(), weight.grad) for weight in weights if weight.grad is not None]
+    return [weight for weight, _ in pairs], [gradient for _, gradient in pairs]
 
 
 def penalised_weights(net: nn.Module) -> list[nn.Parameter]:
