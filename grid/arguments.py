@@ -88,7 +88,7 @@ def add_storage(options: Options) -> None:
 
 
 def add_workers(options: Options) -> None:
-    """Add `--storage`, `--address` and `--concurrency`: where trials run."""
+    """Add `--storage`, `--address`, `--concurrency` and `--device`: where trials run."""
     add_storage(options)
     options.add_argument(
         "--address",
@@ -97,6 +97,9 @@ def add_workers(options: Options) -> None:
         "default: this machine's cluster if there is one, else a private Ray",
     )
     options.add_argument("--concurrency", type=int, metavar="N", help="trials at once (as many as the machine holds)")
+    options.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="what trains: GPUs if there are any (auto)"
+    )
 
 
 def add_accept_code(options: Options) -> None:

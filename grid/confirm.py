@@ -64,6 +64,7 @@ def read_confirmation(options: argparse.Namespace) -> Confirmation:
         spool=Path("spool").absolute(),
         address=check_address(options.address),
         concurrency=options.concurrency,
+        device=options.device,
         accept_code=options.accept_code,
         parts=tuple(options.parts),
     )

@@ -140,6 +140,7 @@ def read_request(options: argparse.Namespace) -> Request:
         spool=Path("spool").absolute(),
         address=check_address(options.address),
         concurrency=options.concurrency,
+        device=options.device,
         precision=options.precision,
         price_per_hour=options.price_per_hour,
         accept_code=options.accept_code,

@@ -41,9 +41,18 @@ def test_a_good_cluster_is_packed_and_described() -> None:
 
 def test_the_devices_of_all_nodes_are_named_each_once() -> None:
     reports = {
-        name: replace(GOOD, devices=devices) for name, devices in zip(TWO, (("a", "b"), ("b", "c")), strict=True)
+        name: replace(GOOD, cpu="a CPU", devices=devices)
+        for name, devices in zip(TWO, (("a", "b"), ("b", "c")), strict=True)
     }
-    assert plan_packing(TWO, reports, CODE, None).devices == ("a", "b", "c")
+    gpus = {name: {**resources, "GPU": 2.0} for name, resources in TWO.items()}
+    assert plan_packing(gpus, reports, CODE, None).devices == ("a", "b", "c")
+    on_cpus = plan_packing(gpus, reports, CODE, None, "cpu")
+    assert (on_cpus.devices, on_cpus.device, on_cpus.concurrency) == (("a CPU",), "cpu", 8)
+
+
+def test_gpus_that_are_asked_for_and_missing_are_refused() -> None:
+    with pytest.raises(InputError, match="^--device cuda needs a GPU that torch can use, and none was found"):
+        plan_packing(TWO, dict.fromkeys(TWO, GOOD), CODE, None, "cuda")
 
 
 @pytest.mark.parametrize(

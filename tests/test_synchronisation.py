@@ -99,7 +99,7 @@ def test_no_step_of_any_schedule_reads(schedule: str) -> None:
 
 @pytest.mark.parametrize("name", LEVELS["optimizer"])
 def test_no_step_of_any_optimizer_reads_as_it_is_built_for_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch lets `capturable` optimizers step on GPUs only; here it is told that CPUs are some."""
+    """Torch lets `capturable` optimizers step on GPUs only; here CPUs count as some."""
     build = find("optimizer", name).build.resolve()
     module = __import__(build.__module__, fromlist=["x"])
     if hasattr(module, "_get_capturable_supported_devices"):

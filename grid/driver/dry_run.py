@@ -9,6 +9,7 @@ from typing import Any
 from grid.data.catalogue import find_dataset
 from grid.data.load import is_on_disk, load
 from grid.driver.messages import describe_cost, describe_packing, describe_plan, print_facts
+from grid.driver.try_nodes import try_nodes
 from grid.parts.files import PartsFile, loaded
 from grid.parts.files import load as load_parts
 from grid.plan import forecast
@@ -33,12 +34,14 @@ def run(request: Request, ends: forecast.EndSpread | None = None) -> int:
     cluster = connection.find_cluster(request.address)
     where: AbstractContextManager[Packing]
     if cluster is None:
-        where = nullcontext(connection.local_packing(request.concurrency))
+        where = nullcontext(connection.local_packing(request.concurrency, request.device))
     else:
-        where = connection.connected(cluster, request.concurrency)
+        where = connection.connected(cluster, request.concurrency, device=request.device)
     with where as packing:
         train_images, classes, image_shape, source = _look_at_data(request)
         plan = make_plan(request, packing=packing, fingerprint="", train_images=train_images)
+        if packing.device == "cpu" or find_gpus()[0] or (cluster and connection.cluster_has_gpu()):  # else none is up
+            try_nodes(plan.trials, image_shape, classes, packing, connected=cluster is not None)
         (seconds_per_image, spread), timed_on = _calibrate(plan, classes, image_shape, packing)
     cost = forecast.forecast(
         plan.trials,

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -21,13 +21,14 @@ from grid.driver.messages import (
 )
 from grid.driver.more_controls import draw_if_asked, reopen_drawn
 from grid.driver.provenance import CodeCheck, check_code, describe_command
+from grid.driver.try_nodes import try_nodes
 from grid.driver.watcher import Watcher, restore_rungs
 from grid.parts import LEVELS
 from grid.plan.asha import Asha
-from grid.plan.packing import Packing
+from grid.plan.packing import THIS_MACHINE, Packing
 from grid.plan.request import Request
 from grid.plan.space import ORDER_SEED, shared_settings
-from grid.plan.trials import Plan, check_comparable, make_plan
+from grid.plan.trials import Plan, check_comparable, make_plan, one_of_each_model
 from grid.record.commands import CODE_KEYS, RECORD, record_command
 from grid.record.fence import LeaseLostError
 from grid.record.lease import become_driver
@@ -52,19 +53,33 @@ class Prepared:
     """This driver holds its lease."""
 
 
-def prepare(request: Request, checkpoints: Checkpoints, stack: ExitStack) -> Prepared:
-    """Read the images and take the lease on the experiment.
+def prepare(
+    request: Request,
+    packing: Packing,
+    checkpoints: Checkpoints,
+    stack: ExitStack,
+    await_ray: Callable[[], object] = lambda: None,
+) -> Prepared:
+    """Read the images, try each net on them, and take the lease on the experiment.
 
     Args:
         request: What the user asked for.
+        packing: Where trials run.
         checkpoints: Where trials are suspended; tested here.
         stack: Closes what is opened here.
+        await_ray: Returns once Ray is connected; on this machine's CPUs nothing waits for it.
 
     Raises:
-        InputError: The request can't be met. Nothing is in the store if the images or the storage are the reason.
+        InputError: The request can't be met. Nothing is in the store if the images, the storage or the nodes are the
+            reason.
     """
     dataset = load(request.data, request.data_dir, per_class=request.per_class, split_seed=ORDER_SEED)
     checkpoints.check()
+    remote = packing.device != "cpu" or packing.machines != THIS_MACHINE
+    if remote:
+        await_ray()
+    trials = one_of_each_model(request, packing)
+    try_nodes(trials, dataset.image_shape, len(dataset.classes), packing, connected=remote)
     store = Store(request.store, request.experiment)
     spool = become_driver(store, stack, spool=request.spool, storage=request.storage)
     draw = import_module("grid.driver.pictures").sample_sheet

@@ -17,6 +17,7 @@ from grid.driver.experiment import Prepared, Ready, Training, train_all
 from grid.driver.final_test import FinalTest
 from grid.driver.messages import describe_left_out, experiment_options, print_facts
 from grid.driver.provenance import CodeCheck, check_code, describe_command
+from grid.driver.try_nodes import try_nodes
 from grid.driver.watcher import summarise_trial
 from grid.masking import mask
 from grid.metrics import AS_VALIDATED_METRIC, FINAL_STATUSES
@@ -166,8 +167,10 @@ def _train(request: Confirmation, finalists: Finalists) -> tuple[list[TrialConfi
     """
     checkpoints = finalists.checkpoints
     cluster = connection.find_cluster(request.address)
-    with connection.connected(cluster, request.concurrency, checkpoints) as packing:
+    with connection.connected(cluster, request.concurrency, checkpoints, device=request.device) as packing:
         trials = finalist_trials(finalists.chosen, finalists.trained, request.seeds, packing)
+        dataset = finalists.prepared.dataset
+        try_nodes(trials, dataset.image_shape, len(dataset.classes), packing)
         training = Training(packing, checkpoints, keep_weights=True)
         return trials, _train_left(request, trials, finalists, training)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
+from threading import Event
 from typing import Any
 
 from grid.plan.packing import Packing
@@ -38,22 +39,27 @@ def run(request: Request) -> int:
 
 def _start_here(request: Request, checkpoints: Checkpoints, stack: ExitStack) -> tuple[Packing, Any]:
     """Start a private Ray on this machine, and prepare meanwhile."""
-    packing = connection.local_packing(request.concurrency)  # raises before anything is started, and takes memory
-    preparing = stack.enter_context(_background()).submit(_prepare, request, checkpoints, stack)
-    connection.start(packing)
+    packing = connection.local_packing(request.concurrency, request.device)  # raises before anything is started
+    ray_is_up = Event()
+    executor = stack.enter_context(_background())
+    preparing = executor.submit(_prepare, request, packing, checkpoints, stack, ray_is_up.wait)
+    try:
+        connection.start(packing)
+    finally:
+        ray_is_up.set()
     return packing, preparing.result()
 
 
 def _join(cluster: str, request: Request, checkpoints: Checkpoints, stack: ExitStack) -> tuple[Packing, Any]:
     """Join a cluster, whose nodes are checked before anything is written to the store, then prepare."""
-    packing = connection.connect(cluster, request.concurrency, checkpoints)
-    return packing, _prepare(request, checkpoints, stack)
+    packing = connection.connect(cluster, request.concurrency, checkpoints, device=request.device)
+    return packing, _prepare(request, packing, checkpoints, stack)
 
 
-def _prepare(request: Request, checkpoints: Checkpoints, stack: ExitStack) -> tuple[Any, Any]:
+def _prepare(request: Request, *arguments: Any) -> tuple[Any, Any]:
     """Import `grid.driver.experiment`, which takes seconds, and return it with what it has prepared."""
     experiment = import_module("grid.driver.experiment")
-    return experiment, experiment.prepare(request, checkpoints, stack)
+    return experiment, experiment.prepare(request, *arguments)
 
 
 def _keep_what_is_imported(stack: ExitStack) -> None:

@@ -10,6 +10,7 @@ from grid.plan.memory import Memory
 GPU_BYTES_PER_TRIAL = 2 * 2**30
 """CUDA context, data set, net and cuDNN workspace of one trial, rounded up."""
 MAX_TRIALS_PER_GPU = 8
+THIS_MACHINE = "this machine"
 MAX_TRIALS_PER_CPU = 64
 """How many trials may share one CPU."""
 
@@ -25,7 +26,7 @@ class Packing:
     """Share of one GPU; 0 where trials run on CPUs. Ray only counts shares: it does not partition the memory."""
     reason: str = field(default="", compare=False)
     """What limits the number."""
-    machines: str = field(default="this machine", compare=False)
+    machines: str = field(default=THIS_MACHINE, compare=False)
     """The machines it was chosen for, in words."""
     devices: tuple[str, ...] = field(default=(), compare=False)
     """Names of the GPUs, or of the CPUs of machines without one, that were up when it was chosen."""
@@ -75,6 +76,7 @@ def pack(
     *,
     memory: Memory | None = None,
     cpu_limit: str = "",
+    device: str = "auto",
 ) -> Packing:
     """Choose how many trials run at once on one machine.
 
@@ -85,6 +87,7 @@ def pack(
         concurrency: The user's number, which overrides the choice.
         memory: Of the machine; None if it is plenty.
         cpu_limit: What limits the CPUs if not their number.
+        device: What trains: `cpu`, `cuda`, or `auto` for GPUs if there are any.
 
     Raises:
         InputError: `concurrency` is out of range, or the memory is too small.
@@ -93,10 +96,10 @@ def pack(
     if memory is not None:
         memory.check(concurrency)
         node = replace(node, trials=memory.trials, memory_limit=memory.limit)
-    return pack_nodes([node], concurrency)
+    return pack_nodes([node], concurrency, device)
 
 
-def pack_nodes(nodes: Sequence[Node], concurrency: int | None = None) -> Packing:
+def pack_nodes(nodes: Sequence[Node], concurrency: int | None = None, device: str = "auto") -> Packing:
     """Choose how many trials run at once on machines that may differ; all trials take the same share of a machine.
 
     On CPUs, one trial per CPU, as a trial has one thread. On GPUs, as many as memory and CPUs allow on the machine that
@@ -105,6 +108,7 @@ def pack_nodes(nodes: Sequence[Node], concurrency: int | None = None) -> Packing
     Args:
         nodes: All machines that are up or that the cluster may start.
         concurrency: The user's number, which overrides the choice.
+        device: What trains: `cpu`, `cuda`, or `auto` for GPUs if there are any.
 
     Raises:
         InputError: `concurrency` is out of range, or no machine can train.
@@ -118,7 +122,9 @@ def pack_nodes(nodes: Sequence[Node], concurrency: int | None = None) -> Packing
             f"--concurrency must be at most {largest} here ({MAX_TRIALS_PER_CPU} per CPU), got {concurrency}"
         )
     with_gpu = [node for node in nodes if node.gpus >= 1 and node.cpus > 0]
-    if with_gpu:
+    if device == "cuda" and not with_gpu:
+        raise InputError("--device cuda needs a GPU that torch can use, and none was found; pass --device cpu or auto")
+    if with_gpu and device != "cpu":
         return _pack_gpus(with_gpu, concurrency)
     if not cpus:
         raise InputError("no machine of the cluster has a CPU for trials; add a worker, or give CPUs to the head")

@@ -42,6 +42,8 @@ class Place:
     """`HOST:PORT`, `auto` or `local`; None joins the cluster of this machine if there is one, else starts Ray."""
     concurrency: int | None
     """Trials at once; None for as many as the machine holds."""
+    device: str = "auto"
+    """What trains: `cpu`, `cuda`, or `auto` for GPUs if there are any."""
     accept_code: bool = False
     """Whether other code than that which trained what the experiment holds may train on."""
     parts: tuple[Path, ...] = ()

@@ -1,6 +1,6 @@
 """From a request to its trials, and whether they can be compared with those in the store."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from grid.config import InputError, TrialConfig
@@ -60,6 +60,23 @@ def make_plan(
         InputError: No cell is left.
     """
     cells, excluded = cross(request.levels)
+    configure = _configuration(request, packing, fingerprint)
+    trials = expand(cells, seeds=request.seeds, lr_scales=request.lr_scales, order_seed=ORDER_SEED, configure=configure)
+    controls = draw_controls(trials, request.controls, ORDER_SEED, begun)
+    steps = min(max(1, train_images // trial.batch_size) for trial in trials)
+    rule = request.rule.for_steps(request.epochs, steps)
+    return Plan(cells, excluded, trials, controls.keys, controls.chance, rule=rule)
+
+
+def one_of_each_model(request: Request, packing: Packing) -> list[TrialConfig]:
+    """Return a trial of each net that a request names."""
+    configure = _configuration(request, packing, fingerprint="")
+    cells = {cell["model"]: cell for cell in cross(request.levels)[0]}
+    return [configure(cell, 0, 1.0) for cell in cells.values()]
+
+
+def _configuration(request: Request, packing: Packing, fingerprint: str) -> Callable[[Cell, int, float], TrialConfig]:
+    """Return what makes a trial of a cell, a seed and a learning-rate scale."""
     shared = {
         **numeric_settings(packing.device, request.precision, packing.bfloat16),
         **request.settings,
@@ -73,11 +90,7 @@ def make_plan(
         varying = {"seed": str(seed), "lr_scale": repr(lr_scale), "learning_rate": repr(rate)}
         return TrialConfig.from_params({**shared, **cell, **varying})
 
-    trials = expand(cells, seeds=request.seeds, lr_scales=request.lr_scales, order_seed=ORDER_SEED, configure=configure)
-    controls = draw_controls(trials, request.controls, ORDER_SEED, begun)
-    steps = min(max(1, train_images // trial.batch_size) for trial in trials)
-    rule = request.rule.for_steps(request.epochs, steps)
-    return Plan(cells, excluded, trials, controls.keys, controls.chance, rule=rule)
+    return configure
 
 
 def check_comparable(planned: Sequence[TrialConfig], recorded: Sequence[TrialConfig], experiment: str) -> None:

@@ -23,7 +23,7 @@ FAULTS = (
     "no kernel image is available",
     "cuda initialization",
     "cuda unknown error",
-    "found no nvidia driver",
+    "nvidia driver",
     "unable to find an engine to execute this computation",
 )
 """What the texts of errors say that torch raises for a device, in lower case, in any version."""

@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from grid.config import InputError
 from grid.plan.packing import Packing, pack
 from grid.plan.request import NO_RAY, check_address, resume_command
+from grid.surroundings import cpu_name
 from grid.train.checkpoints import Checkpoints
 from grid.tune import private_ray
 from grid.tune.gpus import device_names, find_gpus, have_bfloat16
@@ -73,7 +74,7 @@ def find_cluster(address: str | None) -> str | None:
 
 @contextmanager
 def connected(
-    address: str | None, concurrency: int | None, checkpoints: Checkpoints | None = None
+    address: str | None, concurrency: int | None, checkpoints: Checkpoints | None = None, *, device: str = "auto"
 ) -> Iterator[Packing]:
     """Within the block, be connected as by `connect`.
 
@@ -81,12 +82,14 @@ def connected(
         How trials share the machine or the cluster.
     """
     try:
-        yield connect(address, concurrency, checkpoints)
+        yield connect(address, concurrency, checkpoints, device=device)
     finally:
         disconnect()
 
 
-def connect(address: str | None, concurrency: int | None, checkpoints: Checkpoints | None = None) -> Packing:
+def connect(
+    address: str | None, concurrency: int | None, checkpoints: Checkpoints | None = None, *, device: str = "auto"
+) -> Packing:
     """Start a private Ray, or join a running cluster and check its nodes; choose how trials share it.
 
     Whatever it raises, `disconnect` is to be called.
@@ -95,16 +98,17 @@ def connect(address: str | None, concurrency: int | None, checkpoints: Checkpoin
         address: Of a running cluster, from `find_cluster`; None starts a private Ray.
         concurrency: Trials at once, chosen by the user.
         checkpoints: The storage that all nodes of a cluster must reach; None skips that check.
+        device: What trains: `cpu`, `cuda`, or `auto` for GPUs if there are any.
 
     Raises:
         InputError: No Ray answers at `address`, or `concurrency` is out of range, or a node can't train.
     """
     if address is None:
-        packing = local_packing(concurrency)
+        packing = local_packing(concurrency, device)
         start(packing)
         return packing
     private_ray.listen_on(loopback=False)
-    return _join(address, concurrency, checkpoints)
+    return _join(address, concurrency, checkpoints, device)
 
 
 def start(packing: Packing) -> None:
@@ -141,7 +145,7 @@ def _object_store_memory() -> int | None:
     return min(largest, max(SMALLEST_OBJECT_STORE, int(OBJECT_STORE_SHARE * memory.total)))
 
 
-def _join(address: str, concurrency: int | None, checkpoints: Checkpoints | None) -> Packing:
+def _join(address: str, concurrency: int | None, checkpoints: Checkpoints | None, device: str) -> Packing:
     logging.getLogger("ray").setLevel(logging.ERROR)
     if _has_token():
         private_ray.require_token()  # Ray does so for the address `auto` only
@@ -152,7 +156,7 @@ def _join(address: str, concurrency: int | None, checkpoints: Checkpoints | None
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         closed = "if it is closed by a token, ~/.ray/auth_token must be the cluster's"
         raise InputError(f"no Ray answers at '{address}' ({type(error).__name__}; {closed}); {NO_RAY}") from error
-    return _check_nodes(address, concurrency, checkpoints)
+    return _check_nodes(address, concurrency, checkpoints, device)
 
 
 def _has_token() -> bool:
@@ -164,13 +168,13 @@ def _has_token() -> bool:
         return False
 
 
-def _check_nodes(address: str, concurrency: int | None, checkpoints: Checkpoints | None) -> Packing:
+def _check_nodes(address: str, concurrency: int | None, checkpoints: Checkpoints | None, device: str) -> Packing:
     """Ask every node of the cluster for a report; raise if one can't train."""
     alive = [node for node in ray.nodes() if node["Alive"]]
     names = [node_name(node["NodeManagerAddress"], node["NodeManagerHostname"]) for node in alive]
     resources = {name: node["Resources"] for name, node in zip(names, alive, strict=True)}
     reports = _reports({name: node["NodeID"] for name, node in zip(names, alive, strict=True)}, address, checkpoints)
-    return plan_packing(resources, reports, CodeVersion.here(), concurrency)
+    return plan_packing(resources, reports, CodeVersion.here(), concurrency, device)
 
 
 def _reports(node_ids: dict[str, str], address: str, checkpoints: Checkpoints | None) -> dict[str, NodeReport | str]:
@@ -202,17 +206,27 @@ def node_name(address: str, host: str) -> str:
     return f"{address} ({host})"
 
 
-def local_packing(concurrency: int | None) -> Packing:
+def local_packing(concurrency: int | None, device: str = "auto") -> Packing:
     """Choose how trials share this machine, without starting Ray.
 
     Raises:
         InputError: `concurrency` is out of range, the memory is too small, or too few threads are allowed.
     """
     limits = find_limits()
-    packing = pack(limits.cpus, *find_gpus(), concurrency, memory=limits.memory, cpu_limit=limits.cpu_limit)
+    gpus, gpu_bytes = find_gpus()
+    packing = pack(
+        limits.cpus,
+        gpus,
+        gpu_bytes,
+        concurrency,
+        memory=limits.memory,
+        cpu_limit=limits.cpu_limit,
+        device=device,
+    )
     check_thread_limit(packing.concurrency)
     bfloat16 = have_bfloat16() if packing.gpus_per_trial else None
-    return replace(packing, devices=device_names(), bfloat16=bfloat16)
+    devices = device_names() if packing.gpus_per_trial else (cpu_name(),)
+    return replace(packing, devices=devices, bfloat16=bfloat16)
 
 
 def is_one_machine() -> bool:
@@ -230,6 +244,33 @@ def call_remote(function: Callable[..., Result], *arguments: Any, packing: Packi
     task = ray.remote(num_cpus=packing.cpus_per_trial, num_gpus=packing.gpus_per_trial)(function)
     result: Result = ray.get(task.remote(*arguments))
     return result
+
+
+def call_on_nodes(function: Callable[..., str], *arguments: Any, packing: Packing) -> dict[str, str]:
+    """Call a function on every node that can hold a trial; it waits for no trial that runs there.
+
+    Returns:
+        What it returns, or why it could not, by the name of the node.
+    """
+    task = ray.remote(num_cpus=0, max_retries=0)(function)
+    wanted = {"CPU": packing.cpus_per_trial, "GPU": packing.gpus_per_trial}
+    pending = {}
+    for node in ray.nodes():
+        if node["Alive"] and all(node["Resources"].get(name, 0) >= share for name, share in wanted.items()):
+            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            name = f"node {node_name(node['NodeManagerAddress'], node['NodeManagerHostname'])}"
+            pending[name] = task.options(scheduling_strategy=here).remote(*arguments)
+    ray.wait(list(pending.values()), num_returns=len(pending), timeout=ANSWER_SECONDS, fetch_local=False)
+    return {name: _answer(answer) for name, answer in pending.items()}
+
+
+def _answer(pending: Any) -> str:
+    try:
+        return str(ray.get(pending, timeout=1))
+    except GetTimeoutError:
+        return f"trains no step within {ANSWER_SECONDS:.0f} s; see `ray status`, or take it out"
+    except RayError as error:
+        return f"can't train a step ({last_line(error)})"
 
 
 class _Holder:

@@ -14,6 +14,7 @@ import yaml
 from grid.config import InputError
 from grid.plan.memory import BYTES_PER_TRIAL
 from grid.plan.packing import Node, Packing, pack_nodes
+from grid.surroundings import cpu_name
 from grid.train.checkpoints import Checkpoints, StorageError
 from grid.train.code_version import digest_here, package_versions
 from grid.tune.gpus import device_names, find_gpus, have_bfloat16
@@ -66,8 +67,10 @@ class NodeReport:
     """The autoscaler's configuration as YAML, if the autoscaler runs on this node; else empty."""
     limits: Limits
     """What its container or batch job may use, which Ray does not always see."""
+    cpu: str = ""
+    """Name of its CPU."""
     devices: tuple[str, ...] = ()
-    """What it would train on, by name."""
+    """Names of its GPUs, or of its CPU if it has none."""
     bfloat16: bool = False
     """Whether all its GPUs compute in bfloat16 themselves."""
 
@@ -88,7 +91,9 @@ def inspect_node(checkpoints: Checkpoints | None, mark: str, name: str, cluster:
     problem = "" if checkpoints is None else storage_problem(checkpoints, mark, name)
     scaling, (gpus, gpu_bytes) = autoscaler_configuration(cluster), find_gpus()
     bfloat16 = gpus > 0 and have_bfloat16()
-    return NodeReport(CodeVersion.here(), problem, gpu_bytes, scaling, find_limits(), device_names(), bfloat16)
+    return NodeReport(
+        CodeVersion.here(), problem, gpu_bytes, scaling, find_limits(), cpu_name(), device_names(), bfloat16
+    )
 
 
 @contextmanager
@@ -176,6 +181,7 @@ def plan_packing(
     reports: Mapping[str, NodeReport | str],
     code: CodeVersion,
     concurrency: int | None,
+    device: str = "auto",
 ) -> Packing:
     """Choose how trials share a cluster, planned for its largest size.
 
@@ -184,6 +190,7 @@ def plan_packing(
         reports: What each node reports; the reason as text if it could not.
         code: The driver's.
         concurrency: Trials at once, chosen by the user.
+        device: What trains: `cpu`, `cuda`, or `auto` for GPUs if there are any.
 
     Raises:
         InputError: A node can't train; one line for each such node.
@@ -193,11 +200,13 @@ def plan_packing(
         name: _limited(to_node(resources[name], report.gpu_bytes), report.limits) for name, report in received.items()
     }
     nodes = _largest_cluster(up, resources, received)
-    packing = pack_nodes(nodes, concurrency)
+    packing = pack_nodes(nodes, concurrency, device)
     memory = {name: min(resources[name].get("memory", 0), received[name].limits.memory.total) for name in up}
     _raise({name: memory_problem(memory[name], node, packing) for name, node in up.items()})
     fast = _all_have_bfloat16(nodes, up, received) if packing.gpus_per_trial else None
-    devices = tuple(dict.fromkeys(device for report in received.values() for device in report.devices))
+    on_gpus = packing.gpus_per_trial > 0
+    named = (name for report in received.values() for name in (report.devices if on_gpus else (report.cpu,)))
+    devices = tuple(dict.fromkeys(named))
     return replace(packing, machines=describe(nodes), bfloat16=fast, devices=devices)
 
 
