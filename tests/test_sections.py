@@ -75,9 +75,13 @@ def test_the_effects_at_the_end_have_a_row_per_level_and_per_difference(
     section = page["Effects at the end"]
     assert isinstance(verdict.effects, FinalEffects)
     assert len(section.figures[0].table) == len(verdict.effects.levels)
-    assert len(section.tables[0].rows) == len(verdict.effects.differences) == 6
-    assert list(section.tables[0].rows)[:4] == ["factor", "level", "over", "points"]
-    assert list(section.tables[0].rows["points"]) == [
+    earned, differences = section.tables
+    assert list(earned.rows) == ["factor", "level", "alone", "on average", "added last"]
+    assert len(earned.rows) == len(verdict.effects.earned.table)
+    assert "together they earn" in earned.remark.lower()
+    assert len(differences.rows) == len(verdict.effects.differences) == 6
+    assert list(differences.rows)[:4] == ["factor", "level", "over", "points"]
+    assert list(differences.rows["points"]) == [
         f"{100 * difference:+.2f}" for difference in verdict.effects.differences["difference"]
     ]
     assert f"corrected by {verdict.effects.probed} unstopped controls" in section.text[0]

@@ -141,7 +141,7 @@ def effects(verdict: Verdict) -> Section | None:
         )
     ]
     if found.earned is not None:
-        tables.append(_earned(found.earned))
+        tables.insert(0, _earned(found.earned))
     return Section("Effects at the end", [lead, *map(sentence, found.notes)], figures, tables)
 
 
