@@ -5,10 +5,10 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-all compat check lint types imports format clean
+.PHONY: help setup run test test-all gpu-report compat check lint types imports format clean
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/ready  ## make .venv and install everything into it (minutes, once; 7 GB)
 
@@ -29,6 +29,9 @@ test-all: test  ## run all tests: clusters, failures, browser, notebooks, wheel 
 	$(BIN)/python -m pytest -m slow tests/test_cluster.py & hosts=$$!; \
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --ignore tests/test_cluster.py; others=$$?; \
 	wait $$hosts && exit $$others
+
+gpu-report: setup  ## on a machine with a GPU: its tests and step times, on one page (minutes)
+	$(BIN)/python -m benchmarks.gpu_report
 
 compat: setup  ## prove the lower bounds of all dependencies, and the newest Ray (half an hour, 1 GB)
 	$(BIN)/python -m tests.compat
