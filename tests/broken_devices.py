@@ -52,6 +52,17 @@ class Starved(Trial):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
 
+class OneWrong(Trial):
+    """Trains, but for one seed."""
+
+    WRONG = 9
+
+    def run_epoch(self) -> EpochReport:
+        if self.config.seed == self.WRONG:
+            raise ValueError("a wrong shape")
+        return super().run_epoch()
+
+
 class Wrong(Trial):
     """Raises what is the training's own fault."""
 

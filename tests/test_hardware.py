@@ -8,7 +8,8 @@ import torch
 from benchmarks.step_speed import random_images
 from grid.config import InputError, TrialConfig
 from grid.surroundings import cpu_name
-from grid.train.hardware import numeric_settings, use_precision
+from grid.train.canary import try_steps
+from grid.train.hardware import numeric_settings, precision_problem, use_precision
 from grid.train.trial import Trial
 
 COUNT_PAGE_FAULTS = """
@@ -65,10 +66,15 @@ def test_gpus_train_in_bfloat16_if_all_of_them_compute_in_it_themselves(capabili
 @pytest.mark.parametrize("precision", ["bfloat16", "tf32"])
 def test_a_precision_that_gpus_lack_is_refused(precision, gpus):
     gpus((7, 5))
-    needed = rf"--precision {precision} needs GPUs of compute capability 8.0 \(Ampere\) or later"
-    with pytest.raises(InputError, match=needed):
-        numeric_settings("cuda", precision)
+    lacks = f"has a GPU of a compute capability below 8.0, which lacks {precision}; pass --precision float32"
+    assert precision_problem("cuda", precision) == lacks
+    assert (
+        try_steps([TrialConfig(learning_rate=0.1, epochs=1, device="cuda", precision=precision)], (1, 28, 28), 47)
+        == lacks
+    )
+    assert precision_problem("cuda", "float32") == precision_problem("cpu", "bfloat16") == ""
     gpus((8, 6))
+    assert precision_problem("cuda", precision) == ""
     assert numeric_settings("cuda", precision)["precision"] == precision
 
 

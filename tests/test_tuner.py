@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import ray
-import torch
 from ray.tune.search import Searcher
 
 from grid.config import TrialConfig
@@ -27,6 +26,7 @@ from grid.tune.connection import connect, disconnect
 from grid.tune.preflight import CodeVersion
 from grid.tune.queue import Queue
 from grid.tune.tuner import AshaScheduler, run_trials
+from tests.broken_devices import OneWrong
 
 pytestmark = pytest.mark.slow
 
@@ -148,17 +148,16 @@ def test_a_control_that_asha_would_have_stopped_is_reported_as_such_once(
     assert notes.spared_at == {poor.trial_key: 1}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the trial fails for want of a GPU")
 def test_a_trial_that_raises_is_failed_with_its_traceback_and_the_others_continue(
     dataset: Dataset, packing: Packing, tmp_path: Path
 ) -> None:
-    broken = replace(CONFIG, device="cuda")
+    broken = replace(CONFIG, seed=OneWrong.WRONG)
     others = [replace(CONFIG, seed=seed) for seed in range(3)]
-    notes = run([broken, *others], dataset, packing, tmp_path)
+    notes = run([broken, *others], dataset, packing, tmp_path, begin=OneWrong)
     status, error = notes.ends[broken.trial_key]
     assert status == "failed"
     assert error.startswith("Traceback")
-    assert "cuda" in error.lower()
+    assert error.strip().endswith("ValueError: a wrong shape")
     assert [notes.ends[other.trial_key] for other in others] == [("completed", "")] * 3
 
 

@@ -10,6 +10,7 @@ import torch
 
 from grid.config import TrialConfig
 from grid.train.device_errors import DeviceError
+from grid.train.hardware import precision_problem
 from grid.train.trial import DeviceData, Trial
 from grid.wording import first_line
 
@@ -26,6 +27,8 @@ def try_steps(trials: Iterable[TrialConfig], image_shape: tuple[int, int, int], 
         classes: Number of classes.
     """
     for trial in trials:
+        if problem := precision_problem(trial.device, trial.precision):
+            return problem
         try:
             images = _random_images(STEPS * trial.batch_size, image_shape, classes, trial.device)
             Trial(trial, images).run_epoch()

@@ -48,24 +48,26 @@ def numeric_settings(device: str, precision: str = "auto", bfloat16: bool | None
         Fields of `TrialConfig`, formatted as parameters.
 
     Raises:
-        InputError: The device lacks a precision that was asked for.
+        InputError: `tf32` on CPUs. Whether GPUs have what was asked for, each of them says by `precision_problem`.
     """
     if bfloat16 is None:
         bfloat16 = gpus_have_bfloat16() if device == "cuda" else _cpu_has_bfloat16()
     if device == "cpu" and precision == "tf32":
         raise InputError("--precision tf32 is one of NVIDIA's GPUs, and trials run on CPUs here; pass float32 or auto")
-    if device == "cuda" and precision in ("bfloat16", "tf32") and not bfloat16:
-        needed = ".".join(map(str, BFLOAT16_FROM))
-        raise InputError(
-            f"--precision {precision} needs GPUs of compute capability {needed} (Ampere) or later, and not all here "
-            "are or say so; pass float32 or auto"
-        )
     return {
         "device": device,
         "precision": precision if precision != "auto" else "bfloat16" if bfloat16 else "float32",
         "memory_format": "channels_last",
         "fused": "on",
     }
+
+
+def precision_problem(device: str, precision: str) -> str:
+    """Return why the GPUs of this machine should not train in a precision; empty if they should."""
+    if device != "cuda" or precision == "float32" or gpus_have_bfloat16():
+        return ""
+    needed = ".".join(map(str, BFLOAT16_FROM))
+    return f"has a GPU of a compute capability below {needed}, which lacks {precision}; pass --precision float32"
 
 
 def gpus_have_bfloat16() -> bool:

@@ -17,7 +17,7 @@ from grid.parts.files import PartsFile, load, loaded
 from grid.plan.asha import Asha
 from grid.plan.packing import Packing
 from grid.train.checkpoints import Checkpoints, StorageError
-from grid.train.hardware import keep_freed_memory
+from grid.train.hardware import keep_freed_memory, precision_problem
 from grid.train.trial import DeviceData, Trial
 from grid.train.worker import Worker
 from grid.tune import private_ray
@@ -138,7 +138,9 @@ class TrialWorker(tune.Trainable):
             load(self._parts)
         except InputError as error:
             return f"{name} can't use the parts file: {error}"
-        return self._requirements.problem(self._worker.checkpoints, name)
+        trial: TrialConfig = self.config["trial"]
+        lacks = precision_problem(trial.device, trial.precision)
+        return f"node {name} {lacks}" if lacks else self._requirements.problem(self._worker.checkpoints, name)
 
 
 class AshaScheduler(FIFOScheduler):
