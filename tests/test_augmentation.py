@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grid.config import InputError, TrialConfig
-from grid.train import augmentation
 from grid.train.actions import Use
+from grid.train.techniques import augmentation
 from grid.train.techniques.augmentation import augment, predict_shifted, shift
 
 LEVELS = ("affine", "elastic", "shift")

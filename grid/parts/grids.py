@@ -63,5 +63,5 @@ parts.grid(
     },
     epochs=15,
     grace=5,
-    settings={"channels": "48-96-176"},
+    settings={"channels": "24-48-84"},
 )
