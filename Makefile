@@ -21,11 +21,10 @@ setup: .venv/ready  ## make .venv and install everything into it (minutes, once;
 run: setup  ## run the quick grid offline: 32 trials, a ranked table in minutes
 	$(BIN)/python -m grid.run --grid smoke
 
-# Bits are compared, so tests train on the CPU; those of a GPU see it, and skip where there is none.
-test test-all: export CUDA_VISIBLE_DEVICES :=
 test: setup  ## run the fast tests, one real Ray run and one real kill among them (minutes)
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m "not slow and not gpu"
-	env -u CUDA_VISIBLE_DEVICES $(BIN)/python -m pytest -q -m gpu tests/test_gpu.py
+	@# bits are compared, so these train on the CPU; those of a GPU see it, and skip where there is none
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -m gpu tests/test_gpu.py
 
 test-all: test  ## run all tests: clusters, failures, browser, notebooks, wheel (half an hour)
 	@# the simulated hosts see nothing of this machine's Ray, so their tests run beside the others

@@ -193,7 +193,7 @@ def test_a_free_worker_does_not_get_a_trial_for_which_a_worker_is_starting() -> 
 
 def test_a_trial_whose_worker_died_starts_before_trials_that_wait() -> None:
     lost, waiting = CONFIG, replace(CONFIG, seed=1)
-    queue = Queue([lost, waiting], 1)
+    queue = Queue([lost, waiting], 2)
     assert queue.suggest("1") == {"trial": lost}
     queue.on_trial_complete("1", error=True)
     queue.put_back(lost)
@@ -203,6 +203,18 @@ def test_a_trial_whose_worker_died_starts_before_trials_that_wait() -> None:
     assert queue.suggest("4") is None  # trial 2 still runs, and may be put back
     queue.on_trial_complete("2")
     assert queue.suggest("5") == Searcher.FINISHED
+
+
+def test_a_queue_that_has_shrunk_hands_out_less_at_once() -> None:
+    queue = Queue([replace(CONFIG, seed=seed) for seed in range(4)], 3)
+    assert all(queue.suggest(str(number)) for number in range(2))
+    queue.shrink()
+    assert queue.suggest("2") is None
+    queue.on_trial_complete("0")
+    assert queue.suggest("3") == {"trial": replace(CONFIG, seed=2)}
+    queue.shrink()
+    queue.shrink()
+    assert queue.most == 1
 
 
 def test_an_interruption_suspends_the_trials_that_run(dataset: Dataset, packing: Packing, tmp_path: Path) -> None:
