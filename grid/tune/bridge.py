@@ -77,7 +77,8 @@ class Bridge(_DriverOnly, tune.Callback):
     ) -> None:
         """Pass on what a worker has returned."""
         config = config_of(trial)
-        self._nodes[config.trial_key] = result.get("node", "")
+        if "node" in result:
+            self._nodes[config.trial_key] = result["node"]
         if "node_problem" in result:
             self._listener.give_up(result["node_problem"])
         elif "storage_error" in result:
