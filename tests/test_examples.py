@@ -103,8 +103,7 @@ def test_an_activation_and_a_factor_of_your_own_are_trained_ranked_and_reported(
 @pytest.mark.skipif(not FASHION.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
 def test_a_net_and_data_of_your_own_are_confirmed_and_read_images_without_the_project(folder: Path) -> None:
     path = ROOT / "examples" / "own_net_and_data.py"
-    small = ("--per-class", "300", "--epochs", "3")
-    printed = run_grid(path, folder, "--only", "activation=relu", "--only", "batch_norm=on", *small)
+    printed = run_grid(path, folder, "--only", "activation=relu", "--only", "batch_norm=on")
     assert "small_resnet one_cycle relu" in printed
     experiment = re.findall(r"--experiment (\S+)", printed)[0]
     options = ["--experiment", experiment, "--top", "1", "--seeds", "2", "--register", "clothes", "--address", "local"]
