@@ -89,10 +89,10 @@ def dataset(glyphs_dir: Path) -> Dataset:
     return load("glyphs", glyphs_dir, per_class=10)
 
 
-def train(begin: type[Trial], number: int, dataset: Dataset, packing: Packing, folder: Path, **options: bool) -> Notes:
+def train(begin: type[Trial], number: int, dataset: Dataset, packing: Packing, folder: Path) -> Notes:
     notes, trials = Notes(), [replace(CONFIG, seed=seed) for seed in range(number)]
     checkpoints = Checkpoints(str(folder), "test")
-    settings = {"controls": (), "packing": packing, "checkpoints": checkpoints, **options}
+    settings = {"controls": (), "packing": packing, "checkpoints": checkpoints}
     run_trials(trials, dataset, notes, asha=Asha(()), begin=begin, **settings)  # type: ignore[arg-type]
     return notes
 
@@ -129,15 +129,9 @@ def test_a_trial_that_has_the_machine_to_itself_and_too_little_memory_fails(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keep_going", [False, True])
-def test_the_run_ends_when_the_first_trials_all_fail_alike_unless_told_otherwise(
-    keep_going: bool, dataset: Dataset, packing: Packing, tmp_path: Path
-) -> None:
-    notes = train(Wrong, 24, dataset, packing, tmp_path, keep_going=keep_going)
+def test_the_run_ends_when_the_first_trials_all_fail_alike(dataset: Dataset, packing: Packing, tmp_path: Path) -> None:
+    notes = train(Wrong, 24, dataset, packing, tmp_path)
     assert {status for status, _ in notes.ends.values()} == {"failed"}
-    if keep_going:
-        assert (len(notes.ends), notes.problems) == (24, [])
-        return
     assert len(notes.ends) < 24
     first = "the first 8 trials all failed alike (ValueError: a wrong shape); fix that, or pass --keep-going"
     assert notes.problems[0] == first
