@@ -113,8 +113,11 @@ def test_the_run_ends_when_the_first_trials_all_fail_alike(slots: int) -> None:
     assert failed(Recovery(slots, keep_going=True), *reasons) == ""
 
 
-def test_one_that_succeeds_or_fails_otherwise_keeps_the_run_going() -> None:
+def test_one_that_trains_succeeds_or_fails_otherwise_keeps_the_run_going() -> None:
     alike = ["ValueError: x"] * 20
+    trains = Recovery(1)
+    trains.progressed("slow", 1)
+    assert failed(trains, *alike) == ""
     assert failed(Recovery(1), "", *alike) == ""
     assert failed(Recovery(1), *alike[:7], "KeyError: 'y'", *alike) == ""
 

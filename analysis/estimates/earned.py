@@ -41,8 +41,8 @@ class Earned:
 
     table: pd.DataFrame
     """A row per factor, in their order: `factor`, `level`, `plain` (the level it is compared with), then `alone` (added
-    to plain levels of the other rows), `average` (over all levels of these) and `last` (added to their best levels),
-    each with `_low` and `_high` of an interval of its own."""
+    to plain levels of the other rows), `average` (over all levels of all factors) and `last` (added to the best levels
+    of the other rows), each with `_low` and `_high` of an interval of its own."""
     summed: Estimate
     """The sum of `alone`."""
     together: Estimate
@@ -58,7 +58,9 @@ def measure_earned(
     differences: pd.DataFrame,
     confidence: float,
 ) -> Earned | None:
-    """Return what the best levels earn, or None unless two factors surely have a better level than their first.
+    """Return what the best levels earn.
+
+    None unless two factors surely have a better level than their first, and all pairs of such factors can be estimated.
 
     Args:
         terms: Of the two-way model.
@@ -120,11 +122,11 @@ def _points(estimate: Estimate) -> str:
 
 
 def _best_levels(differences: pd.DataFrame) -> dict[str, str]:
-    """Return the level of each factor that is below no other."""
+    """Return the level of each factor that is below no other; none where levels are equal but for rounding."""
     best = {}
     for factor, rows in differences.groupby("factor", sort=False):
-        (level,) = set(rows["level"]) - set(rows["other_level"])
-        best[str(factor)] = str(level)
+        tops = set(rows["level"]) - set(rows["other_level"])
+        best |= {str(factor): str(tops.pop())} if len(tops) == 1 else {}
     return best
 
 

@@ -80,7 +80,8 @@ class FinalEffects:
     notes: tuple[str, ...]
     """Sentences to read before trusting the tables."""
     earned: Earned | None = None
-    """What the best levels earn, each and together; None where fewer than two are surely better than the plain ones."""
+    """What the best levels earn, each and together; None where fewer than two are surely better than the plain ones, or
+    a pair of their factors can't be estimated."""
     confidence: float = 0.95
 
 

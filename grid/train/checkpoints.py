@@ -13,6 +13,7 @@ from pyarrow import fs
 from grid.config import InputError
 from grid.files import rename_durably
 from grid.masking import mask
+from grid.train.device_errors import DeviceError
 from grid.wording import first_line
 
 
@@ -94,8 +95,10 @@ class Checkpoints:
                 return None
         try:
             state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-        except Exception:  # noqa: BLE001  (a damaged file raises almost anything)
-            return None  # the trial starts over and yields the same numbers
+        except Exception as error:
+            if DeviceError.of(error):
+                raise
+            return None  # a damaged file: the trial starts over and yields the same numbers
         return state
 
     def delete(self, trial_key: str) -> None:

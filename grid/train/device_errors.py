@@ -9,7 +9,7 @@ from grid.wording import first_line
 FAULTS = (
     "cuda error",
     "cuda driver error",
-    "hip error",
+    "hip error:",
     "cudnn error",
     "cudnn_status_",
     "cublas_status_",
@@ -24,6 +24,7 @@ FAULTS = (
     "cuda initialization",
     "cuda unknown error",
     "nvidia driver",
+    "no cuda gpus are available",
     "unable to find an engine to execute this computation",
 )
 """What the texts of errors say that torch raises for a device, in lower case, in any version."""
@@ -65,7 +66,7 @@ class DeviceError(Exception):
     @classmethod
     def _of_one(cls, error: BaseException) -> "DeviceError | None":
         names = {kind.__name__ for kind in type(error).__mro__}
-        if not isinstance(error, RuntimeError | MemoryError):
+        if not names & TYPES and not isinstance(error, RuntimeError | MemoryError):
             return None
         low, reason = str(error).lower(), first_line(error)
         if isinstance(error, MemoryError) or "OutOfMemoryError" in names or any(text in low for text in OUT_OF_MEMORY):

@@ -84,7 +84,7 @@ class Bridge(_DriverOnly, tune.Callback):
         elif "storage_error" in result:
             self._wait_for_storage(config, result["storage_error"])
         elif "device_error" in result:
-            self._device_errors[config.trial_key] = result
+            self._device_errors[config.trial_key] = result | {"alone": self._is_alone(config.trial_key)}
             private_ray.kill_worker(trial)
         elif "report" in result:
             self._end_epoch(config, result["report"], done=result["done"])
@@ -117,13 +117,13 @@ class Bridge(_DriverOnly, tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """Put a trial back whose worker has died, or let it fail."""
         config = config_of(trial)
-        alone = self._is_alone(config.trial_key)
         self._forget(config.trial_key)
-        if overdue := self._overdue.pop(config.trial_key, ""):
+        overdue, device = (noted.pop(config.trial_key, None) for noted in (self._overdue, self._device_errors))
+        if overdue:
             failure = self._recovery.hung(config.trial_key, overdue)
             self._listener.notice(overdue)
-        elif device := self._device_errors.pop(config.trial_key, None):
-            failure = self._device_failed(config, device, alone=alone)
+        elif device:
+            failure = self._device_failed(config, device)
         else:
             death = self._explain_death(trial)
             failure = self._recovery.died(config.trial_key, death)
@@ -138,22 +138,22 @@ class Bridge(_DriverOnly, tune.Callback):
         if self._recovery.futile:
             self._listener.give_up(self._recovery.futile)
 
-    def _device_failed(self, config: TrialConfig, device: dict[str, Any], *, alone: bool) -> str:
+    def _device_failed(self, config: TrialConfig, device: dict[str, Any]) -> str:
         """Return why a trial fails whose device has failed; empty if it is run again, by another process."""
         reason, place = device["device_error"], device["place"]
         if not device["out_of_memory"]:
             self._listener.notice(f"the device of {place} failed, and its process was replaced: {reason}")
             return self._recovery.died(config.trial_key, Death(reason, own=True))
         if self._shrinks_before[config.trial_key] < self._shrinks:  # it failed beside trials that are gone by now
-            return self._recovery.died(config.trial_key, Death(reason, own=True))
-        if alone:
+            return self._recovery.died(config.trial_key, Death(reason, own=False))
+        if device["alone"]:
             return f"{place} ran out of memory with no other trial beside it: {reason}"
         self._shrinks += 1
         self._queue.shrink()
         if not is_one_machine():
             self._held.append(occupy(device["node"], self._packing))
         self._listener.notice(f"{place} ran out of memory: {self._queue.most} trials at once from now on ({reason})")
-        return self._recovery.died(config.trial_key, Death(reason, own=True))
+        return self._recovery.died(config.trial_key, Death(reason, own=False))
 
     def _is_alone(self, trial_key: str) -> bool:
         """Return whether no other trial runs on the node of a trial; one that has not said where it is may."""
