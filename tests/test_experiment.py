@@ -19,6 +19,7 @@ from grid.driver import experiment
 from grid.driver.experiment import _as_recorded, _check_same_rule, _describe_rule
 from grid.metrics import EPOCH_METRICS, STATUSES
 from grid.plan.asha import Asha
+from grid.plan.packing import Packing
 from grid.plan.trials import Plan, make_plan
 from grid.record.__main__ import main as replay
 from grid.record.recorder import Recorder
@@ -152,6 +153,9 @@ def test_a_grid_of_another_budget_or_rule_is_refused_and_nothing_changes(
     assert (parent.info.status, parent.data.tags["driver"]) == ("FINISHED", "")
 
 
+CPUS = Packing(2, 1.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("other", "changed"),
     [
@@ -193,7 +197,7 @@ def test_an_experiment_keeps_its_first_rung_unless_another_is_asked_for(
     options: list[str], rungs: object, grace: int | None
 ) -> None:
     request = read_request(_parser().parse_args([*TINY, "--experiment", "tiny", *options]))
-    assert _as_recorded(request, {"rungs": rungs}).rule.grace == grace
+    assert _as_recorded(request, {"rungs": rungs}, CPUS).rule.grace == grace
 
 
 @pytest.mark.parametrize(
@@ -202,13 +206,14 @@ def test_an_experiment_keeps_its_first_rung_unless_another_is_asked_for(
         ([], "bfloat16", "bfloat16"),
         (["--precision", "float32"], "bfloat16", "float32"),  # refused later, with the reason
         ([], "edited", "auto"),
+        ([], "tf32", "auto"),  # CPUs lack it
     ],
 )
 def test_an_experiment_keeps_its_precision_unless_another_is_asked_for(
     options: list[str], recorded: str, precision: str
 ) -> None:
     request = read_request(_parser().parse_args([*TINY, "--experiment", "tiny", *options]))
-    assert _as_recorded(request, {"settings": {"precision": recorded}}).precision == precision
+    assert _as_recorded(request, {"settings": {"precision": recorded}}, CPUS).precision == precision
 
 
 def check_rules(before: list[str], now: list[str]) -> None:

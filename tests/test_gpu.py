@@ -187,4 +187,4 @@ def test_an_error_of_the_gpu_is_recognised_and_stays() -> None:
 def test_the_canary_finds_nothing_here() -> None:
     plain = made({"model": "mlp"}, DEVICE, "auto").config
     nets = [replace(plain, model=model) for model in ("mlp", "cnn", "resnet")]
-    assert try_steps(nets, (1, 28, 28), CLASSES) == ""
+    assert try_steps(nets, (1, 28, 28), CLASSES, IMAGES) == ""

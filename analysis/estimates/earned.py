@@ -123,7 +123,7 @@ def _points(estimate: Estimate) -> str:
 
 def _best_levels(differences: pd.DataFrame) -> dict[str, str]:
     """Return the level of each factor that is below no other; none where levels are equal but for rounding."""
-    best = {}
+    best: dict[str, str] = {}
     for factor, rows in differences.groupby("factor", sort=False):
         tops = set(rows["level"]) - set(rows["other_level"])
         best |= {str(factor): str(tops.pop())} if len(tops) == 1 else {}

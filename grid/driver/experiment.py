@@ -28,7 +28,7 @@ from grid.plan.asha import Asha
 from grid.plan.packing import THIS_MACHINE, Packing
 from grid.plan.request import Request
 from grid.plan.space import ORDER_SEED, shared_settings
-from grid.plan.trials import Plan, check_comparable, make_plan, one_of_each_model
+from grid.plan.trials import Plan, check_comparable, first_and_last_of_each_model, make_plan
 from grid.record.commands import CODE_KEYS, RECORD, record_command
 from grid.record.fence import LeaseLostError
 from grid.record.lease import become_driver
@@ -78,8 +78,8 @@ def prepare(
     remote = packing.device != "cpu" or packing.machines != THIS_MACHINE
     if remote:
         await_ray()
-    trials = one_of_each_model(request, packing)
-    try_nodes(trials, dataset.image_shape, len(dataset.classes), packing, connected=remote)
+    trials, images = first_and_last_of_each_model(request, packing), len(dataset.train_labels)
+    try_nodes(trials, dataset.image_shape, len(dataset.classes), images, packing, connected=remote)
     store = Store(request.store, request.experiment)
     spool = become_driver(store, stack, spool=request.spool, storage=request.storage)
     draw = import_module("grid.driver.pictures").sample_sheet
@@ -147,7 +147,7 @@ def _plan_what_is_left(request: Request, prepared: Prepared, packing: Packing, b
     begun = {key: trial.control for key, trial in stored.items()}
     dataset = prepared.dataset
     plan = make_plan(
-        _as_recorded(request, before),
+        _as_recorded(request, before, packing),
         packing=packing,
         fingerprint=dataset.fingerprint,
         train_images=len(dataset.train_labels),
@@ -261,12 +261,16 @@ def _check_same_rule(manifest: Mapping[str, Any], plan: Plan, asha: Asha, experi
         raise InputError(f"experiment '{experiment}' was stopped early by another rule ({changed}); {hint}")
 
 
-def _as_recorded(request: Request, manifest: Mapping[str, Any]) -> Request:
-    """Return a request that leaves its first rung or its precision open with those that its experiment has already."""
+def _as_recorded(request: Request, manifest: Mapping[str, Any], packing: Packing) -> Request:
+    """Return a request that leaves its first rung or its precision open with those that its experiment has already.
+
+    A precision that the machines lack stays open: the comparison with the experiment's trials then refuses it.
+    """
     rungs, settings = manifest.get("rungs"), manifest.get("settings")
     epochs = rungs.get("epochs") if isinstance(rungs, Mapping) else None
     precision = settings.get("precision") if isinstance(settings, Mapping) else None
-    if request.precision == "auto" and precision in CHOICES["precision"]:
+    lacks = precision == "tf32" if packing.device == "cpu" else precision != "float32" and packing.bfloat16 is False
+    if request.precision == "auto" and precision in CHOICES["precision"] and not lacks:
         request = replace(request, precision=precision)
     if request.rule.grace is not None or not epochs or not _is_rule_entry("epochs", epochs):
         return request

@@ -14,31 +14,35 @@ def try_nodes(
     trials: Sequence[TrialConfig],
     image_shape: tuple[int, int, int],
     classes: int,
+    train_images: int,
     packing: Packing,
     *,
     connected: bool = True,
 ) -> None:
-    """Raise unless one trial of each net takes a step on every node that will train.
+    """Raise unless a trial of each net takes a step on every node that will train.
 
     Args:
-        trials: Those of each net that are tried are the first.
+        trials: The first and the last one of each net are tried.
         image_shape: Channels, height and width of the images.
         classes: Number of classes.
+        train_images: Number of training images.
         packing: Where trials run.
         connected: Whether Ray is; otherwise they are tried in this process.
 
     Raises:
         InputError: A net can't take a step; one line for each node.
     """
-    by_model: dict[str, TrialConfig] = {}
+    by_model: dict[str, list[TrialConfig]] = {}
     for trial in trials:
-        by_model.setdefault(trial.model, trial)
-    firsts = list(by_model.values())
+        by_model.setdefault(trial.model, []).append(trial)
+    tried = [trial for of_model in by_model.values() for trial in dict.fromkeys((of_model[0], of_model[-1]))]
     if not connected:
-        problem = try_steps(firsts, image_shape, classes)
+        problem = try_steps(tried, image_shape, classes, train_images)
         problems = {"this machine": problem} if problem else {}
     else:
-        found = connection.call_on_nodes(_try_there, loaded(), firsts, image_shape, classes, packing=packing)
+        found = connection.call_on_nodes(
+            _try_there, loaded(), tried, image_shape, classes, train_images, packing=packing
+        )
         problems = {name: problem for name, problem in found.items() if problem}
     if problems:
         raise InputError("\n".join(f"{name} {problem}" for name, problem in problems.items()))

@@ -68,11 +68,13 @@ def make_plan(
     return Plan(cells, excluded, trials, controls.keys, controls.chance, rule=rule)
 
 
-def one_of_each_model(request: Request, packing: Packing) -> list[TrialConfig]:
-    """Return a trial of each net that a request names."""
+def first_and_last_of_each_model(request: Request, packing: Packing) -> list[TrialConfig]:
+    """Return the trials of the first and the last cell of each net that a request names."""
     configure = _configuration(request, packing, fingerprint="")
-    cells = {cell["model"]: cell for cell in cross(request.levels)[0]}
-    return [configure(cell, 0, 1.0) for cell in cells.values()]
+    cells = cross(request.levels)[0]
+    lasts = {cell["model"]: cell for cell in cells}
+    firsts = {cell["model"]: cell for cell in reversed(cells)}
+    return [configure(cell, 0, 1.0) for model in firsts for cell in (firsts[model], lasts[model])]
 
 
 def _configuration(request: Request, packing: Packing, fingerprint: str) -> Callable[[Cell, int, float], TrialConfig]:

@@ -5,6 +5,7 @@ would otherwise show as a grid of failed trials.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
@@ -15,29 +16,43 @@ from grid.train.trial import DeviceData, Trial
 from grid.wording import first_line
 
 STEPS = 2
+LONGER = 100
+"""Epochs on top of the budget, so that a schedule has as many steps as on more images."""
 CPU_HINT = "or pass --device cpu"
 
 
-def try_steps(trials: Iterable[TrialConfig], image_shape: tuple[int, int, int], classes: int) -> str:
-    """Return why one of some trials can't be trained in this process; empty if all can.
+def try_steps(trials: Iterable[TrialConfig], image_shape: tuple[int, int, int], classes: int, most_images: int) -> str:
+    """Return why a net can't be trained in this process; empty if all can.
+
+    What a device lacks counts at once. Another error counts if no trial of its net gets through: a single cell that
+    fails is recorded as failed.
 
     Args:
-        trials: One for each net.
+        trials: One or a few for each net.
         image_shape: Channels, height and width of the images.
         classes: Number of classes.
+        most_images: Training images, of which a batch has no more.
     """
+    errors: dict[str, str] = {}
+    sound: set[str] = set()
     for trial in trials:
         if problem := precision_problem(trial.device, trial.precision):
             return problem
         try:
-            images = _random_images(STEPS * trial.batch_size, image_shape, classes, trial.device)
-            Trial(trial, images).run_epoch()
+            number = STEPS * max(1, min(trial.batch_size, most_images))
+            images = _random_images(number, image_shape, classes, trial.device)
+            longer = replace(trial, epochs=trial.epochs + LONGER, batch_size=max(2, number // STEPS))
+            Trial(longer, images).run_epoch()
         except Exception as error:  # noqa: BLE001  (whatever a net, a driver or torch raises)
             failure = DeviceError.of(error)
-            if failure is None:
-                reason = f"{type(error).__name__}: {first_line(error)}"
-                return f"can't train model '{trial.model}' for a single step ({reason}); see python -m grid.check"
-            return _explain(failure, trial)
+            if failure is not None:
+                return _explain(failure, trial)
+            errors.setdefault(trial.model, f"{type(error).__name__}: {first_line(error)}")
+        else:
+            sound.add(trial.model)
+    for model, reason in errors.items():
+        if model not in sound:
+            return f"can't train model '{model}' for a single step ({reason}); see python -m grid.check"
     return ""
 
 

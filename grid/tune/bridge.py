@@ -118,7 +118,8 @@ class Bridge(_DriverOnly, tune.Callback):
         """Put a trial back whose worker has died, or let it fail."""
         config = config_of(trial)
         self._forget(config.trial_key)
-        overdue, device = (noted.pop(config.trial_key, None) for noted in (self._overdue, self._device_errors))
+        overdue = self._overdue.pop(config.trial_key, "")
+        device = self._device_errors.pop(config.trial_key, None)
         if overdue:
             failure = self._recovery.hung(config.trial_key, overdue)
             self._listener.notice(overdue)

@@ -252,7 +252,7 @@ def call_on_nodes(function: Callable[..., str], *arguments: Any, packing: Packin
     Returns:
         What it returns, or why it could not, by the name of the node.
     """
-    task = ray.remote(num_cpus=0, max_retries=0)(function)
+    task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(function)  # the process frees the GPU by its end
     wanted = {"CPU": packing.cpus_per_trial, "GPU": packing.gpus_per_trial}
     pending = {}
     for node in ray.nodes():

@@ -78,7 +78,7 @@ class Recovery:
     def __init__(self, slots: int, *, keep_going: bool = False):
         self._most_alike = math.inf if keep_going else max(FEWEST_ALIKE, slots)
         self._alike: list[str] | None = []
-        """Why the trials failed that have ended; None once one has trained an epoch, not failed, or failed otherwise."""
+        """Why the trials failed that have ended; None once one has trained, has not failed, or has failed otherwise."""
         self._most_futile = max(FEWEST_FUTILE_DEATHS, 3 * slots)
         self._futile: list[str] = []
         self._deaths: Counter[str] = Counter()
