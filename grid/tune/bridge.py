@@ -151,8 +151,7 @@ class Bridge(_DriverOnly, tune.Callback):
             return f"{place} ran out of memory with no other trial beside it: {reason}"
         self._shrinks += 1
         self._queue.shrink()
-        if not is_one_machine():
-            self._held.append(occupy(device["node"], self._packing))
+        self._held.append(occupy(device["node"], self._packing))
         self._listener.notice(f"{place} ran out of memory: {self._queue.most} trials at once from now on ({reason})")
         return self._recovery.died(config.trial_key, Death(reason, own=False))
 
