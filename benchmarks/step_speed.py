@@ -29,7 +29,7 @@ from grid.arguments import Parser
 from grid.config import TrialConfig, cell_name
 from grid.parts.registry import ACTIONS, LEVELS, MODELS, OPTIMIZERS
 from grid.train.hardware import keep_freed_memory, numeric_settings
-from grid.train.trial import DeviceData, Trial
+from grid.train.trial import DeviceData, Trial, random_data
 from grid.wording import count
 
 CLASSES = 47
@@ -114,11 +114,8 @@ def trials(options: argparse.Namespace) -> Iterator[TrialConfig]:
 
 
 def random_images(number: int, device: str) -> DeviceData:
-    """Return random images and labels; the speed of training does not depend on them."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (number, 1, SIDE, SIDE), dtype=torch.uint8, generator=generator).to(device)
-    labels = torch.randint(0, CLASSES, (number,), generator=generator).to(device)
-    return DeviceData(images, labels, images[:1], labels[:1], CLASSES, 128.0, 74.0)
+    """Return random images and labels of the shape of EMNIST; see `grid.train.trial.random_data`."""
+    return random_data(number, (1, SIDE, SIDE), CLASSES, device)
 
 
 def matmul_peak(dtype: torch.dtype, device: str) -> float:

@@ -45,6 +45,17 @@ class Crowded(Trial):
         return super().run_epoch()
 
 
+class OneHuge(Trial):
+    """Trains, but for one seed, which finds no memory however few there are."""
+
+    HUGE = 0
+
+    def run_epoch(self) -> EpochReport:
+        if self.config.seed == self.HUGE:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return super().run_epoch()
+
+
 class Starved(Trial):
     """Finds no memory, however few there are."""
 

@@ -16,8 +16,9 @@ from grid.train.checkpoints import Checkpoints
 from grid.train.device_errors import DeviceError
 from grid.train.trial import Trial
 from grid.tune.connection import connect, disconnect
+from grid.tune.queue import Queue
 from grid.tune.tuner import run_trials
-from tests.broken_devices import ILLEGAL, MOST, Crowded, Starved, Sticky, Wrong
+from tests.broken_devices import ILLEGAL, MOST, Crowded, OneHuge, Starved, Sticky, Wrong
 from tests.test_tuner import Notes
 
 CONFIG = TrialConfig(learning_rate=0.05, optimizer="sgd", epochs=2, hidden_sizes="8")
@@ -116,6 +117,20 @@ def test_out_of_memory_lets_one_trial_less_run_at_once(dataset: Dataset, packing
     assert notes.notices
     assert all(" ran out of memory: " in notice for notice in notes.notices)
     assert f" {MOST} trials at once from now on (CUDA out of memory." in notes.notices[0]
+
+
+@pytest.mark.slow
+def test_a_trial_that_is_too_large_by_itself_fails_and_gives_the_room_back(
+    dataset: Dataset, packing: Packing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rooms: list[int] = []
+    suggest = Queue.suggest
+    monkeypatch.setattr(Queue, "suggest", lambda queue, key: rooms.append(queue.most) or suggest(queue, key))
+    notes = train(OneHuge, 24, dataset, packing, tmp_path)
+    failed = [key for key, (status, _) in notes.ends.items() if status == "failed"]
+    assert (len(notes.ends), len(failed)) == (24, 1)
+    assert "with no other trial beside it" in notes.ends[failed[0]][1]
+    assert min(rooms) < rooms[-1] == packing.concurrency
 
 
 @pytest.mark.slow

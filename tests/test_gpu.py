@@ -50,8 +50,7 @@ for attempt in range(2):
         print("none")
 """
 TWO = """
-import sys
-from tests.test_gpu import made, on
+from tests.test_gpu import made
 trial = made({"model": "cnn"}, "cuda")
 for _ in range(4):
     report = trial.run_epoch()

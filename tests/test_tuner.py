@@ -205,16 +205,13 @@ def test_a_trial_whose_worker_died_starts_before_trials_that_wait() -> None:
     assert queue.suggest("5") == Searcher.FINISHED
 
 
-def test_a_queue_that_has_shrunk_hands_out_less_at_once() -> None:
+def test_a_queue_that_may_hand_out_less_waits_until_enough_have_ended() -> None:
     queue = Queue([replace(CONFIG, seed=seed) for seed in range(4)], 3)
     assert all(queue.suggest(str(number)) for number in range(2))
-    queue.shrink()
+    queue.most = 2
     assert queue.suggest("2") is None
     queue.on_trial_complete("0")
     assert queue.suggest("3") == {"trial": replace(CONFIG, seed=2)}
-    queue.shrink()
-    queue.shrink()
-    assert queue.most == 1
 
 
 def test_an_interruption_suspends_the_trials_that_run(dataset: Dataset, packing: Packing, tmp_path: Path) -> None:

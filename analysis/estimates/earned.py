@@ -69,42 +69,55 @@ def measure_earned(
         differences: As in `analysis.estimates.final_effects.FinalEffects`.
         confidence: Of all intervals, in (0, 1).
     """
-    known = {term.name: term for term in terms}
-    best = {
-        factor: (level, known[factor].labels[0][1])
-        for factor, level in _best_levels(differences).items()
-        if factor not in MATTERS_WITH and _is_sure(differences, factor, level, known[factor].labels[0][1])
-    }
+    model = _Model({term.name: term for term in terms}, weights)
+    best = {factor: level for factor, level in _best_levels(differences).items() if factor not in MATTERS_WITH}
+    plain = {factor: model.terms[factor].labels[0][1] for factor in best}
+    surely = differences[differences["sure"]]
+    sure = set(zip(surely["factor"], surely["level"], surely["other_level"], strict=True))
+    best = {factor: level for factor, level in best.items() if (factor, level, plain[factor]) in sure}
+    plain = {factor: plain[factor] for factor in best}
     pairs = list(combinations(best, 2))
-    if not pairs or any(f"{first} x {second}" not in known for first, second in pairs):
+    if not pairs or any(f"{first} x {second}" not in model.terms for first, second in pairs):
         return None
-
-    def gain(factor: str, *, others_at_best: bool) -> Array:
-        rest = {name: levels[0 if others_at_best else 1] for name, levels in best.items()}
-        level, plain = best[factor]
-        return _cell(known, weights, rest | {factor: level}) - _cell(known, weights, rest | {factor: plain})
-
-    alone = np.array([gain(factor, others_at_best=False) for factor in best])
-    average = np.array([_main(known, weights, factor, *levels) for factor, levels in best.items()])
-    last = np.array([gain(factor, others_at_best=True) for factor in best])
-    top, bottom = ({factor: levels[place] for factor, levels in best.items()} for place in (0, 1))
-    together = _cell(known, weights, top) - _cell(known, weights, bottom)
-    sums = np.vstack([alone, average, last, alone.sum(axis=0), together, together - alone.sum(axis=0)])
-    values, errors, degrees = ends.weighted_sums(sums)
-    half = stats.t.ppf((1 + confidence) / 2, degrees) * errors
-    bounds = np.column_stack([values, values - half, values + half])
-    estimates = [Estimate(*map(float, row)) for row in bounds]
-    columns: dict[str, Any] = {
-        "factor": list(best),
-        "level": [level for level, _ in best.values()],
-        "plain": [plain for _, plain in best.values()],
+    contrasts = {
+        "alone": [model.cell(plain | {factor: best[factor]}) - model.cell(plain) for factor in best],
+        "average": [model.cell({factor: best[factor]}) - model.cell({factor: plain[factor]}) for factor in best],
+        "last": [model.cell(best) - model.cell(best | {factor: plain[factor]}) for factor in best],
     }
-    for index, name in enumerate(("alone", "average", "last")):
-        mine = estimates[index * len(best) : (index + 1) * len(best)]
-        columns[name] = [estimate.value for estimate in mine]
-        columns[f"{name}_low"] = [estimate.low for estimate in mine]
-        columns[f"{name}_high"] = [estimate.high for estimate in mine]
-    return Earned(pd.DataFrame(columns), *estimates[-3:])
+    summed, together = np.sum(contrasts["alone"], axis=0), model.cell(best) - model.cell(plain)
+    rows = {name: _estimate(ends, gains, confidence) for name, gains in contrasts.items()}
+    sums = _estimate(ends, [summed, together, together - summed], confidence)
+    columns: dict[str, Any] = {"factor": list(best), "level": list(best.values()), "plain": list(plain.values())}
+    for name, found in rows.items():
+        columns |= {name: found[:, 0], f"{name}_low": found[:, 1], f"{name}_high": found[:, 2]}
+    return Earned(pd.DataFrame(columns), *(Estimate(*map(float, row)) for row in sums))
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The two-way model: its terms by name, and the weights that turn the ends of trials into its effects."""
+
+    terms: Mapping[str, Term]
+    weights: Mapping[str, Array]
+
+    def cell(self, levels: Mapping[str, str]) -> Array:
+        """Return the weights of the accuracy at some levels, beside the mean, `[trial]`; a mean over other factors."""
+        singles = [self._weights(name, (name, level)) for name, level in levels.items()]
+        pairs = [
+            self._weights(f"{first} x {second}", (first, levels[first], second, levels[second]))
+            for first, second in combinations(levels, 2)
+        ]
+        return np.asarray(np.sum([*singles, *pairs], axis=0))
+
+    def _weights(self, term: str, label: tuple[str, ...]) -> Array:
+        return np.asarray(self.weights[term][self.terms[term].labels.index(label)])
+
+
+def _estimate(ends: Ends, contrasts: Sequence[Array], confidence: float) -> Array:
+    """Return the value of each contrast and the ends of its interval, `[contrast, 3]`."""
+    values, errors, degrees = ends.weighted_sums(np.vstack(contrasts))
+    half = stats.t.ppf((1 + confidence) / 2, degrees) * errors
+    return np.column_stack([values, values - half, values + half])
 
 
 def describe_together(earned: Earned) -> str:
@@ -128,24 +141,3 @@ def _best_levels(differences: pd.DataFrame) -> dict[str, str]:
         tops = set(rows["level"]) - set(rows["other_level"])
         best |= {str(factor): str(tops.pop())} if len(tops) == 1 else {}
     return best
-
-
-def _is_sure(differences: pd.DataFrame, factor: str, level: str, plain: str) -> bool:
-    chosen = differences[["factor", "level", "other_level"]].eq([factor, level, plain]).all(axis=1)
-    return bool(differences.loc[chosen, "sure"].any())
-
-
-def _cell(terms: Mapping[str, Term], weights: Mapping[str, Array], levels: Mapping[str, str]) -> Array:
-    """Return the weights of the accuracy at some levels, beside the mean, `[trial]`; averaged over other factors."""
-    singles = [weights[name][terms[name].labels.index((name, level))] for name, level in levels.items()]
-    pairs = [
-        weights[name][terms[name].labels.index((first, levels[first], second, levels[second]))]
-        for first, second in combinations(levels, 2)
-        for name in [f"{first} x {second}"]
-    ]
-    return np.asarray(np.sum([*singles, *pairs], axis=0))
-
-
-def _main(terms: Mapping[str, Term], weights: Mapping[str, Array], factor: str, level: str, plain: str) -> Array:
-    labels = terms[factor].labels
-    return np.asarray(weights[factor][labels.index((factor, level))] - weights[factor][labels.index((factor, plain))])

@@ -158,7 +158,8 @@ def _earned(earned: Earned) -> Table:
         "What the best levels earn",
         shown,
         "In points, over the plain level, the first of each factor: added to the plain levels of the other rows, "
-        f"averaged over these, and added to their best levels. {sentence(describe_together(earned))}",
+        "averaged over all levels of all other factors, and added to the best levels of the other rows. "
+        f"{sentence(describe_together(earned))}",
     )
 
 

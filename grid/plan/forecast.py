@@ -12,7 +12,7 @@ from scipy.stats import studentized_range
 
 from grid.config import TrialConfig
 from grid.plan.asha import DEFAULT_RULE, Asha, StoppingRule
-from grid.train.trial import DeviceData, Trial
+from grid.train.trial import DeviceData, Trial, random_data
 
 SIMULATIONS = 20
 TIMES = (1, 2, 4)
@@ -90,7 +90,7 @@ def calibrate(
     Returns:
         Seconds per training image for each model, and the largest spread among them (standard deviation / mean).
     """
-    data = _random_images(classes, image_shape, trials[0].device)
+    data = random_data(CALIBRATION_IMAGES, image_shape, classes, trials[0].device)
     by_model: dict[str, list[float]] = defaultdict(list)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
@@ -186,22 +186,6 @@ def _simulate(trial: TrialConfig, asha: Asha, value: float, control: bool) -> in
         if not asha.decide(trial.trial_key, group=group, epoch=epoch, value=value, control=control):
             return epoch
     return trial.epochs
-
-
-def _random_images(classes: int, image_shape: tuple[int, int, int], device: str) -> DeviceData:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (CALIBRATION_IMAGES, *image_shape), dtype=torch.uint8, generator=generator)
-    labels = torch.randint(0, classes, (CALIBRATION_IMAGES,), generator=generator)
-    count = CALIBRATION_IMAGES // 6
-    return DeviceData(
-        images.to(device),
-        labels.to(device),
-        images[:count].to(device),
-        labels[:count].to(device),
-        classes,
-        mean=44.0,
-        std=85.0,
-    )
 
 
 def _seconds_per_image(config: TrialConfig, data: DeviceData) -> float:

@@ -12,7 +12,7 @@ import torch
 from grid.config import TrialConfig
 from grid.train.device_errors import DeviceError
 from grid.train.hardware import precision_problem
-from grid.train.trial import DeviceData, Trial
+from grid.train.trial import Trial, random_data
 from grid.wording import first_line
 
 STEPS = 2
@@ -40,7 +40,7 @@ def try_steps(trials: Iterable[TrialConfig], image_shape: tuple[int, int, int], 
             return problem
         try:
             number = STEPS * max(1, min(trial.batch_size, most_images))
-            images = _random_images(number, image_shape, classes, trial.device)
+            images = random_data(number, image_shape, classes, trial.device)
             longer = replace(trial, epochs=trial.epochs + LONGER, batch_size=max(2, number // STEPS))
             Trial(longer, images).run_epoch()
         except Exception as error:  # noqa: BLE001  (whatever a net, a driver or torch raises)
@@ -67,10 +67,3 @@ def _explain(failure: DeviceError, trial: TrialConfig) -> str:
         built = f"torch {torch.__version__} (CUDA {torch.version.cuda})"
         return f"has an NVIDIA driver that {built} can't use ({failure}); update it, {CPU_HINT}"
     return f"has a device that fails ({failure}); look at nvidia-smi and dmesg, {CPU_HINT}"
-
-
-def _random_images(number: int, image_shape: tuple[int, int, int], classes: int, device: str) -> DeviceData:
-    draws = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (number, *image_shape), dtype=torch.uint8, generator=draws).to(device)
-    labels = (torch.arange(number) % classes).to(device)
-    return DeviceData(images, labels, images[:1], labels[:1], classes, mean=128.0, std=74.0)

@@ -290,6 +290,22 @@ class Trial:
         return images.float().sub_(self.data.mean).div_(self.data.std).contiguous(memory_format=self._layout)
 
 
+def random_data(number: int, image_shape: tuple[int, int, int], classes: int, device: str = "cpu") -> DeviceData:
+    """Return random images and labels, the first of them for validation: the speed of training does not depend on them.
+
+    Args:
+        number: Of images.
+        image_shape: Channels, height and width of an image.
+        classes: Number of classes.
+        device: Where to put them.
+    """
+    draws = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (number, *image_shape), dtype=torch.uint8, generator=draws).to(device)
+    labels = torch.randint(0, classes, (number,), generator=draws).to(device)
+    few = max(1, number // 6)
+    return DeviceData(images, labels, images[:few], labels[:few], classes, mean=128.0, std=74.0)
+
+
 def with_channels(images: Tensor) -> UInt8[Tensor, "image channels height width"]:
     """Return grey images `[image, row, column]` with one channel, others as they are."""
     return images.unsqueeze(1) if images.ndim == 3 else images

@@ -52,8 +52,8 @@ class Bridge(_DriverOnly, tune.Callback):
         self._shrinks = 0
         self._shrinks_before: dict[str, int] = {}
         """How often the room for trials had shrunk when a trial began the epoch that runs."""
-        self._held: list[Any] = []
-        """What keeps trials from the places where they had too little memory."""
+        self._held: dict[str, list[Any]] = {}
+        """What keeps trials from the places where they had too little memory, by the key of the trial that ran out."""
         self._kills = out_of_memory_kills()
 
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
@@ -147,11 +147,14 @@ class Bridge(_DriverOnly, tune.Callback):
             return self._recovery.died(config.trial_key, Death(reason, own=True))
         if self._shrinks_before[config.trial_key] < self._shrinks:  # it failed beside trials that are gone by now
             return self._recovery.died(config.trial_key, Death(reason, own=False))
-        if device["alone"]:
+        held = self._held.setdefault(config.trial_key, [])
+        if device["alone"] or self._queue.most == 1:
+            self._queue.most += len(held)  # this trial was too large, not the others too many
+            held.clear()
             return f"{place} ran out of memory with no other trial beside it: {reason}"
         self._shrinks += 1
-        self._queue.shrink()
-        self._held.append(occupy(device["node"], self._packing))
+        self._queue.most -= 1
+        held.append(occupy(device["node"], self._packing))
         self._listener.notice(f"{place} ran out of memory: {self._queue.most} trials at once from now on ({reason})")
         return self._recovery.died(config.trial_key, Death(reason, own=False))
 

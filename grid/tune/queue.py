@@ -22,16 +22,8 @@ class Queue(Searcher):
         self._trials = iter(trials)
         self._put_back: deque[TrialConfig] = deque()
         self._running: set[str] = set()
-        self._most = most
-
-    @property
-    def most(self) -> int:
+        self.most = most
         """Trials that may run at once."""
-        return self._most
-
-    def shrink(self) -> None:
-        """Let one trial less run at once, but one at least."""
-        self._most = max(1, self._most - 1)
 
     def put_back(self, config: TrialConfig) -> None:
         """Hand out a trial again, before all that have not started."""
@@ -39,7 +31,7 @@ class Queue(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """Return the next trial; None if there is none, unless one that runs is put back; else `FINISHED`."""
-        if len(self._running) >= self._most:
+        if len(self._running) >= self.most:
             return None
         config = self._put_back.popleft() if self._put_back else next(self._trials, None)
         if config is None:
