@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 import pytest
@@ -24,6 +24,7 @@ from mlflow.tracking import MlflowClient
 from grid.config import InputError, TrialConfig
 from grid.metrics import EPOCH_METRICS, EpochReport
 from grid.record import courier
+from grid.record import holder as holder_module
 from grid.record import lease as lease_module
 from grid.record.fence import LeaseLostError
 from grid.record.holder import Holder, StoreLock
@@ -31,6 +32,7 @@ from grid.record.lease import Lease
 from grid.record.recorder import Recorder
 from grid.record.spool import Spool
 from grid.record.store import Store
+from grid.store_uri import sqlite_path
 from tests import lease_driver
 from tests.lease_driver import EXPERIMENT, EXPIRY, elsewhere
 from tests.waiting import wait_until
@@ -315,6 +317,23 @@ def test_waiting_can_be_ended_from_another_thread(store: Store, monkeypatch: pyt
     assert waiting.number == 0
 
 
+def test_a_lock_can_be_released_by_two_threads_at_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = StoreLock(store.uri, store.experiment_id)
+    lock.acquire()
+    assert lock.name
+    is_at, others = holder_module._is_at, iter([lock.release])
+
+    def interrupted(path: Path, file: TextIO) -> bool:
+        for release in others:
+            release()
+        return is_at(path, file)
+
+    monkeypatch.setattr(holder_module, "_is_at", interrupted)
+    lock.release()
+    assert not lock.name
+    assert not list(Path(sqlite_path(store.uri) or "").parent.glob("*.lock"))
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_a_command_that_waits_for_a_lease(store: Store, tmp_path: Path) -> None:
     with elsewhere():
@@ -538,6 +557,7 @@ send = requests.Session.send
 from grid.record.fence import _check_again
 from grid.record.lease import Lease
 from grid.record.store import Store
+from grid.store_uri import sqlite_path
 
 store = Store(sys.argv[1], sys.argv[2])
 store.open()

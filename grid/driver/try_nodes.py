@@ -43,7 +43,7 @@ def try_nodes(
         found = connection.call_on_nodes(
             _try_there, loaded(), tried, image_shape, classes, train_images, packing=packing
         )
-        problems = {name: problem for name, problem in found.items() if problem}
+        problems = {f"node {name}": problem for name, problem in found.items() if problem}
     if problems:
         raise InputError("\n".join(f"{name} {problem}" for name, problem in problems.items()))
 

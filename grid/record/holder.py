@@ -78,12 +78,9 @@ class StoreLock:
         database = database and database.resolve()  # whatever symbolic link it is reached by
         self._path = database and database.with_name(f"{database.name}.{experiment_id}.lock")
         self._file: TextIO | None = None
-        self._is_taken = False
-
-    @property
-    def name(self) -> str:
+        self.name = ""
         """Device and inode of the file that this process has locked; empty if it has locked none."""
-        return "" if self._file is None else _inode(os.fstat(self._file.fileno()))
+        self._is_taken = False
 
     def acquire(self) -> None:
         """Lock it, if that is possible."""
@@ -101,6 +98,7 @@ class StoreLock:
                 return
             if _is_at(self._path, file):
                 self._file = file
+                self.name = _inode(os.fstat(file.fileno()))
             else:
                 file.close()
 
@@ -113,14 +111,14 @@ class StoreLock:
         return False
 
     def release(self) -> None:
-        """Unlock it and remove its file, if this process has it."""
-        if self._file is None or self._path is None:
+        """Unlock it and remove its file, if this process has it; several threads may ask for it."""
+        file, self._file, self.name = self._file, None, ""
+        if file is None or self._path is None:
             return
         with suppress(OSError):
-            if _is_at(self._path, self._file):
+            if _is_at(self._path, file):
                 self._path.unlink()
-        self._file.close()
-        self._file = None
+        file.close()
 
 
 def _is_at(path: Path, file: TextIO) -> bool:

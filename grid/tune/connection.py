@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -179,26 +179,44 @@ def _check_nodes(address: str, concurrency: int | None, checkpoints: Checkpoints
 
 def _reports(node_ids: dict[str, str], address: str, checkpoints: Checkpoints | None) -> dict[str, NodeReport | str]:
     """Return what each node reports, or why it does not."""
-    task = ray.remote(num_cpus=0, max_retries=0)(inspect_node)
     with nullcontext("") if checkpoints is None else marked_storage(checkpoints) as mark:
-        pending = {
-            name: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(
-                checkpoints, mark, name.partition(" ")[0], address
-            )
-            for name, node_id in node_ids.items()
-        }
-        ray.wait(list(pending.values()), num_returns=len(pending), timeout=ANSWER_SECONDS, fetch_local=False)
-        return {name: _report(pending[name]) for name in pending}
+        calls = {name: (checkpoints, mark, name.partition(" ")[0], address) for name in node_ids}
+        task = ray.remote(num_cpus=0, max_retries=0)(inspect_node)
+        return _ask(task, node_ids, calls, failing=lambda reason: f"can't load this code ({reason}); {HINT}")
 
 
-def _report(pending: Any) -> NodeReport | str:
+def _ask(
+    task: Any,
+    node_ids: Mapping[str, str],
+    calls: Mapping[str, tuple[Any, ...]],
+    failing: Callable[[str], str],
+) -> dict[str, Any]:
+    """Run a task on nodes, beside whatever runs there.
+
+    Args:
+        task: A remote function of Ray.
+        node_ids: Where, by the name of the node.
+        calls: The arguments, by the name of the node.
+        failing: Says in words that a call has failed, given the reason.
+
+    Returns:
+        What it returns, or why it could not, by the name of the node.
+    """
+    pending = {
+        name: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(*calls[name])
+        for name, node_id in node_ids.items()
+    }
+    ray.wait(list(pending.values()), num_returns=len(pending), timeout=ANSWER_SECONDS, fetch_local=False)
+    return {name: _answer(answer, failing) for name, answer in pending.items()}
+
+
+def _answer(pending: Any, failing: Callable[[str], str]) -> Any:
     try:
-        report: NodeReport = ray.get(pending, timeout=1)
+        return ray.get(pending, timeout=1)
     except GetTimeoutError:
         return f"does not answer within {ANSWER_SECONDS:.0f} s; see `ray status`, or take it out"
     except RayError as error:
-        return f"can't load this code ({last_line(error)}); {HINT}"
-    return report
+        return failing(last_line(error))
 
 
 def node_name(address: str, host: str) -> str:
@@ -252,25 +270,15 @@ def call_on_nodes(function: Callable[..., str], *arguments: Any, packing: Packin
     Returns:
         What it returns, or why it could not, by the name of the node.
     """
-    task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(function)  # the process frees the GPU by its end
     wanted = {"CPU": packing.cpus_per_trial, "GPU": packing.gpus_per_trial}
-    pending = {}
-    for node in ray.nodes():
-        if node["Alive"] and all(node["Resources"].get(name, 0) >= share for name, share in wanted.items()):
-            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            name = f"node {node_name(node['NodeManagerAddress'], node['NodeManagerHostname'])}"
-            pending[name] = task.options(scheduling_strategy=here).remote(*arguments)
-    ray.wait(list(pending.values()), num_returns=len(pending), timeout=ANSWER_SECONDS, fetch_local=False)
-    return {name: _answer(answer) for name, answer in pending.items()}
-
-
-def _answer(pending: Any) -> str:
-    try:
-        return str(ray.get(pending, timeout=1))
-    except GetTimeoutError:
-        return f"trains no step within {ANSWER_SECONDS:.0f} s; see `ray status`, or take it out"
-    except RayError as error:
-        return f"can't train a step ({last_line(error)})"
+    node_ids = {
+        node_name(node["NodeManagerAddress"], node["NodeManagerHostname"]): node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"] and all(node["Resources"].get(name, 0) >= share for name, share in wanted.items())
+    }
+    calls = dict.fromkeys(node_ids, arguments)
+    task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(function)  # its process frees a GPU by its end
+    return _ask(task, node_ids, calls, failing=lambda reason: f"can't train a step ({reason})")
 
 
 class _Holder:
