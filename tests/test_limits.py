@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -198,45 +199,74 @@ def test_the_user_may_try_one_trial_and_rely_on_memory_that_others_hold() -> Non
     assert pack(8, 0, 0, 3, memory=Memory(16 * GIB, GIB)).concurrency == 3
 
 
-@pytest.fixture
-def memory_group() -> Iterator[Path]:
-    """A real control group with 1300 MiB of memory."""
-    for parent, limit in (("memory", "memory.limit_in_bytes"), ("", "memory.max")):
-        group = Path("/sys/fs/cgroup", parent, f"test-{uuid4().hex}")
-        try:
-            group.mkdir()
-            (group / limit).write_text(f"{1300 * MIB}")
-        except OSError:
-            if group.exists():
-                group.rmdir()
-            continue
-        yield group
-        group.rmdir()
-        return
+@contextmanager
+def control_groups(memory: int, cpus: float | None = None) -> Iterator[list[str]]:
+    """Make real control groups with limits, of either version, and provide the files that a process joins them by."""
+    versions: list[dict[str, dict[str, str]]] = [
+        {
+            "memory": {"memory.limit_in_bytes": f"{memory}"},
+            "cpu": {"cpu.cfs_quota_us": f"{int(100_000 * (cpus or 0))}"},
+        },
+        {"": {"memory.max": f"{memory}", "cpu.max": f"{int(100_000 * (cpus or 0))} 100000"}},
+    ]
+    for version in versions:
+        with ExitStack() as stack:
+            joined = []
+            try:
+                for parent, limits in version.items():
+                    group = Path("/sys/fs/cgroup", parent, f"test-{uuid4().hex}")
+                    group.mkdir()
+                    stack.callback(group.rmdir)
+                    for name, value in limits.items():
+                        if cpus is not None or not name.startswith("cpu"):
+                            (group / name).write_text(value)
+                    joined.append(str(group / "cgroup.procs"))
+            except OSError:
+                continue
+            yield joined
+            return
     pytest.skip("needs root and control groups that may be written")
 
 
-def test_a_real_control_group_is_seen(memory_group: Path) -> None:
-    script = (
-        "import sys; open(sys.argv[1], 'w').write('0'); from grid.tune.limits import find_limits; print(find_limits())"
-    )
-    command = [sys.executable, "-c", script, str(memory_group / "cgroup.procs")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+JOIN = "import sys; [open(path, 'w').write('0') for path in sys.argv[1:]]; "
+"""Joins control groups."""
+
+
+def test_a_real_control_group_is_seen() -> None:
+    script = JOIN + "from grid.tune.limits import find_limits; print(find_limits())"
+    with control_groups(1300 * MIB, 0.5) as groups:
+        command = [sys.executable, "-c", script, *groups]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert "Limits(cpus=0.5, cpu_limit='a quota of 0.5 CPUs'" in done.stdout
     assert f"Memory(total={1300 * MIB}, " in done.stdout
     assert "place='the container'" in done.stdout
 
 
-def test_a_grid_in_a_container_that_is_too_small_says_so_in_one_line(memory_group: Path, tmp_path: Path) -> None:
-    script = (
-        "import sys; open(sys.argv[1], 'w').write('0'); from grid.run import main; "
-        "sys.exit(main(['--grid', 'smoke', '--address', 'local', '--no-report']))"
-    )
-    command = [sys.executable, "-c", script, str(memory_group / "cgroup.procs")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+def test_a_grid_in_a_container_that_is_too_small_says_so_in_one_line(tmp_path: Path) -> None:
+    script = JOIN + "from grid.run import main; "
+    script += "sys.exit(main(['--grid', 'smoke', '--address', 'local', '--no-report']))"
+    with control_groups(1300 * MIB) as groups:
+        command = [sys.executable, "-c", script, *groups]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert "one trial needs 1.6 GiB of memory" in line
     assert "1.3 GiB of the container" in line
+
+
+@pytest.mark.slow
+def test_a_grid_in_a_container_of_half_a_cpu_runs_one_trial_at_once_and_finishes(
+    glyphs_dir: Path, tmp_path: Path
+) -> None:
+    held = "'--only', 'model=mlp', '--only', 'activation=relu', '--only', 'dropout=off', '--only', 'batch_norm=off'"
+    script = JOIN + f"from grid.run import main; sys.exit(main(['--grid', 'smoke', '--address', 'local', {held}, "
+    script += f"'--per-class', '10', '--epochs', '1', '--no-report', '--data-dir', {str(glyphs_dir)!r}]))"
+    with control_groups(3 * GIB, 0.5) as groups:
+        command = [sys.executable, "-c", script, *groups]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=1200)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1 at once, 0.5 CPU each (one per CPU: a quota of 0.5 CPUs)" in done.stdout
+    assert "\n2/2 done" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,8 @@ class Actions:
         )  # one_hot waits for some devices
         for code, use in self._batch:
             changed = code(images, targets, use)
-            if not isinstance(changed, tuple) or [type(each) for each in changed] != [Tensor, Tensor]:
+            pair = isinstance(changed, tuple) and len(changed) == 2
+            if not pair or not all(isinstance(each, Tensor) for each in changed):
                 raise TypeError("a factor on the batch must return images and targets, two tensors")
             images, targets = changed
         return images, targets
