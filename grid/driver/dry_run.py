@@ -41,7 +41,8 @@ def run(request: Request, ends: forecast.EndSpread | None = None) -> int:
         train_images, classes, image_shape, source = _look_at_data(request)
         plan = make_plan(request, packing=packing, fingerprint="", train_images=train_images)
         if packing.device == "cpu" or find_gpus()[0] or (cluster and connection.cluster_has_gpu()):  # else none is up
-            try_nodes(plan.trials, image_shape, classes, train_images, packing, connected=cluster is not None)
+            images = train_images, packing
+            packing = try_nodes(plan.trials, image_shape, classes, *images, connected=cluster is not None)
         (seconds_per_image, spread), timed_on = _calibrate(plan, classes, image_shape, packing)
     cost = forecast.forecast(
         plan.trials,

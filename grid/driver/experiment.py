@@ -59,7 +59,7 @@ def prepare(
     checkpoints: Checkpoints,
     stack: ExitStack,
     await_ray: Callable[[], object] = lambda: None,
-) -> Prepared:
+) -> tuple[Prepared, Packing]:
     """Read the images, try each net on them, and take the lease on the experiment.
 
     Args:
@@ -68,6 +68,9 @@ def prepare(
         checkpoints: Where trials are suspended; tested here.
         stack: Closes what is opened here.
         await_ray: Returns once Ray is connected; on this machine's CPUs nothing waits for it.
+
+    Returns:
+        What the run needs, and where trials run by what was measured.
 
     Raises:
         InputError: The request can't be met. Nothing is in the store if the images, the storage or the nodes are the
@@ -79,12 +82,12 @@ def prepare(
     if remote:
         await_ray()
     trials, images = first_and_last_of_each_model(request, packing), len(dataset.train_labels)
-    try_nodes(trials, dataset.image_shape, len(dataset.classes), images, packing, connected=remote)
+    packing = try_nodes(trials, dataset.image_shape, len(dataset.classes), images, packing, connected=remote)
     store = Store(request.store, request.experiment)
     spool = become_driver(store, stack, spool=request.spool, storage=request.storage)
     draw = import_module("grid.driver.pictures").sample_sheet
     samples = draw(dataset.train_images, dataset.train_labels, dataset.classes)
-    return Prepared(dataset, samples, spool, store)
+    return Prepared(dataset, samples, spool, store), packing
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,8 @@ def _train(request: Confirmation, finalists: Finalists) -> tuple[list[TrialConfi
     with connection.connected(cluster, request.concurrency, checkpoints, device=request.device) as packing:
         trials = finalist_trials(finalists.chosen, finalists.trained, request.seeds, packing)
         dataset = finalists.prepared.dataset
-        try_nodes(trials, dataset.image_shape, len(dataset.classes), len(dataset.train_labels), packing)
+        images = len(dataset.train_labels)
+        packing = try_nodes(trials, dataset.image_shape, len(dataset.classes), images, packing)
         training = Training(packing, checkpoints, keep_weights=True)
         return trials, _train_left(request, trials, finalists, training)
 

@@ -27,9 +27,9 @@ def run(request: Request) -> int:
     with ExitStack() as stack:
         stack.callback(connection.disconnect)
         if cluster is None:
-            packing, (experiment, prepared) = _start_here(request, checkpoints, stack)
+            experiment, (prepared, packing) = _start_here(request, checkpoints, stack)
         else:
-            packing, (experiment, prepared) = _join(cluster, request, checkpoints, stack)
+            experiment, (prepared, packing) = _join(cluster, request, checkpoints, stack)
         _keep_what_is_imported(stack)
         exit_code: int = experiment.run(
             request, prepared, experiment.Training(packing, checkpoints, keep_going=request.keep_going)
@@ -37,7 +37,7 @@ def run(request: Request) -> int:
     return exit_code
 
 
-def _start_here(request: Request, checkpoints: Checkpoints, stack: ExitStack) -> tuple[Packing, Any]:
+def _start_here(request: Request, checkpoints: Checkpoints, stack: ExitStack) -> tuple[Any, tuple[Any, Packing]]:
     """Start a private Ray on this machine, and prepare meanwhile."""
     packing = connection.local_packing(request.concurrency, request.device)  # raises before anything is started
     ray_is_up = Event()
@@ -47,16 +47,18 @@ def _start_here(request: Request, checkpoints: Checkpoints, stack: ExitStack) ->
         connection.start(packing)
     finally:
         ray_is_up.set()
-    return packing, preparing.result()
+    return preparing.result()
 
 
-def _join(cluster: str, request: Request, checkpoints: Checkpoints, stack: ExitStack) -> tuple[Packing, Any]:
+def _join(
+    cluster: str, request: Request, checkpoints: Checkpoints, stack: ExitStack
+) -> tuple[Any, tuple[Any, Packing]]:
     """Join a cluster, whose nodes are checked before anything is written to the store, then prepare."""
     packing = connection.connect(cluster, request.concurrency, checkpoints, device=request.device)
-    return packing, _prepare(request, packing, checkpoints, stack)
+    return _prepare(request, packing, checkpoints, stack)
 
 
-def _prepare(request: Request, *arguments: Any) -> tuple[Any, Any]:
+def _prepare(request: Request, *arguments: Any) -> tuple[Any, tuple[Any, Packing]]:
     """Import `grid.driver.experiment`, which takes seconds, and return it with what it has prepared."""
     experiment = import_module("grid.driver.experiment")
     return experiment, experiment.prepare(request, *arguments)

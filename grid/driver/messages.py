@@ -65,7 +65,8 @@ def describe_left_out(store: Store) -> dict[str, str]:
 
 def describe_packing(packing: Packing) -> dict[str, str]:
     """Return where trials run, how many at once, and why."""
-    return {"where": packing.machines, "at once": f"{packing} ({packing.reason})"}
+    facts = {"where": packing.machines, "at once": f"{packing} ({packing.reason})"}
+    return facts | ({"note": packing.note} if packing.note else {})
 
 
 def describe_cost(cost: Forecast, timed_on: str, packing: Packing, price_per_hour: float | None) -> dict[str, str]:

@@ -1,51 +1,20 @@
 """How many trials run at once, on which share of a CPU or GPU. Pure functions, without torch or Ray."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from grid.config import InputError
 from grid.plan.memory import Memory
 
 GPU_BYTES_PER_TRIAL = 2 * 2**30
-"""CUDA context, data set, net and cuDNN workspace of one trial, rounded up."""
+"""CUDA context, data set, net and cuDNN workspace of one trial, rounded up: what is assumed until it is measured."""
 MAX_TRIALS_PER_GPU = 8
+WORTH = 0.05
+"""Gain in speed, as a share, that more trials at once must bring."""
 THIS_MACHINE = "this machine"
 MAX_TRIALS_PER_CPU = 64
 """How many trials may share one CPU."""
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How trials share a machine or a cluster."""
-
-    concurrency: int
-    """Trials at once."""
-    cpus_per_trial: float
-    gpus_per_trial: float
-    """Share of one GPU; 0 where trials run on CPUs. Ray only counts shares: it does not partition the memory."""
-    reason: str = field(default="", compare=False)
-    """What limits the number."""
-    machines: str = field(default=THIS_MACHINE, compare=False)
-    """The machines it was chosen for, in words."""
-    devices: tuple[str, ...] = field(default=(), compare=False)
-    """Names of the GPUs, or of the CPUs of machines without one, that were up when it was chosen."""
-    bfloat16: bool | None = field(default=None, compare=False)
-    """Whether all GPUs compute fast in bfloat16; None if the driver queries its own machine."""
-
-    @property
-    def slots(self) -> float:
-        """Trials that run at full speed at once: `concurrency` on GPUs, at most the number of CPUs on CPUs."""
-        return self.concurrency if self.gpus_per_trial else self.concurrency * self.cpus_per_trial
-
-    @property
-    def device(self) -> str:
-        """Kind of device that trains: `cpu` or `cuda`."""
-        return "cuda" if self.gpus_per_trial else "cpu"
-
-    def __str__(self) -> str:
-        share = f"{self.gpus_per_trial:.3g} GPU" if self.gpus_per_trial else f"{self.cpus_per_trial:.3g} CPU"
-        return f"{self.concurrency} at once, {share} each"
 
 
 @dataclass(frozen=True)
@@ -66,6 +35,87 @@ class Node:
     """What limits the CPUs if not their number, such as `a quota of 1.5 CPUs`."""
     memory_limit: str = ""
     """What limits the memory, such as `1.3 GiB of the container`."""
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How fast trials train that share one device, measured with real ones."""
+
+    speeds: Mapping[int, float]
+    """Trials at once -> training images per second of all of them; no more trials than its memory held."""
+    trial_bytes: int
+    """Memory of the device that one trial takes; 0 on a CPU."""
+    cpu_speed: float
+    """Training images per second of one thread on a CPU of that machine, for comparison."""
+
+    @property
+    def best(self) -> int:
+        """Trials at once that are fastest in all, or fewer if they are about as fast."""
+        return min(trials for trials, speed in self.speeds.items() if speed >= max(self.speeds.values()) / (1 + WORTH))
+
+    def speedup(self, trials: int) -> float:
+        """Return how much faster than one trial some are in all; more than were measured are no faster."""
+        return self.speeds[max(number for number in self.speeds if number <= trials)] / self.speeds[1]
+
+    def __str__(self) -> str:
+        gain = f"{self.speedup(self.best):.1f} times as fast as 1, {self.trial_bytes / 2**30:.1f} GiB each"
+        return f"measured, {gain}" if self.best > 1 else f"measured, {max(self.speeds)} are no faster than 1"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How trials share a machine or a cluster."""
+
+    concurrency: int
+    """Trials at once."""
+    cpus_per_trial: float
+    gpus_per_trial: float
+    """Share of one GPU; 0 where trials run on CPUs. Ray only counts shares: it does not partition the memory."""
+    reason: str = field(default="", compare=False)
+    """What limits the number."""
+    machines: str = field(default=THIS_MACHINE, compare=False)
+    """The machines it was chosen for, in words."""
+    devices: tuple[str, ...] = field(default=(), compare=False)
+    """Names of the GPUs, or of the CPUs of machines without one, that were up when it was chosen."""
+    bfloat16: bool | None = field(default=None, compare=False)
+    """Whether all GPUs compute fast in bfloat16; None if the driver queries its own machine."""
+
+    nodes: tuple[Node, ...] = field(default=(), compare=False)
+    """What it was chosen for."""
+    wanted: int | None = field(default=None, compare=False)
+    """Trials at once, if the user chose."""
+    sharing: Sharing | None = field(default=None, compare=False)
+    """How trials share a GPU; None until it is measured."""
+
+    @property
+    def slots(self) -> float:
+        """How many times as fast as one trial that has its device for itself all are."""
+        if not self.gpus_per_trial:
+            return self.concurrency * self.cpus_per_trial
+        if self.sharing is None:
+            return self.concurrency
+        return self.concurrency * self.gpus_per_trial * self.sharing.speedup(round(1 / self.gpus_per_trial))
+
+    @property
+    def note(self) -> str:
+        """What a person should know of this choice; empty if nothing."""
+        cpus = min((node.cpus / max(1, node.gpus) for node in self.nodes if node.gpus), default=0.0)
+        if self.sharing is None or not cpus:
+            return ""
+        gpu, all_cpus = max(self.sharing.speeds.values()), cpus * self.sharing.cpu_speed
+        if gpu >= all_cpus:
+            return ""
+        speeds = f"a GPU trains {gpu:,.0f} images a second, the {cpus:.3g} CPUs beside it about {all_cpus:,.0f}"
+        return f"{speeds}; --device cpu is faster"
+
+    @property
+    def device(self) -> str:
+        """Kind of device that trains: `cpu` or `cuda`."""
+        return "cuda" if self.gpus_per_trial else "cpu"
+
+    def __str__(self) -> str:
+        share = f"{self.gpus_per_trial:.3g} GPU" if self.gpus_per_trial else f"{self.cpus_per_trial:.3g} CPU"
+        return f"{self.concurrency} at once, {share} each"
 
 
 def pack(
@@ -125,7 +175,7 @@ def pack_nodes(nodes: Sequence[Node], concurrency: int | None = None, device: st
     if device == "cuda" and not with_gpu:
         raise InputError("--device cuda needs a GPU that torch can use, and none was found; pass --device cpu or auto")
     if with_gpu and device != "cpu":
-        return _pack_gpus(with_gpu, concurrency)
+        return _pack_gpus(with_gpu, concurrency, None)
     if not cpus:
         raise InputError("no machine of the cluster has a CPU for trials; add a worker, or give CPUs to the head")
     if concurrency is None:
@@ -143,22 +193,48 @@ def _pack_cpus(nodes: Sequence[Node]) -> Packing:
     return Packing(max(1, fitting), 1.0 if whole else max(node.cpus for node in nodes), 0.0, ": ".join(reasons))
 
 
-def _pack_gpus(nodes: Sequence[Node], concurrency: int | None) -> Packing:
+def pack_as_measured(packing: Packing, sharings: Sequence[Sharing]) -> Packing:
+    """Choose again how many trials share a GPU.
+
+    Args:
+        packing: On GPUs, chosen by assumption.
+        sharings: What was measured on one GPU of each machine that is up; the one for the fewest trials counts.
+    """
+    sharing = min(sharings, key=lambda sharing: (sharing.best, sharing.speeds[1]))
+    chosen = _pack_gpus(packing.nodes, packing.wanted, sharing)
+    return replace(chosen, machines=packing.machines, devices=packing.devices, bfloat16=packing.bfloat16)
+
+
+def most_per_gpu(packing: Packing) -> int:
+    """Return how many trials at once are worth measuring on a GPU, whose memory is not known yet."""
+    if packing.wanted is not None:
+        return round(1 / packing.gpus_per_trial)
+    return max(1, min(MAX_TRIALS_PER_GPU, *_limits_beside_gpus(packing.nodes).values()))
+
+
+def _pack_gpus(nodes: Sequence[Node], concurrency: int | None, sharing: Sharing | None) -> Packing:
     gpus = sum(int(node.gpus) for node in nodes)
     limits = {
         "the most that may share one": MAX_TRIALS_PER_GPU,
         "limited by its memory": min(node.gpu_bytes for node in nodes) // GPU_BYTES_PER_TRIAL,
-        "limited by the CPUs": int(min(node.cpus / node.gpus for node in nodes)),
     }
-    smallest = min(nodes, key=lambda node: node.trials / int(node.gpus))
-    if smallest.trials < math.inf:
-        limits[f"limited by memory: {smallest.memory_limit}"] = int(smallest.trials / int(smallest.gpus))
+    limits = (limits if sharing is None else {str(sharing): sharing.best}) | _limits_beside_gpus(nodes)
     fitting = max(1, min(limits.values()))
     per_gpu = fitting if concurrency is None else math.ceil(concurrency / gpus)
     binding = min(limits, key=lambda reason: limits[reason])
     reason = f"{per_gpu} per GPU, {binding}" if concurrency is None else "as --concurrency asks"
     share = min(1.0, *(node.cpus / (int(node.gpus) * per_gpu) for node in nodes))
-    return Packing(concurrency or per_gpu * gpus, share, 1 / per_gpu, reason)
+    number = concurrency or per_gpu * gpus
+    return Packing(number, share, 1 / per_gpu, reason, nodes=tuple(nodes), wanted=concurrency, sharing=sharing)
+
+
+def _limits_beside_gpus(nodes: Sequence[Node]) -> dict[str, int]:
+    """Return how many trials per GPU the CPUs and the memory of the machines allow, by what limits them."""
+    limits = {"limited by the CPUs": int(min(node.cpus / node.gpus for node in nodes))}
+    smallest = min(nodes, key=lambda node: node.trials / int(node.gpus))
+    if smallest.trials < math.inf:
+        limits[f"limited by memory: {smallest.memory_limit}"] = int(smallest.trials / int(smallest.gpus))
+    return limits
 
 
 def _cpu_share(cpus: Sequence[float], concurrency: int) -> float:

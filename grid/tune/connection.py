@@ -118,7 +118,8 @@ def start(packing: Packing) -> None:
         InputError: It can't be started.
     """
     private_ray.listen_on(loopback=True)
-    cpus = max(1, round(packing.concurrency * packing.cpus_per_trial))
+    used = packing.concurrency * packing.cpus_per_trial
+    cpus = max(1, round(used), *(int(node.cpus) for node in packing.nodes))  # beside GPUs all: more may share one
     private_ray.require_token()
     _leaving.enter_context(private_ray.own_folder())
     _leaving.enter_context(private_ray.own_token())
@@ -264,7 +265,7 @@ def call_remote(function: Callable[..., Result], *arguments: Any, packing: Packi
     return result
 
 
-def call_on_nodes(function: Callable[..., str], *arguments: Any, packing: Packing) -> dict[str, str]:
+def call_on_nodes(function: Callable[..., Result], *arguments: Any, packing: Packing) -> dict[str, Result | str]:
     """Call a function on every node that can hold a trial; it waits for no trial that runs there.
 
     Returns:
