@@ -27,6 +27,17 @@ print(f"compute_capability: {'.'.join(map(str, torch.cuda.get_device_capability(
 print(f"memory: {torch.cuda.get_device_properties(0).total_memory / 2**30:.1f} GiB")
 print(f"precision: {numeric_settings('cuda')['precision']} (what --precision auto takes)")
 """
+SHARING = """
+from grid.config import TrialConfig
+from grid.plan.packing import MAX_TRIALS_PER_GPU
+from grid.plan.sharing import measure_sharing
+from grid.train.hardware import numeric_settings
+for model in ("mlp", "cnn", "resnet"):
+    params = {**numeric_settings("cuda"), "model": model, "epochs": "9", "learning_rate": "0.01"}
+    found = measure_sharing([TrialConfig.from_params(params)], (1, 28, 28), 47, 94_000, MAX_TRIALS_PER_GPU)
+    speeds = ", ".join(f"{number} at once {speed:,.0f}" for number, speed in found.speeds.items())
+    print(f"{model}: images per second: {speeds}; one thread of a CPU {found.cpu_speed:,.0f}; {found}")
+"""
 TESTS = ("-m", "pytest", "-c", os.devnull, "--rootdir", ".", "--noconftest", "-p", "no:cacheprovider", "-q", "-ra")
 SPEED = ("-m", "benchmarks.step_speed", "--device", "cuda", "--models", "mlp", "cnn", "resnet", "--techniques")
 
@@ -50,12 +61,14 @@ def report(page: Path) -> int:
         raise InputError((about.strip().splitlines() or ["nothing answers"])[-1] + "; run this on a machine with one")
     failed, tests = _run(*TESTS, "tests/test_gpu.py")
     slow, speed = _run(*SPEED)
-    parts = {"Machine": about, "Tests": tests, "Training steps": speed}
+    unshared, sharing = _run("-c", SHARING)
+    parts = {"Machine": about, "Tests": tests, "Training steps": speed, "Trials that share it": sharing}
     write_output(
         page,
         "# What this GPU does\n"
         + "".join(f"\n## {name}\n\n```\n{text.strip()}\n```\n" for name, text in parts.items()),
     )
+    slow = slow or unshared
     said = "a test failed" if failed else "all tests passed"
     print(f"{page}: {said}{'; timing the training steps failed' if slow else ''}")
     return 1 if failed or slow else 0

@@ -4,6 +4,7 @@ import os
 import time
 from pathlib import Path
 
+import ray
 import torch
 
 from grid.config import TrialConfig
@@ -48,11 +49,12 @@ class Crowded(Trial):
 class OneHuge(Trial):
     """Trains, but for one seed, which finds no memory however few there are."""
 
-    HUGE = 0
+    HUGE = 9
 
     def run_epoch(self) -> EpochReport:
         if self.config.seed == self.HUGE:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        time.sleep(0.5)  # so that others are beside it
         return super().run_epoch()
 
 
@@ -79,3 +81,13 @@ class Wrong(Trial):
 
     def run_epoch(self) -> EpochReport:
         raise ValueError("a wrong shape")
+
+
+class Broken(Trial):
+    """Trains, but not on the second of two GPUs."""
+
+    def run_epoch(self) -> EpochReport:
+        if ray.get_gpu_ids() == [1]:
+            raise torch.AcceleratorError(ILLEGAL)
+        time.sleep(1)  # the other one comes back meanwhile, again and again
+        return super().run_epoch()

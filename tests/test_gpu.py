@@ -17,6 +17,7 @@ from grid.config import TrialConfig
 from grid.data.dataset import Dataset
 from grid.parts import LEVELS
 from grid.parts.registry import GRIDS
+from grid.plan.sharing import measure_sharing
 from grid.plan.space import cross
 from grid.train.canary import try_steps
 from grid.train.device_errors import DeviceError
@@ -181,6 +182,13 @@ def test_out_of_memory_is_recognised_and_survived() -> None:
 def test_an_error_of_the_gpu_is_recognised_and_stays() -> None:
     said = subprocess.run([sys.executable, "-c", FAULT], capture_output=True, text=True, timeout=600)
     assert said.stdout.split() == ["device", "device"]
+
+
+def test_trials_that_share_this_gpu_are_measured() -> None:
+    plain = made({"model": "cnn"}, DEVICE, "auto").config
+    sharing = measure_sharing([plain], (1, 28, 28), CLASSES, IMAGES, 2)
+    assert sorted(sharing.speeds) == [1, 2]
+    assert 2**26 < sharing.trial_bytes < 2**33
 
 
 def test_the_canary_finds_nothing_here() -> None:

@@ -66,7 +66,7 @@ def test_gpus_train_in_bfloat16_if_all_of_them_compute_in_it_themselves(capabili
 @pytest.mark.parametrize("precision", ["bfloat16", "tf32"])
 def test_a_precision_that_gpus_lack_is_refused(precision, gpus):
     gpus((7, 5))
-    lacks = f"has a GPU of a compute capability below 8.0, which lacks {precision}; pass --precision float32"
+    lacks = f"has a GPU of a compute capability below 8.0, which lacks {precision}; a grid can have --precision float32"
     assert precision_problem("cuda", precision) == lacks
     assert (
         try_steps([TrialConfig(learning_rate=0.1, epochs=1, device="cuda", precision=precision)], (1, 28, 28), 47, 940)

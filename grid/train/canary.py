@@ -60,7 +60,7 @@ def _explain(failure: DeviceError, trial: TrialConfig) -> str:
     low = str(failure).lower()
     if failure.out_of_memory:
         what = f"has too little memory for one trial of model '{trial.model}' ({failure})"
-        return f"{what}; pass a smaller --set batch_size, {CPU_HINT}"
+        return f"{what}; a grid can have a smaller batch_size (--set), {CPU_HINT}"
     if "no kernel image" in low:
         return f"has a GPU for which torch {torch.__version__} has no kernels; install a torch that has, {CPU_HINT}"
     if "driver" in low:

@@ -67,7 +67,8 @@ def precision_problem(device: str, precision: str) -> str:
     if device != "cuda" or precision == "float32" or gpus_have_bfloat16():
         return ""
     needed = ".".join(map(str, BFLOAT16_FROM))
-    return f"has a GPU of a compute capability below {needed}, which lacks {precision}; pass --precision float32"
+    hint = "a grid can have --precision float32"
+    return f"has a GPU of a compute capability below {needed}, which lacks {precision}; {hint}"
 
 
 def gpus_have_bfloat16() -> bool:

@@ -11,11 +11,12 @@ from grid.metrics import EpochReport
 from grid.plan.asha import Asha
 from grid.plan.packing import Packing
 from grid.tune import private_ray, recovery
-from grid.tune.connection import is_one_machine, occupy
+from grid.tune.connection import is_one_machine
 from grid.tune.limits import out_of_memory_kills
 from grid.tune.listener import Listener
 from grid.tune.queue import Queue
 from grid.tune.recovery import AwakeClock, Deadlines, Death, Recovery, StorageWaits, explain_death
+from grid.tune.room import Room
 
 
 class _DriverOnly:
@@ -35,7 +36,7 @@ class Bridge(_DriverOnly, tune.Callback):
         super().__init__(listener)
         self._asha = asha
         self._queue = queue
-        self._packing = packing
+        self._room = Room(queue, packing)
         self._recovery = Recovery(packing.concurrency, keep_going=keep_going)
         self._clock = AwakeClock()
         self._deadlines = Deadlines(self._clock, recovery.FLOOR_SECONDS)
@@ -49,11 +50,8 @@ class Bridge(_DriverOnly, tune.Callback):
         """What a worker said of its device before it was killed from here, by trial key."""
         self._nodes: dict[str, str] = {}
         """Where each trial runs, as far as its worker has said so: the id of the node."""
-        self._shrinks = 0
         self._shrinks_before: dict[str, int] = {}
         """How often the room for trials had shrunk when a trial began the epoch that runs."""
-        self._held: dict[str, list[Any]] = {}
-        """What keeps trials from the places where they had too little memory, by the key of the trial that ran out."""
         self._kills = out_of_memory_kills()
 
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
@@ -68,7 +66,7 @@ class Bridge(_DriverOnly, tune.Callback):
         """Note the start of a trial."""
         config = config_of(trial)
         self._tune_trials[config.trial_key] = trial
-        self._shrinks_before[config.trial_key] = self._shrinks
+        self._shrinks_before[config.trial_key] = self._room.shrinks
         self._deadlines.begin(config.trial_key, config.model, first=True)
         self._start(config)
 
@@ -87,6 +85,7 @@ class Bridge(_DriverOnly, tune.Callback):
             self._device_errors[config.trial_key] = result | {"alone": self._is_alone(config.trial_key)}
             private_ray.kill_worker(trial)
         elif "report" in result:
+            self._room.trained(result["device"])
             self._end_epoch(config, result["report"], done=result["done"])
 
     def _wait_for_storage(self, config: TrialConfig, error: str) -> None:
@@ -98,7 +97,7 @@ class Bridge(_DriverOnly, tune.Callback):
     def _end_epoch(self, config: TrialConfig, report: EpochReport, *, done: bool) -> None:
         self._storage_waits.answered(config.trial_key)
         self._recovery.progressed(config.trial_key, report.epoch)
-        self._shrinks_before[config.trial_key] = self._shrinks
+        self._shrinks_before[config.trial_key] = self._room.shrinks
         self._deadlines.end(config.trial_key, config.model, report.epoch_seconds)
         if not done:
             self._deadlines.begin(config.trial_key, config.model)
@@ -143,19 +142,17 @@ class Bridge(_DriverOnly, tune.Callback):
         """Return why a trial fails whose device has failed; empty if it is run again, by another process."""
         reason, place = device["device_error"], device["place"]
         if not device["out_of_memory"]:
-            self._listener.notice(f"the device of {place} failed, and its process was replaced: {reason}")
+            left_out = self._room.failed(device["node"], device["device"])
+            fewer = f"; it keeps failing: {self._room.at_once} from now on, elsewhere" if left_out else ""
+            self._listener.notice(f"the device of {place} failed, and its process was replaced: {reason}{fewer}")
             return self._recovery.died(config.trial_key, Death(reason, own=True))
-        if self._shrinks_before[config.trial_key] < self._shrinks:  # it failed beside trials that are gone by now
+        if self._shrinks_before[config.trial_key] < self._room.shrinks:  # it failed beside trials that are gone by now
             return self._recovery.died(config.trial_key, Death(reason, own=False))
-        held = self._held.setdefault(config.trial_key, [])
-        if device["alone"] or self._queue.most == 1:
-            self._queue.most += len(held)  # this trial was too large, not the others too many
-            held.clear()
+        if device["alone"] or self._room.most == 1:
+            self._room.give_back(config.trial_key)  # this trial was too large, not the others too many
             return f"{place} ran out of memory with no other trial beside it: {reason}"
-        self._shrinks += 1
-        self._queue.most -= 1
-        held.append(occupy(device["node"], self._packing))
-        self._listener.notice(f"{place} ran out of memory: {self._queue.most} trials at once from now on ({reason})")
+        self._room.take(device["node"], config.trial_key)
+        self._listener.notice(f"{place} ran out of memory: {self._room.at_once} from now on ({reason})")
         return self._recovery.died(config.trial_key, Death(reason, own=False))
 
     def _is_alone(self, trial_key: str) -> bool:

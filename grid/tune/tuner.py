@@ -114,6 +114,7 @@ class TrialWorker(tune.Trainable):
         self._problem: str | None = None
         self._worker = worker
         self._node = ray.get_runtime_context().get_node_id()
+        self._device = f"{self._node} {ray.get_gpu_ids()}"
         self._place = node_name(ray.util.get_node_ip_address(), socket.gethostname())
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -129,7 +130,7 @@ class TrialWorker(tune.Trainable):
             return self._worker.wait_for_storage(error)
         if self._problem:
             return {"node_problem": self._problem}
-        where = {"node": self._node, "place": self._place}
+        where = {"node": self._node, "place": self._place, "device": self._device}
         return self._worker.run_epoch(self.config["trial"]) | where
 
     def _find_problem(self) -> str:
