@@ -70,7 +70,7 @@ def report(page: Path) -> int:
     )
     slow = slow or unshared
     said = "a test failed" if failed else "all tests passed"
-    print(f"{page}: {said}{'; timing the training steps failed' if slow else ''}")
+    print(f"{page}: {said}{'; timing it failed' if slow else ''}")
     return 1 if failed or slow else 0
 
 

@@ -265,7 +265,6 @@ def request_of(trials: int, folder: Path) -> Request:
         address="local",
         concurrency=AT_ONCE,
         precision="float32",
-        price_per_hour=None,
     )
 
 

@@ -28,6 +28,8 @@ MANIFEST = "grid.json"
 """Artifact of the parent run: what the last `grid.run` planned."""
 ROUNDS = "more_controls.json"
 """Artifact of the parent run: see `parse_rounds`."""
+GRID_SECONDS = "grid_seconds"
+"""Tag of a trial: in how many seconds trials of its grid had been trained when its last epoch ended, in all."""
 COMMAND_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 
 

@@ -29,8 +29,9 @@ from grid.parts import LEVELS
 from grid.parts.files import load_files
 from grid.parts.registry import GRIDS, Grid
 from grid.plan.asha import FEWEST_STEPS, NO_STOPPING, StoppingRule
+from grid.plan.budget import Budget
 from grid.plan.request import DEFAULT_CONTROLS, Request, check_address, check_folder_name, check_storage
-from grid.plan.space import cross, find_grid, restrict, vary
+from grid.plan.space import find_grid, read_first, restrict, vary
 from grid.store_uri import check_store_uri
 from grid.wording import first_line
 
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
     0: every trial has ended and none failed; 1: some failed, or not everything has reached the store; 2: wrong input;
-    130: interrupted.
+    3: the budget is spent, and trials are left; 130: interrupted.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             return int(import_module("grid.driver.dry_run").run(request, _find_spread(request)))
         exit_code = int(import_module("grid.driver.launch").run(request))
-        if options.report and exit_code in (0, 1):
+        if options.report and exit_code in (0, 1, 3):
             _write_report(request, options.report, debug=options.debug)
         return exit_code
 
@@ -120,7 +121,7 @@ def read_request(options: argparse.Namespace) -> Request:
     usual = {name: value for name, value in grid.settings.items() if name not in varied}
     settings = changed_settings({**usual, **given})
     levels = {**restrict(grid.levels, [_split(text, "--only", LEVELS) for text in options.only]), **varied}
-    cross(levels)  # raises if nothing is left
+    first = read_first(levels, [_split(text, "--first", levels) for text in options.first])
     return Request(
         grid=options.grid,
         levels=levels,
@@ -142,7 +143,8 @@ def read_request(options: argparse.Namespace) -> Request:
         concurrency=options.concurrency,
         device=options.device,
         precision=options.precision,
-        price_per_hour=options.price_per_hour,
+        budget=Budget(options.max_hours, options.max_cost, options.price_per_hour, options.max_epochs),
+        first=first,
         accept_code=options.accept_code,
         keep_going=options.keep_going,
         parts=tuple(options.parts),
@@ -172,6 +174,7 @@ def _parser() -> Parser:
     _add_levels(what)
     _add_training(what)
     _add_stopping(what)
+    _add_budget(parser.add_argument_group("what it may take in all, over any number of commands"))
     _add_place(parser.add_argument_group("where it runs and is recorded"))
     add_debug(parser)
     return parser
@@ -199,6 +202,13 @@ def _add_levels(what: Options) -> None:
         default=[],
         metavar="SETTING=VALUE,VALUE",
         help="make a setting a factor of this grid, such as batch_size=64,256; may be repeated",
+    )
+    what.add_argument(
+        "--first",
+        action="append",
+        default=[],
+        metavar="FACTOR=LEVEL[,LEVEL]",
+        help="start the cells with these levels first, otherwise in random order; may be repeated",
     )
     add_parts(what)
 
@@ -255,6 +265,13 @@ def _add_stopping(what: Options) -> None:
     what.add_argument("--no-stopping", action="store_true", help="train every trial to the end")
 
 
+def _add_budget(limits: Options) -> None:
+    limits.add_argument("--max-hours", type=float, metavar="X", help="hours in which trials are trained")
+    limits.add_argument("--max-cost", type=float, metavar="X", help="those hours, times --price-per-hour")
+    limits.add_argument("--max-epochs", type=int, metavar="N", help="epochs of all trials")
+    limits.add_argument("--price-per-hour", type=float, metavar="X", help="price of the machine or cluster")
+
+
 def _add_place(where: Options) -> None:
     add_store(where)
     where.add_argument("--experiment", metavar="NAME", help="MLflow experiment (named after grid, data and budget)")
@@ -266,9 +283,6 @@ def _add_place(where: Options) -> None:
     )
     where.add_argument("--no-report", action="store_const", const=None, dest="report", help="write no page of results")
     where.add_argument("--dry-run", action="store_true", help="print cells, trials and expected cost; start nothing")
-    where.add_argument(
-        "--price-per-hour", type=float, metavar="X", help="price of the machine or cluster, for --dry-run"
-    )
 
 
 def _default_name(options: argparse.Namespace, data: str, given: Mapping[str, str], varied: Iterable[str]) -> str:

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 import ray
 
+from grid.config import TrialConfig
 from grid.data.load import load
-from grid.plan.packing import Packing
+from grid.driver.try_nodes import try_nodes
+from grid.plan.packing import Node, Packing
 from grid.tune import room
 from grid.tune.connection import connect, disconnect
 from tests.broken_devices import ILLEGAL, Broken
@@ -18,9 +19,24 @@ from tests.test_device_errors import train
 
 @pytest.fixture
 def packing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Packing]:
-    monkeypatch.setattr(ray, "init", partial(ray.init, num_gpus=2))
+    init = ray.init
+    monkeypatch.setattr(ray, "init", lambda **options: init(**options | {"num_gpus": 2}))
     yield replace(connect(None, 2), gpus_per_trial=1.0)
     disconnect()
+
+
+@pytest.mark.slow
+def test_how_trials_share_a_gpu_is_measured_by_processes_of_a_worker(
+    packing: Packing, capsys: pytest.CaptureFixture[str]
+) -> None:
+    node = Node(2, 2, 2**33)
+    on_gpus = replace(packing, nodes=(node,))
+    trial = TrialConfig(learning_rate=0.1, epochs=3, hidden_sizes="8")  # on CPUs, as there is no GPU
+    found = try_nodes([trial], (1, 28, 28), 47, 512, on_gpus)
+    assert capsys.readouterr().err == ""
+    assert found.sharing is not None
+    assert found.sharing.speeds[1] > 0
+    assert found.reason.startswith("1 per GPU, ")
 
 
 @pytest.mark.slow
@@ -28,4 +44,4 @@ def test_no_trial_fails_because_one_gpu_of_two_is_broken(packing: Packing, glyph
     notes = train(Broken, 12, load("glyphs", glyphs_dir, per_class=10), packing, tmp_path)
     assert [status for status, _ in notes.ends.values()] == ["completed"] * 12
     assert len(notes.notices) == room.MOST_FAILURES
-    assert notes.notices[-1].endswith(f"{ILLEGAL}; it keeps failing: 1 trial at once from now on, elsewhere")
+    assert notes.notices[-1].endswith(f"{ILLEGAL}; it keeps failing: 1 trial at once from now on")

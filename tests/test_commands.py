@@ -75,7 +75,7 @@ def test_settings_are_recorded_whole_and_without_secrets(tmp_path: Path, monkeyp
     assert "SECRET" not in json.dumps(settings)
     assert settings["levels"]["model"] == ["mlp"]
     assert settings["rule"] == {"factor": 3, "grace": None, "within": ["model"]}
-    assert (settings["epochs"], settings["lr_scales"], settings["price_per_hour"]) == (9, [1.0], None)
+    assert (settings["epochs"], settings["lr_scales"], settings["budget"]["hours"]) == (9, [1.0], None)
     assert settings["data_dir"] == str(tmp_path / "data")
 
 

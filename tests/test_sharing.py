@@ -37,7 +37,7 @@ def test_real_processes_train_the_slowest_net_alone_and_together() -> None:
     sharing = measure_sharing(NETS, SHAPE, CLASSES, IMAGES, 2)
     assert sorted(sharing.speeds) == [1, 2]
     assert sharing.trial_bytes == 0
-    assert sharing.speeds[1] == pytest.approx(sharing.cpu_speed, rel=0.9)  # the same net on the same kind of device
+    assert 1 / 3 < sharing.speeds[1] / sharing.cpu_speed < 3  # the same net on the same kind of device
     fast = measure_sharing(NETS[:1], SHAPE, CLASSES, IMAGES, 1)
     assert fast.speeds[1] > 2 * sharing.speeds[1]  # an MLP of 8 units beside a CNN
 
@@ -52,13 +52,43 @@ def test_no_more_trials_are_started_than_the_memory_holds(monkeypatch: pytest.Mo
 
 def test_what_keeps_a_trial_from_training_is_said() -> None:
     with pytest.raises(NotMeasuredError, match="InputError: channels=4-8 halve images of 2 x 2"):
-        measure_sharing(NETS, (1, 2, 2), CLASSES, IMAGES, 1)
+        measure_sharing(NETS[1:], (1, 2, 2), CLASSES, IMAGES, 1)
 
 
 def test_a_process_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharing_module, "PATIENCE_SECONDS", 0.01)
-    with pytest.raises(NotMeasuredError, match="does not answer"):
+    with pytest.raises(NotMeasuredError, match="does not answer in time"):
         measure_sharing(NETS, SHAPE, CLASSES, IMAGES, 1)
+
+
+def test_one_cell_that_fails_does_not_matter() -> None:
+    vanishing = replace(PLAIN, model="cnn", channels="4-4-4-4-4-4")
+    assert measure_sharing([vanishing, *NETS], SHAPE, CLASSES, IMAGES, 1).speeds[1] > 0
+
+
+class Answers:
+    """Stands for a process: answers so often, then no more."""
+
+    def __init__(self, times: int):
+        self._left = times
+
+    def train(self) -> None:
+        self._left -= 1
+
+    def answer(self) -> float:
+        if self._left < 0:
+            raise NotMeasuredError("has died")
+        return 100.0
+
+
+@pytest.mark.parametrize(
+    ("times", "speeds"),
+    [([9, 9, 9, 9], {1: 100, 2: 200, 4: 400}), ([9, 9, 9, 0], {1: 100, 2: 200}), ([1, 9], {1: 100})],
+)
+def test_what_was_measured_before_a_process_died_counts(times: list[int], speeds: dict[int, int]) -> None:
+    assert sharing_module._speeds([Answers(number) for number in times]) == speeds  # type: ignore[misc]
+    with pytest.raises(NotMeasuredError, match="has died"):
+        sharing_module._speeds([Answers(0)])  # type: ignore[list-item]
 
 
 def test_a_net_of_a_parts_file_is_measured() -> None:
@@ -109,7 +139,7 @@ def test_as_many_are_measured_as_the_cpus_allow(cpus: int, gpus: int, most: int)
 
 def test_a_gpu_that_is_slower_than_the_cpus_is_said() -> None:
     packing = pack_as_measured(pack(8, 1, 80 * GIB), [NO_FASTER])
-    said = "a GPU trains 1,000 images a second, the 8 CPUs beside it about 3,200; --device cpu is faster"
+    said = "a GPU trains 1,000 images a second, the 8 CPUs beside it up to 3,200; --device cpu may be faster"
     assert packing.note == describe_packing(packing)["note"] == said
     assert "note" not in describe_packing(pack_as_measured(pack(8, 1, 80 * GIB), [FASTER]))
     assert "note" not in describe_packing(pack(8, 0, 0))
@@ -141,7 +171,24 @@ def test_trying_the_nodes_returns_the_measured_packing(
 
     monkeypatch.setattr(module, "measure_sharing", fail)
     assert try_nodes(NETS, SHAPE, CLASSES, IMAGES, packing, connected=False) is packing
-    assert capsys.readouterr().err == ("note: on this machine it was not measured how trials share a GPU: has died\n")
+    assert_said(capsys, "has died")
+    monkeypatch.setattr(module, "measure_sharing", lambda *arguments: 1 / 0)
+    assert try_nodes(NETS, SHAPE, CLASSES, IMAGES, packing, connected=False) is packing
+    assert_said(capsys, "ZeroDivisionError: division by zero")
+
+
+def test_a_number_of_the_user_that_does_not_fit_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "measure_sharing", lambda *arguments: NO_FASTER)
+    tried = try_nodes(NETS, SHAPE, CLASSES, IMAGES, pack(8, 1, 80 * GIB, 6), connected=False)
+    assert tried.concurrency == 6
+    assert capsys.readouterr().err == "note: on this machine a GPU holds 2 trials at once, fewer than asked for\n"
+
+
+def assert_said(capsys: pytest.CaptureFixture[str], reason: str) -> None:
+    said = f"note: on this machine it was not measured how trials share a GPU: {reason}\n"
+    assert capsys.readouterr().err == said
 
 
 def test_nothing_is_measured_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,10 @@ class Notes:
         self.worker_pids |= worker_pids()
 
     @property
+    def suspending(self) -> bool:
+        return False
+
+    @property
     def interrupted(self) -> bool:
         return bool(self.problems) or sum(map(len, self.reports.values())) >= self.end_after
 
@@ -193,7 +197,7 @@ def test_a_free_worker_does_not_get_a_trial_for_which_a_worker_is_starting() -> 
 
 def test_a_trial_whose_worker_died_starts_before_trials_that_wait() -> None:
     lost, waiting = CONFIG, replace(CONFIG, seed=1)
-    queue = Queue([lost, waiting], 2)
+    queue = Queue([lost, waiting], 2, Notes())
     assert queue.suggest("1") == {"trial": lost}
     queue.on_trial_complete("1", error=True)
     queue.put_back(lost)
@@ -206,7 +210,7 @@ def test_a_trial_whose_worker_died_starts_before_trials_that_wait() -> None:
 
 
 def test_a_queue_that_may_hand_out_less_waits_until_enough_have_ended() -> None:
-    queue = Queue([replace(CONFIG, seed=seed) for seed in range(4)], 3)
+    queue = Queue([replace(CONFIG, seed=seed) for seed in range(4)], 3, Notes())
     assert all(queue.suggest(str(number)) for number in range(2))
     queue.most = 2
     assert queue.suggest("2") is None

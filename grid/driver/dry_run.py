@@ -54,7 +54,7 @@ def run(request: Request, ends: forecast.EndSpread | None = None) -> int:
         slots=packing.slots,
     )
     data = {"data": f"{request.data}, {train_images:,} training images {source}"}
-    expected = describe_cost(cost, timed_on, packing, request.price_per_hour)
+    expected = describe_cost(cost, timed_on, packing, request.budget.price_per_hour)
     widths = _describe_widths(plan, ends or forecast.ASSUMED)
     print_facts(describe_plan(request, plan) | describe_packing(packing) | data | expected | widths)
     return 0

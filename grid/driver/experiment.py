@@ -25,6 +25,7 @@ from grid.driver.try_nodes import try_nodes
 from grid.driver.watcher import Watcher, restore_rungs
 from grid.parts import LEVELS
 from grid.plan.asha import Asha
+from grid.plan.budget import NO_LIMIT, Budget
 from grid.plan.packing import THIS_MACHINE, Packing
 from grid.plan.request import Request
 from grid.plan.space import ORDER_SEED, shared_settings
@@ -100,6 +101,8 @@ class Training:
     """Whether the last checkpoint of a completed trial is kept."""
     keep_going: bool = False
     """Whether to go on though the first trials all fail alike."""
+    budget: Budget = NO_LIMIT
+    """What the grid may take in all."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,7 @@ def _begin(
     """Record the command and the plan."""
     record = describe_command("grid.run", request, ready.check, packing.devices)
     described = _manifest(request, ready.plan, ready.asha, prepared.dataset)
+    described["first"] = _all_first(request, before)
     command = record_command(prepared.store, {**record, "plan": described}, before)
     manifest = {**described, **{name: record[name] for name in CODE_KEYS}, RECORD: command_path(command)}
     files, pictures = {MANIFEST: json.dumps(manifest, indent=2).encode()}, {"samples.png": prepared.samples}
@@ -217,13 +221,16 @@ def train_all(ready: Ready, dataset: Dataset, recorder: Recorder, training: Trai
         training.checkpoints,
         rungs=ready.asha.rungs,
         concurrency=training.packing.concurrency,
+        budget=training.budget,
         keep_weights=training.keep_weights,
     )
     watcher.resume(ready.stored)
     left = {"runs": f"{len(watcher.todo)} left to run, {training.packing}"}
+    if training.budget.is_limited:
+        left["limit"] = f"{training.budget}; so far {training.budget.describe(watcher.spent)}"
     print_facts({**ready.facts, **describe_packing(training.packing), **left})
     with watcher.until_interrupted():
-        if watcher.todo:
+        if watcher.todo and not watcher.exhausted:
             _train_left(ready, watcher, dataset, training)
         finished = len(watcher.summaries) == watcher.total and not watcher.lost
         if finished and not training.keep_weights:
@@ -245,6 +252,7 @@ def _train_left(ready: Ready, watcher: Watcher, dataset: Dataset, training: Trai
         checkpoints=training.checkpoints,
         keep_weights=training.keep_weights,
         keep_going=training.keep_going,
+        save_each_epoch=training.budget.is_limited,
     )
     watcher.progress.show(last=True)
 
@@ -252,6 +260,14 @@ def _train_left(ready: Ready, watcher: Watcher, dataset: Dataset, training: Trai
 def _describe_rule(plan: Plan, asha: Asha) -> dict[str, Any]:
     rule = plan.rule
     return {"epochs": list(asha.rungs), "factor": rule.factor, "compared_within": ",".join(rule.within)}
+
+
+def _all_first(request: Request, before: Mapping[str, Any]) -> list[dict[str, list[str]]]:
+    """Return the levels that this command and earlier ones have put first."""
+    kept = before.get("first")
+    earlier = [each for each in kept if isinstance(each, dict)] if isinstance(kept, list) else []
+    now = {factor: list(levels) for factor, levels in request.first.items()}
+    return earlier if not now or now in earlier else [*earlier, now]
 
 
 def _check_same_rule(manifest: Mapping[str, Any], plan: Plan, asha: Asha, experiment: str) -> None:

@@ -32,7 +32,9 @@ def run(request: Request) -> int:
             experiment, (prepared, packing) = _join(cluster, request, checkpoints, stack)
         _keep_what_is_imported(stack)
         exit_code: int = experiment.run(
-            request, prepared, experiment.Training(packing, checkpoints, keep_going=request.keep_going)
+            request,
+            prepared,
+            experiment.Training(packing, checkpoints, keep_going=request.keep_going, budget=request.budget),
         )
     return exit_code
 

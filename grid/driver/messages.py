@@ -97,6 +97,10 @@ def print_facts(facts: Mapping[str, str]) -> None:
         print(f"{name:<9}  {text}", flush=True)
 
 
+EXHAUSTED = 3
+"""Exit code of a run that has spent its budget before all trials have ended."""
+
+
 @dataclass(frozen=True)
 class Conclusion:
     """How a run of `grid.run` ended."""
@@ -128,9 +132,17 @@ def conclude(request: Request, watcher: Watcher, undelivered: str) -> Conclusion
         return Conclusion(1, table, [*complaints, f"{watcher.unusable}; then continue with:  {resume_command()}"])
     if watcher.interrupted:
         return Conclusion(130, table, [*complaints, f"interrupted; continue with:  {resume_command()}"])
+    if watcher.exhausted and len(summaries) < watcher.total:
+        return Conclusion(EXHAUSTED, table, [*complaints, _explain_budget(request, watcher)], _next_commands(request))
     failed = any(summary.status == "failed" for summary in summaries)
     exit_code = 1 if failed or undelivered or len(summaries) < watcher.total else 0
     return Conclusion(exit_code, table, complaints, _next_commands(request))
+
+
+def _explain_budget(request: Request, watcher: Watcher) -> str:
+    spent, left = request.budget.describe(watcher.spent), count(watcher.total - len(watcher.summaries), "trial")
+    option = watcher.exhausted.partition(" ")[0]
+    return f"{watcher.exhausted} is reached ({spent}); a larger {option} trains the {left} left:  {resume_command()}"
 
 
 def experiment_options(place: Place) -> str:

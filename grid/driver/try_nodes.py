@@ -1,8 +1,8 @@
 """Has every node that is up train each net for a step, and measures how trials share its GPU, before anything runs."""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from grid.config import InputError, TrialConfig
 from grid.parts.files import PartsFile, load, loaded
@@ -10,18 +10,7 @@ from grid.plan.packing import Packing, Sharing, most_per_gpu, pack_as_measured
 from grid.plan.sharing import NotMeasuredError, measure_sharing
 from grid.train.canary import try_steps
 from grid.tune import connection
-
-
-@dataclass(frozen=True)
-class Tried:
-    """What a node says of itself."""
-
-    problem: str = ""
-    """Why it can't train; empty if it can."""
-    sharing: Sharing | None = None
-    """How trials share its GPU."""
-    unmeasured: str = ""
-    """Why that is not known."""
+from grid.wording import count, first_line
 
 
 def try_nodes(
@@ -53,45 +42,52 @@ def try_nodes(
     for trial in trials:
         by_model.setdefault(trial.model, []).append(trial)
     tried = [trial for of_model in by_model.values() for trial in dict.fromkeys((of_model[0], of_model[-1]))]
-    most = most_per_gpu(packing) if packing.gpus_per_trial else 0
-    arguments = tried, image_shape, classes, train_images, most
-    found: dict[str, Tried | str]
+    arguments = tried, image_shape, classes, train_images
     if connected:
-        on_nodes = connection.call_on_nodes(_try_there, loaded(), *arguments, packing=packing)
-        found = {f"node {name}": answer for name, answer in on_nodes.items()}
+        said = connection.call_on_nodes(_try_there, loaded(), *arguments, packing=packing)
+        problems = {f"node {name}": problem for name, problem in said.items()}
     else:
-        found = {"this machine": _try_here(*arguments)}
-    said = {name: Tried(answer) if isinstance(answer, str) else answer for name, answer in found.items()}
-    if problems := [f"{name} {each.problem}" for name, each in said.items() if each.problem]:
-        raise InputError("\n".join(problems))
-    for name, each in said.items():
-        if each.unmeasured:
-            print(f"note: on {name} it was not measured how trials share a GPU: {each.unmeasured}", file=sys.stderr)
-    sharings = [each.sharing for each in said.values() if each.sharing is not None]
+        problems = {"this machine": try_steps(*arguments)}
+    if any(problems.values()):
+        raise InputError("\n".join(f"{name} {problem}" for name, problem in problems.items() if problem))
+    if not packing.gpus_per_trial:
+        return packing
+    measured: dict[str, Sharing | str]
+    if connected:
+        found = connection.call_on_nodes(_measure_there, loaded(), *arguments, most_per_gpu(packing), packing=packing)
+        measured = {f"node {name}": sharing for name, sharing in found.items()}
+    else:
+        measured = {"this machine": _measure(*arguments, most_per_gpu(packing))}
+    return _pack_again(packing, measured)
+
+
+def _pack_again(packing: Packing, measured: Mapping[str, Sharing | str]) -> Packing:
+    """Return how trials share GPUs by what was measured, by machine; say of which it is not known, and why."""
+    for name, found in measured.items():
+        if isinstance(found, str):
+            print(f"note: on {name} it was not measured how trials share a GPU: {found}", file=sys.stderr)
+        elif (most := max(found.speeds)) < most_per_gpu(packing) and packing.wanted is not None:
+            print(f"note: on {name} a GPU holds {count(most, 'trial')} at once, fewer than asked for", file=sys.stderr)
+    sharings = [found for found in measured.values() if isinstance(found, Sharing)]
     return pack_as_measured(packing, sharings) if sharings else packing
 
 
-def _try_there(
-    files: Sequence[PartsFile],
-    trials: Sequence[TrialConfig],
-    image_shape: tuple[int, int, int],
-    classes: int,
-    train_images: int,
-    most: int,
-) -> Tried:
+def _try_there(files: Sequence[PartsFile], *arguments: Any) -> str:
     """Try in a worker, which does not know the parts files yet."""
     load(files)
-    return _try_here(trials, image_shape, classes, train_images, most)
+    return try_steps(*arguments)
 
 
-def _try_here(
-    trials: Sequence[TrialConfig], image_shape: tuple[int, int, int], classes: int, train_images: int, most: int
-) -> Tried:
-    """Try in this process; measure how up to `most` trials share its GPU, if it has one."""
-    problem = try_steps(trials, image_shape, classes, train_images)
-    if problem or not most:
-        return Tried(problem)
+def _measure_there(files: Sequence[PartsFile], *arguments: Any) -> Sharing | str:
+    load(files)
+    return _measure(*arguments)
+
+
+def _measure(*arguments: Any) -> Sharing | str:
+    """Return how trials share the GPU of this machine, or why that is not known: no reason not to train."""
     try:
-        return Tried(sharing=measure_sharing(trials, image_shape, classes, train_images, most))
+        return measure_sharing(*arguments)
     except NotMeasuredError as error:
-        return Tried(unmeasured=str(error))
+        return str(error)
+    except Exception as error:  # noqa: BLE001  (whatever a driver raises)
+        return f"{type(error).__name__}: {first_line(error)}"

@@ -3,7 +3,7 @@
 import math
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
@@ -11,12 +11,14 @@ from grid.config import TrialConfig
 from grid.driver.progress import Progress
 from grid.metrics import FINAL_METRIC, FINAL_STATUSES, RUNG_METRIC, EpochReport
 from grid.plan.asha import Asha
+from grid.plan.budget import NO_LIMIT, Budget, Spent
 from grid.plan.forecast import expected_epochs
 from grid.plan.trials import Plan
 from grid.ranking import TrialSummary
 from grid.record.recorder import Recorder
 from grid.record.store import StoredTrial
 from grid.train.checkpoints import Checkpoints, StorageError
+from grid.tune.recovery import AwakeClock
 
 
 class Watcher:
@@ -28,6 +30,7 @@ class Watcher:
         checkpoints: Deleted when a trial ends.
         rungs: Epochs at which ASHA decides.
         concurrency: Trials at once.
+        budget: What the grid may take in all.
         keep_weights: Whether the checkpoint of a completed trial is kept.
     """
 
@@ -39,6 +42,7 @@ class Watcher:
         *,
         rungs: tuple[int, ...],
         concurrency: int,
+        budget: Budget = NO_LIMIT,
         keep_weights: bool = False,
     ):
         self.total = len(plan.trials)
@@ -52,6 +56,8 @@ class Watcher:
         """Why nothing can be recorded any more; empty while it can."""
         self.unusable = ""
         """Which node or storage can't be used, and why; empty if all can."""
+        self.exhausted = ""
+        """Which limit of the budget has been reached, as an option; empty if none."""
         self.notices: Counter[str] = Counter()
         """What has gone wrong and was survived, with how often it happened."""
         self._accuracies: dict[str, list[float]] = {}
@@ -66,11 +72,26 @@ class Watcher:
         self._checkpoints = checkpoints
         self._rungs = rungs
         self._keep_weights = keep_weights
+        self._budget = budget
+        self._clock = AwakeClock()
+        self._spent_before = Spent(0.0, 0)
+        self._epochs = 0
 
     @property
     def lost(self) -> bool:
         """Whether another driver has taken the experiment over; what this one still trains is not recorded."""
         return bool(self._recorder.store.lost)
+
+    @property
+    def spent(self) -> Spent:
+        """What all runs of the grid have taken."""
+        before = self._spent_before
+        return Spent(before.seconds + self._clock.now, before.epochs + self._epochs)
+
+    @property
+    def suspending(self) -> bool:
+        """Whether the budget is spent."""
+        return bool(self.exhausted)
 
     def resume(self, stored: Mapping[str, StoredTrial]) -> None:
         """Continue where earlier runs left the grid.
@@ -78,6 +99,8 @@ class Watcher:
         Args:
             stored: What the store has, by trial key.
         """
+        self._spent_before = spent_on(stored.values())
+        self._check_budget()
         known = [stored[trial.trial_key] for trial in self.todo if trial.trial_key in stored]
         self._accuracies = {trial.config.trial_key: list(trial.val_accuracies) for trial in known}
         self._stop_epochs = {trial.config.trial_key: trial.stop_epoch for trial in known if trial.stop_epoch}
@@ -106,11 +129,15 @@ class Watcher:
         if report.epoch <= len(accuracies):
             return
         accuracies.append(report.val_accuracy)
+        self._epochs += 1
+        self._check_budget()
         if stopped or spared:
             self._stop_epochs[config.trial_key] = report.epoch
         is_rung = report.epoch in self._rungs
         self._record(
-            lambda: self._recorder.epoch_ended(config, report, is_rung=is_rung, stopped=stopped, spared=spared)
+            lambda: self._recorder.epoch_ended(
+                config, report, is_rung=is_rung, stopped=stopped, spared=spared, grid_seconds=self.spent.seconds
+            )
         )
         self.progress.epoch_ended(config.cell, report.epoch_seconds, report.metrics.get("val_accuracy"))
 
@@ -129,6 +156,8 @@ class Watcher:
     def tick(self) -> None:
         """Update the progress line, and end the run if another driver has taken it over."""
         self.interrupted = self.interrupted or self.lost
+        self._clock.look()
+        self._check_budget()
         self.progress.running = len(self._running)
         self.progress.trouble = self._recorder.trouble
         self.progress.show()
@@ -161,6 +190,9 @@ class Watcher:
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.interrupted = True
         signal.signal(number, signal.SIG_DFL)
+
+    def _check_budget(self) -> None:
+        self.exhausted = self.exhausted or self._budget.exhausted(self.spent)
 
     def _epochs_of(self, config: TrialConfig) -> int:
         return len(self._accuracies.get(config.trial_key, ()))
@@ -225,6 +257,15 @@ class Watcher:
         except OSError as error:
             self.problem = f"can't write to the spool: {error.strerror}"
             self.interrupted = True
+
+
+def spent_on(trials: Iterable[StoredTrial]) -> Spent:
+    """Return what earlier runs of a grid have taken: each trial knows how much that was when its last epoch ended."""
+    seconds, epochs = 0.0, 0
+    for trial in trials:
+        seconds = max(seconds, trial.grid_seconds)
+        epochs += int(trial.metrics.get("epochs_run", 0)) if trial.status else len(trial.val_accuracies)
+    return Spent(seconds, epochs)
 
 
 def restore_rungs(asha: Asha, stored: Mapping[str, StoredTrial]) -> None:

@@ -10,6 +10,8 @@ from grid.plan.memory import Memory
 GPU_BYTES_PER_TRIAL = 2 * 2**30
 """CUDA context, data set, net and cuDNN workspace of one trial, rounded up: what is assumed until it is measured."""
 MAX_TRIALS_PER_GPU = 8
+SLOWER = 1.5
+"""How much more all CPUs must train than a GPU to be named: two of them may share a core."""
 WORTH = 0.05
 """Gain in speed, as a share, that more trials at once must bring."""
 THIS_MACHINE = "this machine"
@@ -100,13 +102,13 @@ class Packing:
     def note(self) -> str:
         """What a person should know of this choice; empty if nothing."""
         cpus = min((node.cpus / max(1, node.gpus) for node in self.nodes if node.gpus), default=0.0)
-        if self.sharing is None or not cpus:
+        if self.sharing is None or self.wanted is not None:
             return ""
         gpu, all_cpus = max(self.sharing.speeds.values()), cpus * self.sharing.cpu_speed
-        if gpu >= all_cpus:
+        if SLOWER * gpu >= all_cpus:
             return ""
-        speeds = f"a GPU trains {gpu:,.0f} images a second, the {cpus:.3g} CPUs beside it about {all_cpus:,.0f}"
-        return f"{speeds}; --device cpu is faster"
+        speeds = f"a GPU trains {gpu:,.0f} images a second, the {cpus:.3g} CPUs beside it up to {all_cpus:,.0f}"
+        return f"{speeds}; --device cpu may be faster"
 
     @property
     def device(self) -> str:
@@ -208,7 +210,7 @@ def pack_as_measured(packing: Packing, sharings: Sequence[Sharing]) -> Packing:
 def most_per_gpu(packing: Packing) -> int:
     """Return how many trials at once are worth measuring on a GPU, whose memory is not known yet."""
     if packing.wanted is not None:
-        return round(1 / packing.gpus_per_trial)
+        return min(MAX_TRIALS_PER_GPU, round(1 / packing.gpus_per_trial))
     return max(1, min(MAX_TRIALS_PER_GPU, *_limits_beside_gpus(packing.nodes).values()))
 
 

@@ -13,6 +13,7 @@ from grid.data.catalogue import check_per_class, find_dataset
 from grid.masking import mask, mask_arguments
 from grid.parts.registry import Levels
 from grid.plan.asha import DEFAULT_RULE, StoppingRule
+from grid.plan.budget import NO_LIMIT, Budget
 from grid.store_uri import write_problem
 
 LIMITS = {"epochs": 100_000, "seeds": 1_000, "concurrency": 100_000}
@@ -84,8 +85,10 @@ class Request(Place):
     """Whether to go on though the first trials all fail alike."""
     precision: str
     """`auto`, `float32`, `bfloat16` or `tf32`."""
-    price_per_hour: float | None
-    """Price of the machine or cluster per hour, in any currency; for the forecast."""
+    budget: Budget = NO_LIMIT
+    """What the grid may take in all, and the price of the machine or cluster, which the forecast needs as well."""
+    first: Levels = field(default_factory=dict)
+    """Levels of some factors: the cells that have them start before all others."""
 
     def __post_init__(self) -> None:
         sizes = find_dataset(self.data, self.data_dir).sizes

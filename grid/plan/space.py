@@ -125,6 +125,36 @@ def _condition(name: str) -> str:
     return f"{factor}={','.join(levels)}"
 
 
+def read_first(levels: Levels, wanted: Iterable[tuple[str, Sequence[str]]]) -> Levels:
+    """Return the levels whose cells start first, by factor.
+
+    Args:
+        levels: Of the grid.
+        wanted: Pairs of a factor and some of its levels.
+
+    Raises:
+        InputError: Unknown factor or level, or no cell of the grid has them.
+    """
+    first: dict[str, Sequence[str]] = {}
+    for factor, chosen in wanted:
+        if factor not in levels or factor in first:
+            hint = f"choose from {', '.join(levels)}"
+            raise InputError(f"--first takes each factor of the grid once, got '{factor}'; {hint}")
+        if unknown := set(chosen) - set(levels[factor]):
+            hint = f"choose from {', '.join(levels[factor])}"
+            raise InputError(f"--first: the grid has no {factor}={min(unknown)}; {hint}")
+        first[factor] = chosen
+    cells, _ = cross(levels)  # raises if nothing is left
+    if not any(has_levels(cell, first) for cell in cells):
+        raise InputError("--first: no cell of the grid has all of these levels; give fewer")
+    return first
+
+
+def has_levels(cell: Cell, levels: Levels) -> bool:
+    """Return whether a cell has one of the levels of each factor."""
+    return all(cell[factor] in allowed for factor, allowed in levels.items())
+
+
 def expand(
     cells: Sequence[Cell],
     *,
@@ -132,8 +162,9 @@ def expand(
     lr_scales: Sequence[float],
     order_seed: int,
     configure: Callable[[Cell, int, float], TrialConfig],
+    first: Levels | None = None,
 ) -> list[TrialConfig]:
-    """Return the trials of a grid in random order.
+    """Return the trials of a grid in random order, if none are to be `first`.
 
     The place of a trial depends on `order_seed` and on the trial alone: a grid that grows keeps its order.
 
@@ -143,9 +174,14 @@ def expand(
         lr_scales: Nuisance levels per replicate.
         order_seed: Seed of the order.
         configure: Builds the trial of a cell, a seed and a nuisance level.
+        first: Levels whose cells come before all others.
     """
-    trials = [configure(cell, seed, scale) for cell in cells for seed in range(seeds) for scale in lr_scales]
-    return sorted(trials, key=lambda trial: _draw(order_seed, trial.cell_key, trial.seed, trial.lr_scale))
+    ahead, behind = ([cell for cell in cells if has_levels(cell, first or {}) is wanted] for wanted in (True, False))
+    trials: list[TrialConfig] = []
+    for part in (ahead, behind):
+        drawn = [configure(cell, seed, scale) for cell in part for seed in range(seeds) for scale in lr_scales]
+        trials += sorted(drawn, key=lambda trial: _draw(order_seed, trial.cell_key, trial.seed, trial.lr_scale))
+    return trials
 
 
 def shared_settings(trials: Sequence[TrialConfig]) -> dict[str, str]:

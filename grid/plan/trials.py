@@ -61,7 +61,14 @@ def make_plan(
     """
     cells, excluded = cross(request.levels)
     configure = _configuration(request, packing, fingerprint)
-    trials = expand(cells, seeds=request.seeds, lr_scales=request.lr_scales, order_seed=ORDER_SEED, configure=configure)
+    trials = expand(
+        cells,
+        seeds=request.seeds,
+        lr_scales=request.lr_scales,
+        order_seed=ORDER_SEED,
+        configure=configure,
+        first=request.first,
+    )
     controls = draw_controls(trials, request.controls, ORDER_SEED, begun)
     steps = min(max(1, train_images // trial.batch_size) for trial in trials)
     rule = request.rule.for_steps(request.epochs, steps)

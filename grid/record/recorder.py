@@ -22,6 +22,7 @@ from grid.record.events import Ended, EpochEnded, Event, Started, Suspended, to_
 from grid.record.fence import LeaseLostError
 from grid.record.spool import ParkedLine, Spool, unwritable
 from grid.record.store import UNREACHABLE, Store, StoredTrial
+from grid.recorded import GRID_SECONDS
 from grid.wording import count, first_line, format_seconds
 
 MOST_RESUMES = 150
@@ -236,6 +237,7 @@ class Recorder:
         is_rung: bool,
         stopped: bool = False,
         spared: bool = False,
+        grid_seconds: float | None = None,
     ) -> None:
         """Record what an epoch yielded and, in the same event, what ASHA decided after it.
 
@@ -245,6 +247,7 @@ class Recorder:
             is_rung: Whether ASHA decides at this epoch.
             stopped: Whether it stopped the trial.
             spared: Whether it would have stopped it here, were it not an unstopped control.
+            grid_seconds: In which trials of the grid were trained by then, over all commands; None if unknown.
         """
         metrics = report.metrics
         if is_rung and "val_accuracy" in metrics:
@@ -254,6 +257,7 @@ class Recorder:
         tags = {"stopped_at_epoch": str(report.epoch)} if stopped else {}
         tags |= {"would_stop_at_epoch": str(report.epoch)} if spared else {}
         tags |= {"val_correct": b64encode(report.val_correct).decode()} if report.val_correct else {}
+        tags |= {} if grid_seconds is None else {GRID_SECONDS: f"{grid_seconds:.1f}"}
         tags |= self._tags_of_resumed(config.trial_key)
         if report.machine != self._machines.get(config.trial_key, {}):
             tags |= report.machine

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from math import nan
+from math import inf, nan
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -20,6 +20,7 @@ from grid.files import sync
 from grid.masking import mask
 from grid.metrics import rung_epochs
 from grid.recorded import (
+    GRID_SECONDS,
     MANIFEST,
     PARENT_TAG,
     TWIN,
@@ -82,6 +83,15 @@ class StoredTrial:
     val_accuracies: tuple[float, ...] = ()
     """After each recorded epoch of a trial that has to continue, NaN for a diverged epoch; empty for other trials."""
     tags: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def grid_seconds(self) -> float:
+        """In which trials of its grid had been trained when its last epoch ended; 0 if the store does not say."""
+        try:
+            seconds = float(self.tags.get(GRID_SECONDS, ""))
+        except ValueError:
+            return 0.0
+        return seconds if 0 <= seconds < inf else 0.0
 
 
 class Store:

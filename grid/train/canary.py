@@ -63,7 +63,7 @@ def _explain(failure: DeviceError, trial: TrialConfig) -> str:
         return f"{what}; a grid can have a smaller batch_size (--set), {CPU_HINT}"
     if "no kernel image" in low:
         return f"has a GPU for which torch {torch.__version__} has no kernels; install a torch that has, {CPU_HINT}"
-    if "driver" in low:
+    if "nvidia driver" in low:
         built = f"torch {torch.__version__} (CUDA {torch.version.cuda})"
         return f"has an NVIDIA driver that {built} can't use ({failure}); update it, {CPU_HINT}"
     return f"has a device that fails ({failure}); look at nvidia-smi and dmesg, {CPU_HINT}"

@@ -29,6 +29,7 @@ class Worker:
         checkpoint_epochs: Epochs after which a trial is saved.
         begin: Makes a trial; `benchmarks.grid_scale` passes one that replays a curve.
         sleep: Waits a number of seconds.
+        save_each_epoch: Whether a trial is saved after every epoch that is not its last.
     """
 
     def __init__(
@@ -38,12 +39,15 @@ class Worker:
         checkpoint_epochs: tuple[int, ...],
         begin: Callable[[TrialConfig, DeviceData], Trial] = Trial,
         sleep: Callable[[float], None] = time.sleep,
+        *,
+        save_each_epoch: bool = False,
     ):
         self.checkpoints = checkpoints
         self._dataset = dataset
         self._checkpoint_epochs = checkpoint_epochs
         self._begin = begin
         self._sleep = sleep
+        self._save_each_epoch = save_each_epoch
         self._data: DeviceData | None = None
         self._waits = 0
         self._device_error: DeviceError | None = None
@@ -93,7 +97,8 @@ class Worker:
             if trial.epoch in self._checkpoint_epochs:  # not earlier: now it is known to continue
                 self.checkpoints.save(config.trial_key, trial.state_dict())
             self._report = trial.run_epoch()
-        if trial.epoch == config.epochs and trial.epoch in self._checkpoint_epochs:
+        is_last = trial.epoch == config.epochs
+        if self._save_each_epoch if not is_last else trial.epoch in self._checkpoint_epochs:
             self.checkpoints.save(config.trial_key, trial.state_dict())
         report, self._report = self._report, None
         return report

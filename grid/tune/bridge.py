@@ -1,5 +1,6 @@
 """Hears what Ray Tune says of the trials, and tells a `Listener`; ends workers that hang or whose device failed."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +14,28 @@ from grid.plan.packing import Packing
 from grid.tune import private_ray, recovery
 from grid.tune.connection import is_one_machine
 from grid.tune.limits import out_of_memory_kills
-from grid.tune.listener import Listener
+from grid.tune.listener import DriverOnly, Listener
 from grid.tune.queue import Queue
 from grid.tune.recovery import AwakeClock, Deadlines, Death, Recovery, StorageWaits, explain_death
 from grid.tune.room import Room
 
 
-class _DriverOnly:
-    """Holds a listener, and leaves it out when Tune pickles its callbacks for a restore, which is not used here."""
-
-    def __init__(self, listener: Listener):
-        self._listener = listener
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-
-class Bridge(_DriverOnly, tune.Callback):
+class Bridge(DriverOnly, tune.Callback):
     """Translates Tune's calls for a `Listener`."""
 
-    def __init__(self, listener: Listener, asha: Asha, queue: Queue, packing: Packing, *, keep_going: bool):
+    def __init__(
+        self,
+        listener: Listener,
+        asha: Asha,
+        queue: Queue,
+        packing: Packing,
+        *,
+        controls: Collection[str],
+        keep_going: bool,
+    ):
         super().__init__(listener)
         self._asha = asha
+        self._controls = controls
         self._queue = queue
         self._room = Room(queue, packing)
         self._recovery = Recovery(packing.concurrency, keep_going=keep_going)
@@ -48,10 +49,12 @@ class Bridge(_DriverOnly, tune.Callback):
         """Why a trial's worker was killed from here."""
         self._device_errors: dict[str, dict[str, Any]] = {}
         """What a worker said of its device before it was killed from here, by trial key."""
-        self._nodes: dict[str, str] = {}
-        """Where each trial runs, as far as its worker has said so: the id of the node."""
+        self._devices: dict[str, str] = {}
+        """Where each trial runs, as far as its worker has said so: the node and, of it, the GPU."""
         self._shrinks_before: dict[str, int] = {}
         """How often the room for trials had shrunk when a trial began the epoch that runs."""
+        self._suspended: set[str] = set()
+        """Trials that train no further in this run, though they have neither ended nor been stopped."""
         self._kills = out_of_memory_kills()
 
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
@@ -75,8 +78,8 @@ class Bridge(_DriverOnly, tune.Callback):
     ) -> None:
         """Pass on what a worker has returned."""
         config = config_of(trial)
-        if "node" in result:
-            self._nodes[config.trial_key] = result["node"]
+        if "device" in result:
+            self._devices[config.trial_key] = result["device"]
         if "node_problem" in result:
             self._listener.give_up(result["node_problem"])
         elif "storage_error" in result:
@@ -102,15 +105,21 @@ class Bridge(_DriverOnly, tune.Callback):
         if not done:
             self._deadlines.begin(config.trial_key, config.model)
         ended = report.diverged or report.epoch == config.epochs
-        stopped = done and not ended
-        spared = not stopped and self._asha.stop_epoch(config.trial_key) == report.epoch
+        worst = self._asha.stop_epoch(config.trial_key) == report.epoch
+        stopped = worst and done and not ended and config.trial_key not in self._controls
+        spared = worst and not stopped
+        if done and not ended and not stopped:
+            self._suspended.add(config.trial_key)
         self._listener.epoch_ended(config, report, stopped=stopped, spared=spared)
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """Note the end of a trial, unless the run is interrupted."""
         result = trial.last_result
-        if result.get("done") and "node_problem" not in result:  # otherwise the run is interrupted
-            self._end(config_of(trial), _status(config_of(trial), result), result.get("error", ""))
+        config = config_of(trial)
+        if config.trial_key in self._suspended:
+            self._forget(config.trial_key)
+        elif result.get("done") and "node_problem" not in result:  # otherwise the run is interrupted
+            self._end(config, _status(config, result), result.get("error", ""))
             self._give_up_if_futile()
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
@@ -143,7 +152,7 @@ class Bridge(_DriverOnly, tune.Callback):
         reason, place = device["device_error"], device["place"]
         if not device["out_of_memory"]:
             left_out = self._room.failed(device["node"], device["device"])
-            fewer = f"; it keeps failing: {self._room.at_once} from now on, elsewhere" if left_out else ""
+            fewer = f"; it keeps failing: {self._room.at_once} from now on" if left_out else ""
             self._listener.notice(f"the device of {place} failed, and its process was replaced: {reason}{fewer}")
             return self._recovery.died(config.trial_key, Death(reason, own=True))
         if self._shrinks_before[config.trial_key] < self._room.shrinks:  # it failed beside trials that are gone by now
@@ -156,9 +165,9 @@ class Bridge(_DriverOnly, tune.Callback):
         return self._recovery.died(config.trial_key, Death(reason, own=False))
 
     def _is_alone(self, trial_key: str) -> bool:
-        """Return whether no other trial runs on the node of a trial; one that has not said where it is may."""
-        node, others = self._nodes.get(trial_key), self._tune_trials.keys() - {trial_key}
-        return all(self._nodes.get(other, node) != node for other in others)
+        """Return whether no other trial runs on the device of a trial; one that has not said where it is may."""
+        device, others = self._devices.get(trial_key), self._tune_trials.keys() - {trial_key}
+        return all(self._devices.get(other, device) != device for other in others)
 
     def _explain_death(self, trial: TuneTrial) -> Death:
         before, self._kills = self._kills, out_of_memory_kills()
@@ -177,7 +186,7 @@ class Bridge(_DriverOnly, tune.Callback):
 
     def _forget(self, trial_key: str) -> None:
         self._tune_trials.pop(trial_key, None)
-        self._nodes.pop(trial_key, None)
+        self._devices.pop(trial_key, None)
         self._deadlines.forget(trial_key)
         self._storage_waits.answered(trial_key)
 
@@ -187,7 +196,7 @@ class Bridge(_DriverOnly, tune.Callback):
             self._listener.suspended(config)
 
 
-class Interruption(_DriverOnly, tune.Stopper):
+class Interruption(DriverOnly, tune.Stopper):
     """Ends the whole run when the listener says so."""
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:

@@ -129,6 +129,7 @@ def start(packing: Packing) -> None:
             ray.init(
                 address="local",
                 num_cpus=cpus,
+                num_gpus=sum(int(node.gpus) for node in packing.nodes) if packing.gpus_per_trial else None,
                 include_dashboard=False,
                 object_store_memory=_object_store_memory(),
                 **RAY_OPTIONS,
@@ -182,7 +183,7 @@ def _reports(node_ids: dict[str, str], address: str, checkpoints: Checkpoints | 
     """Return what each node reports, or why it does not."""
     with nullcontext("") if checkpoints is None else marked_storage(checkpoints) as mark:
         calls = {name: (checkpoints, mark, name.partition(" ")[0], address) for name in node_ids}
-        task = ray.remote(num_cpus=0, max_retries=0)(inspect_node)
+        task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(inspect_node)  # it may have initialised CUDA
         return _ask(task, node_ids, calls, failing=lambda reason: f"can't load this code ({reason}); {HINT}")
 
 

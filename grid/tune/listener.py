@@ -1,6 +1,6 @@
 """The door between `grid.tune.bridge`, which knows Ray, and the rest, which does not."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from grid.config import TrialConfig
 from grid.metrics import EpochReport
@@ -37,5 +37,19 @@ class Listener(Protocol):
         """The trials can't go on: a node can't train what the others train, or the storage stays away."""
 
     @property
+    def suspending(self) -> bool:
+        """Whether to start no trial any more, and to suspend each that runs once its epoch has ended."""
+
+    @property
     def interrupted(self) -> bool:
         """Whether to stop now and leave the unfinished trials unfinished."""
+
+
+class DriverOnly:
+    """Holds a listener, and leaves it out when Tune pickles what it calls for a restore, which is not used here."""
+
+    def __init__(self, listener: Listener):
+        self._listener = listener
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}

@@ -196,12 +196,13 @@ def plan_packing(
         InputError: A node can't train; one line for each such node.
     """
     received = _check_reports(reports, code)
+    memory = {name: min(resources[name].get("memory", 0), received[name].limits.memory.total) for name in received}
     up = {
-        name: _limited(to_node(resources[name], report.gpu_bytes), report.limits) for name, report in received.items()
+        name: _limited(to_node(resources[name], report.gpu_bytes), report.limits, memory[name])
+        for name, report in received.items()
     }
     nodes = _largest_cluster(up, resources, received)
     packing = pack_nodes(nodes, concurrency, device)
-    memory = {name: min(resources[name].get("memory", 0), received[name].limits.memory.total) for name in up}
     _raise({name: memory_problem(memory[name], node, packing) for name, node in up.items()})
     fast = _all_have_bfloat16(nodes, up, received) if packing.gpus_per_trial else None
     on_gpus = packing.gpus_per_trial > 0
@@ -216,8 +217,13 @@ def _all_have_bfloat16(nodes: Sequence[Node], up: Mapping[str, Node], reports: M
     return say and all(is_known_for_bfloat16(node.gpu_kind) for node in nodes if node.gpus and not node.here)
 
 
-def _limited(node: Node, limits: Limits) -> Node:
-    """Return a node without the CPUs that Ray counts and a quota forbids."""
+def _limited(node: Node, limits: Limits, memory: float) -> Node:
+    """Return a node without the CPUs that Ray counts and a quota forbids, and with as many trials as memory holds.
+
+    Only beside GPUs: of CPUs, a node whose memory is too small for its trials is refused, see `memory_problem`.
+    """
+    if node.gpus:
+        node = replace(node, trials=memory // BYTES_PER_TRIAL, memory_limit=f"{memory / 2**30:.1f} GiB of a node")
     if not limits.cpu_limit or limits.cpus >= node.cpus:
         return node
     return replace(node, cpus=limits.cpus, cpu_limit=limits.cpu_limit)

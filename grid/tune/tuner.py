@@ -23,7 +23,7 @@ from grid.train.worker import Worker
 from grid.tune import private_ray
 from grid.tune.bridge import Bridge, Interruption, config_of
 from grid.tune.connection import node_name
-from grid.tune.listener import Listener
+from grid.tune.listener import DriverOnly, Listener
 from grid.tune.preflight import CodeVersion, Requirements, marked_storage
 from grid.tune.queue import Queue
 
@@ -39,6 +39,7 @@ def run_trials(
     checkpoints: Checkpoints,
     keep_weights: bool = False,
     keep_going: bool = False,
+    save_each_epoch: bool = False,
     begin: Callable[[TrialConfig, DeviceData], Trial] = Trial,
 ) -> None:
     """Run trials to their ends; Ray must be connected.
@@ -53,13 +54,14 @@ def run_trials(
         checkpoints: Where trials are saved at rungs, and resumed from.
         keep_weights: Whether a trial is saved after its last epoch as well.
         keep_going: Whether to go on though the first trials all fail alike.
+        save_each_epoch: Whether trials are saved after every epoch, because they may be suspended after any.
         begin: Makes a trial in a worker; `benchmarks.grid_scale` passes one that replays a recorded curve.
     """
     checkpoint_epochs = (*asha.rungs, *({trial.epochs for trial in trials} if keep_weights else ()))
-    worker = Worker(dataset, checkpoints, checkpoint_epochs, begin)
-    queue = Queue(trials, packing.concurrency)
-    tune_config = _tune_config(queue, AshaScheduler(asha, controls), packing.concurrency)
-    bridge = Bridge(listener, asha, queue, packing, keep_going=keep_going)
+    worker = Worker(dataset, checkpoints, checkpoint_epochs, begin, save_each_epoch=save_each_epoch)
+    queue = Queue(trials, packing.concurrency, listener)
+    tune_config = _tune_config(queue, AshaScheduler(asha, controls, listener), packing.concurrency)
+    bridge = Bridge(listener, asha, queue, packing, controls=controls, keep_going=keep_going)
     with (
         marked_storage(checkpoints) as mark,
         tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as folder,
@@ -144,11 +146,12 @@ class TrialWorker(tune.Trainable):
         return f"node {name} {lacks}" if lacks else self._requirements.problem(self._worker.checkpoints, name)
 
 
-class AshaScheduler(FIFOScheduler):
-    """Asks `Asha` at every result."""
+class AshaScheduler(DriverOnly, FIFOScheduler):
+    """Asks `Asha` at every result, and ends what is to be suspended."""
 
-    def __init__(self, asha: Asha, controls: Collection[str]):
-        super().__init__()  # type: ignore[no-untyped-call]
+    def __init__(self, asha: Asha, controls: Collection[str], listener: Listener):
+        super().__init__(listener)
+        FIFOScheduler.__init__(self)
         self._asha = asha
         self._controls = controls
         self._new: list[TuneTrial] = []
@@ -168,7 +171,7 @@ class AshaScheduler(FIFOScheduler):
         return next((trial for trial in new if trial.status == TuneTrial.PENDING), None)
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
-        """Return whether a trial continues: at a rung, only if it is among the best."""
+        """Return whether a trial continues: at a rung, only if it is among the best; none if all are suspended."""
         if "report" not in result:
             return str(TrialScheduler.CONTINUE)
         config = config_of(trial)
@@ -179,7 +182,7 @@ class AshaScheduler(FIFOScheduler):
             value=result["report"].val_accuracy,
             control=config.trial_key in self._controls,
         )
-        return str(TrialScheduler.CONTINUE if continues else TrialScheduler.STOP)
+        return str(TrialScheduler.CONTINUE if continues and not self._listener.suspending else TrialScheduler.STOP)
 
     def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
         """Tell ASHA of a diverged trial, which never arrives at its next rung."""
