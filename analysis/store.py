@@ -46,7 +46,7 @@ from mlflow.entities import Run, ViewType
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
-from analysis.trial_table import Rounds, lost_finalists, tabulate, unfinished_rounds, unknown_chances
+from analysis.trial_table import Rounds, lost_finalists, not_started, tabulate, unfinished_rounds, unknown_chances
 from grid.config import FACTORS, SETTINGS, InputError, factors_among
 from grid.masking import mask
 from grid.recorded import MANIFEST, PARENT_TAG, ROUNDS, choose_parent, command_path, is_parent, parse_rounds
@@ -146,6 +146,7 @@ def read_experiment(uri: str | None, name: str) -> Experiment:
         *([f"{count(foreign, 'run')} left out: no tag kind=trial, kind=confirm or kind=grid"] if foreign else []),
         *([f"{count(deleted, 'run')} left out: deleted"] if deleted else []),
         *notes,
+        *not_started(manifest, len(by_kind["trial"])),
         *unfinished_rounds(rounds, trials),
         *unknown_chances(trials),
     ]

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from grid.config import factors_among
+from grid.config import InputError, factors_among
 from grid.metrics import RUNG_METRIC, rung_epochs
 from grid.ranking import TrialSummary, choose_scales
+from grid.wording import count
 
 
 def summarise_trials(trials: pd.DataFrame) -> Iterator[TrialSummary]:
@@ -28,6 +29,33 @@ def summarise_trials(trials: pd.DataFrame) -> Iterator[TrialSummary]:
             final_val_accuracy=_known(row["final_val_accuracy"]),
             stop_epoch=None if pd.isna(row["stop_epoch"]) else int(row["stop_epoch"]),
             rung_accuracies={rung: row[f"{RUNG_METRIC}{rung}"] for rung in rungs},
+        )
+
+
+def sample_of_order(trials: pd.DataFrame) -> pd.DataFrame:
+    """Return the trials that started before each one that has not ended: of these, none is missing for being long.
+
+    The order in which trials start is random, but not that in which they end: stopped ones are early, so that levels
+    with many survivors would look bad while a grid runs, or once its budget is spent.
+
+    Raises:
+        InputError: There is none.
+    """
+    if "before_unfinished" not in trials:
+        return trials
+    kept = trials[trials["before_unfinished"]]
+    if kept.empty:
+        raise InputError("all trials that have ended started after one that still runs; wait for that one")
+    return kept
+
+
+def explain_order(trials: pd.DataFrame) -> Iterator[str]:
+    """Yield how many trials `sample_of_order` leaves out."""
+    left_out = 0 if "before_unfinished" not in trials else int((~trials["before_unfinished"]).sum())
+    if left_out:
+        yield (
+            f"{count(left_out, 'trial')} left out that started after one that has not ended: of those, long ones are "
+            "still missing"
         )
 
 

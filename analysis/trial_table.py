@@ -6,7 +6,7 @@ Knows the contract in docs/store.md, but not MLflow: runs are what its client re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import nan, prod
+from math import inf, nan, prod
 from typing import Any
 
 import pandas as pd
@@ -46,6 +46,7 @@ COLUMNS = {
     "val_correct": "str",
     "command": "str",
     "resumed_by": "str",
+    "before_unfinished": "bool",
 }
 """Columns of every table of trials beside the factors, with their types; NaN marks a missing value.
 
@@ -53,7 +54,8 @@ COLUMNS = {
 not, in all draws together; `stop_epoch`: the rung at which ASHA stopped it or, if it is a control, would have;
 `final_val_accuracy`: of the weights at the end of the full budget, completed trials only; `val_balanced_accuracy`: the
 same as a mean over classes, where they differ in size; `val_correct`: base64 of `EpochReport.val_correct`; `command`:
-the one that started it; `resumed_by`: those that trained on, joined by commas.
+the one that started it; `resumed_by`: those that trained on, joined by commas; `before_unfinished`: whether it started
+before each trial that has not ended.
 """
 
 
@@ -72,7 +74,10 @@ def tabulate(
         `COLUMNS`, the factors in front of the seed (empty where a setting does not matter), and
         `val_accuracy_at_<epoch>` for each rung; of finalists also `TEST_METRICS`.
     """
+    runs = list(runs)
     read, unreadable = _read(runs)
+    started = {run.info.run_id: run.info.start_time for run in runs}
+    first_unfinished = min((started[trial.run_id] for trial in read if not trial.status), default=inf)
     ended = [trial for trial in read if trial.status]
     counting, twins = drop_twins(ended)
     configs = know_alike([trial.config for trial in counting.values()])
@@ -81,7 +86,10 @@ def tabulate(
     }
     rungs = [f"{RUNG_METRIC}{epoch}" for epoch in rung_epochs({name for each in ended for name in each.metrics})]
     extra = rungs if noun == "trial" else [*rungs, *TEST_METRICS]
-    rows = [_row(counting[key], rounds) for key in sorted(counting)]
+    rows = [
+        {**_row(trial, rounds), "before_unfinished": started[trial.run_id] < first_unfinished}
+        for _, trial in sorted(counting.items())
+    ]
     factors = varied([trial.config for trial in counting.values()]) if factors is None else factors
     names = list(COLUMNS)
     names[names.index("seed") : names.index("seed")] = factors
@@ -113,6 +121,30 @@ def unfinished_rounds(rounds: Rounds | None, trials: pd.DataFrame) -> list[str]:
     left = int(trials.loc[trials["status"] == "stopped", "trial_key"].isin(drawn).sum())
     note = f"{count(left, 'control')} of --more-controls not trained to the end yet: run grid.run again"
     return [note] if left else []
+
+
+def not_started(manifest: Mapping[str, Any], trials: int) -> list[str]:
+    """Return a note on the trials of the plan that have not started, and what follows from their order.
+
+    Args:
+        manifest: `grid.json`, as far as it can be read.
+        trials: That have started.
+    """
+    planned, first = manifest.get("trials"), manifest.get("first")
+    if type(planned) is not int or planned <= trials:
+        return []
+    left = f"{planned - trials:,} of {count(planned, 'trial')} not started yet"
+    if not isinstance(first, list) or not first:
+        return [f"{left}: their order is random, so those that have started are a random sample"]
+    names = " and ".join(_name_levels(each) for each in first if isinstance(each, Mapping))
+    return [
+        f"{left}, as cells with {names} come first; until all have ended, effects rest on three or more factors not "
+        "acting together"
+    ]
+
+
+def _name_levels(levels: Mapping[str, Any]) -> str:
+    return ", ".join(f"{factor}={'/'.join(map(str, names))}" for factor, names in levels.items())
 
 
 def unknown_chances(trials: pd.DataFrame) -> list[str]:

@@ -31,7 +31,7 @@ from analysis.estimates.two_phase import Ends, Sample, estimate_ends
 from analysis.multiplicity import holm, level_quantile
 from analysis.stopping.verdicts import FACTOR, WITHIN, has_verdicts, stop_epochs
 from analysis.store import Experiment
-from analysis.summaries import at_best_scales, explain_scales
+from analysis.summaries import at_best_scales, explain_order, explain_scales, sample_of_order
 from grid.config import InputError, factors_among
 from grid.metrics import RUNG_METRIC, rung_epochs
 from grid.wording import count
@@ -102,6 +102,8 @@ def measure_final_effects(
         InputError: The budgets differ, no factor has two levels, the trials are too few, or too few ends of trials
             that ASHA would have stopped are seen.
     """
+    order = tuple(explain_order(trials))
+    trials = sample_of_order(trials)
     epochs, chosen = _budget(trials), at_best_scales(trials)
     levels = {factor: in_order(factor, trials[factor]) for factor in factors_among(trials.columns)}
     varied = {factor: names for factor, names in levels.items() if len(names) > 1}
@@ -125,7 +127,7 @@ def measure_final_effects(
         differences=differences,
         interactions=_interactions(effects, confidence),
         divergence=divergence_rates(trials, varied, confidence),
-        notes=(*explain_scales(trials), *_notes(chosen, rows, terms, varied, classes)),
+        notes=(*order, *explain_scales(trials), *_notes(chosen, rows, terms, varied, classes)),
         earned=measure_earned(terms, weights, ends, differences, confidence),
         confidence=confidence,
     )
@@ -172,7 +174,7 @@ def measure_spread(trials: pd.DataFrame) -> tuple[float, float]:
     Raises:
         InputError: As `measure_final_effects`.
     """
-    factors = factors_among(trials.columns)
+    trials, factors = sample_of_order(trials), factors_among(trials.columns)
     varied = {factor: names for factor in factors if len(names := in_order(factor, trials[factor])) > 1}
     rows = usable_trials(at_best_scales(trials))
     sample, terms = make_sample(rows), _terms(rows, varied)

@@ -23,7 +23,7 @@ from analysis.estimates.anova import (
     number_of_cells,
     variance_table,
 )
-from analysis.summaries import at_best_scales, explain_scales
+from analysis.summaries import at_best_scales, explain_order, explain_scales, sample_of_order
 from grid.config import InputError, factors_among
 from grid.metrics import RUNG_METRIC, rung_epochs
 from grid.wording import count
@@ -84,6 +84,8 @@ def measure_rung_effects(trials: pd.DataFrame, *, epoch: int | None = None, conf
         InputError: The budgets differ, `epoch` is not a rung, no trial has an accuracy, no factor has two levels, or
             the observations are too few to separate the factors.
     """
+    order = tuple(explain_order(trials))
+    trials = sample_of_order(trials)
     rung, _ = _accuracies(trials, epoch)
     chosen = at_best_scales(trials)
     _, accuracies = _accuracies(chosen, rung)
@@ -112,7 +114,7 @@ def measure_rung_effects(trials: pd.DataFrame, *, epoch: int | None = None, conf
         survivors=_survivors(trials, varied),
         notes=(),
     )
-    return replace(effects, notes=(*_notes(effects, chosen, accuracies), *explain_scales(trials)))
+    return replace(effects, notes=(*order, *_notes(effects, chosen, accuracies), *explain_scales(trials)))
 
 
 def _accuracies(trials: pd.DataFrame, epoch: int | None) -> tuple[int, "pd.Series[float]"]:
