@@ -62,6 +62,27 @@ NEEDS_WRITING = ("readonly database", "unable to open database file", "out-of-da
 UNREACHABLE = (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError, ImportError)
 
 
+class NothingEndedError(InputError):
+    """No trial of an experiment has ended yet."""
+
+
+@dataclass(frozen=True)
+class GridState:
+    """What the store says of a grid at one glance; it differs once another trial has ended."""
+
+    last_end: tuple[str, int | None]
+    """Id of the run that ended last, and when, in milliseconds since 1970."""
+    status: str
+    """MLflow's, of the parent run; empty if there is none."""
+    driver: str
+    """`HOST:PID` of the driver that holds the lease; empty if none does."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether every trial has ended, and no driver is at work, such as one that tests finalists."""
+        return self.status == "FINISHED" and not self.driver
+
+
 @dataclass(frozen=True)
 class Experiment:
     """One experiment, as read from the store."""
@@ -83,6 +104,11 @@ class Experiment:
         """Return an object in the manifest; empty if it is missing or not an object."""
         found = self.manifest.get(part)
         return found if isinstance(found, Mapping) else {}
+
+    @property
+    def planned(self) -> int | None:
+        """Number of trials of the grid; None if the store does not say."""
+        return _whole(self.manifest.get("trials"), at_least=1)
 
     @property
     def val_images(self) -> int | None:
@@ -116,7 +142,8 @@ def read_experiment(uri: str | None, name: str) -> Experiment:
         name: Of the experiment.
 
     Raises:
-        InputError: The store does not answer or has no such experiment, or none of its trials has ended.
+        NothingEndedError: None of its trials has ended.
+        InputError: The store does not answer or has no such experiment.
     """
     uri = check_store_uri(uri, read_only=True)
     with answering(uri) as client:
@@ -125,7 +152,7 @@ def read_experiment(uri: str | None, name: str) -> Experiment:
         deleted = sum(1 for _ in _search(client, uri, experiment_id, view=ViewType.DELETED_ONLY))
     by_kind = _by_kind(runs)
     if not by_kind["trial"]:
-        raise InputError(f"experiment '{name}' in {mask(uri)} has no trial yet; run python -m grid.run first")
+        raise NothingEndedError(f"experiment '{name}' in {mask(uri)} has no trial yet; run python -m grid.run first")
     parent = _choose_parent(by_kind["grid"], by_kind["trial"])
     parent_id = parent.info.run_id if parent else ""
     notes = _parent_notes(by_kind["grid"], by_kind["trial"])
@@ -136,7 +163,9 @@ def read_experiment(uri: str | None, name: str) -> Experiment:
     trials, left_out = tabulate(by_kind["trial"], "trial", rounds)
     if trials.empty:
         reasons = "; ".join(left_out)
-        raise InputError(f"no trial of experiment '{name}' in {mask(uri)} has ended yet ({reasons}); wait for one")
+        raise NothingEndedError(
+            f"no trial of experiment '{name}' in {mask(uri)} has ended yet ({reasons}); wait for one"
+        )
     finalists, left_out_finalists = tabulate(by_kind["confirm"], "finalist", (), factors_among(trials.columns))
     foreign = len(by_kind[""])
     notes = [
@@ -151,6 +180,27 @@ def read_experiment(uri: str | None, name: str) -> Experiment:
         *unknown_chances(trials),
     ]
     return Experiment(uri, name, parent_id, trials, finalists, manifest, tuple(notes))
+
+
+def read_state(uri: str | None, name: str) -> GridState:
+    """Read two runs of an experiment, however many it has: the one that ended last, and the parent.
+
+    Args:
+        uri: As for `read_experiment`.
+        name: Of the experiment.
+
+    Raises:
+        InputError: The store does not answer or has no such experiment.
+    """
+    uri = check_store_uri(uri, read_only=True)
+    with answering(uri) as client:
+        experiment_id = _find(client, uri, name)
+        with waiting_for(uri):
+            latest = client.search_runs([experiment_id], max_results=1, order_by=["attributes.end_time DESC"])
+        parent = _find_parent(client, uri, experiment_id)
+    last_end = (latest[0].info.run_id, latest[0].info.end_time) if latest else ("", None)
+    driver = parent.data.tags.get("driver", "") if parent else ""
+    return GridState(last_end, parent.info.status if parent else "", driver)
 
 
 def read_manifests(uri: str | None, limit: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -170,10 +220,14 @@ def read_manifests(uri: str | None, limit: int) -> Iterator[tuple[str, Mapping[s
             yield experiment.name, _parse_manifest(_read_manifest(client, uri, experiment.experiment_id))[0]
 
 
-def _read_manifest(client: MlflowClient, uri: str, experiment_id: str) -> bytes:
+def _find_parent(client: MlflowClient, uri: str, experiment_id: str) -> Run | None:
     runs = _search(client, uri, experiment_id, "tags.kind = 'grid'")
     parents = [run for run in runs if is_parent(run.data.tags)]
-    parent = _choose_parent(parents, _search(client, uri, experiment_id, "tags.kind = 'trial'"))
+    return _choose_parent(parents, _search(client, uri, experiment_id, "tags.kind = 'trial'"))
+
+
+def _read_manifest(client: MlflowClient, uri: str, experiment_id: str) -> bytes:
+    parent = _find_parent(client, uri, experiment_id)
     if parent is None:
         return b"{}"
     with waiting_for(uri):

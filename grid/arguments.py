@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol, TextIO
 
 from grid.config import InputError
+from grid.files import write_durably
 from grid.masking import mask_message
 from grid.store_uri import DEFAULT_STORE, STORE_VARIABLE
 from grid.wording import first_line
@@ -126,7 +127,23 @@ def write_output(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise InputError(f"can't write {path}: {error.strerror}; pass another file, or make room") from error
+        raise _unwritable(path, error) from error
+
+
+def replace_output(path: Path, text: str) -> None:
+    """Write a file whose name the user has given so that who reads it meanwhile finds the old or the new text.
+
+    Raises:
+        InputError: It can't be written.
+    """
+    try:
+        write_durably(path.resolve(), text.encode())
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"can't write {path}: {error.strerror}; pass another file, or make room")
 
 
 def run_command(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 
 import jinja2
@@ -22,8 +23,16 @@ TEXTS = frozenset(
 SPLITS = {"train": "training", "val": "validation"}
 
 
-def render(verdict: Verdict) -> str:
+UNWRITTEN = "<time></time>"
+"""Stands in a page that reloads itself where `stamp` puts the time; no text of a user can hold it."""
+
+
+def render(verdict: Verdict, *, every: float | None = None) -> str:
     """Return the whole page.
+
+    Args:
+        verdict: What it shows.
+        every: Seconds between reloads of a page that reloads itself and says how old it is; None for other pages.
 
     Raises:
         InputError: The store does not answer.
@@ -34,6 +43,8 @@ def render(verdict: Verdict) -> str:
     return template.render(
         title=experiment.name,
         subtitle=_subtitle(experiment),
+        progress=_progress(experiment),
+        every=every,
         headline=list(headline(verdict)),
         differences=headline_figure(verdict),
         sections=list(sections(verdict)),
@@ -41,6 +52,23 @@ def render(verdict: Verdict) -> str:
         commands=command_table(experiment),
         manifest=_without_secrets(json.dumps(experiment.manifest, indent=1)) if experiment.manifest else "",
     )
+
+
+def stamp(page: str, seconds: float) -> str:
+    """Write into a page that reloads itself when it was written; other pages stay as they are.
+
+    Args:
+        page: From `render`.
+        seconds: Time since 1970.
+    """
+    time = datetime.fromtimestamp(seconds, UTC)
+    return page.replace(UNWRITTEN, f"<time>{time:%Y-%m-%dT%H:%M:%SZ}</time>", 1)
+
+
+def _progress(experiment: Experiment) -> str:
+    """Say how far the grid is; empty if all trials have ended or the store does not say how many there are."""
+    ended, planned = len(experiment.trials), experiment.planned
+    return f"{ended:,} of {planned:,} trials have ended." if planned is not None and ended < planned else ""
 
 
 def _without_secrets(manifest: str) -> str:
