@@ -100,7 +100,7 @@ def test_metrics_are_those_that_the_code_records() -> None:
 
 def test_analysis_reads_only_documented_names() -> None:
     names = documented("trial", "tag") | documented("trial", "parameter") | documented("trial", "metric")
-    derived = {"run_id", "stop_epoch"}  # from tags
+    derived = {"run_id", "stop_epoch", "before_unfinished"}  # from tags and starts
     assert set(COLUMNS) - derived <= names
 
 
