@@ -30,13 +30,19 @@ from grid.parts.files import load_files
 from grid.parts.registry import GRIDS, Grid
 from grid.plan.asha import FEWEST_STEPS, NO_STOPPING, StoppingRule
 from grid.plan.budget import Budget
-from grid.plan.request import DEFAULT_CONTROLS, Request, check_address, check_folder_name, check_storage
+from grid.plan.request import DEFAULT_CONTROLS, Again, Request, check_address, check_folder_name, check_storage
 from grid.plan.space import find_grid, read_first, restrict, vary
 from grid.store_uri import check_store_uri
 from grid.wording import first_line
 
 ALL = "all"
 """Of the training images, whatever the grid says."""
+GRID_OPTIONS = (
+    *("grid", "only", "set", "vary", "first", "data", "per_class", "epochs", "seeds", "lr_scales", "precision"),
+    *("controls", "more_controls", "stop_factor", "grace", "stop_within", "no_stopping", "dry_run"),
+    *("max_hours", "max_cost", "max_epochs", "price_per_hour"),
+)
+"""What `--against` does not go with."""
 INTERRUPTED = "interrupted; run the same command to continue"
 
 
@@ -50,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def run() -> int:
+        if options.against is not None:
+            return _run_again(parser, options)
         request = read_request(options)
         import_module("grid.tune.limits").largest_object_store()  # too small a one would crash torch
         # The rest imports torch and Ray: seconds that --help and a wrong argument need not wait. Importing allocates a
@@ -66,6 +74,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_command(parser.name, run, interrupted=INTERRUPTED, debug=options.debug)
     finally:
         gc.enable()
+
+
+def _run_again(parser: Parser, options: argparse.Namespace) -> int:
+    """Train a part of an earlier experiment once more, and print what has changed."""
+    request = read_again(parser, options)
+    import_module("grid.tune.limits").largest_object_store()
+    exit_code = int(import_module("grid.driver.again").run(request))
+    if exit_code == 0:
+        from analysis.compare import main as compare  # noqa: PLC0415  (statistics: a second)
+
+        return compare([request.against, request.experiment, "--store", request.store])
+    return exit_code
+
+
+def read_again(parser: Parser, options: argparse.Namespace) -> Again:
+    """Check the options of a command that trains a part of an earlier experiment once more.
+
+    Raises:
+        InputError: A value is wrong, or an option says what the earlier experiment says already.
+    """
+    for name in GRID_OPTIONS:
+        if getattr(options, name) != parser.get_default(name):
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"--against repeats an experiment as it is; leave {option} out")
+    load_files(options.parts)
+    return Again(
+        against=options.against,
+        share=options.share,
+        experiment=f"{options.against}-again" if options.experiment is None else options.experiment,
+        store=check_store_uri(options.store, must_exist=True),
+        data_dir=check_folder_name("--data-dir", options.data_dir),
+        storage=check_storage(options.storage),
+        spool=Path("spool").absolute(),
+        address=check_address(options.address),
+        concurrency=options.concurrency,
+        device=options.device,
+        accept_code=options.accept_code,
+        keep_going=options.keep_going,
+        parts=tuple(options.parts),
+    )
 
 
 def _find_spread(request: Request) -> object:
@@ -174,6 +222,9 @@ def _parser() -> Parser:
     _add_levels(what)
     _add_training(what)
     _add_stopping(what)
+    again = parser.add_argument_group("or, instead of a grid: has anything changed since an earlier experiment?")
+    again.add_argument("--against", metavar="NAME", help="train a random part of it once more, and compare")
+    again.add_argument("--share", type=float, default=0.05, metavar="X", help="of its epochs (0.05)")
     _add_budget(parser.add_argument_group("what it may take in all, over any number of commands"))
     _add_place(parser.add_argument_group("where it runs and is recorded"))
     add_debug(parser)

@@ -23,6 +23,7 @@ from grid.driver.more_controls import draw_if_asked, reopen_drawn
 from grid.driver.provenance import CodeCheck, check_code, describe_command
 from grid.driver.try_nodes import try_nodes
 from grid.driver.watcher import Watcher, restore_rungs
+from grid.masking import mask
 from grid.parts import LEVELS
 from grid.plan.asha import Asha
 from grid.plan.budget import NO_LIMIT, Budget
@@ -239,6 +240,21 @@ def train_all(ready: Ready, dataset: Dataset, recorder: Recorder, training: Trai
     if watcher.lost:
         raise LeaseLostError(recorder.store.lost)
     return watcher, delivered
+
+
+def finish(watcher: Watcher, recorder: Recorder, *, delivered: bool) -> int:
+    """Say on stderr why a command that trains single cells is not done, and return the exit code; 0 if it is."""
+    for complaint in recorder.complain("run the same command to try again"):
+        print(complaint, file=sys.stderr)
+    if watcher.interrupted:
+        reason = watcher.problem or watcher.unusable
+        print(f"{reason or 'interrupted'}; run the same command to continue", file=sys.stderr)
+        return 1 if reason else 130
+    if not delivered:
+        uri = mask(recorder.store.uri)
+        print(f"not everything has reached {uri}: {recorder.error}; run the same command again", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _train_left(ready: Ready, watcher: Watcher, dataset: Dataset, training: Training) -> None:

@@ -13,13 +13,12 @@ from typing import Any
 from grid.config import NUMERICS_VERSION, InputError, TrialConfig, cell_name
 from grid.data.dataset import Dataset
 from grid.data.load import load, load_test
-from grid.driver.experiment import Prepared, Ready, Training, train_all
+from grid.driver.experiment import Prepared, Ready, Training, finish, train_all
 from grid.driver.final_test import FinalTest
 from grid.driver.messages import describe_left_out, experiment_options, print_facts
 from grid.driver.provenance import CodeCheck, check_code, describe_command
 from grid.driver.try_nodes import try_nodes
 from grid.driver.watcher import summarise_trial
-from grid.masking import mask
 from grid.metrics import AS_VALIDATED_METRIC, FINAL_STATUSES
 from grid.parts.registry import check_known
 from grid.plan.asha import NO_STOPPING, Asha
@@ -191,16 +190,7 @@ def _train_left(request: Confirmation, trials: Sequence[TrialConfig], finalists:
     facts = _describe(trials, finalists.also_tied) | left_out | dict(finalists.check.facts)
     ready = Ready(plan, stored, asha, finalists.check, facts)
     watcher, delivered = train_all(ready, prepared.dataset, recorder, training)
-    for complaint in recorder.complain("run the same command to try again"):
-        print(complaint, file=sys.stderr)
-    if watcher.interrupted:
-        reason = watcher.problem or watcher.unusable
-        print(f"{reason or 'interrupted'}; run the same command to continue", file=sys.stderr)
-        return 1 if reason else 130
-    if not delivered:
-        print(f"not everything has reached {mask(store.uri)}: {recorder.error}; run it again", file=sys.stderr)
-        return 1
-    return 0
+    return finish(watcher, recorder, delivered=delivered)
 
 
 def _untested(store: Store, trials: Sequence[TrialConfig]) -> list[StoredTrial]:

@@ -137,6 +137,28 @@ class Confirmation(Place):
             raise InputError(f"--register must be a name without / and :, got '{self.register}'")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Again(Place):
+    """Which experiment to train a part of once more; `experiment` is where that is recorded.
+
+    Raises:
+        InputError: A value is out of its range.
+    """
+
+    against: str
+    """Name of the earlier experiment, in the same store."""
+    share: float
+    """Of its epochs, in (0, 1]."""
+    keep_going: bool = False
+    """Whether to go on though the first trials all fail alike."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise InputError(f"--share must be above 0 and at most 1, got {self.share:g}")
+        if self.experiment == self.against:
+            raise InputError("--experiment and --against name the same; leave --experiment out")
+
+
 def check_address(address: str | None) -> str | None:
     """Return the address of a Ray cluster, after a check that a Ray may answer there.
 

@@ -1,0 +1,157 @@
+"""Trains a random part of an earlier experiment once more, on the same seeds: has anything changed since?
+
+Drawn are trials that were trained to the end whatever their accuracy was, so that luck has no say in the comparison.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from grid.config import NUMERICS_VERSION, InputError, TrialConfig
+from grid.data.dataset import Dataset
+from grid.data.load import load
+from grid.driver.experiment import Prepared, Ready, Training, finish, train_all
+from grid.driver.messages import describe_left_out
+from grid.driver.provenance import check_code, describe_command
+from grid.driver.try_nodes import try_nodes
+from grid.driver.watcher import restore_rungs
+from grid.metrics import FINAL_STATUSES
+from grid.parts.registry import check_known
+from grid.plan.asha import Asha, StoppingRule
+from grid.plan.packing import Packing
+from grid.plan.request import Again
+from grid.plan.space import shared_settings
+from grid.plan.trials import Plan
+from grid.record.commands import CODE_KEYS, RECORD, record_command
+from grid.record.lease import become_driver
+from grid.record.recorder import Recorder
+from grid.record.store import Store, StoredTrial
+from grid.recorded import MANIFEST, command_path
+from grid.store_uri import slug
+from grid.train.checkpoints import Checkpoints
+from grid.train.hardware import numeric_settings
+from grid.tune import connection
+from grid.wording import count
+
+FEWEST_LEFT = 5
+"""Trials that a comparison needs beyond one for each level; see `analysis.estimates.change`."""
+
+
+def run(request: Again) -> int:
+    """Train the part once more, and return the exit code.
+
+    Raises:
+        InputError: The request can't be met.
+    """
+    earlier = Store(request.store, request.against)
+    earlier.open(missing=False)
+    manifest, stored = earlier.manifest(), earlier.trials()
+    drawn, how = draw(list(stored.values()), request.share)
+    for trial in drawn:
+        check_known(trial.config)
+    dataset = _load_alike(manifest, request)
+    checkpoints = Checkpoints(request.storage, slug(request.store, request.experiment))
+    cluster = connection.find_cluster(request.address)
+    with (
+        connection.connected(cluster, request.concurrency, checkpoints, device=request.device) as packing,
+        ExitStack() as stack,
+    ):
+        trials = [as_now(trial.config, dataset, packing) for trial in drawn]
+        images = len(dataset.train_labels)
+        packing = try_nodes(trials, dataset.image_shape, len(dataset.classes), images, packing)
+        checkpoints.check()
+        store = Store(request.store, request.experiment)
+        spool = become_driver(store, stack, spool=request.spool, storage=request.storage)
+        training = Training(packing, checkpoints, keep_going=request.keep_going)
+        return _train(request, trials, Prepared(dataset, b"", spool, store), training, {**manifest, "again": how})
+
+
+def draw(trials: Sequence[StoredTrial], share: float) -> tuple[list[StoredTrial], str]:
+    """Return a random part of the trials that takes a share of the epochs of all, and how it was drawn, in words.
+
+    A larger share contains a smaller one.
+
+    Raises:
+        InputError: It is too small for a comparison, or no trial qualifies.
+    """
+    ended = [trial for trial in trials if trial.status in FINAL_STATUSES]
+    never_stopped = not any(trial.status == "stopped" or trial.stop_epoch for trial in ended)
+    fit = [trial for trial in ended if trial.status == "completed" and (never_stopped or _is_drawn_at_once(trial))]
+    if not fit:
+        raise InputError("the experiment has no unstopped control that was trained to the end; nothing can be repeated")
+    levels: dict[str, set[str]] = {}
+    for trial in fit:
+        for factor, level in trial.config.cell.items():
+            levels.setdefault(factor, set()).add(level)
+    needed = 1 + sum(len(names) - 1 for names in levels.values()) + FEWEST_LEFT
+    epochs = sum(int(trial.metrics["epochs_run"]) for trial in ended)
+    wanted = round(share * epochs / fit[0].config.epochs)
+    if min(wanted, len(fit)) < needed:
+        enough = needed * fit[0].config.epochs / epochs
+        hint = f"pass --share {enough:.3f}" if len(fit) >= needed else "run grid.run with --more-controls on it"
+        what = f"a share of {share:g} is {count(min(wanted, len(fit)), 'trial')}"
+        raise InputError(f"{what}, too few to compare {count(len(levels), 'factor')}: {needed} are needed; {hint}")
+    chosen = sorted(fit, key=lambda trial: hashlib.sha256(f"again {trial.config.trial_key}".encode()).hexdigest())
+    return chosen[:wanted], f"{count(min(wanted, len(fit)), 'trial')} of {len(fit):,} that were trained to the end"
+
+
+def _is_drawn_at_once(trial: StoredTrial) -> bool:
+    """Return whether a trial is a control since it began, rather than drawn later among the stopped."""
+    return trial.control and "stopped_at_epoch" not in trial.tags
+
+
+def as_now(config: TrialConfig, dataset: Dataset, packing: Packing) -> TrialConfig:
+    """Return an earlier trial as this code trains it, on these images and this kind of device."""
+    now = replace(config, numerics_version=NUMERICS_VERSION, data_fingerprint=dataset.fingerprint)
+    if now.device == packing.device:
+        return now
+    settings = numeric_settings(packing.device, bfloat16=packing.bfloat16)
+    return TrialConfig.from_params(now.to_params() | settings)
+
+
+def _load_alike(manifest: Mapping[str, Any], request: Again) -> Dataset:
+    """Load the data set of the same name and size; that the images are others may be what is asked."""
+    match manifest:
+        case {"data": {"name": str(name), "per_class": int() | None as per_class}, "order_seed": int(split_seed)}:
+            return load(name, request.data_dir, per_class=per_class, split_seed=split_seed)
+    raise InputError(f"'{request.against}' does not say what it was trained on (grid.json); run grid.run again")
+
+
+def _train(
+    request: Again, trials: list[TrialConfig], prepared: Prepared, training: Training, earlier: Mapping[str, Any]
+) -> int:
+    store = prepared.store
+    recorder = Recorder(store, prepared.spool)
+    recorder.recover()
+    stored, before = store.trials(), store.manifest()
+    left_out = describe_left_out(store)
+    check = check_code(store, stored.values(), accept=request.accept_code)
+    asha = _rungs(earlier)
+    restore_rungs(asha, stored)
+    plan = Plan([], {}, trials, frozenset(trial.trial_key for trial in trials), control_chance=1.0, rule=asha.rule)
+    described = {name: value for name, value in earlier.items() if name not in (*CODE_KEYS, RECORD, "again")}
+    described |= {
+        "trials": len(trials),
+        "settings": shared_settings(trials),
+        "against": {"experiment": request.against, "share": request.share},
+    }
+    record = describe_command("grid.run", request, check, training.packing.devices)
+    command = record_command(store, {**record, "plan": described}, before)
+    manifest = {**described, **{name: record[name] for name in CODE_KEYS}, RECORD: command_path(command)}
+    recorder.begin({MANIFEST: json.dumps(manifest, indent=2).encode()}, stored, command=command)
+    facts = {"again": f"{request.against}: {earlier['again']}", "trials": f"{len(trials):,}"} | left_out
+    ready = Ready(plan, stored, asha, check, facts | dict(check.facts))
+    watcher, delivered = train_all(ready, prepared.dataset, recorder, training)
+    return finish(watcher, recorder, delivered=delivered)
+
+
+def _rungs(manifest: Mapping[str, Any]) -> Asha:
+    """Return the rungs of the earlier experiment, so that accuracies are recorded there; all trials pass them."""
+    match manifest.get("rungs"):
+        case {"epochs": [*epochs], "factor": int(factor), "compared_within": str(within)}:
+            rule = StoppingRule(factor=factor, within=tuple(filter(None, within.split(","))))
+            return Asha(tuple(epoch for epoch in epochs if isinstance(epoch, int)), rule)
+    return Asha((), StoppingRule(factor=1))
