@@ -7,6 +7,7 @@ import time
 from base64 import b64decode
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from grid.metrics import EPOCH_METRICS, EpochReport
 from grid.record import courier, delivery
 from grid.record import recorder as record
 from grid.record.__main__ import main
+from grid.record.commands import describe_code
 from grid.record.delivery import summarise_error
 from grid.record.events import EpochEnded, to_json
 from grid.record.recorder import Recorder
@@ -106,6 +108,23 @@ def test_a_trial_becomes_one_run_of_the_contract(store: Store, recorder: Recorde
     assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert run.info.run_name == CONFIG.name
     assert (run.info.status, parent.info.status) == ("FINISHED", "FINISHED")
+
+
+def test_the_columns_of_mlflows_page_are_filled(
+    store: Store, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = replace(CONFIG, data="glyphs", data_fingerprint="0123456789abcdef")
+    fail_for(store, monkeypatch, "log_inputs", ConnectionError("lost"))
+    record_trial(recorder, config=named)
+    assert recorder.close(finished=True)
+    (run,) = runs(store)
+    assert run.data.tags["mlflow.source.name"] == "python -m grid.run"
+    assert run.data.tags["mlflow.source.type"] == "LOCAL"
+    assert run.data.tags["mlflow.user"]
+    assert run.data.tags.get("mlflow.source.git.commit", "unknown") in describe_code()["commit"]
+    (found,) = run.inputs.dataset_inputs
+    assert (found.dataset.name, found.dataset.digest) == ("glyphs", "0123456789abcdef")
+    assert {tag.key: tag.value for tag in found.tags} == {"mlflow.data.context": "training"}
 
 
 def test_every_epoch_is_one_value_per_metric_at_its_step(store: Store, recorder: Recorder) -> None:

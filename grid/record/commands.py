@@ -1,5 +1,6 @@
 """One record for each command that trained: `commands/<id>.json` of the parent run, written once and never replaced."""
 
+import getpass
 import json
 import platform
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from os import urandom
 from pathlib import Path
@@ -36,6 +38,17 @@ def describe_code(command: str = "grid.run") -> dict[str, Any]:
         "platform": platform.platform(),
         "command": ["python", "-m", command, *mask_arguments(sys.argv[1:])],
     }
+
+
+def describe_source(command: str) -> dict[str, str]:
+    """Return the tags that fill the columns of MLflow's page: what made a run, by which code, and who."""
+    commit = _commit()
+    tags = {"mlflow.source.name": f"python -m {command}", "mlflow.source.type": "LOCAL"}
+    if commit != "unknown":
+        tags["mlflow.source.git.commit"] = commit.removesuffix("-dirty")
+    with suppress(OSError, KeyError):  # a user without a name
+        tags["mlflow.user"] = getpass.getuser()
+    return tags
 
 
 def describe_numeric_code(code: NumericCode) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """What the couriers carry to the store: events of trials in as few requests as possible, and files for artifacts."""
 
+import json
 from base64 import b64decode, b64encode
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
 from grid.record.courier import Refusal
 from grid.record.events import Ended, EpochEnded, Event, Started, Suspended, from_json
@@ -34,6 +35,8 @@ class EventCarrier:
         self._deleted: set[str] = set()
         self._uncertain: set[str] = set()
         """Trials whose run may exist, because the answer to the request that creates it was lost."""
+        self._without_data: set[str] = set()
+        """Trials whose run is new and does not name its data set yet."""
         self._store = store
         self._kind = kind
         self._attach = attach
@@ -66,6 +69,7 @@ class EventCarrier:
             if isinstance(event, Started):
                 self._open_run(event, again=again)
                 params = event.params
+                self._name_data(event)
         if not events or self._is_dropped(trial_key, len(events)):
             return
         run_id, last = self.run_ids[trial_key], events[-1]
@@ -102,8 +106,25 @@ class EventCarrier:
             run = self._store.client.create_run(self._store.experiment_id, event.time, tags, event.name)
             self._uncertain.discard(event.trial_key)
             self.run_ids[event.trial_key] = run.info.run_id
+            self._without_data.add(event.trial_key)
         elif not again:
             self._store.client.update_run(self.run_ids[event.trial_key], status="RUNNING")
+
+    def _name_data(self, event: Started) -> None:
+        """Name the data set of a new run as its input, which MLflow's page shows."""
+        if event.trial_key not in self._without_data:
+            return
+        name, digest = event.params.get("data", ""), event.params.get("data_fingerprint", "")
+        self._without_data.discard(event.trial_key)
+        if not name or not digest:
+            return
+        dataset = Dataset(name=name, digest=digest, source_type="local", source=json.dumps({"name": name}))
+        context = [InputTag("mlflow.data.context", "training")]
+        try:
+            self._store.client.log_inputs(self.run_ids[event.trial_key], [DatasetInput(dataset, context)])
+        except UNREACHABLE:
+            self._without_data.add(event.trial_key)  # with the next attempt
+            raise
 
     def _log(self, run_id: str, metrics: list[Metric], params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         """Log everything; the tags, which may say that a trial has ended, go into the last request."""

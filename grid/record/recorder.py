@@ -16,6 +16,7 @@ from pathlib import Path
 from grid.config import InputError, TrialConfig
 from grid.masking import mask
 from grid.metrics import FINAL_METRIC, RUNG_METRIC, EpochReport
+from grid.record.commands import describe_source
 from grid.record.courier import Courier, describe
 from grid.record.delivery import ArtifactCarrier, EventCarrier, artifact_line
 from grid.record.events import Ended, EpochEnded, Event, Started, Suspended, to_json
@@ -56,6 +57,8 @@ class Recorder:
         """Id of the record of this command; empty for one that has none."""
         self._resumed_by: dict[str, list[str]] = {}
         """Ids of the commands that trained a trial further than the one that started it, by trial key."""
+        self._source: Mapping[str, str] = {}
+        """Tags of every run that this command starts; see `describe_source`."""
         self._machines: dict[str, Mapping[str, str]] = {}
         """What each trial was last trained on."""
         self._last_time = 0
@@ -179,6 +182,7 @@ class Recorder:
         """
         client = self.store.client
         self._command = command
+        self._source = describe_source("grid.confirm" if self._kind == "confirm" else "grid.run")
         self._resumed_by = {key: _split(trial.tags.get("resumed_by")) for key, trial in stored.items()}
         self._carrier.run_ids |= {key: trial.run_id for key, trial in stored.items()}
         self._carrier.failed = {key for key, trial in stored.items() if trial.status == "failed"}
@@ -219,6 +223,7 @@ class Recorder:
             "trial_key": config.trial_key,
             "cell_key": config.cell_key,
             "control": "true" if control else "false",
+            **self._source,
         }
         tags |= {} if chance is None else {"control_chance": repr(chance)}
         tags |= {"controls_rounds_before": str(rounds_before)} if rounds_before else {}
