@@ -3,6 +3,7 @@
 The figures come from `analysis.stopping.figures`; here is how they read, as text and in the report.
 """
 
+import json
 import re
 import sys
 import textwrap
@@ -13,8 +14,9 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.formatting import to_records
 from analysis.stopping.figures import ALL, Audit, audit_experiment
-from analysis.store import read_experiment
+from analysis.store import Experiment, read_experiment
 from grid.arguments import Parser, add_experiment, add_store, run_command, write_output
 from grid.wording import count
 
@@ -151,6 +153,20 @@ def tidy(audit: Audit) -> pd.DataFrame:
     return pd.DataFrame(pd.concat(tables, ignore_index=True), columns=["table", "model", "rung", "quantity", "value"])
 
 
+def describe(audit: Audit, experiment: Experiment) -> dict[str, Any]:
+    """Return the audit in JSON's types; docs/json.md says what is in it."""
+    return {
+        "experiment": experiment.name,
+        "rungs": list(audit.rungs),
+        "epochs": audit.epochs,
+        "factor": audit.factor,
+        "within": list(audit.within),
+        "confidence": audit.confidence,
+        **{name: to_records(getattr(audit, name)) for name in WORDING},
+        "notes": [*audit.notes, *experiment.notes],
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the audit and return the exit code: 0, or 2 for wrong input."""
     parser = Parser(
@@ -161,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_experiment(parser)
     add_store(parser)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write all figures to FILE, one per line")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     options = parser.parse_args(arguments)
 
     def report_audit() -> int:
@@ -168,6 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         audit = audit_experiment(experiment)
         if options.csv:
             write_output(options.csv, tidy(audit).to_csv(index=False))
+        if options.json:
+            print(json.dumps(describe(audit, experiment), indent=1))
+            return 0
         print(format_audit(replace(audit, notes=audit.notes + experiment.notes)))
         return 0
 

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from analysis.estimates.change import POWER, Change, change_at_end, change_at_rung, pair_trials
+from analysis.formatting import to_records
 from analysis.store import Experiment, read_experiment
 from grid.arguments import Parser, add_store, run_command
 from grid.config import InputError
@@ -92,9 +93,7 @@ def describe(changes: Sequence[Change], notes: Sequence[str], before: Experiment
         "before": before.name,
         "after": after.name,
         "different": list(differences(before.manifest, after.manifest)),
-        "changes": [
-            {**asdict(each), "moved": each.moved, "levels": each.levels.to_dict("records")} for each in changes
-        ],
+        "changes": [{**asdict(each), "moved": each.moved, "levels": to_records(each.levels)} for each in changes],
         "notes": list(notes),
     }
 

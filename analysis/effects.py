@@ -18,9 +18,10 @@ import pandas as pd
 from analysis.estimates.earned import describe_together
 from analysis.estimates.final_effects import FinalEffects, measure_experiment
 from analysis.estimates.rung_effects import RungEffects, measure_rung_effects
+from analysis.formatting import TABLES, points, to_records
 from analysis.plot import draw_main_effects, effect_rows
 from analysis.store import Experiment, read_experiment
-from grid.arguments import Parser, add_experiment, add_store, run_command, write_output
+from grid.arguments import TEXT, Parser, add_experiment, add_output, add_store, run_command, write_output
 from grid.wording import count
 
 SHOWN_INTERACTIONS, SHOWN_DIVERGED, SHOWN_PAIRS = 6, 8, 10
@@ -168,15 +169,30 @@ def tabulate(effects: FinalEffects | RungEffects) -> pd.DataFrame:
     return pd.concat([table.reindex(columns=CSV_COLUMNS) for table in tables if len(table)], ignore_index=True)
 
 
+def _columns(effects: FinalEffects | RungEffects) -> dict[str, Sequence[str]]:
+    """Return the differences of levels at the end, or the effects of levels after a rung, as columns of text."""
+    if isinstance(effects, RungEffects):
+        table = effect_rows(effects.levels)
+        names, values = table["factor"] + "=" + table["level"], table["effect"]
+    else:
+        table = effects.differences
+        names, values = table["factor"] + ": " + table["level"] + " over " + table["other_level"], table["difference"]
+    return {
+        "points": [points(value) for value in values],
+        "from": [points(value) for value in table["low"]],
+        "to": [points(value) for value in table["high"]],
+        "levels": list(names),
+    }
+
+
 def describe(effects: FinalEffects | RungEffects, experiment: Experiment) -> dict[str, Any]:
     """Return the effects in JSON's types."""
-    table = tabulate(effects).astype(object)
     return {
         "experiment": experiment.name,
         "epoch": effects.epochs if isinstance(effects, FinalEffects) else effects.epoch,
         "at_the_end": isinstance(effects, FinalEffects),
         "grand_mean": effects.grand_mean,
-        "effects": table.where(table.notna(), None).to_dict("records"),
+        "effects": to_records(tabulate(effects)),
         "earned": describe_earned(effects) if isinstance(effects, FinalEffects) else None,
         "notes": [*effects.notes, *experiment.notes],
     }
@@ -188,7 +204,7 @@ def describe_earned(effects: FinalEffects) -> dict[str, Any] | None:
     if earned is None:
         return None
     sums = {name: asdict(getattr(earned, name)) for name in ("summed", "together", "beyond")}
-    return {"levels": earned.table.to_dict("records"), **sums}
+    return {"levels": to_records(earned.table), **sums}
 
 
 def measure(experiment: Experiment, epoch: int | None) -> FinalEffects | RungEffects:
@@ -215,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--epoch", type=int, metavar="N", help="a rung, for who learns fast (the end of training)")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the effects of levels to FILE")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the effects to FILE: of levels, then of pairs")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_output(parser)
     options = parser.parse_args(arguments)
 
     def report_effects() -> int:
@@ -227,6 +243,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_output(options.csv, tabulate(effects).to_csv(index=False))
         if options.json:
             print(json.dumps(describe(effects, experiment), indent=1))
+            return 0
+        if options.format != TEXT:
+            print(TABLES[options.format](_columns(effects)))
             return 0
         text = format_final_effects(effects) if isinstance(effects, FinalEffects) else format_rung_effects(effects)
         print("\n".join([text, *map(_wrap, experiment.notes)]))

@@ -1,7 +1,9 @@
 """Formats numbers, columns and notes for people: tables of numbers become tables of text."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from math import isnan
+from typing import Any
 
 import pandas as pd
 
@@ -77,3 +79,39 @@ def format_table(table: pd.DataFrame, headers: Mapping[str, str] | None = None, 
         else:
             formatted[header] = [str(value) for value in column]
     return pd.DataFrame(formatted)
+
+
+def to_records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the rows of a table in JSON's types, None for NaN."""
+    columns = table.astype(object)
+    rows = columns.where(columns.notna(), None).to_dict("records")
+    return [{str(name): value for name, value in row.items()} for row in rows]
+
+
+def to_markdown(columns: Mapping[str, Sequence[str]]) -> str:
+    """Return columns of text as a table for GitHub and its like; all but the last are flush right."""
+    rules = [*["---:"] * (len(columns) - 1), ":---"]
+    lines = [[*map(str.strip, columns)], rules, *zip(*columns.values(), strict=True)]
+    return "\n".join(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in line)} |" for line in lines)
+
+
+def to_latex(columns: Mapping[str, Sequence[str]]) -> str:
+    """Return columns of text as a LaTeX table with the rules of booktabs; all but the last are flush right."""
+    lines = [
+        [_escape(text) for text in line] for line in ([*map(str.strip, columns)], *zip(*columns.values(), strict=True))
+    ]
+    header, *rows = [f"{' & '.join(line)} {chr(92) * 2}" for line in lines]
+    places = "r" * (len(columns) - 1) + "l"
+    return "\n".join(
+        [f"\\begin{{tabular}}{{{places}}}", "\\toprule", header, "\\midrule", *rows, "\\bottomrule", "\\end{tabular}"]
+    )
+
+
+def _escape(text: str) -> str:
+    """Return text with the characters that LaTeX gives a meaning escaped."""
+    named = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return re.sub(r"[\\~^&%$#_{}]", lambda found: named.get(found[0], f"\\{found[0]}"), text)
+
+
+TABLES: Mapping[str, Callable[[Mapping[str, Sequence[str]]], str]] = {"markdown": to_markdown, "latex": to_latex}
+"""What `--format` of the commands offers beside text."""

@@ -5,6 +5,7 @@ cell has an interval for another seed and one for other images, and is or is not
 Diverged and failed trials are counted, not ranked.
 """
 
+import json
 import sys
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,10 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
+from analysis.formatting import TABLES, to_records
 from analysis.store import Experiment, read_experiment
 from analysis.summaries import summarise_trials
-from grid.arguments import Parser, add_experiment, add_store, run_command, write_output
+from grid.arguments import TEXT, Parser, add_experiment, add_output, add_store, run_command, write_output
 from grid.config import InputError, cell_name, factors_among
 from grid.metrics import STATUSES
 from grid.ranking import RankedCell
@@ -319,7 +321,14 @@ def _doubts(cells: pd.DataFrame, val_images: int | None) -> list[str]:
 
 
 def _table(cells: pd.DataFrame, last: str) -> str:
-    """Return cells as lines: of at most 80 columns with one seed per cell, unless many levels are not the default.
+    """Return cells as lines: of at most 80 columns with one seed per cell, unless many levels are not the default."""
+    columns = dict(_columns(cells, last))
+    names = columns.pop("cell")
+    return "\n".join(f"{line}  {name}" for line, name in zip(_align(columns), ["cell", *names], strict=True))
+
+
+def _columns(cells: pd.DataFrame, last: str) -> dict[str, Sequence[str]]:
+    """Return what a table of cells shows, as text; columns without any are left out.
 
     Args:
         cells: From `rank_cells`.
@@ -340,8 +349,31 @@ def _table(cells: pd.DataFrame, last: str) -> str:
             else {"epochs": [f"{row['epochs_run']}/{row['epochs']}" for row in rows]}
         ),
     }
-    lines = _align({name: texts for name, texts in columns.items() if any(texts) or name == "rank"})
-    return "\n".join(f"{line}  {name}" for line, name in zip(lines, ["cell", *map(_name, rows)], strict=True))
+    shown = {name: texts for name, texts in columns.items() if any(texts) or name == "rank"}
+    return {**shown, "cell": [*map(_name, rows)]}
+
+
+def format_tables(cells: pd.DataFrame, top: int, kind: str) -> str:
+    """Return the finalists, if there are any, and the best cells of the grid, as tables for other programs.
+
+    Args:
+        cells: From `rank_cells`.
+        top: How many cells of the grid.
+        kind: One of `analysis.formatting.TABLES`.
+    """
+    finalists, others = cells[cells["tier"] == "finalist"], cells[cells["tier"] != "finalist"].head(top)
+    shown = [*([_columns(finalists, "test")] if len(finalists) else []), _columns(others, "epochs")]
+    return "\n\n".join(map(TABLES[kind], shown))
+
+
+def describe(cells: pd.DataFrame, experiment: Experiment) -> dict[str, Any]:
+    """Return the ranking in JSON's types; docs/json.md says what is in it."""
+    return {
+        "experiment": experiment.name,
+        "cells": to_records(cells),
+        "trials": {str(status): int(number) for status, number in experiment.trials["status"].value_counts().items()},
+        "notes": [*_doubts(cells, experiment.val_images), *experiment.notes],
+    }
 
 
 def _test_columns(rows: Sequence[Mapping[Any, Any]]) -> dict[str, list[str]]:
@@ -389,6 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_store(parser)
     parser.add_argument("--top", type=int, default=20, metavar="N", help="cells of the grid to print (20)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write all ranked cells to FILE")
+    add_output(parser)
     options = parser.parse_args(arguments)
 
     def rank() -> int:
@@ -398,7 +431,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cells = rank_cells(experiment.trials, experiment.finalists, val_images=experiment.val_images)
         if options.csv:
             write_output(options.csv, cells.to_csv(index=False))
-        print(format_ranking(cells, experiment, options.top))
+        if options.json:
+            print(json.dumps(describe(cells, experiment), indent=1))
+        elif options.format != TEXT:
+            print(format_tables(cells, options.top, options.format))
+        else:
+            print(format_ranking(cells, experiment, options.top))
         return 0
 
     return run_command(parser.name, rank)

@@ -64,6 +64,18 @@ def add_store(options: Options) -> None:
     options.add_argument("--store", metavar="URI", help=f"MLflow tracking URI (${STORE_VARIABLE}, or {DEFAULT_STORE})")
 
 
+TEXT = "text"
+"""What `--format` is by default."""
+
+
+def add_output(options: Options) -> None:
+    """Add `--json` and `--format`, for a command that prints a table."""
+    options.add_argument("--json", action="store_true", help="print JSON instead of text, see docs/json.md")
+    options.add_argument(
+        "--format", default=TEXT, choices=(TEXT, "markdown", "latex"), help="print only the table, for a page or paper"
+    )
+
+
 def add_parts(options: Options) -> None:
     """Add `--parts`."""
     options.add_argument(
