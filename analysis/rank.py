@@ -366,6 +366,21 @@ def format_tables(cells: pd.DataFrame, top: int, kind: str) -> str:
     return "\n\n".join(map(TABLES[kind], shown))
 
 
+def describe_experiment(uri: str, name: str) -> dict[str, Any]:
+    """Return the ranking of an experiment in JSON's types; without cells, and with the reason, if it has none yet.
+
+    Args:
+        uri: MLflow tracking URI.
+        name: Of the experiment.
+    """
+    try:
+        experiment = read_experiment(uri, name)
+    except InputError as error:
+        return {"experiment": name, "cells": [], "trials": {}, "notes": [str(error)]}
+    cells = rank_cells(experiment.trials, experiment.finalists, val_images=experiment.val_images)
+    return describe(cells, experiment)
+
+
 def describe(cells: pd.DataFrame, experiment: Experiment) -> dict[str, Any]:
     """Return the ranking in JSON's types; docs/json.md says what is in it."""
     return {

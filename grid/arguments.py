@@ -5,6 +5,7 @@ Standard library only, so that `--help` and a wrong argument are answered at onc
 
 import argparse
 import io
+import json
 import os
 import select
 import sys
@@ -12,8 +13,8 @@ import tempfile
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TextIO
 
@@ -74,6 +75,28 @@ def add_output(options: Options) -> None:
     options.add_argument(
         "--format", default=TEXT, choices=(TEXT, "markdown", "latex"), help="print only the table, for a page or paper"
     )
+
+
+def add_json(options: Options) -> None:
+    """Add `--json`, for a command that prints its progress as well."""
+    options.add_argument("--json", action="store_true", help="print one JSON object, see docs/json.md; text to stderr")
+
+
+@contextmanager
+def for_programs(wanted: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Within the block, if `--json` is given, print to stderr what is for people.
+
+    Yields:
+        What prints the answer; nothing without `--json`.
+    """
+    out = sys.stdout
+
+    def answer(described: Mapping[str, Any]) -> None:
+        if wanted:
+            print(json.dumps(described, indent=1, allow_nan=False), file=out, flush=True)
+
+    with redirect_stdout(sys.stderr) if wanted else nullcontext():
+        yield answer
 
 
 def add_parts(options: Options) -> None:

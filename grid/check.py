@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grid
-from grid.arguments import Parser, add_data_dir, add_debug, run_command
+from grid.arguments import Parser, add_data_dir, add_debug, add_json, for_programs, run_command
 from grid.config import InputError
 from grid.data.catalogue import find_dataset
 from grid.parts.files import PartsFile, load_files, loaded
@@ -46,24 +46,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.py", help="parts files, as for grid.run --parts")
     add_data_dir(parser)
     add_debug(parser)
+    add_json(parser)
     options = parser.parse_args(arguments)
 
     def run() -> int:
         load_files(options.files)
-        return check(options.data_dir)
+        with for_programs(options.json) as answer:
+            found = check(options.data_dir)
+            faults = sum(finding.is_fault for finding in found)
+            answer({"parts": sorted(ORIGINS), "faults": faults, "findings": [_describe(finding) for finding in found]})
+        return 1 if faults else 0
 
     return run_command(parser.name, run, debug=options.debug)
 
 
-def check(data_dir: Path) -> int:
-    """Print what is wrong with the parts that are loaded, a line for each fault, and return the exit code."""
-    faults = 0
+def check(data_dir: Path) -> list["Finding"]:
+    """Print what is wrong with the parts that are loaded, a line for each fault, and return what was found."""
+    found = []
     for finding in _findings(data_dir):
-        faults += finding.is_fault
+        found.append(finding)
         print(f"{_place(finding.part)}: {'' if finding.is_fault else 'note: '}{finding.text}", flush=True)
-    parts = count(len(ORIGINS), "part")
+    parts, faults = count(len(ORIGINS), "part"), sum(finding.is_fault for finding in found)
     print(f"{parts} checked: {count(faults, 'fault') if faults else 'all sound'}")
-    return 1 if faults else 0
+    return found
+
+
+def _describe(finding: "Finding") -> dict[str, object]:
+    return {"part": finding.part, "place": _place(finding.part), "is_fault": finding.is_fault, "text": finding.text}
 
 
 def _findings(data_dir: Path) -> Iterator["Finding"]:

@@ -15,9 +15,11 @@ from grid.arguments import (
     add_data_dir,
     add_debug,
     add_experiment,
+    add_json,
     add_parts,
     add_store,
     add_workers,
+    for_programs,
     run_command,
 )
 from grid.parts.files import load_files
@@ -41,7 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         largest_object_store()  # too small a one would crash torch
         from grid.driver import finalists  # noqa: PLC0415  (torch and Ray: seconds that a wrong argument need not wait)
 
-        return finalists.confirm(confirmation)
+        with for_programs(options.json) as answer:
+            exit_code = finalists.confirm(confirmation)
+            if options.json:
+                from analysis.rank import describe_experiment  # noqa: PLC0415  (statistics: a second)
+
+                described = describe_experiment(confirmation.store, confirmation.experiment)
+                answer({"exit_code": exit_code, **described})
+        return exit_code
 
     return run_command(parser.name, confirm, interrupted=INTERRUPTED, debug=options.debug)
 
@@ -86,6 +95,7 @@ def _parser() -> Parser:
     add_accept_code(parser)
     add_parts(parser)
     add_debug(parser)
+    add_json(parser)
     return parser
 
 

@@ -18,9 +18,11 @@ from grid.arguments import (
     add_accept_code,
     add_data_dir,
     add_debug,
+    add_json,
     add_parts,
     add_store,
     add_workers,
+    for_programs,
     run_command,
 )
 from grid.config import SETTINGS, InputError, changed_settings
@@ -40,7 +42,7 @@ ALL = "all"
 GRID_OPTIONS = (
     *("grid", "only", "set", "vary", "first", "data", "per_class", "epochs", "seeds", "lr_scales", "precision"),
     *("controls", "more_controls", "stop_factor", "grace", "stop_within", "no_stopping", "dry_run"),
-    *("max_hours", "max_cost", "max_epochs", "price_per_hour"),
+    *("max_hours", "max_cost", "max_epochs", "price_per_hour", "json"),
 )
 """What `--against` does not go with."""
 INTERRUPTED = "interrupted; run the same command to continue"
@@ -63,11 +65,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The rest imports torch and Ray: seconds that --help and a wrong argument need not wait. Importing allocates a
         # million objects and frees none; looking for garbage among them would take a quarter of the time.
         gc.disable()
-        if options.dry_run:
-            return int(import_module("grid.driver.dry_run").run(request, _find_spread(request)))
-        exit_code = int(import_module("grid.driver.launch").run(request))
-        if options.report and exit_code in (0, 1, 3):
-            _write_report(request, options.report, debug=options.debug)
+        with for_programs(options.json) as answer:
+            if options.dry_run:
+                answer(import_module("grid.driver.dry_run").run(request, _find_spread(request)))
+                return 0
+            exit_code = int(import_module("grid.driver.launch").run(request))
+            if options.report and exit_code in (0, 1, 3):
+                _write_report(request, options.report, debug=options.debug)
+            if options.json:
+                answer({"exit_code": exit_code, **_describe_ranking(request)})
         return exit_code
 
     try:
@@ -151,6 +157,13 @@ def _write_report(request: Request, path: Path, *, debug: bool) -> None:
         print(f"grid.run: no report: {first_line(error)}; {hint}", file=sys.stderr)
 
 
+def _describe_ranking(request: Request) -> dict[str, object]:
+    """Return what has come out, as `analysis.rank --json` does; without cells if no trial has ended."""
+    from analysis.rank import describe_experiment  # noqa: PLC0415  (statistics: a second)
+
+    return describe_experiment(request.store, request.experiment)
+
+
 def read_request(options: argparse.Namespace) -> Request:
     """Check the options, and fill what is missing from the named grid.
 
@@ -228,6 +241,7 @@ def _parser() -> Parser:
     _add_budget(parser.add_argument_group("what it may take in all, over any number of commands"))
     _add_place(parser.add_argument_group("where it runs and is recorded"))
     add_debug(parser)
+    add_json(parser)
     return parser
 
 

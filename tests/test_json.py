@@ -1,7 +1,10 @@
 """What the commands print for programs and papers: held against the schema in docs/, and against the text."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,9 @@ from jsonschema import Draft202012Validator
 from analysis import audit, compare, effects, rank
 from analysis.formatting import to_latex, to_markdown, to_records
 from benchmarks.planted.grids import Plan, plant
+from grid.check import main as check_main
 from grid.record.store import Store
+from grid.run import main as run_main
 from tests.test_compare import again, experiment
 
 SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "json-schema.json").read_text())
@@ -28,7 +33,7 @@ def check(name: str, answer: Any) -> None:
 def test_the_schema_is_one() -> None:
     for definition in SCHEMA["$defs"].values():
         Draft202012Validator.check_schema(definition)
-    assert SCHEMA["$defs"].keys() == {*COMMANDS, "compare"}
+    assert SCHEMA["$defs"].keys() == {*COMMANDS, "compare", "run", "dry_run", "check"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -62,6 +67,48 @@ def test_a_comparison_is_answered_by_the_schema() -> None:
     trials = plant(Plan(controls=100), rng).trials.assign(lr_scale=1.0)
     before, after = experiment(trials, "old", {"commit": "a"}), experiment(again(trials, rng), "new", {})
     check("compare", json.loads(json.dumps(compare.describe(*compare.compare(before, after), before, after))))
+
+
+def test_parts_of_a_file_are_answered_by_the_schema(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "own.py"
+    file.write_text("from grid import parts\n\n@parts.activation('broken')\ndef f(x):\n    return x[:1]\n")
+    assert check_main([str(file), "--json"]) == 1
+    printed = capsys.readouterr()
+    answer = json.loads(printed.out)
+    check("check", answer)
+    assert answer["parts"] == ["activation broken"]
+    assert answer["faults"] > 0
+    assert answer["findings"][0]["text"] in printed.err
+
+
+def test_a_forecast_is_answered_by_the_schema_and_its_text_is_on_stderr(
+    glyphs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = ["--data-dir", str(glyphs_dir), "--address", "local"]
+    assert run_main(["--grid", "smoke", "--per-class", "10", *place, "--dry-run", "--json"]) == 0
+    printed = capsys.readouterr()
+    answer = json.loads(printed.out)
+    check("dry_run", answer)
+    assert (answer["cells"], answer["trials"], answer["budget"], answer["rungs"]) == (32, 32, 9, [3])
+    assert f"{answer['epochs']:,.0f} expected of 288" in printed.err
+
+
+@pytest.mark.slow
+def test_a_run_and_a_confirmation_are_answered_by_the_schema(glyphs_dir: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    place = ["--data-dir", str(glyphs_dir), "--address", "local", "--json"]
+    held = ["--only", "model=mlp", "--only", "activation=relu", "--only", "dropout=off", "--only", "batch_norm=off"]
+    grid = ["grid.run", "--grid", "smoke", *held, "--per-class", "10", "--epochs", "1", "--no-report"]
+    confirm = ["grid.confirm", "--experiment", "smoke-glyphs-10-per-class-1-epochs", "--top", "1", "--seeds", "1"]
+    for command, rows in ((grid, 2), (confirm, 3)):
+        done = subprocess.run(
+            [sys.executable, "-m", *command, *place], cwd=tmp_path, env=environment, capture_output=True, timeout=1800
+        )
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout)
+        check("run", answer)
+        assert (answer["exit_code"], len(answer["cells"])) == (0, rows)
 
 
 def test_nothing_known_is_null() -> None:

@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from grid.data.catalogue import find_dataset
@@ -21,8 +21,8 @@ from grid.tune import connection
 from grid.tune.gpus import find_gpus
 
 
-def run(request: Request, ends: forecast.EndSpread | None = None) -> int:
-    """Print what a request would run and cost, and return the exit code.
+def run(request: Request, ends: forecast.EndSpread | None = None) -> dict[str, Any]:
+    """Print what a request would run and cost, and return it in JSON's types; docs/json.md says what is in it.
 
     Args:
         request: What a user asks for.
@@ -55,25 +55,51 @@ def run(request: Request, ends: forecast.EndSpread | None = None) -> int:
     )
     data = {"data": f"{request.data}, {train_images:,} training images {source}"}
     expected = describe_cost(cost, timed_on, packing, request.budget.price_per_hour)
-    widths = _describe_widths(plan, ends or forecast.ASSUMED)
-    print_facts(describe_plan(request, plan) | describe_packing(packing) | data | expected | widths)
-    return 0
+    ends = ends or forecast.ASSUMED
+    factor, widths = _widths(plan, ends)
+    effects = {"effects": _explain_widths(factor, widths, ends)} if widths else {}
+    print_facts(describe_plan(request, plan) | describe_packing(packing) | data | expected | effects)
+    return {
+        "experiment": request.experiment,
+        "grid": request.grid,
+        "cells": len(plan.cells),
+        "trials": len(plan.trials),
+        "controls": len(plan.controls),
+        "budget": request.epochs,
+        "rungs": list(plan.rule.rungs(request.epochs)) if plan.rule.factor > 1 else [],
+        "data": request.data,
+        "train_images": train_images,
+        "at_once": packing.concurrency,
+        "device": packing.device,
+        "gpus_per_trial": packing.gpus_per_trial,
+        "epochs": cost.epochs,
+        "epochs_without_stopping": cost.full_epochs,
+        "seconds": cost.seconds,
+        "spread": cost.spread,
+        "timed_on": timed_on,
+        "widest": factor,
+        "widths": [asdict(width) for width in widths],
+    }
 
 
-def _describe_widths(plan: Plan, ends: forecast.EndSpread) -> dict[str, str]:
-    """Say how well the levels of the factor with the most levels can be compared at the end, and at what cost."""
+def _widths(plan: Plan, ends: forecast.EndSpread) -> tuple[str, list[forecast.Width]]:
+    """Return the factor with the most levels, and how well these can be compared; none if no trial is stopped."""
     if not plan.controls or plan.rule.factor == 1 or not plan.rule.rungs(plan.trials[0].epochs):
-        return {}
+        return "", []
     counts = {factor: len({cell[factor] for cell in plan.cells}) for factor in plan.cells[0]}
     factor, levels = max(counts.items(), key=lambda item: item[1])
-    first, *more = forecast.expected_widths(plan.trials, len(plan.controls), plan.rule, levels, ends)
+    return factor, forecast.expected_widths(plan.trials, len(plan.controls), plan.rule, levels, ends)
+
+
+def _explain_widths(factor: str, widths: Sequence[forecast.Width], ends: forecast.EndSpread) -> str:
+    first, *more = widths
     options = [f"±{100 * first.half_width:.1f} points with {first.controls:,} controls"]
     options += [
         f"±{100 * width.half_width:.1f} with {width.controls:,} ({width.epochs / first.epochs - 1:+.0%} epochs)"
         for width in more
     ]
     text = f"two levels of {factor}: {', '.join(options)}; {ends.source}"
-    return {"effects": textwrap.fill(text, 68, subsequent_indent=" " * 11, break_on_hyphens=False)}
+    return textwrap.fill(text, 68, subsequent_indent=" " * 11, break_on_hyphens=False)
 
 
 def _calibrate(
