@@ -292,7 +292,13 @@ def test_ctrl_c_ends_it_with_one_line(run: Run, tmp_path: Path) -> None:
     run.end_trials(1)
     out = tmp_path / "page.html"
     arguments = [sys.executable, "-m", "analysis.report", *command(run, "--out", str(out), "--every", "2")]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore it
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == f"{out}  reloads itself in a browser until the grid has ended\n"
         first = out.stat().st_ino

@@ -154,7 +154,7 @@ def test_a_decision_to_stop_is_recorded_with_the_epoch_it_follows(store: Store, 
     watcher.started(CONFIG)
     watcher.epoch_ended(CONFIG, report(1), stopped=True)
     (epoch,) = events(spool, "epoch")
-    assert epoch["tags"] == {"stopped_at_epoch": "1"}
+    assert epoch["tags"] == {"stopped_at_epoch": "1", "grid_seconds": "0.0"}
 
 
 def test_a_control_that_would_have_been_stopped_is_recorded_as_such_and_resumes(store: Store, spool: Spool) -> None:
@@ -162,7 +162,7 @@ def test_a_control_that_would_have_been_stopped_is_recorded_as_such_and_resumes(
     watcher.started(CONTROL)
     watcher.epoch_ended(CONTROL, report(1), stopped=False, spared=True)
     (epoch,) = events(spool, "epoch")
-    assert epoch["tags"] == {"would_stop_at_epoch": "1"}
+    assert epoch["tags"] == {"would_stop_at_epoch": "1", "grid_seconds": "0.0"}
     spared = replace(stored(CONTROL, "", accuracies=(0.5,)), control=True, stop_epoch=1)
     assert watch(store, spool, {CONTROL.trial_key: spared}).todo == [CONFIG, CONTROL]
 

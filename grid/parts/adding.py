@@ -40,7 +40,17 @@ VALUE = re.compile(r"[^\s;,]+")
 """A value that can be given on the command line and stored as it is."""
 RESERVED = frozenset(
     (
-        *("behind", "balanced", "best_val_accuracy", "cell", "cell_key", "command", "control", "control_chance"),
+        *(
+            "before_unfinished",
+            "behind",
+            "balanced",
+            "best_val_accuracy",
+            "cell",
+            "cell_key",
+            "command",
+            "control",
+            "control_chance",
+        ),
         *("controls", "controls_end", "diverged", "epoch", "epoch_seconds", "epochs_run", "factor"),
         *(
             "behind_image_half",
