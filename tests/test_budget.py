@@ -179,7 +179,7 @@ def test_a_budget_holds_over_two_kills_and_a_larger_one_finishes(glyphs_dir: Pat
     assert finished.returncode == 0, finished.stderr
     assert f"\n{TRIALS}/{TRIALS} done" in finished.stdout
     found = audit(store.uri, tmp_path, store.experiment, [store.experiment])
-    assert (found.trials, found.clean) == (TRIALS, True), found
+    assert (found.trials, found.lost, found.doubled, found.orphans, found.different) == (TRIALS, 0, 0, 0, 0)
 
 
 def _has_run(folder: Path, seconds: float) -> bool:

@@ -35,6 +35,7 @@ def documented(kind: str, column: str) -> set[str]:
     names = {
         name for table in tables for row in table.splitlines() for name in re.findall(r"`([^`]+)`", row.split("|")[1])
     }
+    names -= {name for name in names if name.startswith("mlflow.")}  # as `tags_of`
     return names | (documented("trial", column) if kind == "confirm" else set())
 
 

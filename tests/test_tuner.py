@@ -183,7 +183,7 @@ def test_trials_start_in_the_order_given_and_tune_leaves_nothing_behind(
 
 
 def test_a_free_worker_does_not_get_a_trial_for_which_a_worker_is_starting() -> None:
-    scheduler = AshaScheduler(Asha(()), ())
+    scheduler = AshaScheduler(Asha(()), (), Notes())
     waiting, stopped, new = (
         SimpleNamespace(trial_id=status, status=status.rstrip("2")) for status in ("PENDING", "TERMINATED", "PENDING2")
     )
