@@ -115,11 +115,11 @@ def test_the_options_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert request.first == {"dropout": ("on",)}
 
 
-SECONDS = 12.0
+SECONDS = 8.0
 HELD = [word for level in ("model=cnn", "activation=relu") for word in ("--only", level)]
-GRID = ["--grid", "smoke", *HELD, "--per-class", "100", "--epochs", "9", "--no-stopping", "--address", "local"]
+GRID = ["--grid", "smoke", *HELD, "--per-class", "50", "--epochs", "6", "--no-stopping", "--address", "local"]
 TRIALS = 8
-EXPERIMENT = "smoke-glyphs-100-per-class-9-epochs-no-stopping"
+EXPERIMENT = "smoke-glyphs-50-per-class-6-epochs-no-stopping"
 
 
 def command(folder: Path, data: Path, *options: str) -> list[str]:
@@ -148,23 +148,22 @@ def spent(store: Store) -> float:
 
 
 @pytest.mark.slow
-def test_a_budget_holds_over_two_kills_and_a_larger_one_finishes(glyphs_dir: Path, tmp_path: Path) -> None:
+def test_a_budget_holds_over_a_kill_and_a_larger_one_finishes(glyphs_dir: Path, tmp_path: Path) -> None:
     budget = ["--max-hours", f"{SECONDS / 3600}"]
-    for part in (1, 2):
-        with subprocess.Popen(
-            command(tmp_path, glyphs_dir, *budget),
-            cwd=tmp_path,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        ) as driver:
-            deadline = time.monotonic() + 600
-            while not (tmp_path / "mlflow.db").exists() or not _has_run(tmp_path, part * SECONDS / 4):
-                assert time.monotonic() < deadline
-                assert driver.poll() is None
-                time.sleep(0.5)
-            os.killpg(driver.pid, signal.SIGKILL)
+    with subprocess.Popen(
+        command(tmp_path, glyphs_dir, *budget),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as driver:
+        deadline = time.monotonic() + 600
+        while not (tmp_path / "mlflow.db").exists() or not _has_run(tmp_path, SECONDS / 3):
+            assert time.monotonic() < deadline
+            assert driver.poll() is None
+            time.sleep(0.5)
+        os.killpg(driver.pid, signal.SIGKILL)
     ended = run(tmp_path, glyphs_dir, *budget)
     assert ended.returncode == 3, ended.stderr
     assert f"--max-hours {SECONDS / 3600:g} is reached (" in ended.stderr
@@ -205,11 +204,11 @@ def test_what_runs_is_suspended_after_its_epoch_and_none_of_it_is_trained_again(
     assert {trial.config.cell["dropout"] for trial in trials} == {"on"}
     assert {trial.status for trial in trials} == {""}
     assert store.manifest()["first"] == [{"dropout": ["on"]}]
-    finished = run(tmp_path, glyphs_dir, *only, "--max-epochs", "36")
+    finished = run(tmp_path, glyphs_dir, *only, "--max-epochs", "24")
     assert finished.returncode == 0, finished.stderr
     client, seen = store.client, Counter[int]()
     for trial in store.trials().values():
         assert trial.status == "completed"
         seen.update(each.step for each in client.get_metric_history(trial.run_id, "epoch_seconds"))
-    assert seen == dict.fromkeys(range(1, 10), 4)  # each epoch of each trial once
+    assert seen == dict.fromkeys(range(1, 7), 4)  # each epoch of each trial once
     assert json.loads(store.artifact("grid.json") or b"{}")["trials"] == 4
