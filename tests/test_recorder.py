@@ -122,6 +122,10 @@ def test_the_columns_of_mlflows_page_are_filled(
     assert run.data.tags["mlflow.source.type"] == "LOCAL"
     assert run.data.tags["mlflow.user"]
     assert run.data.tags.get("mlflow.source.git.commit", "unknown") in describe_code()["commit"]
+    (parent,) = runs(store, "grid")
+    assert parent.data.tags["mlflow.source.name"] == "python -m grid.run"
+    (found,) = parent.inputs.dataset_inputs
+    assert found.dataset.name == "glyphs"
     (found,) = run.inputs.dataset_inputs
     assert (found.dataset.name, found.dataset.digest) == ("glyphs", "0123456789abcdef")
     assert {tag.key: tag.value for tag in found.tags} == {"mlflow.data.context": "training"}

@@ -35,6 +35,8 @@ class EventCarrier:
         self._deleted: set[str] = set()
         self._uncertain: set[str] = set()
         """Trials whose run may exist, because the answer to the request that creates it was lost."""
+        self._named: set[str] = set()
+        """The parent run, once it names its data set."""
         self._without_data: set[str] = set()
         """Trials whose run is new and does not name its data set yet."""
         self._store = store
@@ -121,7 +123,9 @@ class EventCarrier:
         dataset = Dataset(name=name, digest=digest, source_type="local", source=json.dumps({"name": name}))
         context = [InputTag("mlflow.data.context", "training")]
         try:
-            self._store.client.log_inputs(self.run_ids[event.trial_key], [DatasetInput(dataset, context)])
+            for run_id in {self.run_ids[event.trial_key], self._store.parent_id} - self._named:
+                self._store.client.log_inputs(run_id, [DatasetInput(dataset, context)])
+            self._named.add(self._store.parent_id)
         except UNREACHABLE:
             self._without_data.add(event.trial_key)  # with the next attempt
             raise

@@ -191,6 +191,8 @@ class Recorder:
         self._ended_at = {key: stored[key].metrics.get("epochs_run", 0.0) for key in ended_before}
         try:
             client.update_run(self.store.parent_id, status="RUNNING")
+            for name, value in self._source.items():
+                client.set_tag(self.store.parent_id, name, value)
             self.store.attach(self.store.parent_id, files)
             for trial in stored.values():
                 if not trial.status:
