@@ -5,13 +5,12 @@ Two experiments of other code, another torch, another machine or other data, wit
 
 import json
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from analysis.estimates.change import POWER, Change, change_at_end, change_at_rung, pair_trials
-from analysis.formatting import to_records
+from analysis.formatting import to_records, wrap
 from analysis.store import Experiment, read_experiment
 from grid.arguments import Parser, add_store, run_command
 from grid.config import InputError
@@ -22,7 +21,7 @@ SHOWN = 12
 
 
 def compare(before: Experiment, after: Experiment) -> tuple[list[Change], list[str]]:
-    """Return what has changed at the end and after the first rung, and why one of them can't be told.
+    """Return what has changed at the end and after the first rung, and why one of them is unknown.
 
     Raises:
         InputError: The experiments have no trial in common, or too few for either.
@@ -56,9 +55,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator
 
 def format_change(change: Change) -> str:
     """Return a change as text of at most 80 columns; accuracies in percent, changes in points."""
-    lines = [
-        _wrap(f"{_where(change)}: {count(change.pairs, 'pair')} of trials, {change.identical:,} of them identical")
-    ]
+    lines = [wrap(f"{_where(change)}: {count(change.pairs, 'pair')} of trials, {change.identical:,} of them identical")]
     verdict = "moved" if change.moved else "no change found"
     lines.append(
         f"mean change {100 * change.mean:+.2f} points, {_interval(change.low, change.high)}: {verdict}; "
@@ -72,7 +69,7 @@ def format_change(change: Change) -> str:
         lines.append(f"{'change beyond the other levels':<34} {'points':>7}   {'interval':>16} {'findable':>9}")
     for row in shown.to_dict("records"):
         name = f"{row['factor']}={row['level']}"
-        interval = f"{100 * row['low']:+.2f} to {100 * row['high']:+.2f}"
+        interval = _interval(row["low"], row["high"])
         lines.append(f"{name:<34} {100 * row['change']:>+7.2f}   {interval:>16} {100 * row['findable']:>9.2f}")
     levels = count(len(change.levels), "level")
     lines.append(f"moved: {len(moved)} of {levels}, after Holm's correction over all of them and the mean")
@@ -98,10 +95,6 @@ def describe(changes: Sequence[Change], notes: Sequence[str], before: Experiment
     }
 
 
-def _wrap(line: str) -> str:
-    return textwrap.fill(line, 80, subsequent_indent="  ", break_on_hyphens=False)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print what has changed and return the exit code: 0, or 2 for wrong input."""
     parser = Parser(
@@ -122,11 +115,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json:
             print(json.dumps(describe(changes, notes, before, after), indent=1))
             return 0
-        print(_wrap(f"{after.name} beyond {before.name}"))
+        print(wrap(f"{after.name} beyond {before.name}"))
         for line in differences(before.manifest, after.manifest):
-            print(_wrap(f"different {line}"))
+            print(wrap(f"different {line}"))
         print("", *map(format_change, changes), sep="\n\n")
-        print("", *map(_wrap, notes), sep="\n")
+        print("", *map(wrap, notes), sep="\n")
         return 0
 
     return run_command(parser.name, report)

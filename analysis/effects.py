@@ -6,7 +6,6 @@ estimates are those of `analysis.estimates`.
 
 import json
 import sys
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from math import inf, isnan
@@ -18,7 +17,7 @@ import pandas as pd
 from analysis.estimates.earned import describe_together
 from analysis.estimates.final_effects import FinalEffects, measure_experiment
 from analysis.estimates.rung_effects import RungEffects, measure_rung_effects
-from analysis.formatting import TABLES, points, to_records
+from analysis.formatting import TABLES, points, to_records, wrap
 from analysis.plot import draw_main_effects, effect_rows
 from analysis.store import Experiment, read_experiment
 from grid.arguments import TEXT, Parser, add_experiment, add_output, add_store, run_command, write_output
@@ -31,13 +30,13 @@ CSV_COLUMNS = ["factor", "level", "other_factor", "other_level", "effect", "low"
 def format_final_effects(effects: FinalEffects) -> str:
     """Return the effects at the end as text of at most 80 columns; accuracies in percent, effects in points."""
     title = [f"validation accuracy at the end ({count(effects.epochs, 'epoch')}), mean {effects.grand_mean:.2%}"]
-    title += [_wrap(_evidence(effects))]
+    title += [wrap(_evidence(effects))]
     if effects.fixed:
         title.append(f"fixed: {', '.join(f'{factor}={level}' for factor, level in effects.fixed.items())}")
     blocks = [title, _difference_lines(effects), _level_lines(effects), _pair_lines(effects), _earned_lines(effects)]
     blocks += [_divergence_lines(effects), list(effects.notes)]
     lines = [line for block in blocks if block for line in [*block, ""]]
-    return "\n".join(_wrap(line) if "\n" not in line else line for line in lines[:-1])
+    return "\n".join(wrap(line) if "\n" not in line else line for line in lines[:-1])
 
 
 def _evidence(effects: FinalEffects) -> str:
@@ -112,7 +111,7 @@ def format_rung_effects(effects: RungEffects) -> str:
         title.append(f"fixed: {', '.join(f'{factor}={level}' for factor, level in effects.fixed.items())}")
     blocks = [title, _variance_lines(effects), _rung_level_lines(effects), _divergence_lines(effects), effects.notes]
     lines = [line for block in blocks for line in [*block, ""]]
-    return "\n".join(_wrap(line) for line in lines[:-1])
+    return "\n".join(wrap(line) for line in lines[:-1])
 
 
 def _variance_lines(effects: RungEffects) -> list[str]:
@@ -150,10 +149,6 @@ def _divergence_lines(effects: RungEffects | FinalEffects) -> list[str]:
     if len(rows) > SHOWN_DIVERGED:
         lines.append(f"{count(len(rows) - SHOWN_DIVERGED, 'more level')}, none with a higher rate")
     return lines if len(rows) else [*lines, "none"]
-
-
-def _wrap(line: str) -> str:
-    return textwrap.fill(line, 80, subsequent_indent="  ", break_on_hyphens=False) if len(line) > 80 else line
 
 
 def tabulate(effects: FinalEffects | RungEffects) -> pd.DataFrame:
@@ -248,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(TABLES[options.format](_columns(effects)))
             return 0
         text = format_final_effects(effects) if isinstance(effects, FinalEffects) else format_rung_effects(effects)
-        print("\n".join([text, *map(_wrap, experiment.notes)]))
+        print("\n".join([text, *map(wrap, experiment.notes)]))
         return 0
 
     return run_command(parser.name, report_effects)

@@ -1,6 +1,7 @@
 """Formats numbers, columns and notes for people: tables of numbers become tables of text."""
 
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from math import isnan
 from typing import Any
@@ -79,6 +80,11 @@ def format_table(table: pd.DataFrame, headers: Mapping[str, str] | None = None, 
         else:
             formatted[header] = [str(value) for value in column]
     return pd.DataFrame(formatted)
+
+
+def wrap(line: str) -> str:
+    """Return a line as lines of at most 80 columns, all but the first indented."""
+    return textwrap.fill(line, 80, subsequent_indent="  ", break_on_hyphens=False) if len(line) > 80 else line
 
 
 def to_records(table: pd.DataFrame) -> list[dict[str, Any]]:

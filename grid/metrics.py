@@ -66,6 +66,9 @@ TEST_METRICS = (
 )
 """Metrics that only runs of `kind=confirm` have, once they are tested."""
 
+FEWEST_PAIRS_LEFT = 5
+"""Trials that two experiments must have in common beyond one for each level, to be compared."""
+
 STATUSES = ("completed", "stopped", "diverged", "failed")
 """How a trial ends: full budget, stopped by ASHA, loss not finite, error."""
 

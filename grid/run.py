@@ -31,7 +31,7 @@ from grid.parts import LEVELS
 from grid.parts.files import load_files
 from grid.parts.registry import GRIDS, Grid
 from grid.plan.asha import FEWEST_STEPS, NO_STOPPING, StoppingRule
-from grid.plan.budget import Budget
+from grid.plan.budget import EXHAUSTED, Budget
 from grid.plan.request import DEFAULT_CONTROLS, Again, Request, check_address, check_folder_name, check_storage
 from grid.plan.space import find_grid, read_first, restrict, vary
 from grid.store_uri import check_store_uri
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 answer(import_module("grid.driver.dry_run").run(request, _find_spread(request)))
                 return 0
             exit_code = int(import_module("grid.driver.launch").run(request))
-            if options.report and exit_code in (0, 1, 3):
+            if options.report and exit_code in (0, 1, EXHAUSTED):
                 _write_report(request, options.report, debug=options.debug)
             if options.json:
                 answer({"exit_code": exit_code, **_describe_ranking(request)})

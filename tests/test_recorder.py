@@ -19,7 +19,7 @@ from grid.metrics import EPOCH_METRICS, EpochReport
 from grid.record import courier, delivery
 from grid.record import recorder as record
 from grid.record.__main__ import main
-from grid.record.commands import describe_code
+from grid.record.commands import describe_code, describe_source
 from grid.record.delivery import summarise_error
 from grid.record.events import EpochEnded, to_json
 from grid.record.recorder import Recorder
@@ -110,9 +110,9 @@ def test_a_trial_becomes_one_run_of_the_contract(store: Store, recorder: Recorde
     assert (run.info.status, parent.info.status) == ("FINISHED", "FINISHED")
 
 
-def test_the_columns_of_mlflows_page_are_filled(
-    store: Store, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_columns_of_mlflows_page_are_filled(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(store, Spool(tmp_path / "spool.jsonl"))
+    recorder.begin({}, {}, source=describe_source(describe_code()))
     named = replace(CONFIG, data="glyphs", data_fingerprint="0123456789abcdef")
     fail_for(store, monkeypatch, "log_inputs", ConnectionError("lost"))
     record_trial(recorder, config=named)

@@ -28,13 +28,11 @@ from analysis.estimates.anova import (
 )
 from analysis.multiplicity import holm
 from grid.config import SETTINGS, InputError, factors_among
-from grid.metrics import RUNG_METRIC, rung_epochs
+from grid.metrics import FEWEST_PAIRS_LEFT, RUNG_METRIC, rung_epochs
 
 CONFIDENCE = 0.95
 POWER = 0.9
 """Chance with which a change of the size that is named would be found."""
-FEWEST_LEFT = 5
-"""Pairs beyond the number of coefficients, below which nothing is said."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,8 @@ class Change:
 def pair_trials(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     """Return the trials that both experiments have: the factors, `seed`, `lr_scale`, and all columns of both.
 
+    `unchosen` says of each whether it would have been trained to the end whatever its accuracy was.
+
     A factor that only one of them knows has its default in the other.
 
     Args:
@@ -82,7 +82,9 @@ def pair_trials(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     factors = factors_among({*first.columns, *second.columns})
     keys = [*factors, "seed", "lr_scale"]
     filled = [
-        table.assign(**{name: SETTINGS[name] for name in factors if name not in table}).drop_duplicates(keys)
+        table.assign(
+            unchosen=_unchosen(table), **{name: SETTINGS[name] for name in factors if name not in table}
+        ).drop_duplicates(keys)
         for table in (first, second)
     ]
     return filled[0].merge(filled[1], on=keys, suffixes=("_1", "_2"))
@@ -111,14 +113,18 @@ def change_at_end(pairs: pd.DataFrame) -> Change:
     budgets = sorted({*map(int, pairs["epochs_1"]), *map(int, pairs["epochs_2"])})
     if len(budgets) > 1:
         raise InputError(f"their budgets differ ({' and '.join(map(str, budgets))} epochs)")
-    unchosen = _unchosen(pairs, "_1") & _unchosen(pairs, "_2")
-    return _measure(pairs[unchosen], "final_val_accuracy", budgets[0] if budgets else 0, at_the_end=True)
+    return _measure(
+        pairs[pairs["unchosen_1"] & pairs["unchosen_2"]],
+        "final_val_accuracy",
+        budgets[0] if budgets else 0,
+        at_the_end=True,
+    )
 
 
-def _unchosen(pairs: pd.DataFrame, suffix: str) -> "pd.Series[bool]":
-    """Return which trials would have been trained to the end whatever their accuracy was."""
-    drawn_at_once = pairs[f"control{suffix}"] & pairs[f"stopped_at_epoch{suffix}"].isna()
-    never_stopped = bool((pairs[f"status{suffix}"] != "stopped").all() and pairs[f"stop_epoch{suffix}"].isna().all())
+def _unchosen(trials: pd.DataFrame) -> "pd.Series[bool]":
+    """Return which trials of a whole experiment would have been trained to the end whatever their accuracy was."""
+    drawn_at_once = trials["control"] & trials["stopped_at_epoch"].isna()
+    never_stopped = bool((trials["status"] != "stopped").all() and trials["stop_epoch"].isna().all())
     return drawn_at_once | never_stopped
 
 
@@ -126,13 +132,15 @@ def _measure(pairs: pd.DataFrame, column: str, epoch: int, *, at_the_end: bool) 
     values = pairs[[f"{column}_1", f"{column}_2"]].to_numpy(dtype=float)
     kept = np.isfinite(values).all(axis=1)
     rows, differences = pairs[kept].reset_index(drop=True), values[kept, 1] - values[kept, 0]
+    if rows.empty:
+        raise InputError("they have no unstopped control in common" if at_the_end else "no trial reached it in both")
     factors = factors_among(rows.columns)
     varied: Levels = {factor: names for factor in factors if len(names := in_order(factor, rows[factor])) > 1}
     terms = [term for term in estimable_terms(rows, varied, complete=False) if len(term.parts) == 1]
     design = coding_matrix(terms)
     left = len(rows) - design.shape[1]
-    if left < FEWEST_LEFT:
-        needed = design.shape[1] + FEWEST_LEFT
+    if left < FEWEST_PAIRS_LEFT:
+        needed = design.shape[1] + FEWEST_PAIRS_LEFT
         raise InputError(f"{len(rows)} pairs are too few to compare {len(varied)} factors; {needed} are needed")
     labels, contrasts = _contrasts(terms)
     basis = np.linalg.qr(design)[0]

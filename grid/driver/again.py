@@ -14,18 +14,18 @@ from grid.config import NUMERICS_VERSION, InputError, TrialConfig
 from grid.data.dataset import Dataset
 from grid.data.load import load
 from grid.driver.experiment import Prepared, Ready, Training, finish, train_all
-from grid.driver.messages import describe_left_out
+from grid.driver.messages import describe_left_out, print_facts
 from grid.driver.provenance import check_code, describe_command
 from grid.driver.try_nodes import try_nodes
 from grid.driver.watcher import restore_rungs
-from grid.metrics import FINAL_STATUSES
+from grid.metrics import FEWEST_PAIRS_LEFT, FINAL_STATUSES
 from grid.parts.registry import check_known
 from grid.plan.asha import Asha, StoppingRule
 from grid.plan.packing import Packing
 from grid.plan.request import Again
 from grid.plan.space import shared_settings
 from grid.plan.trials import Plan
-from grid.record.commands import CODE_KEYS, RECORD, record_command
+from grid.record.commands import CODE_KEYS, RECORD, describe_source, record_command
 from grid.record.lease import become_driver
 from grid.record.recorder import Recorder
 from grid.record.store import Store, StoredTrial
@@ -35,9 +35,6 @@ from grid.train.checkpoints import Checkpoints
 from grid.train.hardware import numeric_settings
 from grid.tune import connection
 from grid.wording import count
-
-FEWEST_LEFT = 5
-"""Trials that a comparison needs beyond one for each level; see `analysis.estimates.change`."""
 
 
 def run(request: Again) -> int:
@@ -66,7 +63,8 @@ def run(request: Again) -> int:
         store = Store(request.store, request.experiment)
         spool = become_driver(store, stack, spool=request.spool, storage=request.storage)
         training = Training(packing, checkpoints, keep_going=request.keep_going)
-        return _train(request, trials, Prepared(dataset, b"", spool, store), training, {**manifest, "again": how})
+        print_facts({"again": f"{request.against}: {how}"})
+        return _train(request, trials, Prepared(dataset, b"", spool, store), training, manifest)
 
 
 def draw(trials: Sequence[StoredTrial], share: float) -> tuple[list[StoredTrial], str]:
@@ -86,7 +84,7 @@ def draw(trials: Sequence[StoredTrial], share: float) -> tuple[list[StoredTrial]
     for trial in fit:
         for factor, level in trial.config.cell.items():
             levels.setdefault(factor, set()).add(level)
-    needed = 1 + sum(len(names) - 1 for names in levels.values()) + FEWEST_LEFT
+    needed = 1 + sum(len(names) - 1 for names in levels.values()) + FEWEST_PAIRS_LEFT
     epochs = sum(int(trial.metrics["epochs_run"]) for trial in ended)
     wanted = round(share * epochs / fit[0].config.epochs)
     if min(wanted, len(fit)) < needed:
@@ -132,7 +130,7 @@ def _train(
     asha = _rungs(earlier)
     restore_rungs(asha, stored)
     plan = Plan([], {}, trials, frozenset(trial.trial_key for trial in trials), control_chance=1.0, rule=asha.rule)
-    described = {name: value for name, value in earlier.items() if name not in (*CODE_KEYS, RECORD, "again")}
+    described = {name: value for name, value in earlier.items() if name not in (*CODE_KEYS, RECORD)}
     described |= {
         "trials": len(trials),
         "settings": shared_settings(trials),
@@ -141,9 +139,10 @@ def _train(
     record = describe_command("grid.run", request, check, training.packing.devices)
     command = record_command(store, {**record, "plan": described}, before)
     manifest = {**described, **{name: record[name] for name in CODE_KEYS}, RECORD: command_path(command)}
-    recorder.begin({MANIFEST: json.dumps(manifest, indent=2).encode()}, stored, command=command)
-    facts = {"again": f"{request.against}: {earlier['again']}", "trials": f"{len(trials):,}"} | left_out
-    ready = Ready(plan, stored, asha, check, facts | dict(check.facts))
+    recorder.begin(
+        {MANIFEST: json.dumps(manifest, indent=2).encode()}, stored, command=command, source=describe_source(record)
+    )
+    ready = Ready(plan, stored, asha, check, {"trials": f"{len(trials):,}"} | left_out | dict(check.facts))
     watcher, delivered = train_all(ready, prepared.dataset, recorder, training)
     return finish(watcher, recorder, delivered=delivered)
 

@@ -59,6 +59,11 @@ def run(request: Request, ends: forecast.EndSpread | None = None) -> dict[str, A
     factor, widths = _widths(plan, ends)
     effects = {"effects": _explain_widths(factor, widths, ends)} if widths else {}
     print_facts(describe_plan(request, plan) | describe_packing(packing) | data | expected | effects)
+    described = {"train_images": train_images, "timed_on": timed_on, "widest": factor}
+    return _describe(request, plan, packing, cost) | described | {"widths": [asdict(width) for width in widths]}
+
+
+def _describe(request: Request, plan: Plan, packing: Packing, cost: forecast.Forecast) -> dict[str, Any]:
     return {
         "experiment": request.experiment,
         "grid": request.grid,
@@ -68,7 +73,6 @@ def run(request: Request, ends: forecast.EndSpread | None = None) -> dict[str, A
         "budget": request.epochs,
         "rungs": list(plan.rule.rungs(request.epochs)) if plan.rule.factor > 1 else [],
         "data": request.data,
-        "train_images": train_images,
         "at_once": packing.concurrency,
         "device": packing.device,
         "gpus_per_trial": packing.gpus_per_trial,
@@ -76,9 +80,6 @@ def run(request: Request, ends: forecast.EndSpread | None = None) -> dict[str, A
         "epochs_without_stopping": cost.full_epochs,
         "seconds": cost.seconds,
         "spread": cost.spread,
-        "timed_on": timed_on,
-        "widest": factor,
-        "widths": [asdict(width) for width in widths],
     }
 
 

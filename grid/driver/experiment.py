@@ -31,7 +31,7 @@ from grid.plan.packing import THIS_MACHINE, Packing
 from grid.plan.request import Request
 from grid.plan.space import ORDER_SEED, shared_settings
 from grid.plan.trials import Plan, check_comparable, first_and_last_of_each_model, make_plan
-from grid.record.commands import CODE_KEYS, RECORD, record_command
+from grid.record.commands import CODE_KEYS, RECORD, describe_source, record_command
 from grid.record.fence import LeaseLostError
 from grid.record.lease import become_driver
 from grid.record.recorder import Recorder
@@ -186,7 +186,8 @@ def _begin(
     command = record_command(prepared.store, {**record, "plan": described}, before)
     manifest = {**described, **{name: record[name] for name in CODE_KEYS}, RECORD: command_path(command)}
     files, pictures = {MANIFEST: json.dumps(manifest, indent=2).encode()}, {"samples.png": prepared.samples}
-    recorder.begin(files, ready.stored, command=command, pictures=pictures)
+    source = describe_source(record)
+    recorder.begin(files, ready.stored, command=command, source=source, pictures=pictures)
 
 
 def _report(request: Request, watcher: Watcher, recorder: Recorder, delivered: bool) -> int:

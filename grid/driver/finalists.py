@@ -26,7 +26,7 @@ from grid.plan.packing import Packing
 from grid.plan.request import Confirmation
 from grid.plan.trials import Plan
 from grid.ranking import RankedCell, rank_cells
-from grid.record.commands import record_command
+from grid.record.commands import describe_source, record_command
 from grid.record.lease import become_driver
 from grid.record.predictor import register
 from grid.record.recorder import Recorder
@@ -184,7 +184,7 @@ def _train_left(request: Confirmation, trials: Sequence[TrialConfig], finalists:
     stored = store.trials(KIND)
     left_out = describe_left_out(store)
     record = describe_command("grid.confirm", request, finalists.check, training.packing.devices)
-    recorder.begin({}, stored, command=record_command(store, record))
+    recorder.begin({}, stored, command=record_command(store, record), source=describe_source(record))
     plan = Plan([], {}, list(trials), frozenset(trial.trial_key for trial in trials), rule=NO_STOPPING)
     asha = Asha.of(plan.rule, trials[0].epochs)
     facts = _describe(trials, finalists.also_tied) | left_out | dict(finalists.check.facts)

@@ -9,6 +9,7 @@ from grid.driver.progress import top_table
 from grid.driver.watcher import Watcher
 from grid.masking import mask
 from grid.plan.asha import StoppingRule
+from grid.plan.budget import EXHAUSTED
 from grid.plan.controls import FEWEST
 from grid.plan.forecast import Forecast
 from grid.plan.packing import Packing
@@ -95,10 +96,6 @@ def print_facts(facts: Mapping[str, str]) -> None:
     """Print names and their facts, one per line."""
     for name, text in facts.items():
         print(f"{name:<9}  {text}", flush=True)
-
-
-EXHAUSTED = 3
-"""Exit code of a run that has spent its budget before all trials have ended."""
 
 
 @dataclass(frozen=True)

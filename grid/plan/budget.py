@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from grid.config import InputError
 from grid.wording import count, format_seconds
 
+EXHAUSTED = 3
+"""Exit code of a run that has spent its budget before all trials have ended."""
+
 
 @dataclass(frozen=True)
 class Spent:

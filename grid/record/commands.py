@@ -40,10 +40,14 @@ def describe_code(command: str = "grid.run") -> dict[str, Any]:
     }
 
 
-def describe_source(command: str) -> dict[str, str]:
-    """Return the tags that fill the columns of MLflow's page: what made a run, by which code, and who."""
-    commit = _commit()
-    tags = {"mlflow.source.name": f"python -m {command}", "mlflow.source.type": "LOCAL"}
+def describe_source(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the tags that fill the columns of MLflow's page: what made a run, by which code, and who.
+
+    Args:
+        record: From `describe_code`.
+    """
+    commit, command = record["commit"], record["command"]
+    tags = {"mlflow.source.name": " ".join(command[:3]), "mlflow.source.type": "LOCAL"}
     if commit != "unknown":
         tags["mlflow.source.git.commit"] = commit.removesuffix("-dirty")
     with suppress(OSError, KeyError):  # a user without a name

@@ -35,8 +35,8 @@ class EventCarrier:
         self._deleted: set[str] = set()
         self._uncertain: set[str] = set()
         """Trials whose run may exist, because the answer to the request that creates it was lost."""
-        self._named: set[str] = set()
-        """The parent run, once it names its data set."""
+        self._parent_has_data = False
+        """Whether the parent run names the data set."""
         self._without_data: set[str] = set()
         """Trials whose run is new and does not name its data set yet."""
         self._store = store
@@ -123,9 +123,9 @@ class EventCarrier:
         dataset = Dataset(name=name, digest=digest, source_type="local", source=json.dumps({"name": name}))
         context = [InputTag("mlflow.data.context", "training")]
         try:
-            for run_id in {self.run_ids[event.trial_key], self._store.parent_id} - self._named:
+            for run_id in [*([] if self._parent_has_data else [self._store.parent_id]), self.run_ids[event.trial_key]]:
                 self._store.client.log_inputs(run_id, [DatasetInput(dataset, context)])
-            self._named.add(self._store.parent_id)
+            self._parent_has_data = True
         except UNREACHABLE:
             self._without_data.add(event.trial_key)  # with the next attempt
             raise

@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from mlflow.entities import RunTag
+
 from grid.config import InputError, TrialConfig
 from grid.masking import mask
 from grid.metrics import FINAL_METRIC, RUNG_METRIC, EpochReport
-from grid.record.commands import describe_source
 from grid.record.courier import Courier, describe
 from grid.record.delivery import ArtifactCarrier, EventCarrier, artifact_line
 from grid.record.events import Ended, EpochEnded, Event, Started, Suspended, to_json
@@ -58,7 +59,7 @@ class Recorder:
         self._resumed_by: dict[str, list[str]] = {}
         """Ids of the commands that trained a trial further than the one that started it, by trial key."""
         self._source: Mapping[str, str] = {}
-        """Tags of every run that this command starts; see `describe_source`."""
+        """Tags of every run that this command starts."""
         self._machines: dict[str, Mapping[str, str]] = {}
         """What each trial was last trained on."""
         self._last_time = 0
@@ -167,6 +168,7 @@ class Recorder:
         stored: Mapping[str, StoredTrial],
         *,
         command: str = "",
+        source: Mapping[str, str] | None = None,
         pictures: Mapping[str, bytes] | None = None,
     ) -> None:
         """Attach files to the parent run, close the runs that a crashed driver left open, and start to deliver.
@@ -175,6 +177,7 @@ class Recorder:
             files: Name, such as `grid.json` -> content.
             stored: What the store has, by trial key.
             command: Id of the record of this command, which every trial that it trains will name.
+            source: Tags of every run that this command starts, and of the parent run; see `describe_source`.
             pictures: The same, of files that nobody waits for.
 
         Raises:
@@ -182,7 +185,7 @@ class Recorder:
         """
         client = self.store.client
         self._command = command
-        self._source = describe_source("grid.confirm" if self._kind == "confirm" else "grid.run")
+        self._source = source or {}
         self._resumed_by = {key: _split(trial.tags.get("resumed_by")) for key, trial in stored.items()}
         self._carrier.run_ids |= {key: trial.run_id for key, trial in stored.items()}
         self._carrier.failed = {key for key, trial in stored.items() if trial.status == "failed"}
@@ -191,8 +194,8 @@ class Recorder:
         self._ended_at = {key: stored[key].metrics.get("epochs_run", 0.0) for key in ended_before}
         try:
             client.update_run(self.store.parent_id, status="RUNNING")
-            for name, value in self._source.items():
-                client.set_tag(self.store.parent_id, name, value)
+            if self._source:
+                client.log_batch(self.store.parent_id, tags=[RunTag(*tag) for tag in self._source.items()])
             self.store.attach(self.store.parent_id, files)
             for trial in stored.values():
                 if not trial.status:
