@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from mlflow.entities import Run
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Run
 
 from analysis.rank import main as rank
 from grid.config import FACTORS, InputError, TrialConfig
@@ -236,11 +239,15 @@ def test_without_stopping_every_trial_completes(arguments: list[str], store_uri:
 def test_a_server_that_is_down_at_the_end_is_reported_with_the_command_that_delivers(
     arguments: list[str], store_uri: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(*given: object, **named: object) -> None:
-        raise OSError("the cable is cut")
+    log_batch = MlflowClient.log_batch
+
+    def refuse(client: MlflowClient, run_id: str, metrics: Sequence[Metric] = (), **named: Any) -> None:
+        if metrics:
+            raise OSError("the cable is cut")
+        log_batch(client, run_id, metrics, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlflow.tracking.MlflowClient.log_batch", refuse)
+        patch.setattr(MlflowClient, "log_batch", refuse)
         patch.setattr(Recorder.close, "__kwdefaults__", {"patience_seconds": 1.0})
         assert main([*arguments, "--only", "batch_norm=on"]) == 1
     err = capfd.readouterr().err

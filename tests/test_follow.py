@@ -393,7 +393,7 @@ def test_in_a_browser_the_page_reloads_itself_and_keeps_the_place_of_the_reader(
     assert -100 < height < 0
     more = page.replace('<div class="headline">', '<p id="news">news<br><br><br></p><div class="headline">', 1)
     replace_output(path, stamp(more, time.time()))
-    wait_until(lambda: tab.value("document.querySelector('#news') !== null") is True)
+    wait_until(lambda: tab.value(f"{LOADED} && document.querySelector('#news') !== null") is True)
     for _ in range(2):
         assert tab.value(HEIGHT) == pytest.approx(height, abs=1)
         assert tab.value(OPEN) == ["manifest"]
