@@ -41,6 +41,7 @@ MLFLOW_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # else on stderr where tqdm is installed
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines per run of a server, through the progress line
+    "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",  # else from the server's bucket, which few readers reach
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",  # a server may ask for hours
     "PGCONNECT_TIMEOUT": "20",  # of PostgreSQL's client; without it, minutes
@@ -126,6 +127,8 @@ def find_experiment(client: Any, uri: str, name: str) -> Any:
 def store_problem(error: BaseException, uri: str) -> str:
     """Return why a store could not be used, and what to do: the end of a message that begins with its name."""
     line = first_line(error)[:LONGEST_REASON]
+    if "mlflow-artifacts URI was supplied" in line:
+        return "its files are with the MLflow server that wrote it; pass the server's address as --store"
     refused = re.search(r" failed with error code (401|403) != 200", line)
     is_page = " valid JSON format" in line or re.search(r" error code \d+ != 200.*'<", line)
     login = f"set {' and '.join(LOGIN_VARIABLES)} or MLFLOW_TRACKING_TOKEN, or " if refused else ""

@@ -1,9 +1,10 @@
 """Does a grid survive failures? Injects a seeded schedule of them and compares the results with an undisturbed run.
 
     python -m benchmarks.chaos --kills 20 --seed 1     # 8 minutes on two cores
+    python -m benchmarks.chaos --servers               # on PostgreSQL and an S3 API
 
-Everything is real: drivers, Ray, an MLflow server on sqlite, SIGKILL. The grid is repeated, each time as a new
-experiment, until every failure has been injected; then each value in the store is compared with the one that the
+Everything is real: drivers, Ray, an MLflow server on sqlite or PostgreSQL, SIGKILL. The grid is repeated, each time as
+a new experiment, until every failure has been injected; then each value in the store is compared with the one that the
 undisturbed run recorded. Needs Linux; the failure `spool disk full` needs root, to mount a small disk, and is left out
 without it.
 """
@@ -11,9 +12,6 @@ without it.
 import contextlib
 import os
 import random
-import signal
-import socket
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -27,8 +25,12 @@ import psutil
 
 from benchmarks.chaos import recording
 from benchmarks.chaos.audit import Audit, audit
+from benchmarks.chaos.backends import FILE_FAILURES, SERVER_FAILURES, Backend, start_backend
 from benchmarks.chaos.drivers import DRIVER_FAILURES
-from benchmarks.chaos.infrastructure import stop_worker, take_storage_away
+from benchmarks.chaos.infrastructure import stop_worker
+from benchmarks.servers import postgres
+from benchmarks.servers.local import free_port, kill_tree, wait_until
+from benchmarks.servers.mlflow_server import start_mlflow
 from grid.arguments import Parser
 from grid.wording import count
 
@@ -51,6 +53,7 @@ class Arena:
     rng: random.Random
     port: int
     grid: list[str]
+    backend: Backend
     server: subprocess.Popen[bytes] | None = None
     driver: subprocess.Popen[bytes] | None = None
     starts: int = 0
@@ -69,11 +72,8 @@ class Arena:
 
     def start_server(self) -> None:
         """Start the MLflow server and wait until it answers."""
-        store = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
-        store += ["--artifacts-destination", str(self.folder / "artifacts")]
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), *store]
-        self.server = self._spawn([*command, "--workers", "1"], "server.log")
-        wait_until(lambda: answers(self.port), 120)
+        backend = self.backend
+        self.server = start_mlflow(self.folder, self.port, backend.database, backend.artifacts, backend.environment)
 
     def stop_server(self) -> None:
         """SIGKILL the server and all its children."""
@@ -92,7 +92,7 @@ class Arena:
     def options(self) -> list[str]:
         """Of `grid.run`, as the driver is given them."""
         place = ["--store", self.uri, "--experiment", self.experiment, "--data-dir", str(self.folder / "data")]
-        return [*self.grid, *place, "--no-report"]
+        return [*self.grid, *place, "--storage", self.backend.storage, "--no-report"]
 
     @property
     def log(self) -> str:
@@ -134,7 +134,7 @@ class Arena:
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
-                env=os.environ | {"PYTHONPATH": path},
+                env={**os.environ, **self.backend.environment, "PYTHONPATH": path},
             )
 
 
@@ -176,27 +176,18 @@ def fill_disk(arena: Arena) -> None:
     filler.unlink()
 
 
-def lock_database(arena: Arena) -> None:
-    """Lock the server's sqlite file for 30 s, which is longer than sqlite and MLflow wait."""
-    database = sqlite3.connect(arena.folder / "mlflow.db", timeout=60, isolation_level=None)
-    with contextlib.closing(database):
-        database.execute("BEGIN EXCLUSIVE")
-        time.sleep(30)
-        database.execute("ROLLBACK")
-
-
 FAILURES: dict[str, Callable[[Arena], None]] = {
     "driver killed": kill_driver,
     "worker killed": kill_worker,
     "worker stopped": stop_worker,
-    "storage away": take_storage_away,
     "Ray killed": kill_ray,
     "server killed": restart_server,
     "spool disk full": fill_disk,
-    "database locked 30 s": lock_database,
     "client broken": recording.break_client,
     "reports refused": recording.refuse_reports,
     **DRIVER_FAILURES,
+    **FILE_FAILURES,
+    **SERVER_FAILURES,
 }
 
 
@@ -207,22 +198,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the schedule (1)")
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="replicates per cell, 16 trials each (2)")
     parser.add_argument(
+        "--servers", action="store_true", help="on PostgreSQL (Debian: postgresql) and an S3 API instead of files"
+    )
+    parser.add_argument(
         "--failure", action="append", choices=list(FAILURES), help="inject only this kind; may be repeated"
     )
     options = parser.parse_args(arguments)
     rng = random.Random(options.seed)  # noqa: S311  (a schedule)
     grid = [*GRID[:-1], str(options.seeds)]
-    with tempfile.TemporaryDirectory(prefix="chaos-") as name, small_disk(Path(name) / "spool") as is_small:
-        kinds = [kind for kind in options.failure or FAILURES if is_small or kind != "spool disk full"]
+    elsewhere = FILE_FAILURES if options.servers else SERVER_FAILURES
+    if wrong := [kind for kind in options.failure or () if kind in elsewhere]:
+        parser.error(f"--failure '{wrong[0]}' is one of {'files' if options.servers else '--servers'} only")
+    if options.servers and (lacking := postgres.missing()):
+        parser.error(f"--servers {lacking}")
+    with (
+        tempfile.TemporaryDirectory(prefix="chaos-") as name,
+        small_disk(Path(name) / "spool") as is_small,
+        start_backend(Path(name), servers=options.servers) as backend,
+    ):
+        left_out = set(elsewhere) if is_small else {*elsewhere, "spool disk full"}
+        kinds = [kind for kind in options.failure or FAILURES if kind not in left_out]
         schedule = draw_schedule(options.kills, rng, kinds)
-        arena = Arena(Path(name), rng, free_port(), grid)
+        arena = Arena(Path(name), rng, free_port(), grid, backend)
         arena.start_server()
         try:
             arena.start_driver("undisturbed")
             if code := arena.wait_for_driver():
                 parser.exit(1, f"the undisturbed run ended with exit code {code}:\n{arena.log}")
             survived, experiments = run_schedule(arena, schedule)
-            result = audit(arena.uri, arena.folder, "undisturbed", experiments)
+            result = audit(arena.uri, arena.folder, "undisturbed", experiments, backend.checkpoints())
             result.two_drivers = arena.two_drivers
         finally:
             kill_tree(arena.driver)
@@ -303,40 +307,6 @@ def small_disk(folder: Path) -> Iterator[bool]:
     finally:
         if mounted:
             subprocess.run(["umount", "--lazy", str(folder)], check=True)  # noqa: S607
-
-
-def kill_tree(process: subprocess.Popen[bytes] | None) -> None:
-    """SIGKILL a process and its session if it is still running."""
-    if process is not None and process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    """Wait for a condition.
-
-    Raises:
-        TimeoutError: It did not come true in time.
-    """
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {seconds:.0f} s without success")
-        time.sleep(0.1)
-
-
-def answers(port: int) -> bool:
-    """Return whether something listens on a port of this machine."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _name(process: psutil.Process) -> str:

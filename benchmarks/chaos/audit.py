@@ -1,7 +1,7 @@
 """Compare the store of a disturbed grid with that of an undisturbed one; `benchmarks.chaos` prints the result."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isnan, nan
 from pathlib import Path
@@ -68,14 +68,15 @@ class Recorded:
     histories: Histories
 
 
-def audit(uri: str, folder: Path, reference: str, experiments: list[str]) -> Audit:
+def audit(uri: str, folder: Path, reference: str, experiments: list[str], checkpoints: Sequence[str] = ()) -> Audit:
     """Compare experiments of a store with a reference experiment.
 
     Args:
         uri: URI of the store.
-        folder: Folder in which the drivers ran; contains `spool` and `storage`.
+        folder: Folder in which the drivers ran; contains `spool`.
         reference: Name of the undisturbed experiment.
         experiments: Names of the disturbed experiments.
+        checkpoints: Those that are left.
     """
     client = MlflowClient(tracking_uri=uri)
     found = Audit(experiments=len(experiments))
@@ -88,7 +89,7 @@ def audit(uri: str, folder: Path, reference: str, experiments: list[str]) -> Aud
             _compare(trial, undisturbed[key], found)
         found.wrong_decisions += wrong_decisions(list(trials.values()))
     found.orphans += len(list((folder / "spool").glob("*.jsonl")))
-    found.orphans += len(list((folder / "storage").glob("*/checkpoints/*")))
+    found.orphans += len(checkpoints)
     return found
 
 

@@ -14,17 +14,21 @@ AWAY_SECONDS = (3.0, 15.0)
 """How long the storage is away, or a worker stopped: drawn between these."""
 
 
-class Disturbed(Protocol):
+class HasFolder(Protocol):
     """What is disturbed: an `Arena`."""
 
     folder: Path
     rng: random.Random
 
+
+class Disturbed(HasFolder, Protocol):
+    """The same, with a driver."""
+
     def children(self, *names: str) -> list[psutil.Process]:
         """Return the driver's descendants whose name contains one of `names`."""
 
 
-def take_storage_away(arena: Disturbed) -> None:
+def take_storage_away(arena: HasFolder) -> None:
     """Put a file in the place of the storage, as if a network disk were gone, and bring the storage back."""
     storage, kept = arena.folder / "storage", arena.folder / "storage-away"
     storage.rename(kept)

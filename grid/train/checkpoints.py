@@ -14,7 +14,7 @@ from grid.config import InputError
 from grid.files import rename_durably
 from grid.masking import mask
 from grid.train.device_errors import DeviceError
-from grid.wording import first_line
+from grid.wording import first_line, last_line
 
 
 class StorageError(InputError, OSError):
@@ -179,5 +179,7 @@ class Checkpoints:
 def _reason(error: Exception) -> str:
     """Return why a file system failed, without the name of the file: the same for all trials."""
     text = first_line(error)
+    if text.endswith(":"):  # a list of keys follows, each with its own reason
+        text = last_line(error).rpartition("': ")[2]
     found = re.search(r"(?:Detail: (?:\[errno \d+\] )?|(?=AWS Error ))(.+)", text)
     return found[1] if found else text
