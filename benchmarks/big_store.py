@@ -1,10 +1,11 @@
 """Is the analysis of a big grid fast? Times it on a store of 10,000 trials, next to a plain MLflow loop.
 
     python -m benchmarks.big_store     # 4 minutes on two cores
+    python -m benchmarks.big_store --postgres
 
-The store is an sqlite database that MLflow created. It is filled through MLflow's own tables, and read back through
-MLflow's client before anything is timed. The trials are those of the grid `full`, with as many seeds as necessary and
-simulated accuracies.
+The store is a database that MLflow created: sqlite, or a PostgreSQL that is started for it. It is filled through
+MLflow's own tables, and read back through MLflow's client before anything is timed. The trials are those of the grid
+`full`, with as many seeds as necessary and simulated accuracies.
 """
 
 import json
@@ -17,6 +18,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, chdir
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,14 @@ from typing import Any
 import mlflow
 import pandas as pd
 from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlMetric, SqlParam, SqlRun, SqlTag
-from sqlalchemy import create_engine, insert
+from sqlalchemy import create_engine, insert, text
 
 from analysis.curves import read_curves
 from analysis.estimates.rung_effects import measure_rung_effects
 from analysis.rank import rank_cells
 from analysis.stopping.figures import audit_stopping
 from analysis.store import Experiment, read_experiment
+from benchmarks.servers import postgres
 from grid.arguments import Parser
 from grid.config import FACTORS, TrialConfig
 from grid.metrics import EPOCH_METRICS, RUNG_METRIC
@@ -40,6 +43,7 @@ from grid.plan.asha import FACTOR, Asha, rung_epochs
 from grid.plan.controls import draw_controls
 from grid.plan.space import ORDER_SEED, Cell, cross, expand
 from grid.record.store import Store
+from grid.store_uri import sqlite_path
 
 EXPERIMENT = "big"
 EPOCHS = 27
@@ -132,9 +136,9 @@ def simulate(
     return SimulatedTrial(run_id, config, control, status or "completed", tuple(accuracies), epochs_run, asha.rungs)
 
 
-def fill_store(folder: Path, trials: Sequence[SimulatedTrial]) -> str:
-    """Write the trials into a new sqlite store and return its URI."""
-    store = Store(f"sqlite:///{folder}/mlflow.db", EXPERIMENT)
+def fill_store(uri: str, trials: Sequence[SimulatedTrial]) -> None:
+    """Write the trials into a new store."""
+    store = Store(uri, EXPERIMENT)
     store.create()
     manifest = {"rungs": {"epochs": rung_epochs(EPOCHS), "factor": FACTOR}, "data": {"val_images": VAL_IMAGES}}
     store.attach(store.parent_id, {"grid.json": json.dumps(manifest).encode()})
@@ -148,7 +152,18 @@ def fill_store(folder: Path, trials: Sequence[SimulatedTrial]) -> str:
             for table, batch in rows.items():
                 connection.execute(insert(table.__table__), batch)
     engine.dispose()
-    return store.uri
+
+
+def count_bytes(uri: str) -> int:
+    """Return the size of a store on the disk."""
+    path = sqlite_path(uri)
+    if path is not None:
+        return path.stat().st_size
+    engine = create_engine(uri)
+    with engine.connect() as connection:
+        size = connection.execute(text("SELECT pg_database_size(current_database())")).scalar_one()
+    engine.dispose()
+    return int(size)
 
 
 def rows_of(trial: SimulatedTrial, number: int, store: Store) -> dict[Any, list[Row]]:
@@ -264,19 +279,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m benchmarks.big_store", description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=10_000, metavar="N", help="trials in the store (10000)")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="keep the store in this folder (a temporary one)")
+    parser.add_argument("--postgres", action="store_true", help="in PostgreSQL (Debian: postgresql) instead of sqlite")
     options = parser.parse_args(arguments)
+    if options.postgres and (lacking := postgres.missing()):
+        parser.error(f"--postgres {lacking}")
     if options.folder and (options.folder / "mlflow.db").exists():
         parser.error(f"--folder {options.folder} already contains a store; pass another folder")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = (options.folder or Path(temporary)).absolute()
+    with ExitStack() as stack:
+        folder = (options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        begun = time.perf_counter()
+        stack.enter_context(chdir(folder))  # where MLflow puts the files of a store that is not sqlite
+        uri = stack.enter_context(postgres.postgres()).uri if options.postgres else f"sqlite:///{folder}/mlflow.db"
         trials = simulate_grid(options.runs)
-        uri = fill_store(folder, trials)
+        begun = time.perf_counter()
+        fill_store(uri, trials)
+        filled = time.perf_counter() - begun
         check_store(uri, trials)
-        size = (folder / "mlflow.db").stat().st_size / 1e6
         epochs = sum(trial.epochs_run for trial in trials)
-        print(f"{len(trials):,} trials, {epochs:,} epochs, {size:.0f} MB, in {time.perf_counter() - begun:.0f} s")
+        print(f"{len(trials):,} trials, {epochs:,} epochs, {count_bytes(uri) / 1e6:.0f} MB, written in {filled:.0f} s")
         print(format_seconds(measure(uri, folder)))
 
 

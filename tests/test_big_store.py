@@ -17,6 +17,7 @@ from benchmarks.big_store import (
     main,
     simulate_grid,
 )
+from benchmarks.servers import postgres
 from grid.metrics import STATUSES
 
 
@@ -27,7 +28,9 @@ def trials() -> list[SimulatedTrial]:
 
 @pytest.fixture(scope="module")
 def uri(trials: list[SimulatedTrial], tmp_path_factory: pytest.TempPathFactory) -> str:
-    return fill_store(tmp_path_factory.mktemp("big"), trials)
+    uri = f"sqlite:///{tmp_path_factory.mktemp('big')}/mlflow.db"
+    fill_store(uri, trials)
+    return uri
 
 
 @pytest.fixture(autouse=True)
@@ -97,3 +100,10 @@ def test_the_benchmark_runs_from_end_to_end(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit):
         main(["--folder", str(tmp_path / "kept")])
     assert "already contains a store" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(postgres.missing()), reason=postgres.missing())
+def test_the_benchmark_runs_on_postgres(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--runs", "60", "--postgres"])
+    assert capsys.readouterr().out.startswith("60 trials, ")

@@ -333,7 +333,7 @@ def test_every_shell_has_the_token_mode_the_storage_and_the_environment(tmp_path
 SERVER = """#!/usr/bin/env python3
 import http.server, os, sys
 open("starts", "a").write(f"{os.getpid()}\\n")
-open("arguments", "w").write(" ".join(sys.argv[1:]))
+open("place", "w").write(os.environ["MLFLOW_BACKEND_STORE_URI"] + " " + os.environ["MLFLOW_ARTIFACTS_DESTINATION"])
 host, port = (sys.argv[sys.argv.index(option) + 1] for option in ("--host", "--port"))
 http.server.HTTPServer((host, int(port)), http.server.BaseHTTPRequestHandler).serve_forever()
 """
@@ -348,6 +348,7 @@ def test_mlflow_is_started_once_and_again_only_after_it_has_died(tmp_path: Path)
     command = find("mlflow server").replace("5000", port)
     starts = tmp_path / "mlflow/starts"
     path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    run_bash(find("MLFLOW_BACKEND_STORE_URI"), tmp_path)
     try:
         run_bash(command, tmp_path, PATH=path)
         run_bash(command, tmp_path, PATH=path)
@@ -356,9 +357,8 @@ def test_mlflow_is_started_once_and_again_only_after_it_has_died(tmp_path: Path)
         subprocess.run(["flock", tmp_path / "mlflow/server.lock", "true"], check=True, timeout=900)  # the lock is free
         run_bash(command, tmp_path, PATH=path)
         assert len(starts.read_text().split()) == 2
-        assert (
-            f"--backend-store-uri sqlite:///{tmp_path}/mlflow/mlflow.db" in (tmp_path / "mlflow/arguments").read_text()
-        )
+        place = (tmp_path / "mlflow/place").read_text()
+        assert place == f"sqlite:///{tmp_path}/mlflow/mlflow.db {tmp_path}/mlflow/artifacts"
     finally:
         os.kill(int(starts.read_text().split()[-1]), signal.SIGKILL)
 

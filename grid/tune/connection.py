@@ -172,17 +172,16 @@ def _has_token() -> bool:
 
 def _check_nodes(address: str, concurrency: int | None, checkpoints: Checkpoints | None, device: str) -> Packing:
     """Ask every node of the cluster for a report; raise if one can't train."""
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    names = [node_name(node["NodeManagerAddress"], node["NodeManagerHostname"]) for node in alive]
-    resources = {name: node["Resources"] for name, node in zip(names, alive, strict=True)}
-    reports = _reports({name: node["NodeID"] for name, node in zip(names, alive, strict=True)}, address, checkpoints)
+    alive = _alive_nodes()
+    resources = {name: node["Resources"] for name, node in alive.items()}
+    reports = _reports({name: node["NodeID"] for name, node in alive.items()}, address, checkpoints)
     return plan_packing(resources, reports, CodeVersion.here(), concurrency, device)
 
 
 def _reports(node_ids: dict[str, str], address: str, checkpoints: Checkpoints | None) -> dict[str, NodeReport | str]:
     """Return what each node reports, or why it does not."""
     with nullcontext("") if checkpoints is None else marked_storage(checkpoints) as mark:
-        calls = {name: (checkpoints, mark, name.partition(" ")[0], address) for name in node_ids}
+        calls = {name: (checkpoints, mark, node_id, address) for name, node_id in node_ids.items()}
         task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(inspect_node)  # it may have initialised CUDA
         return _ask(task, node_ids, calls, failing=lambda reason: f"can't load this code ({reason}); {HINT}")
 
@@ -221,6 +220,16 @@ def _answer(pending: Any, failing: Callable[[str], str]) -> Any:
         return failing(last_line(error))
 
 
+def _alive_nodes() -> dict[str, Any]:
+    """Return what Ray knows of each node that is up, by its name; a machine may run several."""
+    found: dict[str, Any] = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            name = node_name(node["NodeManagerAddress"], node["NodeManagerHostname"])
+            found[f"{name} {node['NodeID'][:6]}" if name in found else name] = node
+    return found
+
+
 def node_name(address: str, host: str) -> str:
     """Return the name of a node in messages."""
     return f"{address} ({host})"
@@ -251,7 +260,7 @@ def local_packing(concurrency: int | None, device: str = "auto") -> Packing:
 
 def is_one_machine() -> bool:
     """Return whether this machine is the only node that is up."""
-    return [node["Alive"] for node in ray.nodes()].count(True) == 1
+    return len(_alive_nodes()) == 1
 
 
 def cluster_has_gpu() -> bool:
@@ -274,9 +283,9 @@ def call_on_nodes(function: Callable[..., Result], *arguments: Any, packing: Pac
     """
     wanted = {"CPU": packing.cpus_per_trial, "GPU": packing.gpus_per_trial}
     node_ids = {
-        node_name(node["NodeManagerAddress"], node["NodeManagerHostname"]): node["NodeID"]
-        for node in ray.nodes()
-        if node["Alive"] and all(node["Resources"].get(name, 0) >= share for name, share in wanted.items())
+        name: node["NodeID"]
+        for name, node in _alive_nodes().items()
+        if all(node["Resources"].get(name, 0) >= share for name, share in wanted.items())
     }
     calls = dict.fromkeys(node_ids, arguments)
     task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(function)  # its process frees a GPU by its end
