@@ -36,11 +36,10 @@ options="--block --num-cpus=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE} --min-wo
 # start_ray NODES OPTION...: a step that runs Ray on so many nodes, with the GPUs that Slurm gave it, and tidies up.
 start_ray() {
     srun --overlap --nodes="$1" --ntasks="$1" "$2" bash -c "
-        trap 'rm -rf $folder' EXIT
+        trap 'rm -rf $folder $folder.log' EXIT
         ray start $options --dashboard-agent-listen-port=\$(($port + 3 + SLURM_NODEID)) ${*:3} >$folder.log 2>&1 &
-        trap 'kill -KILL \$!' TERM  # all that it has started ends with it, at once
-        wait \$! || wait \$! || tail $folder.log
-        rm -f $folder.log" &
+        trap 'kill -KILL \$!; exit' TERM  # all that it has started ends with it, at once
+        wait \$! || tail $folder.log" &
 }
 
 start_ray 1 "--nodelist=$head" --head "--temp-dir=$folder" "--port=$port" "--ray-client-server-port=$((port + 1))" \
