@@ -38,7 +38,7 @@ start_ray() {
     srun --overlap --nodes="$1" --ntasks="$1" "$2" bash -c "
         trap 'rm -rf $folder $folder.log' EXIT
         ray start $options --dashboard-agent-listen-port=\$(($port + 3 + SLURM_NODEID)) ${*:3} >$folder.log 2>&1 &
-        trap 'kill -KILL \$!; exit' TERM  # all that it has started ends with it, at once
+        trap 'exec 2>/dev/null; kill -KILL \$!; exit' TERM  # all that it has started ends with it, at once
         wait \$! || tail $folder.log" &
 }
 
@@ -56,6 +56,7 @@ while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[2]):
     time.sleep(1)
 END
 
+trap 'rm -rf $folder' EXIT  # what the driver wrote there after Ray had ended
 python -m grid.run --address "$address" "$@" &
 driver=$!
 requeue=

@@ -1,0 +1,153 @@
+"""A Slurm of its own on this machine: slurmctld, and a slurmd for each of two nodes, which trust one another by munge.
+
+Needs root on Linux, and Debian's slurm-wlm and munge. Everything ends with the block.
+"""
+
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from benchmarks.servers.local import free_port
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "squeue")
+CONFIGURATION = """
+ClusterName=grid
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+AuthType=auth/munge
+CredType=cred/munge
+# A job that goes back into the queue waits as long as its old credentials are valid: two minutes by default.
+AuthInfo=socket={folder}/munge/socket,cred_expire=20
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+MpiDefault=none
+SwitchType=switch/none
+JobAcctGatherType=jobacct_gather/none
+NodeName=one,two NodeHostname=localhost NodeAddr=127.0.0.1 Port={first},{second} CPUs=1 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES State=UP
+"""
+
+
+def missing() -> str:
+    """Return what this machine lacks; empty if nothing."""
+    if os.geteuid() != 0:
+        return "needs root"
+    os.environ["PATH"] = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    lacking = [name for name in PROGRAMS if shutil.which(name) is None]
+    return f"needs {', '.join(lacking)} (Debian: slurm-wlm munge)" if lacking else ""
+
+
+class Slurm:
+    """A running Slurm, for jobs that are submitted from a folder.
+
+    Args:
+        configuration: Its slurm.conf.
+        project: The folder.
+        home: Of who submits.
+    """
+
+    def __init__(self, configuration: Path, project: Path, home: Path):
+        self.project = project
+        self.environment = {**os.environ, "SLURM_CONF": str(configuration), "HOME": str(home)}
+
+    def call(self, *command: str) -> str:
+        """Run a command of Slurm in the project, and return what it prints."""
+        done = subprocess.run(
+            command, cwd=self.project, env=self.environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def submit(self, *arguments: str) -> str:
+        """Submit a job, and return its number."""
+        return self.call("sbatch", "--parsable", *arguments).strip()
+
+    def of(self, job: str, fact: str) -> str:
+        """Return a fact of a job, such as `JobState`, as `scontrol` shows it."""
+        found = re.search(rf"\b{fact}=(\S+)", self.call("scontrol", "show", "job", job))
+        assert found is not None
+        return found[1]
+
+    def log(self, job: str) -> str:
+        """Return what a job has printed."""
+        file = self.project / f"slurm-{job}.log"
+        return file.read_text(errors="replace") if file.exists() else ""
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, explain: Callable[[], str]) -> None:
+    """Wait for a condition; fail with an explanation."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {explain()}"
+        time.sleep(0.5)
+
+
+@contextmanager
+def slurm(project: Path, home: Path) -> Iterator[Slurm]:
+    """Start the servers, and wait until both nodes are idle."""
+    with tempfile.TemporaryDirectory(prefix="slurm-") as name, ExitStack() as servers:
+        folder = Path(name)
+        for inner in ("munge", "state"):
+            (folder / inner).mkdir(mode=0o700)
+        (folder / "munge" / "key").write_bytes(secrets.token_bytes(128))
+        (folder / "munge" / "key").chmod(0o600)
+        configuration = folder / "slurm.conf"
+        port, first, second = free_port(), free_port(), free_port()
+        configuration.write_text(CONFIGURATION.format(folder=folder, port=port, first=first, second=second))
+        own = {**os.environ, "SLURM_CONF": str(configuration)}
+        munge = [f"--{kind}={folder}/munge/{kind.removesuffix('-file')}" for kind in MUNGE_FILES]
+        for command in (
+            ["munged", "--foreground", "--force", *munge],
+            ["slurmctld", "-D"],
+            ["slurmd", "-D", "-N", "one"],
+            ["slurmd", "-D", "-N", "two"],
+        ):
+            servers.enter_context(_running(command, own, folder))
+            if command[0] == "munged":
+                wait_for((folder / "munge" / "socket").exists, 60, lambda: "no socket of munged")
+        cluster = Slurm(configuration, project, home)
+        wait_for(lambda: _idle_nodes(own) == 2, 120, lambda: (folder / "slurmctld.log").read_text()[-2000:])
+        yield cluster
+        subprocess.run(["scancel", "--user=root"], env=own, check=False)
+        wait_for(lambda: not cluster.call("squeue", "--noheader"), 120, lambda: cluster.call("squeue"))
+
+
+MUNGE_FILES = ("key-file", "pid-file", "log-file", "seed-file", "socket")
+
+
+def _idle_nodes(environment: dict[str, str]) -> int:
+    command = ["sinfo", "--noheader", "--Node", "--format=%T"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return found.stdout.split().count("idle")
+
+
+@contextmanager
+def _running(command: list[str], environment: dict[str, str], folder: Path) -> Iterator[None]:
+    with (folder / "servers.log").open("ab") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield
+    finally:
+        server.terminate()
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()

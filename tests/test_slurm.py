@@ -1,0 +1,94 @@
+"""`cluster-slurm.sh` on a real Slurm: a grid that is sent back into the queue, cancelled, and submitted once more."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks.chaos.audit import audit
+from tests.slurm import Slurm, missing, slurm, wait_for
+
+ROOT = Path(__file__).parents[1]
+LACKING = missing() or ("" if (Path(sys.prefix) / "bin" / "activate").exists() else "needs a virtual environment")
+PATIENCE_SECONDS = 900.0
+TRIALS = 64
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(4 * PATIENCE_SECONDS),
+    pytest.mark.skipif(bool(LACKING), reason=LACKING),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    project, home = tmp_path_factory.mktemp("project"), tmp_path_factory.mktemp("home")
+    (project / ".venv").symlink_to(sys.prefix)
+    with slurm(project, home) as cluster:
+        yield cluster
+
+
+def test_a_grid_that_is_requeued_and_cancelled_loses_nothing_and_leaves_nothing(
+    cluster: Slurm, glyphs_dir: Path
+) -> None:
+    grid = ["--grid", "smoke", "--only=model=mlp", "--seeds=4", "--per-class=60", "--controls=0", "--no-report"]
+    script = ["--nodes=2", str(ROOT / "cluster-slurm.sh"), *grid, "--experiment=queued", f"--data-dir={glyphs_dir}"]
+    job = cluster.submit(*script)
+    wait_until_it_trains(cluster, job, times=1)
+    assert "2 nodes, 2 CPUs" in cluster.log(job)
+    check_closed(cluster, job)
+    cluster.call("scancel", "--batch", "--signal=USR1", job)  # as Slurm itself does when the time is nearly up
+    wait_for(lambda: cluster.of(job, "Restarts") == "1", PATIENCE_SECONDS, lambda: cluster.log(job))
+    assert "interrupted" in cluster.log(job)
+    wait_until_it_trains(cluster, job, times=2)
+    cluster.call("scancel", job)
+    wait_for(lambda: not cluster.call("squeue", "--noheader"), PATIENCE_SECONDS, lambda: cluster.call("squeue"))
+    assert cluster.of(job, "JobState") == "CANCELLED"
+    assert f"{TRIALS}/{TRIALS} done" not in cluster.log(job)
+    again = cluster.submit("--wait", *script)
+    assert cluster.of(again, "JobState") == "COMPLETED"
+    assert f"{TRIALS}/{TRIALS} done" in cluster.log(again)
+    found = audit(f"sqlite:///{cluster.project}/mlflow.db", cluster.project, "queued", ["queued"])
+    assert (found.trials, found.clean) == (TRIALS, True), found
+    assert list(cluster.project.glob("storage/*/checkpoints/*")) == []
+    for number in (job, again):
+        wait_for(lambda number=number: not left_of(number), 60, lambda number=number: str(left_of(number)))
+
+
+def wait_until_it_trains(cluster: Slurm, job: str, *, times: int) -> None:
+    """Wait until a job has said so often that trials run, and one has ended."""
+
+    def trains() -> bool:
+        assert cluster.of(job, "JobState") in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"), cluster.log(job)
+        return cluster.log(job).count("left to run") == times and _ray_of(job)
+
+    wait_for(trains, PATIENCE_SECONDS, lambda: cluster.log(job))
+
+
+def _ray_of(job: str) -> bool:
+    """Return whether trials run in the Ray of a job."""
+    named = [process.info for process in psutil.process_iter(["name", "environ"]) if process.info["environ"]]
+    return any("TrialWorker" in info["name"] and info["environ"].get("SLURM_JOB_ID") == job for info in named)
+
+
+def check_closed(cluster: Slurm, job: str) -> None:
+    """Assert that Ray answers nobody without the token, and that its dashboard listens on loopback."""
+    port = 20_000 + int(job) % 1000 * 20
+    command = [str(Path(sys.prefix) / "bin" / "ray"), "status", "--address", f"127.0.0.1:{port}"]
+    stranger = {**os.environ, "HOME": "/nonexistent", "RAY_AUTH_MODE": "disabled"}
+    refused = subprocess.run(command, env=stranger, capture_output=True, text=True, check=False)
+    assert refused.returncode != 0
+    assert "nvalid" in refused.stdout + refused.stderr
+    listening = {found.laddr for found in psutil.net_connections("tcp") if found.status == psutil.CONN_LISTEN}
+    assert {address.ip for address in listening if address.port == port + 2} == {"127.0.0.1"}
+    assert (Path(cluster.environment["HOME"]) / ".ray" / "auth_token").stat().st_mode & 0o077 == 0
+
+
+def left_of(job: str) -> list[str]:
+    """Return the folders and processes of a job that are still there."""
+    files = [str(path) for path in Path("/tmp").glob(f"ray-{job}*")]  # where the script puts them
+    commands = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    return files + [command for command in commands if f"/tmp/ray-{job}/" in command]
