@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import boto3
 import pytest
@@ -169,7 +170,11 @@ def test_a_database_is_a_store_without_a_server(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     with postgres() as database:
         uri = check_store_uri(database.uri)
-        store = Store(uri, "direct")
+        password = tmp_path / "pgpass"
+        password.write_text(f"*:*:*:*:{urlsplit(uri).password}")
+        password.chmod(0o600)
+        monkeypatch.setenv("PGPASSFILE", str(password))
+        store = Store(uri.replace(f":{urlsplit(uri).password}", ""), "direct")
         store.create()
         run = Run(store, tmp_path)
         run.end_trials(3)
