@@ -115,11 +115,11 @@ def test_the_options_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert request.first == {"dropout": ("on",)}
 
 
-SECONDS = 8.0
+SECONDS = 5.0
 HELD = [word for level in ("model=cnn", "activation=relu") for word in ("--only", level)]
-GRID = ["--grid", "smoke", *HELD, "--per-class", "50", "--epochs", "6", "--no-stopping", "--address", "local"]
+GRID = ["--grid", "smoke", *HELD, "--per-class", "50", "--epochs", "4", "--no-stopping", "--address", "local"]
 TRIALS = 8
-EXPERIMENT = "smoke-glyphs-50-per-class-6-epochs-no-stopping"
+EXPERIMENT = "smoke-glyphs-50-per-class-4-epochs-no-stopping"
 
 
 def command(folder: Path, data: Path, *options: str) -> list[str]:
@@ -194,21 +194,21 @@ def test_what_runs_is_suspended_after_its_epoch_and_none_of_it_is_trained_again(
 ) -> None:
     only = ["--only", "optimizer=sgd", "--first", "dropout=on"]
     store = Store(f"sqlite:///{tmp_path}/mlflow.db", EXPERIMENT)
-    ended = run(tmp_path, glyphs_dir, *only, "--max-epochs", "7")
+    ended = run(tmp_path, glyphs_dir, *only, "--max-epochs", "5")
     assert ended.returncode == 3, ended.stderr
-    assert "limit      at most 7 epochs in all; so far 0 s of training, 0 epochs" in ended.stdout
+    assert "limit      at most 5 epochs in all; so far 0 s of training, 0 epochs" in ended.stdout
     store.open()
     trials = store.trials().values()
     epochs = Counter(len(trial.val_accuracies) for trial in trials)
-    assert 7 <= sum(number * trials for number, trials in epochs.items()) <= 7 + 2
+    assert 5 <= sum(number * trials for number, trials in epochs.items()) <= 5 + 2
     assert {trial.config.cell["dropout"] for trial in trials} == {"on"}
     assert {trial.status for trial in trials} == {""}
     assert store.manifest()["first"] == [{"dropout": ["on"]}]
-    finished = run(tmp_path, glyphs_dir, *only, "--max-epochs", "24")
+    finished = run(tmp_path, glyphs_dir, *only, "--max-epochs", "16")
     assert finished.returncode == 0, finished.stderr
     client, seen = store.client, Counter[int]()
     for trial in store.trials().values():
         assert trial.status == "completed"
         seen.update(each.step for each in client.get_metric_history(trial.run_id, "epoch_seconds"))
-    assert seen == dict.fromkeys(range(1, 7), 4)  # each epoch of each trial once
+    assert seen == dict.fromkeys(range(1, 5), 4)  # each epoch of each trial once
     assert json.loads(store.artifact("grid.json") or b"{}")["trials"] == 4

@@ -1,5 +1,4 @@
 import random
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -9,7 +8,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from benchmarks.chaos import recording
-from benchmarks.chaos.__main__ import FAILURES, draw_schedule, main, print_table
+from benchmarks.chaos.__main__ import FAILURES, draw_schedule, print_table
 from benchmarks.chaos.audit import Audit, _read, audit, wrong_decisions
 from grid.config import TrialConfig
 from grid.metrics import EPOCH_METRICS, EpochReport
@@ -196,12 +195,3 @@ def test_a_broken_client_costs_time_and_a_refused_trial_waits_for_the_next_drive
     again.begin({}, store.trials())
     again.close(finished=False)
     assert TrialConfig.from_params(store.client.get_run(store.run_ids()[CONFIG.trial_key]).data.params) == CONFIG
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in Linux's /proc")
-def test_a_grid_survives_the_death_of_its_driver_and_of_its_server(capsys: pytest.CaptureFixture[str]) -> None:
-    kinds = ["driver killed", "server killed"]
-    failures = [word for kind in kinds for word in ("--failure", kind)]
-    assert main(["--kills", "2", "--seeds", "1", *failures]) == 0
-    assert "0 lost, 0 doubled, 0 orphans, 0 different, 0 wrong decisions" in capsys.readouterr().out
