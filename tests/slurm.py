@@ -40,7 +40,7 @@ SelectTypeParameters=CR_CPU
 MpiDefault=none
 SwitchType=switch/none
 JobAcctGatherType=jobacct_gather/none
-NodeName=one,two NodeHostname=localhost NodeAddr=127.0.0.1 Port={first},{second} CPUs=1 State=UNKNOWN
+NodeName=one,two NodeHostname=localhost NodeAddr=127.0.0.1 Port={first},{second} CPUs=2 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES State=UP
 """
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from fsspec import AbstractFileSystem, register_implementation
 
-from grid.train.checkpoints import Checkpoints, StorageError
+from grid.train.checkpoints import Checkpoints, StorageError, _reason
 
 
 @pytest.fixture
@@ -131,3 +131,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("needs root, to mount a small disk")
     yield tmp_path
     subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_of_many_reasons_the_last_is_given_without_its_file() -> None:
+    text = "Got the following 2 errors when deleting objects in S3 bucket 'grid':\n- key 'a/b.pt': Access Denied\n"
+    assert _reason(OSError(f"{text}- key 'a/c.pt': Access Denied")) == "Access Denied"
+    assert _reason(OSError("it ends so:")) == "it ends so:"

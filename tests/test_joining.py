@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from grid.config import InputError
+from grid.tune import connection
 from grid.tune.connection import find_cluster
 
 ROOT = Path(__file__).parents[1]
@@ -107,3 +108,15 @@ def test_the_environment_variable_of_ray_names_the_cluster(ray_folder: Path, mon
         find_cluster(None)
     assert os.environ["RAY_ADDRESS"] == "127.0.0.1:1"
     assert find_cluster("10.0.0.1:6379") == "10.0.0.1:6379"
+
+
+def test_two_nodes_on_one_machine_are_two_and_a_dead_one_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = {"NodeManagerAddress": "10.0.0.1", "NodeManagerHostname": "one", "Alive": True, "NodeID": "aaaaaaaa"}
+    other = {**node, "NodeID": "bbbbbbbb"}
+    monkeypatch.setattr("ray.nodes", lambda: [node, other, {**node, "NodeID": "cccccccc", "Alive": False}])
+    found = connection._alive_nodes()
+    assert {name: each["NodeID"] for name, each in found.items()} == {
+        "10.0.0.1 (one)": "aaaaaaaa",
+        "10.0.0.1 (one) bbbbbb": "bbbbbbbb",
+    }
+    assert not connection.is_one_machine()

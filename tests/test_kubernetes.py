@@ -1,9 +1,12 @@
 """cluster-kuberay.yaml against the published schemas of Kubernetes and the published fields of KubeRay; not run."""
 
+import ast
 import importlib.metadata
+import json
+import os
 import re
-import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +152,46 @@ def test_the_ray_of_the_file_and_the_page_is_the_one_that_the_tests_run() -> Non
     assert set(re.findall(r"rayproject/ray:(\d+\.\d+\.\d+)", PAGE)) == {installed}
 
 
-def test_the_entrypoint_is_valid_bash_and_a_command_of_the_grid() -> None:
-    entrypoint = JOB["spec"]["entrypoint"]
-    subprocess.run(["bash", "-n", "-c", entrypoint], check=True)
-    wait, _, command = entrypoint.partition('"; ')
-    compile(shlex.split(f'{wait}"')[-1].replace("$WORKERS", "4"), "entrypoint", "exec")
-    words = shlex.split(command.replace("http://mlflow:5000", "sqlite:///mlflow.db"))  # which has to answer
-    assert words[:3] == ["python", "-m", "grid.run"]
-    request = read_request(_parser().parse_args(words[3:]))
-    assert request.storage == "s3://BUCKET/storage"
+SUBMITTER = """if ! ray job status --address http://head:8265 job >/dev/null 2>&1 ; then \\
+ray job submit --address http://head:8265 --no-wait --submission-id job -- {entrypoint} ; fi ; \\
+ray job logs --address http://head:8265 --follow job"""
+"""What KubeRay's submitter runs by bash: `BuildJobSubmitCommand` in ray-operator/controllers/ray/common/job.go."""
+
+RAY = """#!{python}
+import os, subprocess, sys
+if sys.argv[2] == "submit":  # joins the words, and the job agent gives them to bash, as Ray does
+    entrypoint = subprocess.list2cmdline(sys.argv[sys.argv.index("--") + 1 :])
+    on_the_head = dict(os.environ, WORKERS="4")
+    subprocess.run(entrypoint, shell=True, executable="/bin/bash", env=on_the_head, check=True)
+sys.exit(sys.argv[2] == "status")  # there is no such job yet
+"""
+PYTHON = """#!{python}
+import json, os, sys
+with open({calls!r}, "a") as file:
+    file.write(json.dumps([os.environ.get("WORKERS"), sys.argv[1:]]) + "\\n")
+"""
+
+
+def test_the_entrypoint_waits_and_runs_a_command_of_the_grid_on_the_head(tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    for name, script in (("ray", RAY), ("python", PYTHON)):
+        (tmp_path / name).write_text(script.format(python=sys.executable, calls=str(calls)))
+        (tmp_path / name).chmod(0o755)
+    command = SUBMITTER.format(entrypoint=JOB["spec"]["entrypoint"])
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", command], check=True, env=environment)
+    (head, waited), (_, run) = map(json.loads, calls.read_text().splitlines())
+    assert (head, waited[0]) == ("4", "-c")
+    assert ast.unparse(ast.parse(waited[1])).endswith("ray.util.placement_group([dict(GPU=1)] * 4).wait(1200)")
+    assert run[:2] == ["-m", "grid.run"]
+    words = [word.replace("http://mlflow:5000", "sqlite:///mlflow.db") for word in run[2:]]  # a server has to answer
+    assert read_request(_parser().parse_args(words)).storage == "s3://BUCKET/storage"
+
+
+def test_no_secret_and_no_environment_gets_into_the_image() -> None:
+    left_out = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {"*.env", ".git", ".venv", "mlflow.db*", "data", "storage", "spool", "mlartifacts"} <= set(left_out)
+    assert set(re.findall(r"\S+\.env\b", PAGE.partition("```bash")[2].partition("```")[0])) == {
+        "--from-env-file=database.env",
+        "--from-env-file=bucket.env",
+    }

@@ -1,5 +1,6 @@
 """Grids whose records are in PostgreSQL, and whose checkpoints and files are behind an S3 API; all servers are real."""
 
+import json
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from benchmarks.chaos.__main__ import main as chaos
 from benchmarks.servers import postgres as postgres_server
 from benchmarks.servers.local import free_port, kill_tree
 from benchmarks.servers.mlflow_server import start_mlflow
-from benchmarks.servers.object_store import BUCKET, ObjectStore, object_store
+from benchmarks.servers.object_store import BUCKET, RIGHTS, ObjectStore, object_store
 from benchmarks.servers.postgres import Postgres, postgres
 from grid.config import InputError
 from grid.record.store import Store
@@ -51,6 +52,9 @@ def in_bucket(bucket: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Checkpoin
 def test_the_documented_rights_allow_what_checkpoints_need_and_no_more(
     in_bucket: Checkpoints, bucket: ObjectStore
 ) -> None:
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    documented = json.loads(page.partition("```json\n")[2].partition("```")[0].replace("BUCKET", BUCKET))
+    assert documented["Statement"] == RIGHTS
     in_bucket.check()
     for key in ("kept", "deleted"):
         in_bucket.save(key, {"epoch": 3})
@@ -71,7 +75,9 @@ def test_requests_that_s3_refuses_for_a_while_are_repeated(in_bucket: Checkpoint
     script = "import sys, time; from pathlib import Path; time.sleep(4); Path(sys.argv[1]).unlink()"
     bucket.throttled.touch()
     with subprocess.Popen([sys.executable, "-c", script, str(bucket.throttled)]):
+        begun = time.monotonic()
         in_bucket.save("patient", {"epoch": 3})
+        assert time.monotonic() - begun > 3
     assert in_bucket.load("patient", "cpu") == {"epoch": 3}
 
 

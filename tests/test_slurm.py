@@ -31,14 +31,21 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         yield cluster
 
 
-def test_a_grid_that_is_requeued_and_cancelled_loses_nothing_and_leaves_nothing(
+def test_a_grid_whose_time_is_up_and_that_is_cancelled_is_completed_and_leaves_nothing(
     cluster: Slurm, glyphs_dir: Path
 ) -> None:
     grid = ["--grid", "smoke", "--only=model=mlp", "--seeds=4", "--per-class=60", "--controls=0", "--no-report"]
-    script = ["--nodes=2", str(ROOT / "cluster-slurm.sh"), *grid, "--experiment=queued", f"--data-dir={glyphs_dir}"]
+    script = [
+        "--nodes=2",
+        "--cpus-per-task=2",
+        str(ROOT / "cluster-slurm.sh"),
+        *grid,
+        "--experiment=queued",
+        f"--data-dir={glyphs_dir}",
+    ]
     job = cluster.submit(*script)
     wait_until_it_trains(cluster, job, times=1)
-    assert "2 nodes, 2 CPUs" in cluster.log(job)
+    assert "2 nodes, 4 CPUs" in cluster.log(job)
     check_closed(cluster, job)
     cluster.call("scancel", "--batch", "--signal=USR1", job)  # as Slurm itself does when the time is nearly up
     wait_for(lambda: cluster.of(job, "Restarts") == "1", PATIENCE_SECONDS, lambda: cluster.log(job))
@@ -59,7 +66,7 @@ def test_a_grid_that_is_requeued_and_cancelled_loses_nothing_and_leaves_nothing(
 
 
 def wait_until_it_trains(cluster: Slurm, job: str, *, times: int) -> None:
-    """Wait until a job has said so often that trials run, and one has ended."""
+    """Wait until a job has said so often that there is something to train, and trains."""
 
     def trains() -> bool:
         assert cluster.of(job, "JobState") in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"), cluster.log(job)
@@ -76,7 +83,7 @@ def _ray_of(job: str) -> bool:
 
 def check_closed(cluster: Slurm, job: str) -> None:
     """Assert that Ray answers nobody without the token, and that its dashboard listens on loopback."""
-    port = 20_000 + int(job) % 1000 * 20
+    port = 20_000 + int(job) % 1000 * 12
     command = [str(Path(sys.prefix) / "bin" / "ray"), "status", "--address", f"127.0.0.1:{port}"]
     stranger = {**os.environ, "HOME": "/nonexistent", "RAY_AUTH_MODE": "disabled"}
     refused = subprocess.run(command, env=stranger, capture_output=True, text=True, check=False)
@@ -84,7 +91,8 @@ def check_closed(cluster: Slurm, job: str) -> None:
     assert "nvalid" in refused.stdout + refused.stderr
     listening = {found.laddr for found in psutil.net_connections("tcp") if found.status == psutil.CONN_LISTEN}
     assert {address.ip for address in listening if address.port == port + 2} == {"127.0.0.1"}
-    assert (Path(cluster.environment["HOME"]) / ".ray" / "auth_token").stat().st_mode & 0o077 == 0
+    for private in (Path(cluster.environment["HOME"]) / ".ray" / "auth_token", Path(f"/tmp/ray-{job}")):
+        assert private.stat().st_mode & 0o077 == 0
 
 
 def left_of(job: str) -> list[str]:

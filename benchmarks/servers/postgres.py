@@ -30,7 +30,10 @@ class Postgres:
         superusers.write_text(secrets.token_hex(8))
         self._run("initdb", "--no-sync", "--auth=scram-sha-256", "--username=postgres", f"--pwfile={superusers}")
         self.start()
-        environment = {**os.environ, "PGPASSWORD": superusers.read_text()}
+
+    def create(self) -> None:
+        """Create the user and the database, as docs/cluster.md says."""
+        environment = {**os.environ, "PGPASSWORD": (self._data.parent / "password").read_text()}
         for statement in (
             f"CREATE ROLE {OWNER} LOGIN PASSWORD '{self._password}'",
             f"CREATE DATABASE {DATABASE} OWNER {OWNER}",
@@ -66,6 +69,7 @@ def postgres() -> Iterator[Postgres]:
             shutil.chown(folder, _user())
         database = Postgres(Path(folder))
         try:
+            database.create()
             yield database
         finally:
             database.stop()
