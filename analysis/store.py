@@ -27,6 +27,7 @@ from grid.store_uri import (
     client_uri,
     experiment_names,
     find_experiment,
+    log_in,
     missing_experiment,
     mlflow_settings,
     repeating,
@@ -341,6 +342,7 @@ def _open(uri: str) -> MlflowClient:
     """Return a client that changes nothing: of a sqlite file itself or, if it can't be read as it is, of a copy."""
     path = sqlite_path(uri)
     if path is None:
+        log_in(uri)
         return MlflowClient(tracking_uri=uri)
     try:
         with waiting_for(uri):

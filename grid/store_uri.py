@@ -15,6 +15,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from difflib import get_close_matches
+from functools import cache
 from hashlib import sha256
 from ipaddress import ip_address
 from pathlib import Path
@@ -110,6 +111,27 @@ def client_uri(uri: str, *, read_only: bool = False) -> str:
     # sqlite's own escapes keep `?` and `%` from SQLAlchemy; with a driver named, MLflow creates no folder `file:`.
     query = {"mode": "ro" if read_only else "rwc", "uri": "true"}
     return URL.create("sqlite+pysqlite", database=f"file:{quote(str(path))}", query=query).render_as_string()
+
+
+@cache
+def log_in(uri: str) -> None:
+    """Connect to a database, once for each; where that is refused, MLflow would try again for a minute and a half.
+
+    Raises:
+        InputError: Its driver is not installed.
+        sqlalchemy.exc.SQLAlchemyError: It refuses.
+    """
+    if urlsplit(uri).scheme.split("+")[0] not in DATABASES:
+        return
+    from sqlalchemy import create_engine  # noqa: PLC0415  (heavy)
+
+    try:
+        engine = create_engine(uri)
+    except ImportError as error:
+        hint = "install the database's driver (PostgreSQL: pip install 'psycopg[binary]')"
+        raise InputError(f"can't open the store {mask(uri)}: {first_line(error)}; {hint}") from error
+    engine.connect().close()
+    engine.dispose()
 
 
 def find_experiment(client: Any, uri: str, name: str) -> Any:

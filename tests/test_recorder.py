@@ -14,6 +14,7 @@ import pytest
 from botocore.exceptions import ClientError
 from mlflow.entities import Metric, Param, Run, RunTag
 
+from analysis.store import answering
 from grid.config import InputError, TrialConfig
 from grid.metrics import EPOCH_METRICS, EpochReport
 from grid.record import courier, delivery
@@ -248,10 +249,24 @@ def test_an_experiment_that_was_deleted_is_refused(store: Store) -> None:
         Store(store.uri, "some grid").create()
 
 
-def test_a_database_that_cannot_be_reached_is_refused() -> None:
-    uri = "postgresql://nobody@127.0.0.1:1/none"
-    with pytest.raises(InputError, match="^can't open the store postgresql.*No module named 'psycopg"):
+@pytest.mark.parametrize(
+    ("scheme", "reason"),
+    [
+        ("postgresql+psycopg", "connection .*failed: .*; pass another --store$"),
+        (
+            "postgresql+psycopg2",
+            r"No module named 'psycopg2'; install the database's driver \(PostgreSQL: pip install ",
+        ),
+    ],
+)
+def test_a_database_that_refuses_is_named_at_once_for_who_writes_and_who_reads(scheme: str, reason: str) -> None:
+    uri = f"{scheme}://nobody@127.0.0.1:1/none"
+    begun = time.monotonic()
+    with pytest.raises(InputError, match=f"^can't open the store {re.escape(uri)}: .*{reason}"):
         Store(uri, "some grid")
+    with pytest.raises(InputError, match=f"^can't (open|read) the store {re.escape(uri)}: .*{reason}"), answering(uri):
+        pass
+    assert time.monotonic() - begun < 60
 
 
 def test_a_spool_folder_that_cannot_be_written_is_refused() -> None:

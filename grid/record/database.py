@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 
 from grid.config import InputError
 from grid.masking import mask
-from grid.store_uri import BUSY_SECONDS, client_uri, never_repeat, sqlite_path, sqlite_tables
+from grid.store_uri import BUSY_SECONDS, client_uri, log_in, never_repeat, sqlite_path, sqlite_tables
 
 SETTLED_SECONDS = 5
 """A file that has not changed for so long is in nobody's hands."""
@@ -29,6 +29,7 @@ def open_client(uri: str) -> MlflowClient:
         InputError: Its tables are not those of this version of MLflow.
     """
     never_repeat()
+    log_in(uri)
     path = sqlite_path(uri)
     if path is not None:
         _recover(path)
