@@ -128,8 +128,10 @@ def log_in(uri: str) -> None:
     try:
         engine = create_engine(uri)
     except ImportError as error:
-        hint = "install the database's driver (PostgreSQL: pip install 'psycopg[binary]')"
-        raise InputError(f"can't open the store {mask(uri)}: {first_line(error)}; {hint}") from error
+        raise InputError(
+            f"can't open the store {mask(uri)}: {first_line(error)}"
+            "; install the database's driver (PostgreSQL: pip install 'psycopg[binary]')"
+        ) from error
     engine.connect().close()
     engine.dispose()
 
