@@ -170,10 +170,11 @@ def test_a_budget_holds_over_a_kill_and_a_larger_one_finishes(glyphs_dir: Path, 
     assert "; a larger --max-hours trains the " in ended.stderr
     store = open_store(tmp_path)
     longest = max(trial.metrics.get("epoch_seconds", 0.0) for trial in store.trials().values())
-    assert SECONDS <= spent(store) <= SECONDS + 2 * longest
+    # In each of two slots an epoch that runs and, on a busy machine, one that begins before the driver says stop.
+    assert SECONDS <= spent(store) <= SECONDS + 4 * longest
     again = run(tmp_path, glyphs_dir, *budget)  # nothing is left to spend
     assert (again.returncode, "is reached" in again.stderr) == (3, True)
-    assert spent(store) <= SECONDS + 2 * longest
+    assert spent(store) <= SECONDS + 4 * longest
     finished = run(tmp_path, glyphs_dir, "--max-hours", "5")
     assert finished.returncode == 0, finished.stderr
     assert f"\n{TRIALS}/{TRIALS} done" in finished.stdout

@@ -30,7 +30,7 @@ def _is_set_up() -> bool:
 
 LACKING = missing() or ("" if _is_set_up() else "needs a .venv that is as new as pyproject.toml (make setup)")
 
-SEEDS = 1 + (os.cpu_count() or 1)
+SEEDS = max(2, os.cpu_count() or 2)
 """Enough for minutes on any machine: Ray notices a lost host after half a minute, and restarts it after that."""
 TRIALS = 32 * SEEDS
 
