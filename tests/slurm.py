@@ -25,7 +25,8 @@ SlurmUser=root
 AuthType=auth/munge
 CredType=cred/munge
 # A job that goes back into the queue waits as long as its old credentials are valid: two minutes by default.
-AuthInfo=socket={folder}/munge/socket,cred_expire=20
+AuthInfo=socket={folder}/munge/socket,cred_expire=10
+KillWait=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
