@@ -178,7 +178,8 @@ def test_a_budget_holds_over_a_kill_and_a_larger_one_finishes(glyphs_dir: Path, 
     finished = run(tmp_path, glyphs_dir, "--max-hours", "5")
     assert finished.returncode == 0, finished.stderr
     assert f"\n{TRIALS}/{TRIALS} done" in finished.stdout
-    found = audit(store.uri, tmp_path, store.experiment, [store.experiment])
+    left = list(map(str, tmp_path.glob("storage/*/checkpoints/*")))
+    found = audit(store.uri, tmp_path, store.experiment, [store.experiment], left)
     assert (found.trials, found.lost, found.doubled, found.orphans, found.different) == (TRIALS, 0, 0, 0, 0)
 
 
