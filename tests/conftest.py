@@ -14,6 +14,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pandas as pd
 import pytest
@@ -39,11 +40,14 @@ from grid.record.store import Store  # noqa: E402
 from grid.train.evaluation import confused_pairs, per_class  # noqa: E402
 from grid.tune.private_ray import listen_on  # noqa: E402
 
+os.environ.pop("MLFLOW_TRACKING_URI", None)  # keep tests out of the user's store
+
 
 @pytest.fixture(autouse=True)
-def _no_store_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep tests out of the store that the environment names; `mlflow.set_tracking_uri` in a test sets it, too."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def _no_store_of_another_test() -> Iterator[None]:
+    """Undo `mlflow.set_tracking_uri`, which sets the environment of this process and of all that it starts."""
+    yield
+    mlflow.set_tracking_uri(None)
 
 
 BUILT_IN = set(OWN)

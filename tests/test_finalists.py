@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -100,7 +99,7 @@ def finished_grid(_migrated_database: Path, glyphs_dir: Path, tmp_path_factory: 
 @pytest.fixture
 def arguments(
     finished_grid: Path, store_uri: str, glyphs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[list[str]]:
+) -> list[str]:
     """The options that all commands share, in a folder of its own with a copy of the finished grid."""
     shutil.copytree(finished_grid, tmp_path, dirs_exist_ok=True)
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:  # which holds absolute paths
@@ -108,8 +107,7 @@ def arguments(
             moved = f"UPDATE {table} SET {column} = replace({column}, ?, ?)"
             database.execute(moved, (str(finished_grid), str(tmp_path)))
     monkeypatch.chdir(tmp_path)
-    yield ["--store", store_uri, "--experiment", "tiny", "--data-dir", str(glyphs_dir)]
-    mlflow.set_tracking_uri(None)
+    return ["--store", store_uri, "--experiment", "tiny", "--data-dir", str(glyphs_dir)]
 
 
 def confirmed(store_uri: str) -> list[Run]:
