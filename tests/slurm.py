@@ -9,12 +9,12 @@ import secrets
 import shutil
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from benchmarks.servers.local import free_port
+from tests.waiting import wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "squeue")
 CONFIGURATION = """
@@ -76,6 +76,11 @@ class Slurm:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    def wait_until_it_is_idle(self) -> None:
+        """Wait until no job is left."""
+        jobs = ("squeue", "--noheader")
+        wait_until(lambda: not self.call(*jobs), 900, explain=lambda: self.call(*jobs), every=0.5)
+
     def submit(self, *arguments: str) -> str:
         """Submit a job, and return its number."""
         return self.call("sbatch", "--parsable", *arguments).strip()
@@ -90,14 +95,6 @@ class Slurm:
         """Return what a job has printed."""
         file = self.project / f"slurm-{job}.log"
         return file.read_text(errors="replace") if file.exists() else ""
-
-
-def wait_for(condition: Callable[[], bool], seconds: float, explain: Callable[[], str]) -> None:
-    """Wait for a condition; fail with an explanation."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {explain()}"
-        time.sleep(0.5)
 
 
 @contextmanager
@@ -122,12 +119,13 @@ def slurm(project: Path, home: Path) -> Iterator[Slurm]:
         ):
             servers.enter_context(_running(command, own, folder))
             if command[0] == "munged":
-                wait_for((folder / "munge" / "socket").exists, 60, lambda: "no socket of munged")
+                wait_until((folder / "munge" / "socket").exists)
         cluster = Slurm(configuration, project, home)
-        wait_for(lambda: _idle_nodes(own) == 2, 120, lambda: (folder / "slurmctld.log").read_text()[-2000:])
+        log = folder / "slurmctld.log"
+        wait_until(lambda: _idle_nodes(own) == 2, explain=lambda: log.read_text()[-2000:], every=0.5)
         yield cluster
         subprocess.run(["scancel", "--user=root"], env=own, check=False)
-        wait_for(lambda: not cluster.call("squeue", "--noheader"), 120, lambda: cluster.call("squeue"))
+        cluster.wait_until_it_is_idle()
 
 
 MUNGE_FILES = ("key-file", "pid-file", "log-file", "seed-file", "socket")

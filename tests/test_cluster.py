@@ -10,13 +10,14 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks.chaos.audit import audit
 from tests.cluster_hosts import Hosts, hosts, missing
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
 BIN = ROOT / ".venv" / "bin"
@@ -107,10 +108,7 @@ class Cluster:
 
     def wait_for_nodes(self, count: int) -> None:
         """Wait until a number of nodes is up; polls rarely, because `ray status` takes a second of CPU."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while self.nodes() != count:
-            assert time.monotonic() < deadline
-            time.sleep(5)
+        wait_until(lambda: self.nodes() == count, PATIENCE_SECONDS, every=5)
 
     def trains(self, name: str) -> bool:
         """Return whether a trial runs on a host."""
@@ -130,13 +128,6 @@ def fill_in(text: str, made: Hosts) -> str:
         assert text.count(blank) == 1, blank
         text = text.replace(blank, value)
     return text
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {PATIENCE_SECONDS:.0f} s"
-        time.sleep(1)
 
 
 @pytest.fixture(scope="module")
@@ -231,11 +222,11 @@ def test_a_grid_survives_the_loss_of_a_worker_host_and_of_the_head(cluster: Clus
     log = cluster.hosts.folder / "grid.log"
     executing = [str(BIN / "ray"), "exec", str(cluster.config), f"cd factorial-grid && {command}"]
     first = cluster.hosts.popen("laptop", executing, ROOT, log)
-    wait_until(lambda: cluster.trains("worker-1") and cluster.trains("worker-2"))
+    wait_until(lambda: cluster.trains("worker-1") and cluster.trains("worker-2"), PATIENCE_SECONDS, every=1)
     cluster.hosts.kill("worker-2")
     time.sleep(3)
     cluster.hosts.start("worker-2")
-    wait_until(lambda: cluster.trains("worker-2") or first.poll() is not None)
+    wait_until(lambda: cluster.trains("worker-2") or first.poll() is not None, PATIENCE_SECONDS, every=1)
     assert first.poll() is None, log.read_text()[-2000:]  # the host is back and trains, without any command
     cluster.hosts.kill("head")
     first.wait(PATIENCE_SECONDS)

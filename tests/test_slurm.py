@@ -4,18 +4,21 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
 from benchmarks.chaos.audit import audit
-from tests.slurm import Slurm, missing, slurm, wait_for
+from tests.slurm import Slurm, missing, slurm
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
 LACKING = missing() or ("" if (Path(sys.prefix) / "bin" / "activate").exists() else "needs a virtual environment")
 PATIENCE_SECONDS = 900.0
 TRIALS = 64
+wait = partial(wait_until, seconds=PATIENCE_SECONDS, every=0.5)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(4 * PATIENCE_SECONDS),
@@ -48,11 +51,11 @@ def test_a_grid_whose_time_is_up_and_that_is_cancelled_is_completed_and_leaves_n
     assert "2 nodes, 4 CPUs" in cluster.log(job)
     check_closed(cluster, job)
     cluster.call("scancel", "--batch", "--signal=USR1", job)  # as Slurm itself does when the time is nearly up
-    wait_for(lambda: cluster.of(job, "Restarts") == "1", PATIENCE_SECONDS, lambda: cluster.log(job))
+    wait(lambda: cluster.of(job, "Restarts") == "1", explain=lambda: cluster.log(job))
     assert "interrupted" in cluster.log(job)
     wait_until_it_trains(cluster, job, times=2)
     cluster.call("scancel", job)
-    wait_for(lambda: not cluster.call("squeue", "--noheader"), PATIENCE_SECONDS, lambda: cluster.call("squeue"))
+    cluster.wait_until_it_is_idle()
     assert cluster.of(job, "JobState") == "CANCELLED"
     assert f"{TRIALS}/{TRIALS} done" not in cluster.log(job)
     again = cluster.submit("--wait", *script)
@@ -62,7 +65,7 @@ def test_a_grid_whose_time_is_up_and_that_is_cancelled_is_completed_and_leaves_n
     assert (found.trials, found.clean) == (TRIALS, True), found
     assert list(cluster.project.glob("storage/*/checkpoints/*")) == []
     for number in (job, again):
-        wait_for(lambda number=number: not left_of(number), 60, lambda number=number: str(left_of(number)))
+        wait(lambda number=number: not left_of(number), explain=lambda number=number: str(left_of(number)))
 
 
 def wait_until_it_trains(cluster: Slurm, job: str, *, times: int) -> None:
@@ -72,7 +75,7 @@ def wait_until_it_trains(cluster: Slurm, job: str, *, times: int) -> None:
         assert cluster.of(job, "JobState") in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"), cluster.log(job)
         return cluster.log(job).count("left to run") == times and _ray_of(job)
 
-    wait_for(trains, PATIENCE_SECONDS, lambda: cluster.log(job))
+    wait(trains, explain=lambda: cluster.log(job))
 
 
 def _ray_of(job: str) -> bool:

@@ -4,9 +4,18 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Return as soon as a condition holds; fail if that takes longer than any busy machine needs."""
-    deadline = time.monotonic() + 100
+def wait_until(
+    condition: Callable[[], bool], seconds: float = 100, *, explain: Callable[[], str] = lambda: "", every: float = 0.02
+) -> None:
+    """Return as soon as a condition holds; fail if that takes longer than any busy machine needs.
+
+    Args:
+        condition: Is asked until it holds.
+        seconds: Patience.
+        explain: Called for what the failure says.
+        every: Seconds between two looks.
+    """
+    deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s {explain()}"
+        time.sleep(every)

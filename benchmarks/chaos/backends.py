@@ -15,27 +15,22 @@ from benchmarks.servers.object_store import ObjectStore, object_store
 from benchmarks.servers.postgres import Postgres, postgres
 
 
-class Backend(Protocol):
+@dataclass(frozen=True)
+class Backend:
     """Where an MLflow server and a grid keep what they keep."""
 
-    @property
-    def database(self) -> str:
-        """URI of the server's database."""
-
-    @property
-    def artifacts(self) -> str:
-        """Folder or URI of the server's files."""
-
-    @property
-    def storage(self) -> str:
-        """Folder or URI of checkpoints."""
-
-    @property
-    def environment(self) -> Mapping[str, str]:
-        """Variables that the server and the drivers need."""
-
-    def checkpoints(self) -> list[str]:
-        """Return those that are left."""
+    database: str
+    """URI of the server's database."""
+    artifacts: str
+    """Folder or URI of the server's files."""
+    storage: str
+    """Folder or URI of checkpoints."""
+    checkpoints: Callable[[], list[str]]
+    """Returns those that are left."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables that the server and the drivers need."""
+    servers: tuple[Postgres, ObjectStore] | None = None
+    """If it is not files."""
 
 
 class Disturbed(Protocol):
@@ -46,73 +41,23 @@ class Disturbed(Protocol):
     backend: Backend
 
 
-@dataclass
-class Files:
-    """An sqlite file and folders."""
-
-    folder: Path
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def database(self) -> str:
-        """URI of the server's database."""
-        return f"sqlite:///{self.folder}/mlflow.db"
-
-    @property
-    def artifacts(self) -> str:
-        """Folder of the server's files."""
-        return str(self.folder / "artifacts")
-
-    @property
-    def storage(self) -> str:
-        """Folder of checkpoints."""
-        return str(self.folder / "storage")
-
-    def checkpoints(self) -> list[str]:
-        """Return those that are left."""
-        return list(map(str, Path(self.storage).glob("*/checkpoints/*")))
-
-
-@dataclass
-class Servers:
-    """PostgreSQL and an S3 API."""
-
-    postgres: Postgres
-    bucket: ObjectStore
-
-    @property
-    def database(self) -> str:
-        """URI of the server's database."""
-        return self.postgres.uri
-
-    @property
-    def artifacts(self) -> str:
-        """URI of the server's files."""
-        return self.bucket.uri("artifacts")
-
-    @property
-    def storage(self) -> str:
-        """URI of checkpoints."""
-        return self.bucket.uri("storage")
-
-    @property
-    def environment(self) -> Mapping[str, str]:
-        """The bucket's address and key."""
-        return self.bucket.environment
-
-    def checkpoints(self) -> list[str]:
-        """Return those that are left."""
-        return self.bucket.objects("storage/")
-
-
 @contextmanager
 def start_backend(folder: Path, *, servers: bool) -> Iterator[Backend]:
     """Start the servers, if such are wanted; they end with the block."""
     if not servers:
-        yield Files(folder)
+        storage = folder / "storage"
+        files = f"sqlite:///{folder}/mlflow.db", str(folder / "artifacts"), str(storage)
+        yield Backend(*files, checkpoints=lambda: list(map(str, storage.glob("*/checkpoints/*"))))
         return
     with postgres() as database, object_store(folder) as bucket:
-        yield Servers(database, bucket)
+        yield Backend(
+            database.uri,
+            bucket.uri("artifacts"),
+            bucket.uri("storage"),
+            checkpoints=lambda: bucket.objects("storage/"),
+            environment=bucket.environment,
+            servers=(database, bucket),
+        )
 
 
 def lock_database(arena: Disturbed) -> None:
@@ -126,18 +71,20 @@ def lock_database(arena: Disturbed) -> None:
 
 def restart_database(arena: Disturbed) -> None:
     """Crash PostgreSQL, and start it again after a while."""
-    assert isinstance(arena.backend, Servers)
-    arena.backend.postgres.stop()
+    assert arena.backend.servers is not None
+    database, _ = arena.backend.servers
+    database.stop()
     time.sleep(arena.rng.uniform(*AWAY_SECONDS))
-    arena.backend.postgres.start()
+    database.start()
 
 
 def throttle_bucket(arena: Disturbed) -> None:
     """Let S3 refuse every request for a while."""
-    assert isinstance(arena.backend, Servers)
-    arena.backend.bucket.throttled.touch()
+    assert arena.backend.servers is not None
+    _, bucket = arena.backend.servers
+    bucket.throttled.touch()
     time.sleep(arena.rng.uniform(*AWAY_SECONDS))
-    arena.backend.bucket.throttled.unlink()
+    bucket.throttled.unlink()
 
 
 FILE_FAILURES: dict[str, Callable[[Disturbed], None]] = {
