@@ -4,6 +4,7 @@ At the end of training by default, or after a rung: who learns fast is another q
 estimates are those of `analysis.estimates`.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from grid.arguments import TEXT, Parser, add_experiment, add_output, add_store, 
 from grid.wording import count
 
 SHOWN_INTERACTIONS, SHOWN_DIVERGED, SHOWN_PAIRS = 6, 8, 10
+FIRST = "first"
+"""The first rung, whatever its epoch is."""
 CSV_COLUMNS = ["factor", "level", "other_factor", "other_level", "effect", "low", "high"]
 
 
@@ -202,8 +205,12 @@ def describe_earned(effects: FinalEffects) -> dict[str, Any] | None:
     return {"levels": to_records(earned.table), **sums}
 
 
-def measure(experiment: Experiment, epoch: int | None) -> FinalEffects | RungEffects:
+def measure(experiment: Experiment, epoch: int | str | None) -> FinalEffects | RungEffects:
     """Measure the effects at the end of training, or after a rung.
+
+    Args:
+        experiment: With the trials.
+        epoch: A rung, or `FIRST`; `None` for the end.
 
     Raises:
         InputError: The trials don't yield them.
@@ -211,7 +218,14 @@ def measure(experiment: Experiment, epoch: int | None) -> FinalEffects | RungEff
     trials = experiment.trials
     if epoch is None or epoch == trials["epochs"].max():
         return measure_experiment(experiment)
-    return measure_rung_effects(trials, epoch=epoch)
+    return measure_rung_effects(trials, epoch=None if epoch == FIRST else int(epoch))
+
+
+def _epoch(text: str) -> int | str:
+    try:
+        return FIRST if text == FIRST else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes the epoch of a rung, or {FIRST}, got '{text}'") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -223,7 +237,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_experiment(parser)
     add_store(parser)
-    parser.add_argument("--epoch", type=int, metavar="N", help="a rung, for who learns fast (the end of training)")
+    parser.add_argument(
+        "--epoch", type=_epoch, metavar="N", help="a rung, or 'first', for who learns fast (the end of training)"
+    )
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the effects of levels to FILE")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the effects to FILE: of levels, then of pairs")
     add_output(parser)

@@ -176,10 +176,14 @@ def test_the_command_answers_for_the_end_and_with_an_epoch_for_a_rung(
     assert "optimizer sgd over adam 20.00 +20.00 to +20.00 sure" in words(capsys.readouterr().out)
     assert main([*where, "--epoch", "2"]) == 0
     assert "sgd over adam" in words(capsys.readouterr().out)
-    assert main([*where, "--epoch", "1"]) == 0
-    assert "optimizer=adam 2 40.00% +10.00 +10.00 to +10.00" in words(capsys.readouterr().out)
+    for rung in ("1", "first"):
+        assert main([*where, "--epoch", rung]) == 0
+        assert "optimizer=adam 2 40.00% +10.00 +10.00 to +10.00" in words(capsys.readouterr().out)
     assert main([*where, "--epoch", "3"]) == 2
     assert capsys.readouterr().err == "analysis.effects: epoch 3 is not a rung; choose from 1\n"
+    with pytest.raises(SystemExit):
+        main([*where, "--epoch", "last"])
+    assert "--epoch: takes the epoch of a rung, or first, got 'last'; see --help\n" in capsys.readouterr().err
 
 
 def test_the_command_writes_a_table_a_picture_and_json(

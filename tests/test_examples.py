@@ -15,7 +15,12 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
+from grid.config import TrialConfig
+from grid.plan.asha import Asha
+from grid.record.recorder import Recorder
+from grid.record.spool import Spool
 from grid.record.store import Store
+from tests.conftest import play
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").iterdir())
@@ -167,6 +172,16 @@ def test_a_net_and_data_of_your_own_are_confirmed_and_read_images_without_the_pr
         "bag",
         "boot",
     }
+
+
+def test_the_store_is_read_into_pandas_whatever_its_first_rung_is(folder: Path, store: Store) -> None:
+    recorder, asha = Recorder(store, Spool(folder / "spool.jsonl")), Asha((2, 6))
+    recorder.begin({}, {})
+    for seed in range(6):
+        config = TrialConfig(learning_rate=0.1, epochs=9, seed=seed, optimizer=("adam", "sgd")[seed % 2])
+        play(recorder, config, asha)
+    assert recorder.close(finished=True)
+    assert re.search(r"optimizer +adam +sgd", run("store_in_pandas.py", folder, store.uri, store.experiment))
 
 
 def test_the_store_is_read_into_pandas(folder: Path, finished_store: Store) -> None:
