@@ -33,7 +33,7 @@ def follow(uri: str | None, experiment: str, path: Path, *, every: float) -> Ver
     found, a store that does not answer is asked again and again.
 
     Args:
-        uri: MLflow tracking URI; None for `mlflow.db` in the current folder.
+        uri: MLflow tracking URI; None for `grid.store_uri.default_store_uri`.
         experiment: Its name.
         path: File to write. In a browser it reloads itself; the last one does not.
         every: Seconds between two pages.

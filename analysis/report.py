@@ -22,7 +22,7 @@ def write_report(uri: str | None, experiment: str, path: Path, *, only_ranked: b
     """Write the page of an experiment, and return what it says.
 
     Args:
-        uri: MLflow tracking URI; None for `mlflow.db` in the current folder.
+        uri: MLflow tracking URI; None for `grid.store_uri.default_store_uri`.
         experiment: Its name.
         path: File to write.
         only_ranked: Whether nothing is written if no cell has an accuracy.

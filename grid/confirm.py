@@ -7,7 +7,6 @@ only command that reads the test set. Checks its arguments at once, then imports
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from grid.arguments import (
     Parser,
@@ -23,8 +22,7 @@ from grid.arguments import (
     run_command,
 )
 from grid.parts.files import load_files
-from grid.plan.request import Confirmation, check_address, check_folder_name, check_storage
-from grid.store_uri import check_store_uri
+from grid.plan.request import Confirmation, read_place
 from grid.tune.limits import largest_object_store
 
 INTERRUPTED = "interrupted; run the same command to continue"
@@ -67,15 +65,7 @@ def read_confirmation(options: argparse.Namespace) -> Confirmation:
         top=options.top,
         seeds=options.seeds,
         register=options.register,
-        store=check_store_uri(options.store, must_exist=True),
-        data_dir=check_folder_name("--data-dir", options.data_dir),
-        storage=check_storage(options.storage),
-        spool=Path("spool").absolute(),
-        address=check_address(options.address),
-        concurrency=options.concurrency,
-        device=options.device,
-        accept_code=options.accept_code,
-        parts=tuple(options.parts),
+        **read_place(options, must_exist=True),
     )
 
 

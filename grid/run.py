@@ -32,9 +32,8 @@ from grid.parts.files import load_files
 from grid.parts.registry import GRIDS, Grid
 from grid.plan.asha import FEWEST_STEPS, NO_STOPPING, StoppingRule
 from grid.plan.budget import EXHAUSTED, Budget
-from grid.plan.request import DEFAULT_CONTROLS, Again, Request, check_address, check_folder_name, check_storage
+from grid.plan.request import DEFAULT_CONTROLS, DEFAULT_SHARE, Again, Request, check_folder_name, read_place
 from grid.plan.space import find_grid, read_first, restrict, vary
-from grid.store_uri import check_store_uri
 from grid.wording import first_line
 
 ALL = "all"
@@ -42,7 +41,7 @@ ALL = "all"
 GRID_OPTIONS = (
     *("grid", "only", "set", "vary", "first", "data", "per_class", "epochs", "seeds", "lr_scales", "precision"),
     *("controls", "more_controls", "stop_factor", "grace", "stop_within", "no_stopping", "dry_run"),
-    *("max_hours", "max_cost", "max_epochs", "price_per_hour", "json"),
+    *("max_hours", "max_cost", "max_epochs", "price_per_hour", "json", "report"),
 )
 """What `--against` does not go with."""
 INTERRUPTED = "interrupted; run the same command to continue"
@@ -107,18 +106,10 @@ def read_again(parser: Parser, options: argparse.Namespace) -> Again:
     load_files(options.parts)
     return Again(
         against=options.against,
-        share=options.share,
+        share=DEFAULT_SHARE if options.share is None else options.share,
         experiment=f"{options.against}-again" if options.experiment is None else options.experiment,
-        store=check_store_uri(options.store, must_exist=True),
-        data_dir=check_folder_name("--data-dir", options.data_dir),
-        storage=check_storage(options.storage),
-        spool=Path("spool").absolute(),
-        address=check_address(options.address),
-        concurrency=options.concurrency,
-        device=options.device,
-        accept_code=options.accept_code,
         keep_going=options.keep_going,
-        parts=tuple(options.parts),
+        **read_place(options, must_exist=True),
     )
 
 
@@ -170,6 +161,8 @@ def read_request(options: argparse.Namespace) -> Request:
     Raises:
         InputError: A value is wrong.
     """
+    if options.share is not None:
+        raise InputError("--share is of the epochs of --against; pass --against NAME as well, or leave --share out")
     load_files(options.parts)
     grid = find_grid(options.grid)
     data_dir = check_folder_name("--data-dir", options.data_dir)
@@ -188,7 +181,6 @@ def read_request(options: argparse.Namespace) -> Request:
         levels=levels,
         settings=settings,
         data=data,
-        data_dir=data_dir,
         per_class={None: grid.per_class, ALL: None}.get(options.per_class, options.per_class),
         epochs=grid.epochs if options.epochs is None else options.epochs,
         seeds=options.seeds,
@@ -196,19 +188,12 @@ def read_request(options: argparse.Namespace) -> Request:
         controls=options.controls,
         more_controls=options.more_controls,
         rule=_read_rule(options, grid),
-        store=check_store_uri(options.store),
         experiment=_default_name(options, data, given, varied) if options.experiment is None else options.experiment,
-        storage=check_storage(options.storage),
-        spool=Path("spool").absolute(),
-        address=check_address(options.address),
-        concurrency=options.concurrency,
-        device=options.device,
         precision=options.precision,
         budget=Budget(options.max_hours, options.max_cost, options.price_per_hour, options.max_epochs),
         first=first,
-        accept_code=options.accept_code,
         keep_going=options.keep_going,
-        parts=tuple(options.parts),
+        **read_place(options) | {"data_dir": data_dir},
     )
 
 
@@ -237,7 +222,7 @@ def _parser() -> Parser:
     _add_stopping(what)
     again = parser.add_argument_group("or, instead of a grid, a part of an earlier experiment again")
     again.add_argument("--against", metavar="NAME", help="the experiment: has anything changed since?")
-    again.add_argument("--share", type=float, default=0.05, metavar="X", help="of its epochs (0.05)")
+    again.add_argument("--share", type=float, metavar="X", help=f"of its epochs ({DEFAULT_SHARE})")
     _add_budget(parser.add_argument_group("what it may take in all, over any number of commands"))
     _add_place(parser.add_argument_group("where it runs and is recorded"))
     add_debug(parser)

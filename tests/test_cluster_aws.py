@@ -29,6 +29,8 @@ from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.command_runner import SSHCommandRunner, SSHOptions, _with_interactive
 from ray.autoscaler.tags import TAG_RAY_LAUNCH_CONFIG, TAG_RAY_NODE_KIND, TAG_RAY_NODE_NAME, TAG_RAY_USER_NODE_TYPE
 
+from tests.waiting import wait_until
+
 ROOT = Path(__file__).parent.parent
 CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text())
 NODE_TYPES = tuple(CLUSTER["available_node_types"])
@@ -315,9 +317,11 @@ def test_every_server_listens_on_its_node_only() -> None:
     assert "--dashboard-host=127.0.0.1" in find("ray start --head")
 
 
-def test_ray_requires_a_token_on_head_and_workers() -> None:
+def test_ray_requires_a_token_on_head_and_workers_and_what_can_not_stays_closed() -> None:
     starts = [command for command in COMMANDS if "ray start" in command]
     assert len(starts) == 2
+    assert all("RAY_enable_metrics_collection=0 " in command for command in starts)
+    assert "AUTOSCALER_METRIC_PORT=-1 DASHBOARD_METRIC_PORT=-1 " in find("ray start --head")
     assert all(re.search(r"RAY_AUTH_MODE=token\s+ray start", command) for command in starts)
     assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in find("ray start --head")
 
@@ -337,21 +341,27 @@ open("place", "w").write(os.environ["MLFLOW_BACKEND_STORE_URI"] + " " + os.envir
 host, port = (sys.argv[sys.argv.index(option) + 1] for option in ("--host", "--port"))
 http.server.HTTPServer((host, int(port)), http.server.BaseHTTPRequestHandler).serve_forever()
 """
+FLOCK = """#!/bin/sh
+{flock} "$@" || touch given-up
+"""
 
 
 def test_mlflow_is_started_once_and_again_only_after_it_has_died(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/mlflow").write_text(SERVER)
-    (tmp_path / "bin/mlflow").chmod(0o755)
+    for name, script in {"mlflow": SERVER, "flock": FLOCK.format(flock=shutil.which("flock"))}.items():
+        (tmp_path / "bin" / name).write_text(script)
+        (tmp_path / "bin" / name).chmod(0o755)
     command = find("mlflow server").replace("5000", port)
     starts = tmp_path / "mlflow/starts"
+    given_up = tmp_path / "mlflow/given-up"
     path = f"{tmp_path}/bin:{os.environ['PATH']}"
     run_bash(find("MLFLOW_BACKEND_STORE_URI"), tmp_path)
     try:
         run_bash(command, tmp_path, PATH=path)
         run_bash(command, tmp_path, PATH=path)
+        wait_until(given_up.exists)  # else the second one may find the lock free, in the background
         assert len(starts.read_text().split()) == 1
         os.kill(int(starts.read_text()), signal.SIGKILL)
         subprocess.run(["flock", tmp_path / "mlflow/server.lock", "true"], check=True, timeout=900)  # the lock is free

@@ -192,6 +192,9 @@ class _Images:
     ("options", "reason"),
     [
         (["--only", "model=mlp"], "--against repeats an experiment as it is; leave --only out"),
+        (["--no-report"], "--against repeats an experiment as it is; leave --report out"),
+        (["--experiment", " "], "--experiment must be 1 to 200 printable characters, not all of them spaces"),
+        (["--concurrency", "0"], "--concurrency must be 1 to 100,000, got 0"),
         (["--max-epochs", "9"], "--against repeats an experiment as it is; leave --max-epochs out"),
         (["--share", "0"], "--share must be above 0 and at most 1, got 0"),
         (["--experiment", "old"], "--experiment and --against name the same; leave --experiment out"),

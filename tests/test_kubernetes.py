@@ -161,7 +161,7 @@ RAY = """#!{python}
 import os, subprocess, sys
 if sys.argv[2] == "submit":  # joins the words, and the job agent gives them to bash, as Ray does
     entrypoint = subprocess.list2cmdline(sys.argv[sys.argv.index("--") + 1 :])
-    on_the_head = dict(os.environ, WORKERS="4")
+    on_the_head = dict(os.environ, WORKERS="4", STORAGE="s3://BUCKET/storage")
     subprocess.run(entrypoint, shell=True, executable="/bin/bash", env=on_the_head, check=True)
 sys.exit(sys.argv[2] == "status")  # there is no such job yet
 """

@@ -91,6 +91,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["--stop-within", "x"], "--stop-within takes factors joined by commas, got 'x'; choose from model, lr_sched"),
         (["--stop-within", "model, dropout"], "--stop-within takes factors joined by commas, got ' dropout'"),
         (["--no-stopping", "yes"], "unrecognized arguments: yes; see --help"),
+        (["--share", "0.1"], "--share is of the epochs of --against; pass --against NAME as well"),
         (["--concurrency", "0"], "--concurrency must be 1 to 100,000, got 0"),
         (["--experiment", " "], "--experiment must be 1 to 200 printable characters"),
         (["--store", "foo://x"], "can't open the store 'foo://x'"),

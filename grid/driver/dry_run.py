@@ -10,8 +10,6 @@ from grid.data.catalogue import find_dataset
 from grid.data.load import is_on_disk, load
 from grid.driver.messages import describe_cost, describe_packing, describe_plan, print_facts
 from grid.driver.try_nodes import try_nodes
-from grid.parts.files import PartsFile, loaded
-from grid.parts.files import load as load_parts
 from grid.plan import forecast
 from grid.plan.packing import Packing
 from grid.plan.request import Request
@@ -110,8 +108,8 @@ def _calibrate(
     if packing.device == "cpu" or find_gpus()[0]:
         return forecast.calibrate(plan.trials, classes, image_shape), "this machine"
     if connection.cluster_has_gpu():
-        arguments = loaded(), plan.trials, classes, image_shape
-        return connection.call_remote(_calibrate_there, *arguments, packing=packing), "a GPU of the cluster"
+        arguments = plan.trials, classes, image_shape
+        return connection.call_remote(forecast.calibrate, *arguments, packing=packing), "a GPU of the cluster"
     on_cpu = [replace(trial, device="cpu", fused=False) for trial in plan.trials]
     return forecast.calibrate(on_cpu, classes, image_shape), "this machine's CPU, as no GPU is up: expect less"
 
@@ -123,9 +121,3 @@ def _look_at_data(request: Request) -> tuple[int, int, tuple[int, int, int], str
         dataset = load(request.data, request.data_dir, per_class=request.per_class, split_seed=ORDER_SEED)
         return len(dataset.train_images), len(dataset.classes), dataset.image_shape, "on this disk"
     return sizes.split_sizes(request.per_class)[0], sizes.class_count, (1, 28, 28), "(not on this disk yet)"
-
-
-def _calibrate_there(files: Sequence[PartsFile], *arguments: Any) -> forecast.Calibration:
-    """Calibrate on another machine, which does not know the parts files yet."""
-    load_parts(files)
-    return forecast.calibrate(*arguments)

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grid.config import InputError, TrialConfig
-from grid.parts.files import PartsFile, load, loaded
 from grid.plan.packing import Packing, Sharing, most_per_gpu, pack_as_measured
 from grid.plan.sharing import NotMeasuredError, measure_sharing
 from grid.train.canary import try_steps
@@ -44,7 +43,7 @@ def try_nodes(
     tried = [trial for of_model in by_model.values() for trial in dict.fromkeys((of_model[0], of_model[-1]))]
     arguments = tried, image_shape, classes, train_images
     if connected:
-        said = connection.call_on_nodes(_try_there, loaded(), *arguments, packing=packing)
+        said = connection.call_on_nodes(try_steps, *arguments, packing=packing, failing="can't train a step")
         problems = {f"node {name}": problem for name, problem in said.items()}
     else:
         problems = {"this machine": try_steps(*arguments)}
@@ -54,7 +53,8 @@ def try_nodes(
         return packing
     measured: dict[str, Sharing | str]
     if connected:
-        found = connection.call_on_nodes(_measure_there, loaded(), *arguments, most_per_gpu(packing), packing=packing)
+        failing = "can't measure how trials share a GPU"
+        found = connection.call_on_nodes(_measure, *arguments, most_per_gpu(packing), packing=packing, failing=failing)
         measured = {f"node {name}": sharing for name, sharing in found.items()}
     else:
         measured = {"this machine": _measure(*arguments, most_per_gpu(packing))}
@@ -70,17 +70,6 @@ def _pack_again(packing: Packing, measured: Mapping[str, Sharing | str]) -> Pack
             print(f"note: on {name} a GPU holds {count(most, 'trial')} at once, fewer than asked for", file=sys.stderr)
     sharings = [found for found in measured.values() if isinstance(found, Sharing)]
     return pack_as_measured(packing, sharings) if sharings else packing
-
-
-def _try_there(files: Sequence[PartsFile], *arguments: Any) -> str:
-    """Try in a worker, which does not know the parts files yet."""
-    load(files)
-    return try_steps(*arguments)
-
-
-def _measure_there(files: Sequence[PartsFile], *arguments: Any) -> Sharing | str:
-    load(files)
-    return _measure(*arguments)
 
 
 def _measure(*arguments: Any) -> Sharing | str:

@@ -1,5 +1,6 @@
 """What a user asks of `grid.run` and `grid.confirm`, checked as far as possible without data, torch or Ray."""
 
+import argparse
 import os
 import shlex
 import socket
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from grid.config import InputError
 from grid.data.catalogue import check_per_class, find_dataset
@@ -14,12 +16,14 @@ from grid.masking import mask, mask_arguments
 from grid.parts.registry import Levels
 from grid.plan.asha import DEFAULT_RULE, StoppingRule
 from grid.plan.budget import NO_LIMIT, Budget
-from grid.store_uri import write_problem
+from grid.store_uri import check_store_uri, write_problem
 
 LIMITS = {"epochs": 100_000, "seeds": 1_000, "concurrency": 100_000}
 """Largest values allowed; anything above is a typing error."""
 DEFAULT_CONTROLS = 0.1
 """Share of the trials that are unstopped controls; never fewer than `grid.plan.controls.FEWEST` allows."""
+DEFAULT_SHARE = 0.05
+"""Of the epochs of an earlier experiment, that are trained once more."""
 
 NO_RAY = "start one with `ray up` or `ray start --head`, or leave --address out"
 """What to do where no Ray answers."""
@@ -49,6 +53,44 @@ class Place:
     """Whether other code than that which trained what the experiment holds may train on."""
     parts: tuple[Path, ...] = ()
     """Files of the user that have added parts."""
+
+    def __post_init__(self) -> None:
+        check_range("concurrency", self.concurrency)
+        if not self.experiment.strip() or len(self.experiment) > 200 or not self.experiment.isprintable():
+            raise InputError("--experiment must be 1 to 200 printable characters, not all of them spaces")
+
+
+def read_place(options: argparse.Namespace, *, must_exist: bool = False) -> dict[str, Any]:
+    """Return the fields of `Place` without the experiment, from the options that `grid.arguments` adds for them.
+
+    Args:
+        options: What the user has given.
+        must_exist: Whether the store has to be there.
+
+    Raises:
+        InputError: A value is wrong.
+    """
+    return {
+        "store": check_store_uri(options.store, must_exist=must_exist),
+        "data_dir": check_folder_name("--data-dir", options.data_dir),
+        "storage": check_storage(options.storage),
+        "spool": Path("spool").absolute(),
+        "address": check_address(options.address),
+        "concurrency": options.concurrency,
+        "device": options.device,
+        "accept_code": options.accept_code,
+        "parts": tuple(options.parts),
+    }
+
+
+def check_range(name: str, value: int | None) -> None:
+    """Check a number that may be left out.
+
+    Raises:
+        InputError: It is below 1 or above `LIMITS`.
+    """
+    if value is not None and not 1 <= value <= LIMITS[name]:
+        raise InputError(f"--{name} must be 1 to {LIMITS[name]:,}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +133,11 @@ class Request(Place):
     """Levels of some factors: the cells that have them start before all others."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sizes = find_dataset(self.data, self.data_dir).sizes
         check_per_class(self.per_class, largest=None if sizes is None else sizes.largest_per_class)
-        for name, value in (("epochs", self.epochs), ("seeds", self.seeds), ("concurrency", self.concurrency)):
-            if value is not None and not 1 <= value <= LIMITS[name]:
-                raise InputError(f"--{name} must be 1 to {LIMITS[name]:,}, got {value}")
+        check_range("epochs", self.epochs)
+        check_range("seeds", self.seeds)
         for name, value in (("grace", self.rule.grace), ("stop-factor", self.rule.factor)):
             if value is not None and not 1 <= value <= LIMITS["epochs"]:
                 raise InputError(f"--{name} must be 1 to {LIMITS['epochs']:,}, got {value}")
@@ -110,8 +152,6 @@ class Request(Place):
             raise InputError(f"--lr-scales must be finite and above 0, got {','.join(map(str, self.lr_scales))}")
         if len(set(self.lr_scales)) < len(self.lr_scales):
             raise InputError(f"--lr-scales must differ, got {','.join(map(str, self.lr_scales))}")
-        if not self.experiment.strip() or len(self.experiment) > 200 or not self.experiment.isprintable():
-            raise InputError("--experiment must be 1 to 200 printable characters, not all of them spaces")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +170,7 @@ class Confirmation(Place):
     """Name under which the winner is put into MLflow's registry; None to register nothing."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, value in (("top", self.top), ("seeds", self.seeds)):
             if not 1 <= value <= LIMITS["seeds"]:
                 raise InputError(f"--{name} must be 1 to {LIMITS['seeds']:,}, got {value}")
@@ -153,6 +194,7 @@ class Again(Place):
     """Whether to go on though the first trials all fail alike."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.share <= 1:
             raise InputError(f"--share must be above 0 and at most 1, got {self.share:g}")
         if self.experiment == self.against:

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from ray.exceptions import AuthenticationError, GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from grid.config import InputError
+from grid.parts.files import PartsFile, load, loaded
 from grid.plan.packing import Packing, pack
 from grid.plan.request import NO_RAY, check_address, resume_command
 from grid.surroundings import cpu_name
@@ -270,13 +271,27 @@ def cluster_has_gpu() -> bool:
 
 def call_remote(function: Callable[..., Result], *arguments: Any, packing: Packing) -> Result:
     """Call a function in a worker process, with the resources of a trial, and return what it returns."""
-    task = ray.remote(num_cpus=packing.cpus_per_trial, num_gpus=packing.gpus_per_trial)(function)
-    result: Result = ray.get(task.remote(*arguments))
+    task = ray.remote(num_cpus=packing.cpus_per_trial, num_gpus=packing.gpus_per_trial)(_call_with_parts)
+    result: Result = ray.get(task.remote(loaded(), function, *arguments))
     return result
 
 
-def call_on_nodes(function: Callable[..., Result], *arguments: Any, packing: Packing) -> dict[str, Result | str]:
+def _call_with_parts(files: Sequence[PartsFile], function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function in a process that does not know the user's parts files yet."""
+    load(files)
+    return function(*arguments)
+
+
+def call_on_nodes(
+    function: Callable[..., Result], *arguments: Any, packing: Packing, failing: str
+) -> dict[str, Result | str]:
     """Call a function on every node that can hold a trial; it waits for no trial that runs there.
+
+    Args:
+        function: What to call.
+        arguments: Of the function.
+        packing: The resources of a trial.
+        failing: What a node can't do if the call fails there, such as `can't train a step`.
 
     Returns:
         What it returns, or why it could not, by the name of the node.
@@ -287,9 +302,9 @@ def call_on_nodes(function: Callable[..., Result], *arguments: Any, packing: Pac
         for name, node in _alive_nodes().items()
         if all(node["Resources"].get(name, 0) >= share for name, share in wanted.items())
     }
-    calls = dict.fromkeys(node_ids, arguments)
-    task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(function)  # its process frees a GPU by its end
-    return _ask(task, node_ids, calls, failing=lambda reason: f"can't train a step ({reason})")
+    calls = dict.fromkeys(node_ids, (loaded(), function, *arguments))
+    task = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(_call_with_parts)  # its process frees a GPU by its end
+    return _ask(task, node_ids, calls, failing=lambda reason: f"{failing} ({reason})")
 
 
 class _Holder:
