@@ -19,7 +19,7 @@ from grid.tune.connection import find_cluster
 ROOT = Path(__file__).parents[1]
 PACKING = """
 from grid.tune import connection
-from grid.driver.experiment import describe_packing
+from grid.driver.messages import describe_packing
 print(describe_packing(connection.connect(connection.find_cluster(None), None)))
 """
 PRIVATE = """

@@ -14,7 +14,7 @@ from analysis.store import read_experiment
 from benchmarks.grid_scale import blank_dataset
 from grid.config import InputError, TrialConfig
 from grid.driver import experiment
-from grid.driver.experiment import Prepared, Training
+from grid.driver.training import Prepared, Training
 from grid.driver.watcher import restore_rungs
 from grid.metrics import EpochReport
 from grid.plan.asha import DEFAULT_RULE, Asha
@@ -117,7 +117,7 @@ class Driver:
         self._monkeypatch.setattr("grid.tune.tuner.run_trials", trainer)
         request = self.request(*options)
         spool = open_spool(self.folder / "spool", request.store, request.experiment)
-        prepared = Prepared(blank_dataset(), b"", spool, self.store())
+        prepared = Prepared(blank_dataset(), spool, self.store())
         training = Training(PACKING, Checkpoints(str(self.folder / "storage"), "tiny"))
         try:
             return experiment.run(request, prepared, training), trainer

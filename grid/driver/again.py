@@ -4,7 +4,6 @@ Drawn are trials that were trained to the end whatever their accuracy was, so th
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,10 +11,9 @@ from typing import Any
 
 from grid.config import NUMERICS_VERSION, InputError, TrialConfig
 from grid.data.dataset import Dataset
-from grid.data.load import load
-from grid.driver.experiment import Prepared, Ready, Training, finish, train_all
 from grid.driver.messages import describe_left_out, print_facts
 from grid.driver.provenance import check_code, describe_command
+from grid.driver.training import Prepared, Ready, Training, begin, finish, load_recorded, on_device, train_all
 from grid.driver.try_nodes import try_nodes
 from grid.driver.watcher import restore_rungs
 from grid.metrics import FEWEST_PAIRS_LEFT, FINAL_STATUSES
@@ -25,14 +23,12 @@ from grid.plan.packing import Packing
 from grid.plan.request import Again
 from grid.plan.space import shared_settings
 from grid.plan.trials import Plan
-from grid.record.commands import CODE_KEYS, RECORD, describe_source, record_command
+from grid.record.commands import CODE_KEYS, RECORD
 from grid.record.lease import become_driver
 from grid.record.recorder import Recorder
 from grid.record.store import Store, StoredTrial
-from grid.recorded import MANIFEST, command_path
 from grid.store_uri import slug
 from grid.train.checkpoints import Checkpoints
-from grid.train.hardware import numeric_settings
 from grid.tune import connection
 from grid.wording import count
 
@@ -49,7 +45,7 @@ def run(request: Again) -> int:
     drawn, how = draw(list(stored.values()), request.share)
     for trial in drawn:
         check_known(trial.config)
-    dataset = _load_alike(manifest, request)
+    dataset = load_recorded(manifest, request.against, request.data_dir)  # other images may be what is asked about
     checkpoints = Checkpoints(request.storage, slug(request.store, request.experiment))
     cluster = connection.find_cluster(request.address)
     with (
@@ -64,7 +60,7 @@ def run(request: Again) -> int:
         spool = become_driver(store, stack, spool=request.spool, storage=request.storage)
         training = Training(packing, checkpoints, keep_going=request.keep_going)
         print_facts({"again": f"{request.against}: {how}"})
-        return _train(request, trials, Prepared(dataset, b"", spool, store), training, manifest)
+        return _train(request, trials, Prepared(dataset, spool, store), training, manifest)
 
 
 def draw(trials: Sequence[StoredTrial], share: float) -> tuple[list[StoredTrial], str]:
@@ -104,18 +100,7 @@ def _is_drawn_at_once(trial: StoredTrial) -> bool:
 def as_now(config: TrialConfig, dataset: Dataset, packing: Packing) -> TrialConfig:
     """Return an earlier trial as this code trains it, on these images and this kind of device."""
     now = replace(config, numerics_version=NUMERICS_VERSION, data_fingerprint=dataset.fingerprint)
-    if now.device == packing.device:
-        return now
-    settings = numeric_settings(packing.device, bfloat16=packing.bfloat16)
-    return TrialConfig.from_params(now.to_params() | settings)
-
-
-def _load_alike(manifest: Mapping[str, Any], request: Again) -> Dataset:
-    """Load the data set of the same name and size; that the images are others may be what is asked."""
-    match manifest:
-        case {"data": {"name": str(name), "per_class": int() | None as per_class}, "order_seed": int(split_seed)}:
-            return load(name, request.data_dir, per_class=per_class, split_seed=split_seed)
-    raise InputError(f"'{request.against}' does not say what it was trained on (grid.json); run grid.run again")
+    return on_device(now, packing)
 
 
 def _train(
@@ -137,12 +122,8 @@ def _train(
         "against": {"experiment": request.against, "share": request.share},
     }
     record = describe_command("grid.run", request, check, training.packing.devices)
-    command = record_command(store, {**record, "plan": described}, before)
-    manifest = {**described, **{name: record[name] for name in CODE_KEYS}, RECORD: command_path(command)}
-    recorder.begin(
-        {MANIFEST: json.dumps(manifest, indent=2).encode()}, stored, command=command, source=describe_source(record)
-    )
     ready = Ready(plan, stored, asha, check, {"trials": f"{len(trials):,}"} | left_out | dict(check.facts))
+    begin(recorder, prepared, ready, record, described=described, before=before)
     watcher, delivered = train_all(ready, prepared.dataset, recorder, training)
     return finish(watcher, recorder, delivered=delivered)
 

@@ -1,10 +1,9 @@
 """A grid from data to table: prepares, trains what is left, reports. Heavy to import; `grid.run` is the light door."""
 
-import json
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -14,45 +13,26 @@ from grid.data.load import load
 from grid.driver.messages import (
     conclude,
     describe_left_out,
-    describe_packing,
     describe_plan,
     experiment_options,
     print_facts,
 )
 from grid.driver.more_controls import draw_if_asked, reopen_drawn
-from grid.driver.provenance import CodeCheck, check_code, describe_command
+from grid.driver.provenance import check_code, describe_command
+from grid.driver.training import Prepared, Ready, Training, begin, train_all
 from grid.driver.try_nodes import try_nodes
 from grid.driver.watcher import Watcher, restore_rungs
-from grid.masking import mask
 from grid.parts import LEVELS
 from grid.plan.asha import Asha
-from grid.plan.budget import NO_LIMIT, Budget
 from grid.plan.packing import THIS_MACHINE, Packing
 from grid.plan.request import Request
 from grid.plan.space import ORDER_SEED, shared_settings
 from grid.plan.trials import Plan, check_comparable, first_and_last_of_each_model, make_plan
-from grid.record.commands import CODE_KEYS, RECORD, describe_source, record_command
-from grid.record.fence import LeaseLostError
 from grid.record.lease import become_driver
 from grid.record.recorder import Recorder
 from grid.record.rounds import read_rounds
-from grid.record.spool import Spool
-from grid.record.store import Store, StoredTrial
-from grid.recorded import MANIFEST, command_path
+from grid.record.store import Store
 from grid.train.checkpoints import Checkpoints
-from grid.tune import tuner
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a run needs besides Ray."""
-
-    dataset: Dataset
-    samples: bytes
-    """A PNG file with some of its images."""
-    spool: Spool
-    store: Store
-    """This driver holds its lease."""
 
 
 def prepare(
@@ -89,36 +69,7 @@ def prepare(
     spool = become_driver(store, stack, spool=request.spool, storage=request.storage)
     draw = import_module("grid.driver.pictures").sample_sheet
     samples = draw(dataset.train_images, dataset.train_labels, dataset.classes)
-    return Prepared(dataset, samples, spool, store), packing
-
-
-@dataclass(frozen=True)
-class Training:
-    """Where trials are trained, and what is kept of them."""
-
-    packing: Packing
-    checkpoints: Checkpoints
-    keep_weights: bool = False
-    """Whether the last checkpoint of a completed trial is kept."""
-    keep_going: bool = False
-    """Whether to go on though the first trials all fail alike."""
-    budget: Budget = NO_LIMIT
-    """What the grid may take in all."""
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A plan that may be trained."""
-
-    plan: Plan
-    stored: Mapping[str, StoredTrial]
-    """What the store has, by trial key."""
-    asha: Asha
-    """With the arrivals of earlier runs."""
-    check: CodeCheck
-    """That this code may train it."""
-    facts: Mapping[str, str]
-    """What a person should know first."""
+    return Prepared(dataset, spool, store, samples), packing
 
 
 def run(request: Request, prepared: Prepared, training: Training) -> int:
@@ -136,7 +87,10 @@ def run(request: Request, prepared: Prepared, training: Training) -> int:
     recorder.recover()
     before = prepared.store.manifest()
     ready = _plan_what_is_left(request, prepared, training.packing, before)
-    _begin(request, prepared, ready, recorder, training.packing, before)
+    record = describe_command("grid.run", request, ready.check, training.packing.devices)
+    described = _manifest(request, ready.plan, ready.asha, prepared.dataset)
+    described["first"] = _all_first(request, before)
+    begin(recorder, prepared, ready, record, described=described, before=before)
     watcher, delivered = train_all(ready, prepared.dataset, recorder, training)
     return _report(request, watcher, recorder, delivered)
 
@@ -171,25 +125,6 @@ def _plan_what_is_left(request: Request, prepared: Prepared, packing: Packing, b
     return Ready(plan, stored, asha, check, facts)
 
 
-def _begin(
-    request: Request,
-    prepared: Prepared,
-    ready: Ready,
-    recorder: Recorder,
-    packing: Packing,
-    before: Mapping[str, Any],
-) -> None:
-    """Record the command and the plan."""
-    record = describe_command("grid.run", request, ready.check, packing.devices)
-    described = _manifest(request, ready.plan, ready.asha, prepared.dataset)
-    described["first"] = _all_first(request, before)
-    command = record_command(prepared.store, {**record, "plan": described}, before)
-    manifest = {**described, **{name: record[name] for name in CODE_KEYS}, RECORD: command_path(command)}
-    files, pictures = {MANIFEST: json.dumps(manifest, indent=2).encode()}, {"samples.png": prepared.samples}
-    source = describe_source(record)
-    recorder.begin(files, ready.stored, command=command, source=source, pictures=pictures)
-
-
 def _report(request: Request, watcher: Watcher, recorder: Recorder, delivered: bool) -> int:
     """Print how a run ended, and return its exit code."""
     undelivered = "" if delivered else recorder.error or "no reason given"
@@ -200,78 +135,6 @@ def _report(request: Request, watcher: Watcher, recorder: Recorder, delivered: b
         print(complaint, file=sys.stderr)
     print_facts(conclusion.next_commands or {})
     return max(conclusion.exit_code, 1 if recorder.dropped or recorder.parked else 0)
-
-
-def train_all(ready: Ready, dataset: Dataset, recorder: Recorder, training: Training) -> tuple[Watcher, bool]:
-    """Train what is left of a plan; Ray must be connected and the recorder must have begun.
-
-    Args:
-        ready: What is to be trained.
-        dataset: What it is trained on.
-        recorder: Where events go; closed at the end.
-        training: Where trials are trained.
-
-    Returns:
-        How the trials ended, and whether all events have reached the store.
-
-    Raises:
-        LeaseLostError: Another driver has taken the experiment over.
-    """
-    watcher = Watcher(
-        ready.plan,
-        recorder,
-        training.checkpoints,
-        rungs=ready.asha.rungs,
-        concurrency=training.packing.concurrency,
-        budget=training.budget,
-        keep_weights=training.keep_weights,
-    )
-    watcher.resume(ready.stored)
-    left = {"runs": f"{len(watcher.todo)} left to run, {training.packing}"}
-    if training.budget.is_limited:
-        left["limit"] = f"{training.budget}; so far {training.budget.describe(watcher.spent)}"
-    print_facts({**ready.facts, **describe_packing(training.packing), **left})
-    with watcher.until_interrupted():
-        if watcher.todo and not watcher.exhausted:
-            _train_left(ready, watcher, dataset, training)
-        finished = len(watcher.summaries) == watcher.total and not watcher.lost
-        if finished and not training.keep_weights:
-            watcher.clear_checkpoints()
-        delivered = recorder.close(finished=finished)
-    if watcher.lost:
-        raise LeaseLostError(recorder.store.lost)
-    return watcher, delivered
-
-
-def finish(watcher: Watcher, recorder: Recorder, *, delivered: bool) -> int:
-    """Say on stderr why a command that trains single cells is not done, and return the exit code; 0 if it is."""
-    for complaint in recorder.complain("run the same command to try again"):
-        print(complaint, file=sys.stderr)
-    if watcher.interrupted:
-        reason = watcher.problem or watcher.unusable
-        print(f"{reason or 'interrupted'}; run the same command to continue", file=sys.stderr)
-        return 1 if reason else 130
-    if not delivered:
-        uri = mask(recorder.store.uri)
-        print(f"not everything has reached {uri}: {recorder.error}; run the same command again", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _train_left(ready: Ready, watcher: Watcher, dataset: Dataset, training: Training) -> None:
-    tuner.run_trials(
-        watcher.todo,
-        dataset,
-        watcher,
-        asha=ready.asha,
-        controls=ready.plan.controls,
-        packing=training.packing,
-        checkpoints=training.checkpoints,
-        keep_weights=training.keep_weights,
-        keep_going=training.keep_going,
-        save_each_epoch=training.budget.is_limited,
-    )
-    watcher.progress.show(last=True)
 
 
 def _describe_rule(plan: Plan, asha: Asha) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from typing import Any
 
 from grid.config import NUMERICS_VERSION, InputError, TrialConfig, cell_name
 from grid.data.dataset import Dataset
-from grid.data.load import load, load_test
-from grid.driver.experiment import Prepared, Ready, Training, finish, train_all
+from grid.data.load import load_test
 from grid.driver.final_test import FinalTest
 from grid.driver.messages import describe_left_out, experiment_options, print_facts
 from grid.driver.provenance import CodeCheck, check_code, describe_command
+from grid.driver.training import Prepared, Ready, Training, finish, load_recorded, on_device, train_all
 from grid.driver.try_nodes import try_nodes
 from grid.driver.watcher import summarise_trial
 from grid.metrics import AS_VALIDATED_METRIC, FINAL_STATUSES
@@ -36,7 +36,6 @@ from grid.recorded import FIRST_FINALIST_SEED
 from grid.store_uri import slug
 from grid.ties import tied_with_best
 from grid.train.checkpoints import Checkpoints
-from grid.train.hardware import numeric_settings
 from grid.tune import connection
 from grid.wording import count, first_line
 
@@ -82,7 +81,7 @@ def confirm(request: Confirmation) -> int:
     checkpoints = Checkpoints(request.storage, slug(request.store, f"{request.experiment} {KIND}"))
     with ExitStack() as stack:
         spool = become_driver(store, stack, spool=request.spool, storage=request.storage, kind=KIND)
-        finalists = Finalists(chosen, also_tied, trained, Prepared(dataset, b"", spool, store), checkpoints, check)
+        finalists = Finalists(chosen, also_tied, trained, Prepared(dataset, spool, store), checkpoints, check)
         trials, exit_code = _train(request, finalists)
         if exit_code:
             return exit_code
@@ -134,9 +133,7 @@ def finalist_trials(
         raise InputError(f"the grid has {versions}; confirm it with the code that trained it, or train it again")
     known = {(tuple(config.cell.values()), config.lr_scale): config for config in trained}
     templates = [known[tuple(ranked.cell.values()), ranked.lr_scale] for ranked in chosen]
-    if any(template.device != packing.device for template in templates):
-        settings = numeric_settings(packing.device, bfloat16=packing.bfloat16)
-        templates = [TrialConfig.from_params(template.to_params() | settings) for template in templates]
+    templates = [on_device(template, packing) for template in templates]
     replicates = range(FIRST_FINALIST_SEED, FIRST_FINALIST_SEED + seeds)
     return [replace(template, seed=seed, shared_seed=True) for seed in replicates for template in templates]
 
@@ -147,12 +144,7 @@ def _load_as_before(manifest: Mapping[str, Any], trained: Sequence[TrialConfig],
     Raises:
         InputError: They are other ones.
     """
-    match manifest:
-        case {"data": {"name": str(name), "per_class": int() | None as per_class}, "order_seed": int(split_seed)}:
-            dataset = load(name, request.data_dir, per_class=per_class, split_seed=split_seed)
-        case _:
-            hint = "(grid.json); run grid.run again"
-            raise InputError(f"'{request.experiment}' does not say what it was trained on {hint}")
+    dataset = load_recorded(manifest, request.experiment, request.data_dir)
     if {config.data_fingerprint for config in trained} != {dataset.fingerprint}:
         raise InputError(f"the images in {request.data_dir} are not those of the grid; pass its --data-dir")
     return dataset
