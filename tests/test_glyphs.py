@@ -4,6 +4,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,10 @@ from torchvision.datasets import EMNIST
 
 from grid.config import InputError
 from grid.data import glyphs
-from grid.data.glyphs import CLASSES, Glyphs, render, render_if_missing
+from grid.data.dataset import Images, Labels, Split
+from grid.data.glyphs import CLASSES, render, render_if_missing
+from grid.data.idx import read_pair
+from grid.data.sources import idx_files, read_glyphs
 
 SMALL = {"TRAIN_PER_CLASS": 3, "TEST_PER_CLASS": 2}
 
@@ -102,7 +106,7 @@ def test_another_seed_renders_other_images() -> None:
 
 
 def test_no_image_occurs_twice_in_train_and_test(tmp_path: Path, small: None) -> None:
-    both = torch.cat([Glyphs(tmp_path).data, Glyphs(tmp_path, train=False).data])
+    both = torch.from_numpy(np.concatenate([stored(tmp_path, part)[0] for part in ("train", "test")]))
     assert len(both) == 47 * 5
     assert len(both.flatten(1).unique(dim=0)) == len(both)
 
@@ -151,25 +155,24 @@ def assert_upright(means: Tensor) -> None:
     assert mean_of(means, "7")[:10].sum() > 1.2 * mean_of(means, "7")[18:].sum()
 
 
+def stored(folder: Path, part: Split = "train") -> tuple[Images, Labels]:
+    """Render if necessary, and return the images as they are stored, and the labels."""
+    return read_pair(*idx_files(render_if_missing(folder), "glyphs", part), size=glyphs.IMAGE_SIZE)
+
+
 def test_files_hold_the_rendered_images_transposed_as_those_of_nist(tmp_path: Path, small: None) -> None:
     images, labels = render(3, glyphs.TRAIN_SEED)
-    stored = Glyphs(tmp_path, split="glyphs", train=True)
-    assert stored.data.transpose(1, 2).equal(images)
-    assert stored.targets.equal(labels)
-    assert stored.classes == list(CLASSES)
+    read, classes = stored(tmp_path)
+    assert np.array_equal(read.transpose(0, 2, 1), images.numpy())
+    assert np.array_equal(classes, labels.numpy())
 
 
-def test_files_read_back_are_upright_once_transposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_are_read_are_upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(glyphs, "TRAIN_PER_CLASS", 20)
-    stored = Glyphs(tmp_path)
-    images = stored.data.transpose(1, 2).float()
-    assert_upright(torch.stack([images[stored.targets == index].mean(0) for index in range(47)]))
-
-
-def test_the_item_is_an_image_and_its_class(tmp_path: Path, small: None) -> None:
-    image, label = Glyphs(tmp_path, train=False)[48]
-    assert image.size == (28, 28)
-    assert label == 1
+    read = read_glyphs("glyphs", tmp_path, "train")
+    images = torch.from_numpy(read.images.astype(np.float32))
+    assert_upright(torch.stack([images[torch.from_numpy(read.labels) == index].mean(0) for index in range(47)]))
+    assert read.classes == CLASSES
 
 
 def test_the_files_have_the_names_and_folders_of_emnist(tmp_path: Path, small: None) -> None:
@@ -197,16 +200,16 @@ def test_the_files_are_written_once(tmp_path: Path, small: None) -> None:
 def test_a_missing_or_damaged_file_is_written_again(
     spoil: Callable[[Path], object], tmp_path: Path, small: None
 ) -> None:
-    images = Glyphs(tmp_path).data
+    images, _ = stored(tmp_path)
     spoil(render_if_missing(tmp_path) / "emnist-glyphs-train-images-idx3-ubyte")
-    assert Glyphs(tmp_path).data.equal(images)
+    assert np.array_equal(stored(tmp_path)[0], images)
 
 
 def test_a_leftover_partial_file_does_no_harm(tmp_path: Path, small: None) -> None:
     leftover = tmp_path / "Glyphs" / "raw" / "emnist-glyphs-train-images-idx3-ubyte.0123.partial"
     leftover.parent.mkdir(parents=True)
     leftover.write_bytes(b"half")
-    assert Glyphs(tmp_path).data.shape == (47 * 3, 28, 28)
+    assert stored(tmp_path)[0].shape == (47 * 3, 28, 28)
 
 
 def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,11 +232,6 @@ def test_two_processes_at_once_write_whole_files(tmp_path: Path) -> None:
     written = tmp_path / "Glyphs" / "raw" / "emnist-glyphs-train-images-idx3-ubyte"
     images = render(SMALL["TRAIN_PER_CLASS"], glyphs.TRAIN_SEED)[0]
     assert written.read_bytes()[16:] == images.transpose(1, 2).contiguous().numpy().tobytes()
-
-
-def test_another_split_is_refused(tmp_path: Path, small: None) -> None:
-    with pytest.raises(ValueError, match="Unknown value 'balanced' for argument split"):
-        Glyphs(tmp_path, split="balanced")
 
 
 def accuracy(model: nn.Module, epochs: int) -> float:

@@ -7,7 +7,6 @@ format, transposed images included, so that the same code reads both.
 import math
 import struct
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -16,7 +15,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
-from torchvision.datasets import EMNIST
 
 from grid.config import InputError
 from grid.files import write_durably
@@ -65,23 +63,6 @@ SOFTNESS = (0.08, 0.2)
 CONTRAST = (0.75, 1.0)
 NOISE = 0.03
 """Standard deviation of the noise of a pixel, as a fraction of full white; halved on the black background."""
-
-
-class Glyphs(EMNIST):  # type: ignore[misc]
-    """The glyphs as a torchvision data set like EMNIST; missing or truncated files are rendered first.
-
-    Args:
-        root: Folder that holds `Glyphs/raw`.
-        split: Always `glyphs`.
-        **kwargs: `train`, `transform` and `target_transform`, as in `torchvision.datasets.EMNIST`.
-    """
-
-    splits = ("glyphs",)
-    classes_split_dict = {"glyphs": list(CLASSES)}  # noqa: RUF012 (the name and the type are torchvision's)
-
-    def __init__(self, root: str | Path, split: str = "glyphs", **kwargs: Any) -> None:
-        render_if_missing(Path(root))
-        super().__init__(root, split=split, **kwargs)
 
 
 def render_if_missing(root: Path) -> Path:

@@ -14,7 +14,7 @@ from grid.config import InputError
 from grid.data import kaggle
 from grid.data.dataset import Images, Labelled, Labels, Split
 from grid.data.emnist import check_above, download, find_files, find_in, idx_files
-from grid.data.glyphs import Glyphs, render_if_missing
+from grid.data.glyphs import CLASSES, render_if_missing
 from grid.data.idx import IMAGE_SIZE, check_classes, check_labels, read_pair
 from grid.wording import first_line
 
@@ -63,7 +63,7 @@ def read_glyphs(name: str, data_dir: Path, part: Split) -> Labelled:
     """Read the glyphs; render them if they are missing."""
     images_file, labels_file = idx_files(render_if_missing(data_dir), name, part)
     images, labels = read_pair(images_file, labels_file, size=IMAGE_SIZE)
-    return _checked(images.transpose(TRANSPOSED), labels, Glyphs.classes_split_dict[name], labels_file, part)
+    return _checked(images.transpose(TRANSPOSED), labels, CLASSES, labels_file, part)
 
 
 def has_glyphs(name: str, data_dir: Path) -> bool:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from grid.config import InputError, TrialConfig
 from grid.data.dataset import Dataset
-from grid.driver.pictures import confusion_picture, mistake_sheet
+from grid.driver.pictures import MISTAKES, confusion_picture, mistake_sheet
 from grid.record.predictor import forget_models, log_predictor
 from grid.record.store import Store, StoredTrial
 from grid.train.checkpoints import Checkpoints
@@ -28,8 +28,6 @@ from grid.train.trial import DeviceData
 
 PAIRS = 20
 """Confused pairs that are recorded."""
-MISTAKES = 24
-"""Mistakes that are drawn."""
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,8 @@ LONGEST_CAPTION = 18
 """Characters in a line above a mistake."""
 SAMPLE_COLUMNS = 6
 SAMPLE_INCHES = 0.34
-MISTAKES = 40
-"""Images on the sheet of mistakes."""
+MISTAKES = 24
+"""Images that belong on the sheet of mistakes, the most confident ones: three rows."""
 MISTAKE_COLUMNS = 8
 MISTAKE_INCHES = 1.1
 
@@ -124,10 +124,10 @@ def mistake_sheet(
     confidence: NDArray[np.float64],
     classes: Sequence[str],
 ) -> bytes:
-    """Draw the most confident mistakes, the most confident first.
+    """Draw mistakes, in the order in which they are given.
 
     Args:
-        images: That were read wrongly, white on black, `[image, row, column]`.
+        images: That were classified wrongly, white on black, `[image, row, column]`.
         true: Their classes, `[image]`, from 0.
         predicted: Classes that the net saw in them, `[image]`.
         confidence: Probabilities that the net gave to these, `[image]`, in [0, 1].
@@ -136,16 +136,18 @@ def mistake_sheet(
     Returns:
         A PNG file.
     """
-    shown = np.argsort(-confidence, kind="stable")[:MISTAKES]
-    texts = [caption(classes[true[place]], classes[predicted[place]], float(confidence[place])) for place in shown]
+    texts = [
+        caption(classes[right], classes[wrong], float(sure))
+        for right, wrong, sure in zip(true, predicted, confidence, strict=True)
+    ]
     lines = max((text.count("\n") + 1 for text in texts), default=1)
     figure, tiles = _tiles(
-        len(shown), MISTAKE_COLUMNS, width=MISTAKE_INCHES, height=MISTAKE_INCHES, caption_inches=lines * CAPTION_INCHES
+        len(texts), MISTAKE_COLUMNS, width=MISTAKE_INCHES, height=MISTAKE_INCHES, caption_inches=lines * CAPTION_INCHES
     )
-    for position, text, axes in zip(shown, texts, tiles, strict=True):
-        _show(axes, images[position])
+    for image, text, axes in zip(images, texts, tiles, strict=True):
+        _show(axes, image)
         axes.set_title(text, family=CHARACTERS, fontsize=7.5, color=INK, pad=3)
-    if not len(shown):
+    if not texts:
         figure.text(0.5, 0.5, "no mistakes", ha="center", va="center", color=MUTED)
     return _png(figure)
 
