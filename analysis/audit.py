@@ -3,7 +3,6 @@
 The figures come from `analysis.stopping.figures`; here is how they read, as text and in the report.
 """
 
-import json
 import re
 import sys
 import textwrap
@@ -17,7 +16,7 @@ import pandas as pd
 from analysis.formatting import to_records
 from analysis.stopping.figures import ALL, Audit, audit_experiment
 from analysis.store import Experiment, read_experiment
-from grid.arguments import Parser, add_experiment, add_store, run_command, write_output
+from grid.arguments import Parser, add_experiment, add_json_instead, add_store, print_json, run_command, write_output
 from grid.wording import count
 
 
@@ -177,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_experiment(parser)
     add_store(parser)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write all figures to FILE, one per line")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_json_instead(parser)
     options = parser.parse_args(arguments)
 
     def report_audit() -> int:
@@ -186,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.csv:
             write_output(options.csv, tidy(audit).to_csv(index=False))
         if options.json:
-            print(json.dumps(describe(audit, experiment), indent=1))
+            print_json(describe(audit, experiment))
             return 0
         print(format_audit(replace(audit, notes=audit.notes + experiment.notes)))
         return 0

@@ -1,18 +1,17 @@
-"""Prints what one experiment has beyond another: `python -m analysis.compare BEFORE AFTER`.
+"""Compares two experiments: `python -m analysis.compare BEFORE AFTER`.
 
 Two experiments of other code, another torch, another machine or other data, with trials in common.
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from analysis.estimates.change import POWER, Change, change_at_end, change_at_rung, pair_trials
-from analysis.formatting import to_records, wrap
+from analysis.formatting import format_interval, to_records, wrap
 from analysis.store import Experiment, read_experiment
-from grid.arguments import Parser, add_store, run_command
+from grid.arguments import Parser, add_json_instead, add_store, print_json, run_command
 from grid.config import InputError
 from grid.wording import count
 
@@ -58,7 +57,7 @@ def format_change(change: Change) -> str:
     lines = [wrap(f"{_where(change)}: {count(change.pairs, 'pair')} of trials, {change.identical:,} of them identical")]
     verdict = "moved" if change.moved else "no change found"
     lines.append(
-        f"mean change {100 * change.mean:+.2f} points, {_interval(change.low, change.high)}: {verdict}; "
+        f"mean change {100 * change.mean:+.2f} points, {format_interval(change.low, change.high)}: {verdict}; "
         f"{POWER:.0%} sure to find {100 * change.findable:.2f}"
     )
     lines.append(f"a pair differs by {100 * change.noise:.2f} points (standard deviation) beside what levels explain")
@@ -69,7 +68,7 @@ def format_change(change: Change) -> str:
         lines.append(f"{'change beyond the other levels':<34} {'points':>7}   {'interval':>16} {'findable':>9}")
     for row in shown.to_dict("records"):
         name = f"{row['factor']}={row['level']}"
-        interval = _interval(row["low"], row["high"])
+        interval = format_interval(row["low"], row["high"])
         lines.append(f"{name:<34} {100 * row['change']:>+7.2f}   {interval:>16} {100 * row['findable']:>9.2f}")
     levels = count(len(change.levels), "level")
     lines.append(f"moved: {len(moved)} of {levels}, after Holm's correction over all of them and the mean")
@@ -78,10 +77,6 @@ def format_change(change: Change) -> str:
 
 def _where(change: Change) -> str:
     return f"at the end, after {count(change.epoch, 'epoch')}" if change.at_the_end else f"after epoch {change.epoch}"
-
-
-def _interval(low: float, high: float) -> str:
-    return f"{100 * low:+.2f} to {100 * high:+.2f}"
 
 
 def describe(changes: Sequence[Change], notes: Sequence[str], before: Experiment, after: Experiment) -> dict[str, Any]:
@@ -99,13 +94,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print what has changed and return the exit code: 0, or 2 for wrong input."""
     parser = Parser(
         prog="python -m analysis.compare",
-        description="Say what one experiment has beyond another, from the trials that both have: did a level move with "
-        "other code, another torch, another machine, other data?",
+        description="Compare two experiments by the trials that both have: did a level move with other code, another "
+        "torch, another machine, other data?",
     )
     parser.add_argument("before", metavar="BEFORE", help="name of an MLflow experiment")
     parser.add_argument("after", metavar="AFTER", help="name of another one")
     add_store(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_json_instead(parser)
     options = parser.parse_args(arguments)
 
     def report() -> int:
@@ -113,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         changes, problems = compare(before, after)
         notes = [*problems, *(f"{each.name}: {note}" for each in (before, after) for note in each.notes)]
         if options.json:
-            print(json.dumps(describe(changes, notes, before, after), indent=1))
+            print_json(describe(changes, notes, before, after))
             return 0
         print(wrap(f"{after.name} beyond {before.name}"))
         for line in differences(before.manifest, after.manifest):

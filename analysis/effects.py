@@ -5,7 +5,6 @@ estimates are those of `analysis.estimates`.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,10 +17,10 @@ import pandas as pd
 from analysis.estimates.earned import describe_together
 from analysis.estimates.final_effects import FinalEffects, measure_experiment
 from analysis.estimates.rung_effects import RungEffects, measure_rung_effects
-from analysis.formatting import TABLES, points, to_records, wrap
-from analysis.plot import draw_main_effects, effect_rows
+from analysis.formatting import TABLES, format_interval, points, to_records, wrap
+from analysis.plot import difference_rows, draw_main_effects, effect_rows
 from analysis.store import Experiment, read_experiment
-from grid.arguments import TEXT, Parser, add_experiment, add_output, add_store, run_command, write_output
+from grid.arguments import TEXT, Parser, add_experiment, add_output, add_store, print_json, run_command, write_output
 from grid.wording import count
 
 SHOWN_INTERACTIONS, SHOWN_DIVERGED, SHOWN_PAIRS = 6, 8, 10
@@ -54,15 +53,13 @@ def _evidence(effects: FinalEffects) -> str:
 
 def _difference_lines(effects: FinalEffects) -> list[str]:
     """Return the largest difference of each factor, the factors that matter first."""
-    largest = effects.differences.drop_duplicates("factor")
     bounds = effects.differences.groupby("factor")["high"].max()
-    ordered = largest.sort_values(["sure", "difference"], ascending=False, kind="stable")
     lines = [f"{'what matters':<15} {'best over worst':<26} {'points':>6}  {'95% interval':<15} {'verdict'}"]
-    for row in ordered.to_dict("records"):
+    for row in difference_rows(effects.differences).to_dict("records"):
         verdict = "sure" if row["sure"] else f"at most {100 * bounds[row['factor']]:.2f}"
         verdict = "unknown" if isnan(row["high"]) else verdict
         levels = f"{row['level']} over {row['other_level']}"
-        ends = f"{100 * row['low']:+.2f} to {100 * row['high']:+.2f}"
+        ends = format_interval(row["low"], row["high"])
         lines.append(f"{row['factor']:<15} {levels:<26} {100 * row['difference']:>6.2f}  {ends:<15} {verdict}")
     return lines
 
@@ -70,7 +67,7 @@ def _difference_lines(effects: FinalEffects) -> list[str]:
 def _level_lines(effects: FinalEffects) -> list[str]:
     lines = [f"{'effect of a level, in points':<34} {'trials':>6} {'mean':>7} {'effect':>7}   {'interval':>16}"]
     for row in effect_rows(effects.levels).to_dict("records"):
-        ends = f"{100 * row['low']:+.2f} to {100 * row['high']:+.2f}"
+        ends = format_interval(row["low"], row["high"])
         figures = f"{row['trials']:>6} {row['mean']:>7.2%} {100 * row['effect']:>+7.2f}   {ends:>16}"
         lines.append(f"{row['factor'] + '=' + row['level']:<34} {figures}")
     return lines
@@ -137,7 +134,7 @@ def _rung_level_lines(effects: RungEffects) -> list[str]:
     rows = effects.levels.sort_values("effect", ascending=False, kind="stable")
     for factor in dict.fromkeys([*order, *effects.factors]):
         for row in rows[rows["factor"] == factor].to_dict("records"):
-            ends = f"{100 * row['low']:+.2f} to {100 * row['high']:+.2f}"
+            ends = format_interval(row["low"], row["high"])
             figures = f"{row['observations']:>5} {row['mean']:>7.2%} {100 * row['effect']:>+7.2f}   {ends:>16}"
             lines.append(f"{factor + '=' + row['level']:<34} {figures}")
     return lines
@@ -253,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.csv:
             write_output(options.csv, tabulate(effects).to_csv(index=False))
         if options.json:
-            print(json.dumps(describe(effects, experiment), indent=1))
+            print_json(describe(effects, experiment))
             return 0
         if options.format != TEXT:
             print(TABLES[options.format](_columns(effects)))

@@ -87,6 +87,11 @@ def wrap(line: str) -> str:
     return textwrap.fill(line, 80, subsequent_indent="  ", break_on_hyphens=False) if len(line) > 80 else line
 
 
+def format_interval(low: float, high: float) -> str:
+    """Return an interval of differences between accuracies, in points."""
+    return f"{100 * low:+.2f} to {100 * high:+.2f}"
+
+
 def to_records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Return the rows of a table in JSON's types, None for NaN."""
     columns = table.astype(object)

@@ -5,7 +5,6 @@ cell has an interval for another seed and one for other images, and is or is not
 Diverged and failed trials are counted, not ranked.
 """
 
-import json
 import sys
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from scipy import stats
 from analysis.formatting import TABLES, to_records
 from analysis.store import Experiment, read_experiment
 from analysis.summaries import summarise_trials
-from grid.arguments import TEXT, Parser, add_experiment, add_output, add_store, run_command, write_output
+from grid.arguments import TEXT, Parser, add_experiment, add_output, add_store, print_json, run_command, write_output
 from grid.config import InputError, cell_name, factors_among
 from grid.metrics import STATUSES
 from grid.ranking import RankedCell
@@ -447,7 +446,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.csv:
             write_output(options.csv, cells.to_csv(index=False))
         if options.json:
-            print(json.dumps(describe(cells, experiment), indent=1))
+            print_json(describe(cells, experiment))
         elif options.format != TEXT:
             print(format_tables(cells, options.top, options.format))
         else:

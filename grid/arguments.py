@@ -6,6 +6,7 @@ Standard library only, so that `--help` and a wrong argument are answered at onc
 import argparse
 import io
 import json
+import math
 import os
 import select
 import sys
@@ -71,10 +72,28 @@ TEXT = "text"
 
 def add_output(options: Options) -> None:
     """Add `--json` and `--format`, for a command that prints a table."""
-    options.add_argument("--json", action="store_true", help="print JSON instead of text, see docs/json.md")
+    add_json_instead(options)
     options.add_argument(
         "--format", default=TEXT, choices=(TEXT, "markdown", "latex"), help="print only the table, for a page or paper"
     )
+
+
+def add_json_instead(options: Options) -> None:
+    """Add `--json`, for a command that prints nothing else then."""
+    options.add_argument("--json", action="store_true", help="print JSON instead of text, see docs/json.md")
+
+
+def print_json(described: Mapping[str, Any], file: Any = None) -> None:
+    """Print an object as JSON, which knows no NaN and no infinity: they are null."""
+    print(json.dumps(_without_nan(described), indent=1, allow_nan=False), file=file, flush=True)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_nan(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def add_json(options: Options) -> None:
@@ -93,7 +112,7 @@ def for_programs(wanted: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
     def answer(described: Mapping[str, Any]) -> None:
         if wanted:
-            print(json.dumps(described, indent=1, allow_nan=False), file=out, flush=True)
+            print_json(described, file=out)
 
     with redirect_stdout(sys.stderr) if wanted else nullcontext():
         yield answer

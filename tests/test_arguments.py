@@ -1,5 +1,7 @@
 """How every command meets the machine: output that can't be written, errors that no one has foreseen."""
 
+import json
+import math
 import re
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from grid.arguments import run_command, write_output
+from grid.arguments import print_json, run_command, write_output
 from grid.config import InputError
 
 PRINTS = """
@@ -156,3 +158,13 @@ def test_wrong_input_and_ctrl_c_have_exit_codes_of_their_own(capsys: pytest.Capt
 def test_a_file_that_the_user_named_and_that_can_not_be_written_is_named(path: str, why: str) -> None:
     with pytest.raises(InputError, match=rf"can't write {re.escape(path)}: {why}; pass another file, or make room"):
         write_output(Path(path), "a,b\n1,2\n")
+
+
+def test_json_has_null_for_what_is_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
+    described = {"mean": math.nan, "rows": [{"low": -math.inf, "level": "on"}], "ends": (0.5, math.inf)}
+    print_json(described)
+    assert json.loads(capsys.readouterr().out) == {
+        "mean": None,
+        "rows": [{"low": None, "level": "on"}],
+        "ends": [0.5, None],
+    }

@@ -14,7 +14,7 @@ from mlflow.models import Model
 
 from grid.config import InputError, TrialConfig
 from grid.record import predictor
-from grid.record.predictor import CharacterReader, forget_models, log_predictor, register, save_predictor
+from grid.record.predictor import ImageClassifier, forget_models, log_predictor, register, save_predictor
 from grid.train.evaluation import inference_state
 from grid.train.trial import DeviceData, Trial
 
@@ -71,15 +71,15 @@ def folder(trial, tmp_path_factory) -> Path:
     return folder
 
 
-def open_reader(folder: Path) -> CharacterReader:
-    reader, artifacts = CharacterReader(), folder / "artifacts"
+def open_reader(folder: Path) -> ImageClassifier:
+    reader, artifacts = ImageClassifier(), folder / "artifacts"
     paths = {"model": str(artifacts / "model.json"), "weights": str(artifacts / "weights.pt")}
     reader.load_context(SimpleNamespace(artifacts=paths))
     return reader
 
 
 @pytest.fixture(scope="module")
-def reader(folder) -> CharacterReader:
+def reader(folder) -> ImageClassifier:
     return open_reader(folder)
 
 

@@ -183,7 +183,7 @@ def test_tables_of_stopping_without_a_row_are_left_out(verdict: Verdict) -> None
 def test_finalists_come_with_the_mistakes_of_their_best_net(page: dict[str, Section]) -> None:
     accuracies, pairs, mistakes = page["Finalists"].figures
     assert list(accuracies.table["seeds"]) == [3] * 8
-    assert pairs.caption.startswith("Which characters are confused: cnn constant gelu adam batch_norm, seed 100")
+    assert pairs.caption.startswith("Which classes are confused: cnn constant gelu adam batch_norm, seed 100")
     assert list(pairs.table)[:2] == ["true", "read as"]
     assert mistakes.table["character"].tolist()[0] == "0"
 

@@ -357,19 +357,19 @@ def _readings(verdict: Verdict) -> Iterator[Figure]:
     pairs, classes, matrix, sheet = (files.get(f"test/{name}") for name in names)
     if pairs and matrix:
         table = format_table(_read_table(pairs).head(PAIRS))
-        yield Figure(f"Which characters are confused: {net}", _image(matrix, "confusion matrix"), table)
+        yield Figure(f"Which classes are confused: {net}", _image(matrix, "confusion matrix"), table)
     if classes and sheet:
         hardest = _read_table(classes).sort_values("accuracy").head(HARDEST)
         yield Figure(
-            "Its most confident mistakes, and (as numbers) the characters it misread most",
+            "Its most confident mistakes, and (as numbers) the classes it got wrong most",
             _image(sheet, "mistakes"),
             format_table(hardest),
         )
 
 
 def _read_table(content: bytes) -> pd.DataFrame:
-    characters = dict.fromkeys(("true", "predicted", "character"), "str")  # a 4 is a character here
-    return pd.read_csv(io.BytesIO(content), dtype=characters)
+    names = dict.fromkeys(("true", "predicted", "character"), "str")  # a 4 is a name here
+    return pd.read_csv(io.BytesIO(content), dtype=names)
 
 
 def _image(png: bytes, name: str) -> Markup:

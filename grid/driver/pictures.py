@@ -103,7 +103,7 @@ def sample_sheet(images: NDArray[np.uint8], labels: NDArray[np.int64], classes: 
     Args:
         images: White on black, `[image, row, column]`.
         labels: Their classes, `[image]`, from 0.
-        classes: Characters, by label.
+        classes: Their names, by label.
 
     Returns:
         A PNG file.
@@ -131,7 +131,7 @@ def mistake_sheet(
         true: Their classes, `[image]`, from 0.
         predicted: Classes that the net saw in them, `[image]`.
         confidence: Probabilities that the net gave to these, `[image]`, in [0, 1].
-        classes: Characters, by label.
+        classes: Their names, by label.
 
     Returns:
         A PNG file.

@@ -1,4 +1,4 @@
-"""A trained net as MLflow serves it: images in, characters out.
+"""A trained net as MLflow serves it: images in, names of classes out.
 
 This file is the model itself ("models from code"): MLflow runs it to get the reader, which builds the net from the code
 shipped with it, and loads tensors and JSON. Nothing is pickled; a parts file that the net was trained with is run.
@@ -42,8 +42,8 @@ PACKAGES = ("jaxtyping", "mlflow", "numpy", "torch")
 """Everything that a reader imports, through `nets` and the part of `grid` that it needs."""
 
 
-class CharacterReader(PythonModel):
-    """Reads characters with a trained net, on the CPU and in float32, whatever it was trained with."""
+class ImageClassifier(PythonModel):
+    """Classifies images with a trained net, on the CPU and in float32, whatever it was trained with."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Build the net.
@@ -70,7 +70,7 @@ class CharacterReader(PythonModel):
         model_input: np.ndarray,  # MLflow's annotation
         params: dict[str, Any] | None = None,
     ) -> list[str]:
-        """Read characters.
+        """Classify images.
 
         Args:
             context: Unused.
@@ -80,7 +80,7 @@ class CharacterReader(PythonModel):
             params: Unused.
 
         Returns:
-            A character per image.
+            The name of a class per image.
 
         Raises:
             InputError: The images are of another shape or type.
@@ -88,7 +88,7 @@ class CharacterReader(PythonModel):
         images = torch.tensor(self._checked(model_input))
         with torch.inference_mode():
             batches = [self._read(batch) for batch in images.split(BATCH_SIZE)]
-        return [str(character) for character in self._classes[torch.cat(batches).numpy()]]
+        return [str(name) for name in self._classes[torch.cat(batches).numpy()]]
 
     def _read(self, images: Tensor) -> Tensor:
         scaled = images.float().sub_(self._mean).div_(self._std)
@@ -126,7 +126,7 @@ def log_predictor(
         config: What was trained.
         weights: `grid.train.evaluation.inference_state`.
         data: What it was trained with.
-        classes: Characters, by label.
+        classes: Their names, by label.
         example: A few images for whoever wants to try, uint8 `[image, row, column]`.
 
     Returns:
@@ -203,8 +203,8 @@ def save_predictor(
         config: What was trained.
         weights: `grid.train.evaluation.inference_state`.
         data: What it was trained with.
-        classes: Characters, by label.
-        example: A few images for whoever wants to try, uint8, as for `CharacterReader.predict`.
+        classes: Their names, by label.
+        example: A few images for whoever wants to try, uint8, as for `ImageClassifier.predict`.
         card: What MLflow is to know of the model, besides what is added here.
     """
     settings = {
@@ -236,4 +236,4 @@ def save_predictor(
         )
 
 
-set_model(CharacterReader())
+set_model(ImageClassifier())
