@@ -75,7 +75,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = 0.0
     if not SHORTEST <= seconds <= LONGEST:
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of seconds from {SHORTEST} to {LONGEST:,}")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds from {SHORTEST} to {LONGEST:,}")
     return seconds
 
 

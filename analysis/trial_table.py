@@ -164,7 +164,7 @@ def _drop_strays(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         reached = (table["epochs_run"] >= epoch) & table["status"].isin(["completed", "stopped"])
         if 2 * known.sum() < reached.sum():
             strays.append((f"{RUNG_METRIC}{epoch}", int(known.sum())))
-    notes = [f"metric {name} of {count(number, 'trial')} ignored: it is no rung" for name, number in strays]
+    notes = [f"metric {name} of {count(number, 'trial')} ignored: it is not a rung" for name, number in strays]
     return table.drop(columns=[name for name, _ in strays]), notes
 
 

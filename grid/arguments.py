@@ -162,8 +162,8 @@ def add_accept_code(options: Options) -> None:
     options.add_argument(
         "--accept-code",
         action="store_true",
-        help="train on though the experiment was trained with other code or another torch: you know that both yield "
-        "the same numbers",
+        help="go on although the experiment was trained with other code or another torch; pass it only if you know "
+        "that both yield the same numbers",
     )
 
 

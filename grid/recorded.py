@@ -263,14 +263,14 @@ def _whole(tags: Mapping[str, str], name: str) -> int | None:
     if text is None:
         return None
     if not (text.isdecimal() and len(text) < 10):
-        raise UnreadableError(f"tag {name} is no whole number")
+        raise UnreadableError(f"tag {name} is not a whole number")
     return int(text)
 
 
 def _epoch(tags: Mapping[str, str], name: str, config: TrialConfig) -> int | None:
     epoch = _whole(tags, name)
     if epoch is not None and not 1 <= epoch <= config.epochs:
-        raise UnreadableError(f"tag {name} is no epoch of its budget")
+        raise UnreadableError(f"tag {name} is not an epoch of its budget")
     return epoch
 
 
@@ -280,7 +280,7 @@ def _epochs_run(status: str, metrics: Mapping[str, float], config: TrialConfig) 
         return 0
     known = metrics.get("epochs_run", config.epochs if status == "completed" else 0)
     if not (isfinite(known) and known == int(known) and 0 <= known <= config.epochs):
-        raise UnreadableError("metric epochs_run is no number of epochs within its budget")
+        raise UnreadableError("metric epochs_run is not a number of epochs within its budget")
     return int(known)
 
 

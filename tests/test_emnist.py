@@ -396,10 +396,10 @@ def test_a_download_with_a_wrong_checksum_is_deleted(tmp_path: Path, nist: FakeN
         (ARCHIVE[: len(ARCHIVE) // 2], "wrong checksum, the download was damaged or cut short; delete it"),
         (
             b"<!DOCTYPE html>\n<title>Log in",
-            "no zip archive but text that begins with '<!DOCTYPE html> <title>Log in'; delete it",
+            "not a zip archive but text that begins with '<!DOCTYPE html> <title>Log in'; delete it",
         ),
-        (b'{"message": "rate limited"}', "no zip archive but text that begins with '{\"message\": .*'; delete it"),
-        (b"", "no zip archive but empty; delete it"),
+        (b'{"message": "rate limited"}', "not a zip archive but text that begins with '{\"message\": .*'; delete it"),
+        (b"", "not a zip archive but empty; delete it"),
         (zipped({"cats": b"and dogs"}), r"wrong checksum and no emnist-balanced-\* among its 1 files, so not NIST's.*"),
         (
             zipped({**BALANCED, "more": b""}),
@@ -437,8 +437,8 @@ def test_an_answer_that_is_no_archive_is_described_and_not_kept(
     content: bytes, kind: str, begins: str, tmp_path: Path, nist: FakeNist
 ) -> None:
     nist.archive, nist.content_type = content, kind
-    described = f"no zip archive but {kind.partition(';')[0]} of {len(content)} bytes, {begins}"
-    with pytest.raises(InputError, match=f"^http.*gzip.zip sent {described}.*; get gzip.zip with a browser and put it"):
+    described = f"did not send a zip archive but {kind.partition(';')[0]} of {len(content)} bytes, {begins}"
+    with pytest.raises(InputError, match=f"^http.*gzip.zip {described}.*; get gzip.zip with a browser and put it"):
         load("emnist-balanced", tmp_path)
     assert list(tmp_path.iterdir()) == []
 

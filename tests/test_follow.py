@@ -284,7 +284,7 @@ def test_a_page_that_cannot_be_written_ends_the_command_in_one_line(
 def test_an_interval_that_is_none_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["--experiment", "any", "--follow", f"--every={text}"])
-    reason = f"argument --every: '{text}' is no number of seconds from 2 to 86,400; see --help"
+    reason = f"argument --every: '{text}' is not a number of seconds from 2 to 86,400; see --help"
     assert capsys.readouterr().err == f"analysis.report: {reason}\n"
 
 

@@ -171,7 +171,7 @@ KIND = "no tag kind=trial, kind=confirm or kind=grid"
 KEY = "tag trial_key is not the hash of its parameters"
 PARAMS = "parameters are not a trial's"
 ACCURACY = "an accuracy is not between 0 and 1"
-EPOCHS_RUN = "metric epochs_run is no number of epochs within its budget"
+EPOCHS_RUN = "metric epochs_run is not a number of epochs within its budget"
 UNTRAINED = "a metric val_accuracy_at_... is of an epoch that it did not train"
 
 LEFT_OUT: dict[str, tuple[Edit, str]] = {
@@ -188,18 +188,24 @@ LEFT_OUT: dict[str, tuple[Edit, str]] = {
     "status completed": (tag("status", "completed", STOPPED), STOP),
     "status stopped": (tag("status", "stopped", COMPLETED), STATUS),
     "status diverged": (tag("status", "diverged", COMPLETED), STATUS),
-    "stopped_at_epoch nonsense": (tag("stopped_at_epoch", "first", STOPPED), "tag stopped_at_epoch is no whole number"),
-    "stopped_at_epoch endless": (tag("stopped_at_epoch", "9" * 5000, CONTROL), "tag stopped_at_epoch is no whole"),
-    "stopped_at_epoch zero": (tag("stopped_at_epoch", "0", STOPPED), "tag stopped_at_epoch is no epoch of its budget"),
+    "stopped_at_epoch nonsense": (
+        tag("stopped_at_epoch", "first", STOPPED),
+        "tag stopped_at_epoch is not a whole number",
+    ),
+    "stopped_at_epoch endless": (tag("stopped_at_epoch", "9" * 5000, CONTROL), "tag stopped_at_epoch is not a whole"),
+    "stopped_at_epoch zero": (
+        tag("stopped_at_epoch", "0", STOPPED),
+        "tag stopped_at_epoch is not an epoch of its budget",
+    ),
     "stopped_at_epoch of another": (tag("stopped_at_epoch", "2", STOPPED), STATUS),
     "stopped_at_epoch added": (tag("stopped_at_epoch", "3", UNSTOPPED), STOP),
-    "would_stop_at_epoch nonsense": (tag("would_stop_at_epoch", "no", CONTROL), "would_stop_at_epoch is no whole"),
-    "would_stop_at_epoch too late": (tag("would_stop_at_epoch", "99", CONTROL), "would_stop_at_epoch is no epoch of"),
+    "would_stop_at_epoch nonsense": (tag("would_stop_at_epoch", "no", CONTROL), "would_stop_at_epoch is not a whole"),
+    "would_stop_at_epoch too late": (tag("would_stop_at_epoch", "99", CONTROL), "would_stop_at_epoch is not an epoch of"),
     "would_stop_at_epoch added": (tag("would_stop_at_epoch", "1", STOPPED), WOULD_STOP),
     "control_chance nonsense": (tag("control_chance", "often", STOPPED), "tag control_chance is not between 0 and 1"),
     "control_chance above 1": (tag("control_chance", "2", COMPLETED), "tag control_chance is not between 0 and 1"),
     "control_chance nan": (tag("control_chance", "nan", CONTROL), "tag control_chance is not between 0 and 1"),
-    "controls_rounds_before": (tag("controls_rounds_before", "-1", STOPPED), "controls_rounds_before is no whole"),
+    "controls_rounds_before": (tag("controls_rounds_before", "-1", STOPPED), "controls_rounds_before is not a whole"),
     "error added": (tag("error", "it broke", COMPLETED), STATUS),
     "no parameters": (no_params, PARAMS),
     "model deleted": (param("model", None), PARAMS),
@@ -227,7 +233,7 @@ HEALED: dict[str, tuple[Edit, str]] = {
     "renamed": (rename, ""),
     "doubled": (double, "1 trial left out: another run of the same trial counts"),
     "foreign": (add_foreign, PARAMS),
-    "no rung": (metric("val_accuracy_at_2", 0.5), "metric val_accuracy_at_2 of 1 trial ignored: it is no rung"),
+    "no rung": (metric("val_accuracy_at_2", 0.5), "metric val_accuracy_at_2 of 1 trial ignored: it is not a rung"),
     "later value": (metric("val_accuracy", 0.5, step=2), ""),
     "later epoch": (metric("val_accuracy", 0.5, step=7), ""),
 }

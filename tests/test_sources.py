@@ -85,7 +85,7 @@ def lines(edit: Callable[[list[str]], list[str]]) -> Callable[[Path], None]:
         (lines(lambda rows: [row + ",0" for row in rows]), "line 1: 786 columns, where a label and 784 pixels"),
         (lines(lambda rows: [rows[0], rows[1] + ",0", *rows[2:]]), "line 2 has 786 columns, not 785"),
         (lines(lambda rows: [rows[0], rows[1].replace(",", ",x", 1), *rows[2:]]), "line 2, column 2: 'x"),
-        (lines(lambda rows: [rows[0], "1," + "300," * 783 + "0", *rows[2:]]), "line 2, column 2: '300' is no whole"),
+        (lines(lambda rows: [rows[0], "1," + "300," * 783 + "0", *rows[2:]]), "line 2, column 2: '300' is not a whole"),
         (lines(lambda rows: ["<!DOCTYPE html>"]), "line 1: text that begins with '<!DOCTYPE html>'"),
         (lines(lambda rows: ["47," + rows[0].partition(",")[2], *rows[1:]]), "label 47 is outside 0..46"),
         (lambda path: path.write_bytes(b"") and None, "line 1: empty"),
@@ -224,15 +224,15 @@ def as_npy() -> bytes:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: path.write_bytes(b"PK nothing"), "text that begins with 'PK nothing', no .npz file"),
-        (lambda path: path.write_bytes(b""), "empty, no .npz file; save one by numpy.savez"),
-        (lambda path: path.write_text("<html>"), "text that begins with '<html>', no .npz file"),
-        (lambda path: path.write_bytes(as_npy()), "begins with the bytes 934e554d, no .npz file"),
+        (lambda path: path.write_bytes(b"PK nothing"), "text that begins with 'PK nothing', not an .npz file"),
+        (lambda path: path.write_bytes(b""), "empty, not an .npz file; save one with numpy.savez"),
+        (lambda path: path.write_text("<html>"), "text that begins with '<html>', not an .npz file"),
+        (lambda path: path.write_bytes(as_npy()), "begins with the bytes 934e554d, not an .npz file"),
         (
             lambda path: np.savez(path, pictures=small_images()),
             "has pictures; save train_images and train_labels or x_",
         ),
-        (lambda path: np.savez(path, **arrays(train_labels=np.array([{}] * 40))), "no .npz file of numbers"),
+        (lambda path: np.savez(path, **arrays(train_labels=np.array([{}] * 40))), "not an .npz file of numbers"),
     ],
 )
 def test_a_file_without_arrays_is_refused(make: Callable[[Path], object], message: str, tmp_path: Path) -> None:

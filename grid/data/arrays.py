@@ -35,7 +35,9 @@ def read_npz(name: str, data_dir: Path, part: Split) -> Labelled:
     try:
         if not zipfile.is_zipfile(path):
             with path.open("rb") as other:
-                raise InputError(f"{path}: {describe_start(other.read(40))}, no .npz file; save one by numpy.savez")
+                raise InputError(
+                    f"{path}: {describe_start(other.read(40))}, not an .npz file; save one with numpy.savez"
+                )
         with np.load(path, allow_pickle=False) as file:
             images, labels = _pick(path, file, part)
             known = file[CLASSES_KEY].astype(str).tolist() if CLASSES_KEY in file else None
@@ -46,7 +48,9 @@ def read_npz(name: str, data_dir: Path, part: Split) -> Labelled:
     except InputError:
         raise
     except (ValueError, TypeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise InputError(f"{path}: no .npz file of numbers ({first_line(error)}); save one by numpy.savez") from error
+        raise InputError(
+            f"{path}: not an .npz file of numbers ({first_line(error)}); save one with numpy.savez"
+        ) from error
     return check_arrays(images, labels, classes, str(path), part)
 
 

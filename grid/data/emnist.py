@@ -219,7 +219,7 @@ def _describe_archive(archive: Path, split: str) -> str:
     with archive.open("rb") as file:
         start = file.read(STARTING_BYTES)
     if not start.startswith(ZIP_MAGIC):
-        return f"no zip archive but {describe_start(start)}; {HINT}"
+        return f"not a zip archive but {describe_start(start)}; {HINT}"
     try:
         with zipfile.ZipFile(archive) as members:
             names = members.namelist()
@@ -265,14 +265,14 @@ def _check_answer(response: HTTPResponse, url: str) -> bytes:
     """Return the first bytes of an answer.
 
     Raises:
-        InputError: They are no zip archive, but the page of a proxy or of a server in trouble.
+        InputError: They are not a zip archive but the page of a proxy or of a server in trouble.
     """
     start = response.read(STARTING_BYTES)
     if start.startswith(ZIP_MAGIC):
         return start
     size = "" if response.length is None else f" of {len(start) + response.length:,} bytes"
     kind = response.headers.get_content_type()
-    problem = f"sent no zip archive but {kind}{size}, {describe_start(start)}"
+    problem = f"did not send a zip archive but {kind}{size}, {describe_start(start)}"
     raise InputError(f"{url} {problem}; get gzip.zip with a browser and put it into EMNIST/raw of the data folder")
 
 

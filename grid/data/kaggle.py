@@ -70,5 +70,5 @@ def _first_wrong_line(path: Path) -> str:
             for column, field in enumerate(fields, 1):
                 if not field.strip().isdigit() or int(field) > 255:
                     text = field[:20].decode(errors="replace")
-                    return f"line {number}, column {column}: '{text}' is no whole number from 0 to 255"
+                    return f"line {number}, column {column}: '{text}' is not a whole number from 0 to 255"
     return ""

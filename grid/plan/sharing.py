@@ -146,7 +146,7 @@ def _train_on_request(
     train_images: int,
 ) -> None:
     """Say which of the trials is the slowest, then train it for as long as asked, again and again."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C the process that asked hears as well
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the process that asked
     try:
         torch.set_num_threads(1)
         keep_freed_memory()
