@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from grid.config import FACTORS, SETTINGS
-from grid.metrics import RUNG_METRIC, STATUSES, rung_epochs
+from grid.metrics import RUNG_METRIC, STATUSES, recorded_rungs
 
 WIDTH = 4.6
 """Inches, 442 pixels in a browser: about the width of a phone or half of the page."""
@@ -102,7 +102,7 @@ def funnel_table(trials: pd.DataFrame) -> pd.DataFrame:
         `model`, `epoch` (0 for the start, then the rungs and the full budget), `trials` that had an accuracy after that
         epoch, and their `share` of the model's trials.
     """
-    rungs = rung_epochs(trials.columns)
+    rungs = recorded_rungs(trials.columns)
     rows = []
     for model, model_trials in trials.groupby("model"):
         reached = {rung: int(model_trials[f"{RUNG_METRIC}{rung}"].notna().sum()) for rung in rungs}

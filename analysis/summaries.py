@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from grid.config import InputError, factors_among
-from grid.metrics import RUNG_METRIC, rung_epochs
+from grid.metrics import RUNG_METRIC, recorded_rungs
 from grid.ranking import TrialSummary, choose_scales
 from grid.wording import count
 
@@ -16,7 +16,7 @@ def summarise_trials(trials: pd.DataFrame) -> Iterator[TrialSummary]:
     Args:
         trials: From `analysis.store.read_experiment`.
     """
-    rungs, factors = rung_epochs(trials.columns), factors_among(trials.columns)
+    rungs, factors = recorded_rungs(trials.columns), factors_among(trials.columns)
     for row in trials.to_dict("records"):
         yield TrialSummary(
             cell={factor: row[factor] for factor in factors},

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from grid.config import idle_settings, know_alike, varied
-from grid.metrics import AS_VALIDATED_METRIC, FINAL_METRIC, RUNG_METRIC, TEST_METRICS, rung_epochs
+from grid.metrics import AS_VALIDATED_METRIC, FINAL_METRIC, RUNG_METRIC, TEST_METRICS, recorded_rungs
 from grid.recorded import (
     ROUNDS,
     TWIN,
@@ -84,7 +84,7 @@ def tabulate(
     counting = {
         key: replace(trial, config=config) for (key, trial), config in zip(counting.items(), configs, strict=True)
     }
-    rungs = [f"{RUNG_METRIC}{epoch}" for epoch in rung_epochs({name for each in ended for name in each.metrics})]
+    rungs = [f"{RUNG_METRIC}{epoch}" for epoch in recorded_rungs({name for each in ended for name in each.metrics})]
     extra = rungs if noun == "trial" else [*rungs, *TEST_METRICS]
     rows = [
         {**_row(trial, rounds), "before_unfinished": started[trial.run_id] < first_unfinished}
@@ -159,7 +159,7 @@ def unknown_chances(trials: pd.DataFrame) -> list[str]:
 def _drop_strays(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """Drop the accuracies at epochs that are no rung, as most trials that trained so long have none there."""
     strays = []
-    for epoch in rung_epochs(table.columns):
+    for epoch in recorded_rungs(table.columns):
         known = table[f"{RUNG_METRIC}{epoch}"].notna()
         reached = (table["epochs_run"] >= epoch) & table["status"].isin(["completed", "stopped"])
         if 2 * known.sum() < reached.sum():
@@ -181,7 +181,7 @@ def _read(runs: Iterable[Any]) -> tuple[list[RecordedTrial], Mapping[str, list[s
 
 def _row(trial: RecordedTrial, rounds: Rounds | None) -> dict[str, Any]:
     config, metrics, stop_epoch = trial.config, trial.metrics, trial.stop_epoch
-    recorded = {*TEST_METRICS, *(f"{RUNG_METRIC}{epoch}" for epoch in rung_epochs(metrics))}
+    recorded = {*TEST_METRICS, *(f"{RUNG_METRIC}{epoch}" for epoch in recorded_rungs(metrics))}
     return {
         "run_id": trial.run_id,
         "trial_key": trial.trial_key,

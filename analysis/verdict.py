@@ -15,7 +15,7 @@ from analysis.rank import rank_cells
 from analysis.stopping.figures import Audit, audit_experiment
 from analysis.store import Experiment
 from grid.config import InputError, cell_name, factors_among
-from grid.metrics import rung_epochs
+from grid.metrics import recorded_rungs
 from grid.wording import count
 
 SHOWN_SHIFTS = 2
@@ -68,7 +68,7 @@ def analyse(experiment: Experiment) -> Verdict:
     trials = experiment.trials
     cells = rank_cells(trials, experiment.finalists, val_images=experiment.val_images)
     effects = _attempt(lambda: measure_experiment(experiment))
-    has_rung = any(rung < trials["epochs"].max() for rung in rung_epochs(trials.columns))
+    has_rung = any(rung < trials["epochs"].max() for rung in recorded_rungs(trials.columns))
     first = _attempt(lambda: measure_rung_effects(trials)) if has_rung else None
     return Verdict(experiment, cells, effects, first, _attempt(lambda: audit_experiment(experiment)))
 

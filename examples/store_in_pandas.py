@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from analysis.curves import read_curves
 from analysis.store import read_experiment
 from grid.config import FACTORS, cell_name
-from grid.metrics import RUNG_METRIC, rung_epochs
+from grid.metrics import RUNG_METRIC, recorded_rungs
 
 if __name__ == "__main__":
     uri, name = sys.argv[1:]
@@ -18,7 +18,7 @@ if __name__ == "__main__":
     trials = experiment.trials  # a row per trial: its levels, seed, status and accuracies
 
     # The first rung is the only one at which no trial has been stopped yet, so that its means are comparable.
-    first_rung = f"{RUNG_METRIC}{rung_epochs(trials.columns)[0]}"
+    first_rung = f"{RUNG_METRIC}{recorded_rungs(trials.columns)[0]}"
     means = trials.pivot_table(first_rung, index=["model", "activation"], columns="optimizer")
     print(means.round(3).to_string())
     print(trials.groupby(["model", "status"]).size().to_string())

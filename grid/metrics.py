@@ -76,7 +76,7 @@ FINAL_STATUSES = ("completed", "stopped", "diverged")
 """Statuses of trials that are not run again."""
 
 
-def rung_epochs(names: Iterable[str]) -> list[int]:
+def recorded_rungs(names: Iterable[str]) -> list[int]:
     """Return the epochs of the rung metrics among the names, rising."""
     suffixes = (name.removeprefix(RUNG_METRIC) for name in names if name.startswith(RUNG_METRIC))
     return sorted(int(suffix) for suffix in suffixes if suffix.isdecimal())

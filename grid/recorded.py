@@ -14,7 +14,7 @@ from math import isfinite
 from typing import Protocol
 
 from grid.config import DEFAULTS, FACTORS, NUMERICS_VERSION, InputError, TrialConfig
-from grid.metrics import FINAL_METRIC, FINAL_STATUSES, RUNG_METRIC, STATUSES, TEST_METRICS, rung_epochs
+from grid.metrics import FINAL_METRIC, FINAL_STATUSES, RUNG_METRIC, STATUSES, TEST_METRICS, recorded_rungs
 from grid.wording import count
 
 FIRST_FINALIST_SEED = 1000
@@ -286,7 +286,7 @@ def _epochs_run(status: str, metrics: Mapping[str, float], config: TrialConfig) 
 
 def _until(epochs_run: int, metrics: Mapping[str, float]) -> dict[str, float]:
     """Return the metrics without the ends and rungs of a stopped trial that has begun to train on as a control."""
-    later = {f"{RUNG_METRIC}{rung}" for rung in rung_epochs(metrics) if rung > epochs_run} | {FINAL_METRIC}
+    later = {f"{RUNG_METRIC}{rung}" for rung in recorded_rungs(metrics) if rung > epochs_run} | {FINAL_METRIC}
     return {name: value for name, value in metrics.items() if name not in later}
 
 
@@ -299,7 +299,7 @@ def _check_seed(trial: RecordedTrial) -> None:
 
 def _check_accuracies(trial: RecordedTrial) -> None:
     """Refuse accuracies that are none; MLflow keeps an infinite value as the largest number."""
-    rungs = rung_epochs(trial.metrics)
+    rungs = recorded_rungs(trial.metrics)
     names = [*ACCURACIES, *(f"{RUNG_METRIC}{rung}" for rung in rungs)]
     if any(not 0 <= trial.metrics.get(name, 0.0) <= 1 for name in names):
         raise UnreadableError("an accuracy is not between 0 and 1")

@@ -29,7 +29,7 @@ from grid.config import InputError
 from grid.confirm import _parser as confirm_parser
 from grid.confirm import read_confirmation
 from grid.driver.finalists import _load_as_before
-from grid.metrics import rung_epochs
+from grid.metrics import recorded_rungs
 from grid.record.store import Store
 from grid.recorded import TWIN
 from grid.train.checkpoints import Checkpoints
@@ -200,7 +200,10 @@ LEFT_OUT: dict[str, tuple[Edit, str]] = {
     "stopped_at_epoch of another": (tag("stopped_at_epoch", "2", STOPPED), STATUS),
     "stopped_at_epoch added": (tag("stopped_at_epoch", "3", UNSTOPPED), STOP),
     "would_stop_at_epoch nonsense": (tag("would_stop_at_epoch", "no", CONTROL), "would_stop_at_epoch is not a whole"),
-    "would_stop_at_epoch too late": (tag("would_stop_at_epoch", "99", CONTROL), "would_stop_at_epoch is not an epoch of"),
+    "would_stop_at_epoch too late": (
+        tag("would_stop_at_epoch", "99", CONTROL),
+        "would_stop_at_epoch is not an epoch of",
+    ),
     "would_stop_at_epoch added": (tag("would_stop_at_epoch", "1", STOPPED), WOULD_STOP),
     "control_chance nonsense": (tag("control_chance", "often", STOPPED), "tag control_chance is not between 0 and 1"),
     "control_chance above 1": (tag("control_chance", "2", COMPLETED), "tag control_chance is not between 0 and 1"),
@@ -252,7 +255,7 @@ def analyse_all(uri: str) -> Experiment:
         last = {row["epochs"]: row["final_val_accuracy"]} if row["status"] == "completed" else {}
         seen = {rung: row[f"val_accuracy_at_{rung}"] for rung in (1, 3) if rung <= row["epochs_run"]} | last
         assert seen == {epoch: accuracy_of(row["trial_key"], epoch) for epoch in seen}
-    assert rung_epochs(trials.columns) == [1, 3]
+    assert recorded_rungs(trials.columns) == [1, 3]
     curves = read_curves(experiment, trials["run_id"])
     assert not curves.duplicated(["run_id", "epoch"]).any()
     assert curves.groupby("run_id").size().to_dict() == trials.set_index("run_id")["epochs_run"].to_dict()

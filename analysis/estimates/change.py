@@ -28,7 +28,7 @@ from analysis.estimates.anova import (
 )
 from analysis.multiplicity import holm
 from grid.config import SETTINGS, InputError, factors_among
-from grid.metrics import FEWEST_PAIRS_LEFT, RUNG_METRIC, rung_epochs
+from grid.metrics import FEWEST_PAIRS_LEFT, RUNG_METRIC, recorded_rungs
 
 CONFIDENCE = 0.95
 POWER = 0.9
@@ -97,7 +97,7 @@ def change_at_rung(pairs: pd.DataFrame) -> Change:
         InputError: They have none in common, or too few pairs.
     """
     names = {str(name).removesuffix("_1") for name in pairs}
-    rungs = rung_epochs({name for name in names if {f"{name}_1", f"{name}_2"} <= set(pairs)})
+    rungs = recorded_rungs({name for name in names if {f"{name}_1", f"{name}_2"} <= set(pairs)})
     if not rungs:
         raise InputError("they have no rung in common")
     column = f"{RUNG_METRIC}{rungs[0]}"

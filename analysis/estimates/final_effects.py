@@ -33,7 +33,7 @@ from analysis.stopping.verdicts import FACTOR, WITHIN, has_verdicts, stop_epochs
 from analysis.store import Experiment
 from analysis.summaries import at_best_scales, explain_order, explain_scales, sample_of_order
 from grid.config import InputError, factors_among
-from grid.metrics import RUNG_METRIC, rung_epochs
+from grid.metrics import RUNG_METRIC, recorded_rungs
 from grid.wording import count
 
 FEWEST_PROBED = 3
@@ -204,7 +204,7 @@ def usable_trials(trials: pd.DataFrame) -> pd.DataFrame:
 
 def _rungs(trials: pd.DataFrame) -> list[int]:
     """Return the rungs before the end."""
-    return [rung for rung in rung_epochs(trials.columns) if rung < trials["epochs"].iloc[0]]
+    return [rung for rung in recorded_rungs(trials.columns) if rung < trials["epochs"].iloc[0]]
 
 
 def make_sample(rows: pd.DataFrame) -> Sample:

@@ -25,7 +25,7 @@ from analysis.estimates.anova import (
 )
 from analysis.summaries import at_best_scales, explain_order, explain_scales, sample_of_order
 from grid.config import InputError, factors_among
-from grid.metrics import RUNG_METRIC, rung_epochs
+from grid.metrics import RUNG_METRIC, recorded_rungs
 from grid.wording import count
 
 
@@ -124,7 +124,7 @@ def _accuracies(trials: pd.DataFrame, epoch: int | None) -> tuple[int, "pd.Serie
         raise InputError("there are no trials to analyse; run python -m grid.run first")
     if len(budgets) > 1:
         raise InputError(f"trials of {' and '.join(map(str, budgets))} epochs can't be analysed together")
-    rungs = rung_epochs(trials.columns)
+    rungs = recorded_rungs(trials.columns)
     choices = rungs or budgets
     rung = choices[0] if epoch is None else epoch
     if rung not in choices:
@@ -156,7 +156,7 @@ def divergence_rates(trials: pd.DataFrame, varied: Levels, confidence: float) ->
 
 
 def _survivors(trials: pd.DataFrame, varied: Levels) -> pd.DataFrame:
-    later = rung_epochs(trials.columns)[1:]
+    later = recorded_rungs(trials.columns)[1:]
     tables = [_per_level(trials[f"{RUNG_METRIC}{rung}"], trials, varied).assign(rung=rung) for rung in later]
     table = pd.concat(tables or [pd.DataFrame(columns=["factor", "level", "size", "count", "mean", "rung"])])
     table = table.rename(columns={"count": "reached", "size": "trials"})
@@ -186,7 +186,7 @@ def _notes(effects: RungEffects, trials: pd.DataFrame, accuracies: "pd.Series[fl
         else f"incomplete: {effects.missing:,} of {effects.missing + effects.observations:,} combinations of cell and "
         "seed have no accuracy; means are least-squares means, and the shares (type II) need not add up to 100%"
     )
-    if epoch > min(rung_epochs(trials.columns), default=epoch):
+    if epoch > min(recorded_rungs(trials.columns), default=epoch):
         controls = count(int((reached & trials["control"]).sum()), "unstopped control")
         yield (
             f"epoch {epoch} has survivors only: {reached.sum():,} of {count(len(trials), 'trial')}, among them "

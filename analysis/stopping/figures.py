@@ -16,7 +16,7 @@ from analysis.stopping.notes import describe_gaps, describe_rule
 from analysis.stopping.verdicts import FACTOR, WITHIN, has_verdicts, replay, rung_thresholds, stop_epochs
 from analysis.store import Experiment
 from grid.config import InputError
-from grid.metrics import RUNG_METRIC, rung_epochs
+from grid.metrics import RUNG_METRIC, recorded_rungs
 
 ALL = "all"
 """Stands for the model in a table if trials are compared across models."""
@@ -139,7 +139,7 @@ def _rungs(trials: pd.DataFrame) -> tuple[int, ...]:
         raise InputError(f"trials of {mixed} epochs can't be audited together; audit one budget at a time")
     if not trials["best_val_accuracy"].notna().any():
         raise InputError("no trial has an accuracy: all diverged or failed; try --lr-scales 0.1")
-    reached = (rung for rung in rung_epochs(trials.columns) if trials[f"{RUNG_METRIC}{rung}"].notna().any())
+    reached = (rung for rung in recorded_rungs(trials.columns) if trials[f"{RUNG_METRIC}{rung}"].notna().any())
     rungs = tuple(rung for rung in reached if rung < budgets[0])
     if not rungs and (trials["status"] == "stopped").any():
         raise InputError("trials were stopped, but none has a val_accuracy_at_<epoch>; record it at every rung")

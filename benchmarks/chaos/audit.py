@@ -10,7 +10,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from grid.config import TrialConfig
-from grid.metrics import STATUSES, rung_epochs
+from grid.metrics import STATUSES, recorded_rungs
 from grid.plan.asha import Asha
 
 TIMINGS = ("epoch_seconds", "samples_per_second")
@@ -95,7 +95,7 @@ def audit(uri: str, folder: Path, reference: str, experiments: list[str], checkp
 
 def wrong_decisions(trials: list[Recorded]) -> int:
     """Count the recorded decisions that ASHA does not make when the recorded arrivals are replayed in their order."""
-    asha = Asha(tuple(rung_epochs({name for trial in trials for name in trial.histories})))
+    asha = Asha(tuple(recorded_rungs({name for trial in trials for name in trial.histories})))
     wrong = 0
     for _, epoch, value, trial in sorted(_arrivals(trials, asha.rungs), key=lambda arrival: arrival[0]):
         config, control = trial.config, trial.tags["control"] == "true"

@@ -9,7 +9,7 @@ from pathlib import Path
 from grid.config import InputError
 from grid.parts.registry import DATASETS, Code, DataSource
 
-VALIDATION_SHARE = 6
+VALIDATION_DIVISOR = 6
 """Validation takes a sixth of each class."""
 
 
@@ -31,7 +31,7 @@ class Sizes:
     def largest_per_class(self) -> int | None:
         """Training images per class that validation leaves; None if the class sizes are unknown (unbalanced)."""
         class_size = self.train_size // self.class_count
-        return class_size - class_size // VALIDATION_SHARE if self.balanced else None
+        return class_size - class_size // VALIDATION_DIVISOR if self.balanced else None
 
     def split_sizes(self, per_class: int | None = None) -> tuple[int, int]:
         """Forecast how many images `grid.data.load.load` will return.
@@ -46,7 +46,7 @@ class Sizes:
             Images in train and in validation.
         """
         class_size = self.train_size // self.class_count
-        val_size = class_size // VALIDATION_SHARE * self.class_count if self.balanced else 0
+        val_size = class_size // VALIDATION_DIVISOR * self.class_count if self.balanced else 0
         train_size = self.train_size - val_size
         return (train_size if per_class is None else min(train_size, per_class * self.class_count)), val_size
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grid.config import InputError
-from grid.data.catalogue import VALIDATION_SHARE
+from grid.data.catalogue import VALIDATION_DIVISOR
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -39,11 +39,11 @@ def check_sizes(labels: Labels, classes: Sequence[str], where: str, remedy: str,
         InputError: A class has fewer; the text names it.
     """
     sizes = np.bincount(labels, minlength=len(classes))
-    few = np.flatnonzero(sizes < VALIDATION_SHARE)
+    few = np.flatnonzero(sizes < VALIDATION_DIVISOR)
     if few.size:
         named = ", ".join(f"'{classes[label]}' (label {label + first_label}): {sizes[label]}" for label in few[:3])
         more = f" and {len(few) - 3} more classes" if len(few) > 3 else ""
-        problem = f"too few images of {named}{more}; each class needs {VALIDATION_SHARE} train images or more"
+        problem = f"too few images of {named}{more}; each class needs {VALIDATION_DIVISOR} train images or more"
         raise InputError(f"{where}: {problem}; {remedy}")
 
 

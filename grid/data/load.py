@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grid.config import InputError
-from grid.data.catalogue import VALIDATION_SHARE, check_per_class, find_dataset
+from grid.data.catalogue import VALIDATION_DIVISOR, check_per_class, find_dataset
 from grid.data.dataset import Dataset, Images, Labelled, Labels
 
 Indices = NDArray[np.int64]
@@ -98,10 +98,10 @@ def split_indices(
     """
     sizes = np.bincount(labels, minlength=class_count)
     smallest = int(sizes.min())
-    if smallest < VALIDATION_SHARE:
-        raise InputError(f"each class needs {VALIDATION_SHARE} train images or more; the smallest has {smallest}")
-    held_out = (sizes if stratified else np.full(class_count, smallest)) // VALIDATION_SHARE
-    check_per_class(per_class, largest=smallest - smallest // VALIDATION_SHARE)
+    if smallest < VALIDATION_DIVISOR:
+        raise InputError(f"each class needs {VALIDATION_DIVISOR} train images or more; the smallest has {smallest}")
+    held_out = (sizes if stratified else np.full(class_count, smallest)) // VALIDATION_DIVISOR
+    check_per_class(per_class, largest=smallest - smallest // VALIDATION_DIVISOR)
     rng = np.random.default_rng(split_seed)
     shuffled = [rng.permutation(np.flatnonzero(labels == label)) for label in range(class_count)]
     train = np.concatenate(

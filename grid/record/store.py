@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from grid.config import InputError, TrialConfig
 from grid.files import sync
 from grid.masking import mask
-from grid.metrics import rung_epochs
+from grid.metrics import recorded_rungs
 from grid.recorded import (
     GRID_SECONDS,
     MANIFEST,
@@ -340,7 +340,7 @@ class Store:
         ended = trial.status not in ("", "failed")
         accuracies = () if ended else self._accuracies(trial.run_id, trial.config.epochs)
         last = trial.epochs_run if trial.status else len(accuracies)
-        rungs = {name for name in trial.metrics if any(epoch > last for epoch in rung_epochs([name]))}
+        rungs = {name for name in trial.metrics if any(epoch > last for epoch in recorded_rungs([name]))}
         metrics = {name: value for name, value in trial.metrics.items() if name not in rungs}
         return StoredTrial(
             run_id=trial.run_id,
