@@ -13,10 +13,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+
+from benchmarks.chaos.arena import Arena
+from benchmarks.servers.local import wait_until
 
 PATIENCE_SECONDS = 600.0
-"""A second driver that has neither been refused nor done its work by then is killed."""
+"""A second driver that has neither been refused nor done its work by then hangs."""
 OWN_PROCESS_IDS = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 HANDICAP = """
 import sys, time
@@ -36,60 +38,49 @@ sys.exit(main(sys.argv[1:]))
 """A driver whose clock is some seconds ahead, and whose requests take some seconds more."""
 
 
-class Grid(Protocol):
-    """What of `benchmarks.chaos.__main__.Arena` is needed here."""
-
-    folder: Path
-    driver: subprocess.Popen[bytes] | None
-    two_drivers: int
-
-    @property
-    def options(self) -> list[str]:
-        """Of `grid.run`, as the driver was given them."""
-
-    def ended(self) -> bool:
-        """Return whether the driver has ended."""
-
-    def is_driving(self) -> bool:
-        """Return whether the driver still works."""
+def kill_driver(arena: Arena) -> None:
+    """SIGKILL the driver; its Ray processes notice and exit."""
+    assert arena.driver is not None
+    arena.driver.kill()
+    arena.driver.wait()
 
 
-def start_slow_driver(grid: Grid) -> None:
+def start_slow_driver(arena: Arena) -> None:
     """Start a second driver each of whose requests takes 1.2 s more."""
-    _start_second(grid, delay=1.2)
+    _start_second(arena, delay=1.2)
 
 
-def start_driver_ahead_of_time(grid: Grid) -> None:
+def start_driver_ahead_of_time(arena: Arena) -> None:
     """Start a second driver whose clock is a day ahead."""
-    _start_second(grid, offset=86_400)
+    _start_second(arena, offset=86_400)
 
 
-def start_driver_behind_time(grid: Grid) -> None:
+def start_driver_behind_time(arena: Arena) -> None:
     """Start a second driver whose clock is 150 s behind."""
-    _start_second(grid, offset=-150)
+    _start_second(arena, offset=-150)
 
 
-def start_driver_with_own_process_ids(grid: Grid) -> None:
+def start_driver_with_own_process_ids(arena: Arena) -> None:
     """Start a second driver in a process space of its own, in which the first one can't be seen; needs root."""
     may = shutil.which("unshare") and subprocess.run([*OWN_PROCESS_IDS, "true"], check=False).returncode == 0
-    _start_second(grid, wrap=OWN_PROCESS_IDS if may else ())
+    _start_second(arena, wrap=OWN_PROCESS_IDS if may else ())
 
 
-def stop_driver(grid: Grid) -> None:
+def stop_driver(arena: Arena) -> None:
     """SIGSTOP the driver until another one has taken over, then wake it, and let the other one finish."""
-    assert grid.driver is not None
-    grid.driver.send_signal(signal.SIGSTOP)
-    was_driving = grid.is_driving()
-    with _second(grid) as (second, log):
-        _wait(lambda: _drives(log) or second.poll() is not None)
-        grid.driver.send_signal(signal.SIGCONT)
-        _wait(grid.ended)
-        if was_driving and _drives(log) and grid.driver.poll() in (None, 0):
-            grid.two_drivers += 1
-        _wait(lambda: second.poll() is not None)
+    assert arena.driver is not None
+    arena.driver.send_signal(signal.SIGSTOP)
+    was_driving = arena.is_driving()
+    with _second(arena) as (second, log):
+        wait_until(lambda: _drives(log) or second.poll() is not None, PATIENCE_SECONDS)
+        arena.driver.send_signal(signal.SIGCONT)
+        wait_until(arena.ended, PATIENCE_SECONDS)
+        if was_driving and _drives(log) and arena.driver.poll() in (None, 0):
+            arena.two_drivers += 1
+        wait_until(lambda: second.poll() is not None, PATIENCE_SECONDS)
 
 
-DRIVER_FAILURES: dict[str, Callable[[Grid], None]] = {
+DRIVER_FAILURES: dict[str, Callable[[Arena], None]] = {
     "second driver, slow": start_slow_driver,
     "second driver, ahead": start_driver_ahead_of_time,
     "second driver, behind": start_driver_behind_time,
@@ -98,23 +89,23 @@ DRIVER_FAILURES: dict[str, Callable[[Grid], None]] = {
 }
 
 
-def _start_second(grid: Grid, *, offset: float = 0, delay: float = 0, wrap: Sequence[str] = ()) -> None:
-    with _second(grid, offset=offset, delay=delay, wrap=wrap) as (second, log):
+def _start_second(arena: Arena, *, offset: float = 0, delay: float = 0, wrap: Sequence[str] = ()) -> None:
+    with _second(arena, offset=offset, delay=delay, wrap=wrap) as (second, log):
         while second.poll() is None:
-            if _drives(log) and grid.is_driving():
-                grid.two_drivers += 1
+            if _drives(log) and arena.is_driving():
+                arena.two_drivers += 1
                 return
             time.sleep(0.2)
 
 
 @contextlib.contextmanager
 def _second(
-    grid: Grid, *, offset: float = 0, delay: float = 0, wrap: Sequence[str] = ()
+    arena: Arena, *, offset: float = 0, delay: float = 0, wrap: Sequence[str] = ()
 ) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """Run a second driver; yield it and its log."""
-    folder = next(folder for number in range(1000) if not (folder := grid.folder / f"elsewhere-{number}").exists())
+    folder = next(folder for number in range(1000) if not (folder := arena.folder / f"elsewhere-{number}").exists())
     folder.mkdir()
-    command = [*wrap, sys.executable, "-c", HANDICAP, str(offset), str(delay), *grid.options]
+    command = [*wrap, sys.executable, "-c", HANDICAP, str(offset), str(delay), *arena.options]
     with (folder / "log").open("wb") as file:
         second = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, start_new_session=True)
     try:
@@ -127,9 +118,3 @@ def _second(
 
 def _drives(log: Path) -> bool:
     return "left to run" in log.read_text(errors="replace")
-
-
-def _wait(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.2)

@@ -5,12 +5,10 @@ Run as a command, this module is `grid.run` with a client of MLflow that fails w
     python -m benchmarks.chaos.recording --grid smoke ...
 """
 
-import random
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from botocore.exceptions import ClientError
 from mlflow.exceptions import MlflowException
@@ -23,32 +21,6 @@ WRITES = ("create_run", "update_run", "log_batch", "log_artifacts", "set_termina
 """Methods of the client that the recorder calls."""
 BROKEN, REFUSED = "client-broken", "report-refused"
 """Files in the driver's folder: while the first exists every write fails; the second holds the run that is refused."""
-SECONDS = (5.0, 15.0)
-"""How long a failure lasts: drawn between these."""
-
-
-class Disturbed(Protocol):
-    """What is disturbed: an `Arena`."""
-
-    folder: Path
-    rng: random.Random
-
-
-def break_client(arena: Disturbed) -> None:
-    """Let every write of the recorder raise an error of a library that is neither MLflow's nor SQLAlchemy's."""
-    _disturb(arena, BROKEN)
-
-
-def refuse_reports(arena: Disturbed) -> None:
-    """Let the store refuse whatever is reported of one trial; the next driver finds it willing again."""
-    _disturb(arena, REFUSED)
-
-
-def _disturb(arena: Disturbed, name: str) -> None:
-    file = arena.folder / name
-    file.touch()
-    time.sleep(arena.rng.uniform(*SECONDS))
-    file.unlink()
 
 
 def break_writes(client: type[MlflowClient], folder: Path) -> None:
