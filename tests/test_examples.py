@@ -120,7 +120,7 @@ def cut_fashion(folder: Path, **images: int) -> None:
 @pytest.mark.skipif(not FASHION.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
 def test_a_net_and_data_of_your_own_are_confirmed_and_read_images_without_the_project(folder: Path) -> None:
     path, images = ROOT / "examples" / "own_net_and_data.py", folder / "fashion"
-    cut_fashion(images, train=6000, test=1000)
+    cut_fashion(images, train=2000, test=500)
     held = ["--only", "activation=relu", "--only", "batch_norm=on"]
     printed = run_grid(path, folder, *held, "--data-dir", str(images))
     assert "small_resnet one_cycle relu" in printed

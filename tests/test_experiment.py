@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from grid.record.__main__ import main as replay
 from grid.record.recorder import Recorder
 from grid.record.store import Store
 from grid.run import _parser, main, read_request
+from tests.waiting import wait_until
 
 TINY = ["--grid", "smoke", "--only", "model=mlp", "--only", "activation=relu", "--per-class", "20", "--epochs", "3"]
 
@@ -45,11 +45,24 @@ def runs(uri: str, kind: str) -> list[Run]:
 
 
 @pytest.mark.slow
-def test_a_grid_runs_to_its_table_and_the_store_holds_the_contract(
+def test_a_grid_runs_to_its_table_the_same_command_runs_nothing_twice_and_one_more_seed_what_is_missing(
     arguments: list[str], store_uri: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 0
-    out, err = capfd.readouterr()
+    check_finished(*capfd.readouterr(), store_uri, tmp_path)
+    first = {run.info.run_id: run.data.metrics for run in runs(store_uri, "trial")}
+    assert main(arguments) == 0
+    assert {run.info.run_id: run.data.metrics for run in runs(store_uri, "trial")} == first
+    capfd.readouterr()
+    assert main([*arguments, "--seeds", "2"]) == 0
+    assert "8 left to run" in capfd.readouterr().out
+    assert len(runs(store_uri, "trial")) == 16
+    assert len(runs(store_uri, "grid")) == 1
+    assert rank(["--experiment", "smoke-glyphs", "--store", store_uri]) == 0
+    assert "8 of 8 cells shown; 16 trials" in capfd.readouterr().out
+
+
+def check_finished(out: str, err: str, store_uri: str, tmp_path: Path) -> None:
     assert err == ""
     assert "8/8 done | 0 running" in out
     assert re.search(r"^   1  +\d\d\.\d\d%  +3/3 +mlp cosine relu ", out, re.MULTILINE)
@@ -86,32 +99,20 @@ def check_contract(run: Run, parent_id: str) -> None:
     assert not [name for name in metrics if "test" in name]
 
 
-@pytest.mark.slow
-def test_the_same_command_again_runs_nothing_twice_and_one_more_seed_only_what_is_missing(
-    arguments: list[str], store_uri: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert main(arguments) == 0
-    first = {run.info.run_id: run.data.metrics for run in runs(store_uri, "trial")}
-    assert main(arguments) == 0
-    assert {run.info.run_id: run.data.metrics for run in runs(store_uri, "trial")} == first
-    capfd.readouterr()
-    assert main([*arguments, "--seeds", "2"]) == 0
-    assert "8 left to run" in capfd.readouterr().out
-    assert len(runs(store_uri, "trial")) == 16
-    assert len(runs(store_uri, "grid")) == 1
-    assert rank(["--experiment", "smoke-glyphs", "--store", store_uri]) == 0
-    assert "8 of 8 cells shown; 16 trials" in capfd.readouterr().out
-
-
 def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
     """Start the command and wait until trials run."""
     command = [sys.executable, "-m", "grid.run", *arguments]
     log = folder / f"log-{len(list(folder.glob('log-*')))}"
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, text=True, start_new_session=True)
-    while "left to run" not in log.read_text() and process.poll() is None:
-        time.sleep(0.1)
+    wait_until(lambda: "left to run" in log.read_text() or process.poll() is not None, 600)
     return process
+
+
+def trains(process: subprocess.Popen[str], store_uri: str) -> bool:
+    """Return whether a trial has reported an epoch."""
+    assert process.poll() is None
+    return any("val_accuracy" in run.data.metrics for run in runs(store_uri, "trial"))
 
 
 @pytest.mark.slow
@@ -123,8 +124,7 @@ def test_ctrl_c_ends_a_run_gracefully_and_a_second_driver_is_refused(
     try:
         assert main(arguments) == 2
         assert capfd.readouterr().err.startswith("grid.run: experiment 'smoke-glyphs' is being run by another process")
-        while not [run for run in runs(store_uri, "trial") if "val_accuracy" in run.data.metrics]:
-            time.sleep(0.2)
+        wait_until(lambda: trains(process, store_uri), 600, explain=(tmp_path / "log-0").read_text)
         process.send_signal(signal.SIGINT)
         assert process.wait(100) == 130
     finally:
@@ -137,19 +137,19 @@ def test_ctrl_c_ends_a_run_gracefully_and_a_second_driver_is_refused(
 
 
 @pytest.mark.slow
-def test_a_grid_of_another_budget_or_rule_is_refused_and_nothing_changes(
+def test_without_stopping_all_complete_and_a_grid_of_another_budget_or_rule_is_refused_and_changes_nothing(
     arguments: list[str], store_uri: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    only = [*arguments, "--only", "batch_norm=on", "--only", "dropout=off"]
-    assert main(only) == 0
+    assert main([*arguments, "--no-stopping"]) == 0
+    assert {run.data.tags["status"] for run in runs(store_uri, "trial")} == {"completed"}
     before = [run.to_dictionary() for run in runs(store_uri, "trial")]
     refusals = {
-        ("--epochs", "5"): "trained with other settings: epochs (3, now 5)",
-        ("--seeds", "2", "--no-stopping"): "stopped early by another rule (factor 3, now 1)",
+        ("--epochs", "5", "--no-stopping"): "trained with other settings: epochs (3, now 5)",
+        ("--seeds", "2"): "stopped early by another rule (factor 1, now 3)",
     }
     for options, reason in refusals.items():
         capfd.readouterr()
-        assert main([*only, *options]) == 2
+        assert main([*arguments, *options]) == 2
         assert capfd.readouterr().err.startswith(f"grid.run: experiment 'smoke-glyphs' was {reason}")
     assert [run.to_dictionary() for run in runs(store_uri, "trial")] == before
     (parent,) = runs(store_uri, "grid")
@@ -230,12 +230,6 @@ def planned(options: list[str]) -> tuple[Plan, Asha]:
 
 
 @pytest.mark.slow
-def test_without_stopping_every_trial_completes(arguments: list[str], store_uri: str) -> None:
-    assert main([*arguments, "--no-stopping"]) == 0
-    assert {run.data.tags["status"] for run in runs(store_uri, "trial")} == {"completed"}
-
-
-@pytest.mark.slow
 def test_a_server_that_is_down_at_the_end_is_reported_with_the_command_that_delivers(
     arguments: list[str], store_uri: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -262,8 +256,7 @@ def test_the_death_of_ray_ends_the_driver_with_the_command_that_continues(
     arguments: list[str], store_uri: str, tmp_path: Path
 ) -> None:
     process = start([*arguments, "--epochs", "200"], tmp_path)
-    while not [run for run in runs(store_uri, "trial") if "val_accuracy" in run.data.metrics]:
-        time.sleep(0.2)
+    wait_until(lambda: trains(process, store_uri), 600, explain=(tmp_path / "log-0").read_text)
     children = psutil.Process(process.pid).children(recursive=True)
     (raylet,) = [child for child in children if child.name() == "raylet"]
     raylet.kill()
