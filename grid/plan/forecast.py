@@ -7,11 +7,11 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from scipy.stats import studentized_range
 
 from grid.config import TrialConfig
 from grid.plan.asha import DEFAULT_RULE, Asha, StoppingRule
+from grid.train.hardware import one_thread
 from grid.train.trial import DeviceData, Trial, random_data
 
 SIMULATIONS = 20
@@ -92,14 +92,10 @@ def calibrate(
     """
     data = random_data(CALIBRATION_IMAGES, image_shape, classes, trials[0].device)
     by_model: dict[str, list[float]] = defaultdict(list)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a worker
-    try:
+    with one_thread():
         for trial in trials:
             if len(by_model[trial.model]) < CALIBRATED_PER_MODEL:
                 by_model[trial.model].append(_seconds_per_image(trial, data))
-    finally:
-        torch.set_num_threads(threads)
     spreads = [statistics.pstdev(times) / statistics.mean(times) for times in by_model.values()]
     return {model: statistics.mean(times) for model, times in by_model.items()}, max(spreads)
 

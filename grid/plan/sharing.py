@@ -14,7 +14,7 @@ import torch
 from grid.config import TrialConfig
 from grid.parts.files import PartsFile, load, loaded
 from grid.plan.packing import Sharing
-from grid.train.hardware import keep_freed_memory, numeric_settings
+from grid.train.hardware import keep_freed_memory, numeric_settings, one_thread
 from grid.train.trial import DeviceData, Trial, random_data
 
 SECONDS = 1.5
@@ -208,14 +208,11 @@ def _cpu_speed(trial: TrialConfig, data: tuple[tuple[int, int, int], int, int]) 
     image_shape, classes, train_images = data
     params = {**trial.to_params(), **numeric_settings("cpu"), "epochs": f"{LONGER}"}
     images = random_data(min(train_images, 4 * trial.batch_size), image_shape, classes)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _speed(_begun(TrialConfig.from_params(params), images), SECONDS)
-    except Exception:  # noqa: BLE001  (a net of the user may need a GPU)
-        return 0.0
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread():
+        try:
+            return _speed(_begun(TrialConfig.from_params(params), images), SECONDS)
+        except Exception:  # noqa: BLE001  (a net of the user may need a GPU)
+            return 0.0
 
 
 def _free_bytes(device: str) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from grid.config import InputError
 from grid.files import copy_folder_durably, rename_durably, write_durably
+from grid.record.spool import driven_from_here
 from grid.store_uri import BUSY_SECONDS, artifact_location, local_path, slug, sqlite_path
 from grid.train.checkpoints import Checkpoints
 from grid.wording import first_line
@@ -215,6 +216,5 @@ def _locked(path: Path, experiment: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            hint = "wait for it or stop it"
-            raise InputError(f"experiment '{experiment}' is being run by another process from here; {hint}") from error
+            raise driven_from_here(experiment) from error
         yield

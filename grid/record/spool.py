@@ -250,6 +250,12 @@ class Parked:
         return {line.group for line in self.lines if line.again}
 
 
+def driven_from_here(experiment: str) -> InputError:
+    """Return what to say if another process of this folder holds a lock."""
+    hint = "wait for it or stop it"
+    return InputError(f"experiment '{experiment}' is being run by another process from here; {hint}")
+
+
 def open_spool(folder: Path, store_uri: str, experiment: str) -> Spool:
     """Open the spool of an experiment.
 
@@ -265,8 +271,7 @@ def open_spool(folder: Path, store_uri: str, experiment: str) -> Spool:
     try:
         return Spool(path)
     except BlockingIOError as error:
-        hint = "wait for it or stop it"
-        raise InputError(f"experiment '{experiment}' is being run by another process from here; {hint}") from error
+        raise driven_from_here(experiment) from error
     except OSError as error:
         raise unwritable(path, error) from error
 

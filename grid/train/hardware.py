@@ -2,7 +2,8 @@
 
 import ctypes
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -34,6 +35,17 @@ def keep_freed_memory() -> None:
             mallopt(M_MMAP_THRESHOLD, 2**25)  # the maximum of older versions
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_TOP_PAD, 2**26)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread in the block, as in a worker."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def numeric_settings(device: str, precision: str = "auto", bfloat16: bool | None = None) -> dict[str, str]:
