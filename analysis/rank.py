@@ -37,6 +37,7 @@ BEHIND_COLUMNS = ("behind", "behind_seed_half", "behind_image_half")
 COLUMNS = (*TRAINING_COLUMNS, *REPLICATE_COLUMNS, *INTERVAL_COLUMNS, *TEST_COLUMNS, *BALANCED_COLUMNS, *BEHIND_COLUMNS)
 """After `PLACE_COLUMNS` and the factors."""
 SHOWN_PER_MODEL = 3
+REFIT_TITLE = "the best finalist, trained on most validation images as well; val acc is of the rest"
 SAME = 1e-9
 """Accuracies that differ by less are equal but for rounding."""
 Row = dict[str, Any]
@@ -84,6 +85,17 @@ def rank_cells(
     return ranked.assign(rank=range(1, len(ranked) + 1))
 
 
+def rank_refits(experiment: Experiment) -> pd.DataFrame:
+    """Return the cells that were trained on most validation images as well, as `rank_cells` returns finalists.
+
+    Their validation accuracy is of the few images that were still held out; nothing is chosen by it.
+    """
+    refits = experiment.refits
+    if refits.empty:
+        return refits
+    return rank_cells(experiment.trials[:0], refits).assign(tied=False)
+
+
 def _rank_trials(trials: pd.DataFrame, val_images: int | None) -> list[Row]:
     """Return a row per cell of the grid, best first."""
     cells = rank_summaries(summarise_trials(trials))
@@ -114,7 +126,7 @@ def _rows(cells: Sequence[RankedCell], val_images: int | None) -> list[Row]:
     rows = []
     for cell in cells:
         seed_half, image_half = _halves(cell.mean, len(cell.accuracies), spreads[cell.epochs_run], val_images)
-        half = _combine(seed_half, image_half)
+        half = combine_halves(seed_half, image_half)
         interval = {"seed_half": seed_half, "image_half": image_half, "low": cell.mean - half, "high": cell.mean + half}
         rows.append(_row(cell) | interval)
     return rows
@@ -155,7 +167,7 @@ def _halves(
     return float(seed_half), float(stats.norm.ppf(upper) * np.sqrt(image_variance(mean, images)))
 
 
-def _combine(first: float, second: float) -> float:
+def combine_halves(first: float, second: float) -> float:
     """Return the half-width for two independent sources of error, of which one may be unknown.
 
     Reference: Zou and Donner 2008, https://doi.org/10.1002/sim.3095
@@ -263,6 +275,9 @@ def format_ranking(cells: pd.DataFrame, experiment: Experiment, top: int) -> str
     if len(finalists):
         blocks.append(f"finalists, trained again on new seeds\n{_table(finalists, 'test')}")
         blocks += _lags(finalists)
+    refits = rank_refits(experiment)
+    if len(refits):
+        blocks.append(f"{REFIT_TITLE}\n{_table(refits, 'test')}")
     others = cells[cells["tier"] != "finalist"]
     blocks.append(f"cells of the grid\n{_table(others.head(top), 'epochs')}")
     counts = trials["status"].value_counts()
@@ -375,7 +390,7 @@ def describe_experiment(uri: str, name: str) -> dict[str, Any]:
     try:
         experiment = read_experiment(uri, name)
     except InputError as error:
-        return {"experiment": name, "cells": [], "trials": {}, "notes": [str(error)]}
+        return {"experiment": name, "cells": [], "refit": [], "trials": {}, "notes": [str(error)]}
     cells = rank_cells(experiment.trials, experiment.finalists, val_images=experiment.val_images)
     return describe(cells, experiment)
 
@@ -385,13 +400,14 @@ def describe(cells: pd.DataFrame, experiment: Experiment) -> dict[str, Any]:
     return {
         "experiment": experiment.name,
         "cells": to_records(cells),
+        "refit": to_records(rank_refits(experiment)),
         "trials": {str(status): int(number) for status, number in experiment.trials["status"].value_counts().items()},
         "notes": [*_doubts(cells, experiment.val_images), *experiment.notes],
     }
 
 
 def _test_columns(rows: Sequence[Mapping[Any, Any]]) -> dict[str, list[str]]:
-    halves = (_combine(row["test_seed_half"], row["test_image_half"]) for row in rows)
+    halves = (combine_halves(row["test_seed_half"], row["test_image_half"]) for row in rows)
     tests = (row["test_accuracy_as_validated"] for row in rows)
     balanced = [_share(row["test_balanced_accuracy"]) if _share(row["val_balanced_accuracy"]) else "" for row in rows]
     return {"test": [*map(_share, tests)], "+-": [*map(_points, halves)], "balanced ": balanced}

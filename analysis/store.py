@@ -15,7 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,18 @@ from sqlalchemy.exc import SQLAlchemyError
 from analysis.trial_table import Rounds, lost_finalists, not_started, tabulate, unfinished_rounds, unknown_chances
 from grid.config import FACTORS, SETTINGS, InputError, factors_among
 from grid.masking import mask
-from grid.recorded import MANIFEST, PARENT_TAG, ROUNDS, choose_parent, command_path, is_parent, parse_rounds
+from grid.recorded import (
+    CONFIRM,
+    FINALIST_KINDS,
+    MANIFEST,
+    PARENT_TAG,
+    REFIT,
+    ROUNDS,
+    choose_parent,
+    command_path,
+    is_parent,
+    parse_rounds,
+)
 from grid.wording import count, first_line
 
 LARGEST = 10**9
@@ -100,6 +111,8 @@ class Experiment:
     """`grid.json`; empty if there is none."""
     notes: tuple[str, ...]
     """One sentence for each kind of run that the tables leave out."""
+    refits: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """As `finalists`, of the best finalist trained on most validation images as well; empty if that was not done."""
 
     def described(self, part: str) -> Mapping[str, Any]:
         """Return an object in the manifest; empty if it is missing or not an object."""
@@ -167,20 +180,23 @@ def read_experiment(uri: str | None, name: str) -> Experiment:
         raise NothingEndedError(
             f"no trial of experiment '{name}' in {mask(uri)} has ended yet ({reasons}); wait for one"
         )
-    finalists, left_out_finalists = tabulate(by_kind["confirm"], "finalist", (), factors_among(trials.columns))
+    factors = factors_among(trials.columns)
+    finalists, left_out_finalists = tabulate(by_kind[CONFIRM], "finalist", (), factors)
+    refits, left_out_refits = tabulate(by_kind[REFIT], "refit", (), factors)
     foreign = len(by_kind[""])
     notes = [
         *left_out,
         *left_out_finalists,
+        *left_out_refits,
         *lost_finalists(finalists),
-        *([f"{count(foreign, 'run')} left out: no tag kind=trial, kind=confirm or kind=grid"] if foreign else []),
+        *([f"{count(foreign, 'run')} left out: no tag kind=grid, trial, confirm or refit"] if foreign else []),
         *([f"{count(deleted, 'run')} left out: deleted"] if deleted else []),
         *notes,
         *not_started(manifest, len(by_kind["trial"])),
         *unfinished_rounds(rounds, trials),
         *unknown_chances(trials),
     ]
-    return Experiment(uri, name, parent_id, trials, finalists, manifest, tuple(notes))
+    return Experiment(uri, name, parent_id, trials, finalists, manifest, tuple(notes), refits)
 
 
 def read_state(uri: str | None, name: str) -> GridState:
@@ -237,7 +253,7 @@ def _read_manifest(client: MlflowClient, uri: str, experiment_id: str) -> bytes:
 
 def _by_kind(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Return the runs of each kind; those of unknown kinds are under no name."""
-    by_kind: dict[str, list[Run]] = {"grid": [], "trial": [], "confirm": [], "": []}
+    by_kind: dict[str, list[Run]] = {"grid": [], "trial": [], **{kind: [] for kind in FINALIST_KINDS}, "": []}
     for run in runs:
         kind = run.data.tags.get("kind", "")
         is_known = kind in by_kind and (kind != "grid" or is_parent(run.data.tags))

@@ -66,7 +66,7 @@ def tabulate(
 
     Args:
         runs: Of one kind, with all that the store says of them.
-        noun: What they are: `trial` or `finalist`.
+        noun: What they are: `trial`, `finalist` or `refit`.
         rounds: Of controls that were drawn later; None if they are unknown.
         factors: Of the grid; None for those of every grid, and the settings that differ between these runs.
 

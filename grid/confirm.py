@@ -65,6 +65,7 @@ def read_confirmation(options: argparse.Namespace) -> Confirmation:
         top=options.top,
         seeds=options.seeds,
         register=options.register,
+        refit=options.refit,
         **read_place(options, must_exist=True),
     )
 
@@ -79,6 +80,9 @@ def _parser() -> Parser:
     parser.add_argument("--top", type=int, default=3, metavar="N", help="at most N finalists per model (3)")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="replicates per finalist (5)")
     parser.add_argument("--register", metavar="NAME", help="register the winner in MLflow's model registry")
+    parser.add_argument(
+        "--refit", action="store_true", help="afterwards: train the best finalist on most validation images as well"
+    )
     add_store(parser)
     add_data_dir(parser)
     add_workers(parser)

@@ -17,6 +17,8 @@ from grid.config import DEFAULTS, FACTORS, NUMERICS_VERSION, InputError, TrialCo
 from grid.metrics import FINAL_METRIC, FINAL_STATUSES, RUNG_METRIC, STATUSES, TEST_METRICS, recorded_rungs
 from grid.wording import count
 
+CONFIRM, REFIT = FINALIST_KINDS = ("confirm", "refit")
+"""Kinds of runs of `grid.confirm`: of the finalists, and of the best of them on most validation images as well."""
 FIRST_FINALIST_SEED = 1000
 """Seeds of finalists start here, and those of a grid are below: no finalist profits from the luck that made it one."""
 ACCURACIES = (FINAL_METRIC, "best_val_accuracy", *(name for name in TEST_METRICS if "accuracy" in name))
@@ -291,7 +293,7 @@ def _until(epochs_run: int, metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _check_seed(trial: RecordedTrial) -> None:
-    is_finalist = trial.tags.get("kind") == "confirm"
+    is_finalist = trial.tags.get("kind") in FINALIST_KINDS
     if is_finalist != (trial.config.seed >= FIRST_FINALIST_SEED):
         rule = "from" if is_finalist else "below"
         raise UnreadableError(f"tag kind contradicts its seed, which is {rule} {FIRST_FINALIST_SEED} for this kind")

@@ -312,7 +312,7 @@ def test_notes_count_deleted_foreign_unfinished_and_unreadable_runs(store: Store
     assert set(experiment.notes) == {
         "1 trial left out: not ended yet",
         f"1 trial left out: parameters are not a trial's (run {unreadable})",
-        "1 run left out: no tag kind=trial, kind=confirm or kind=grid",
+        "1 run left out: no tag kind=grid, trial, confirm or refit",
         "1 run left out: deleted",
     }
 
@@ -334,7 +334,7 @@ def test_more_runs_than_a_page_are_all_read(store: Store, monkeypatch: pytest.Mo
     for _ in range(5):
         store.client.create_run(store.experiment_id)
     assert read_experiment(store.uri, "some grid").notes == (
-        "5 runs left out: no tag kind=trial, kind=confirm or kind=grid",
+        "5 runs left out: no tag kind=grid, trial, confirm or refit",
     )
 
 

@@ -14,15 +14,19 @@ import pytest
 from mlflow.entities import Run
 
 from analysis.rank import main as rank
+from analysis.report import write_report
+from analysis.store import read_experiment
 from grid.config import InputError, TrialConfig
 from grid.confirm import main as confirm
 from grid.data.load import load, load_test
 from grid.driver.final_test import FinalTest
 from grid.driver.finalists import FIRST_FINALIST_SEED, _best_replicate, _describe, choose, finalist_trials
+from grid.metrics import EPOCH_METRICS
 from grid.plan.packing import Packing
 from grid.ranking import RankedCell
 from grid.record.store import Store, StoredTrial
 from grid.run import main as run
+from tests.test_store_page import documented, metrics_of, tags_of
 
 CPU = Packing(1, 1.0, 0.0)
 CONFIG = TrialConfig(learning_rate=1e-3, epochs=9, lr_scale=0.5)
@@ -110,10 +114,10 @@ def arguments(
     return ["--store", store_uri, "--experiment", "tiny", "--data-dir", str(glyphs_dir)]
 
 
-def confirmed(store_uri: str) -> list[Run]:
+def confirmed(store_uri: str, kind: str = "confirm") -> list[Run]:
     store = Store(store_uri, "tiny")
     store.open(missing=False)
-    return list(store.client.search_runs([store.experiment_id], "tags.kind = 'confirm'"))
+    return list(store.client.search_runs([store.experiment_id], f"tags.kind = '{kind}'"))
 
 
 @pytest.mark.slow
@@ -121,6 +125,8 @@ def test_finalists_are_trained_tested_once_registered_and_read_back(
     arguments: list[str], store_uri: str, glyphs_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = [*arguments, "--top", "1", "--seeds", "2", "--register", "reader"]
+    assert confirm([*command, "--refit"]) == 2
+    assert "no finalist of 'tiny' is tested; run the same command without --refit first" in capfd.readouterr().err
     assert confirm(command) == 0
     out = capfd.readouterr().out
     assert "registered" in out
@@ -138,6 +144,34 @@ def test_finalists_are_trained_tested_once_registered_and_read_back(
     check_registered(store_uri, glyphs_dir)
     assert rank([*arguments[:4]]) == 0
     assert "finalists, trained again on new seeds" in capfd.readouterr().out
+    check_refit([*command, "--refit"], store_uri, tmp_path, capfd)
+
+
+def check_refit(command: list[str], store_uri: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Train the best finalist on most validation images as well, and read the result back."""
+    for tested in (2, 0):
+        assert confirm(command) == 0
+        out = capfd.readouterr().out
+        assert f"refit      1 cell x 2 new seeds, 3 epochs each, on {47 * (20 + 50 - 50 // 6):,} images\n" in out
+        assert out.count("tested") == tested
+    refits = confirmed(store_uri, "refit")
+    assert len(refits) == 2
+    for refit in refits:
+        check_finalist(refit, folder)
+        params = refit.data.params
+        before = next(each for each in confirmed(store_uri) if each.data.params["model"] == params["model"])
+        differing = {name for name, value in params.items() if value != before.data.params[name]}
+        assert {"data_fingerprint"} <= differing <= {"data_fingerprint", "seed"}
+    assert metrics_of(refits) <= documented("refit", "metric") | set(EPOCH_METRICS)
+    assert tags_of(refits) <= documented("refit", "tag")
+    assert mlflow.MlflowClient(store_uri).get_model_version("reader", "2").run_id in {run.info.run_id for run in refits}
+    experiment = read_experiment(store_uri, "tiny")
+    assert len(experiment.finalists) == 4
+    assert not any("left out" in note for note in experiment.notes)
+    assert rank(command[:4]) == 0
+    assert "the best finalist, trained on most validation images as well" in capfd.readouterr().out
+    write_report(store_uri, "tiny", folder / "refit.html")
+    assert "Trained on most validation images as well, " in (folder / "refit.html").read_text()
 
 
 def check_finalist(finalist: Run, folder: Path) -> None:

@@ -27,7 +27,7 @@ COLUMNS = {"val acc": ["81.80%", "7.00%"], "cell": ["a_b | c", "x"]}
 
 
 def check(name: str, answer: Any) -> None:
-    Draft202012Validator({**SCHEMA["$defs"][name], "$schema": SCHEMA["$schema"]}).validate(answer)
+    Draft202012Validator({**SCHEMA, "$ref": f"#/$defs/{name}"}).validate(answer)
 
 
 def test_the_schema_is_one() -> None:

@@ -169,6 +169,29 @@ def test_validation_is_the_same_for_every_subset(labels: np.ndarray, seed: int, 
     np.testing.assert_array_equal(split(per_class=per_class)[1], split()[1])
 
 
+@pytest.mark.parametrize("stratified", [False, True])
+@given(labels=unbalanced_labels, seed=seeds)
+def test_a_refit_trains_on_five_of_six_validation_images_as_well(
+    labels: np.ndarray, seed: int, stratified: bool
+) -> None:
+    classes = int(labels.max()) + 1
+    train, val = split_indices(labels, classes, split_seed=seed, stratified=stratified)
+    more, left = split_indices(labels, classes, split_seed=seed, stratified=stratified, refit=True)
+    assert set(more) >= set(train)
+    assert set(left) <= set(val)
+    assert sorted([*more, *left]) == sorted([*train, *val])
+    sizes, kept = (np.bincount(labels[places], minlength=classes) for places in (val, left))
+    assert (kept == np.maximum(1, sizes // 6)).all()
+
+
+def test_a_refit_of_a_subset_trains_on_that_subset_as_well() -> None:
+    labels = np.repeat(np.arange(3), 60)
+    train, val = split_indices(labels, 3, per_class=4)
+    more, left = split_indices(labels, 3, per_class=4, refit=True)
+    assert set(more) == set(train) | (set(val) - set(left))
+    assert (len(train), len(val), len(more), len(left)) == (12, 30, 39, 3)
+
+
 def test_another_seed_is_another_validation() -> None:
     labels = np.arange(600) % 10
     splits = [split_indices(labels, 10, split_seed=seed)[1] for seed in (0, 0, 1)]

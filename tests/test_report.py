@@ -177,7 +177,7 @@ def test_a_store_of_another_program_has_a_page_without_a_manifest(store: Store, 
     text = words(report(store, tmp_path))
     assert "The store has no manifest (grid.json) of this experiment" in text
     assert "Samples" not in text
-    assert "1 run left out: no tag kind=trial, kind=confirm or kind=grid." in text
+    assert "1 run left out: no tag kind=grid, trial, confirm or refit." in text
 
 
 def test_a_name_is_not_markup(store_uri: str, tmp_path: Path) -> None:

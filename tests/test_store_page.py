@@ -36,7 +36,8 @@ def documented(kind: str, column: str) -> set[str]:
         name for table in tables for row in table.splitlines() for name in re.findall(r"`([^`]+)`", row.split("|")[1])
     }
     names -= {name for name in names if name.startswith("mlflow.")}  # as `tags_of`
-    return names | (documented("trial", column) if kind == "confirm" else set())
+    also = {"confirm": "trial", "refit": "confirm"}  # what the page says that they have as well
+    return names | (documented(also[kind], column) if kind in also else set())
 
 
 def runs_of(store: Store, kind: str) -> list[Run]:

@@ -3,8 +3,9 @@
 import base64
 import io
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from markupsafe import Markup
@@ -14,8 +15,9 @@ from analysis.audit import WORDING, caption_of
 from analysis.curves import read_curves
 from analysis.estimates.earned import Earned, describe_together
 from analysis.formatting import INTERVAL, format_table, hundredths, number, percent, points, sentence
+from analysis.rank import combine_halves, rank_refits
 from analysis.stopping.figures import Audit
-from analysis.store import read_artifact, read_artifacts
+from analysis.store import Experiment, read_artifact, read_artifacts
 from analysis.verdict import Unavailable, Verdict, name_of
 from grid.wording import count
 
@@ -279,6 +281,7 @@ def finalists(verdict: Verdict) -> Section:
     text = [
         f"The best cells of each model, trained again to the full budget on {count(seeds, 'new seed')}; then each net "
         "was tested once. The order is by validation accuracy; test accuracies are only reported.",
+        *_refit(verdict.experiment),
     ]
     names = list(map(name_of, cells.to_dict("records")))
     picture = Markup(plot.draw_finalists(cells, names))  # noqa: S704
@@ -291,6 +294,21 @@ def finalists(verdict: Verdict) -> Section:
         *_readings(verdict),
     ]
     return Section("Finalists", text, figures)
+
+
+def _refit(experiment: Experiment) -> list[str]:
+    """Say what the best finalist reaches that was trained on most validation images as well."""
+    return [
+        f"Trained on most validation images as well, {name_of(row)} reaches {row['test_accuracy_as_validated']:.2%} on "
+        f"the test set{_within(row)}, the mean of {count(row['seeds'], 'seed')}."
+        for row in rank_refits(experiment).to_dict("records")
+        if pd.notna(row["test_accuracy_as_validated"])
+    ]
+
+
+def _within(row: Mapping[Any, Any]) -> str:
+    half = combine_halves(row["test_seed_half"], row["test_image_half"])
+    return "" if pd.isna(half) else f" (±{100 * half:.2f} points)"
 
 
 def samples(verdict: Verdict) -> Section | None:

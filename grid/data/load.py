@@ -17,7 +17,9 @@ from grid.data.dataset import Dataset, Images, Labelled, Labels
 Indices = NDArray[np.int64]
 
 
-def load(name: str, data_dir: Path, *, per_class: int | None = None, split_seed: int = 0) -> Dataset:
+def load(
+    name: str, data_dir: Path, *, per_class: int | None = None, split_seed: int = 0, refit: bool = False
+) -> Dataset:
     """Load train and validation, both from the train file; download or render the files if they are missing.
 
     Args:
@@ -25,6 +27,7 @@ def load(name: str, data_dir: Path, *, per_class: int | None = None, split_seed:
         data_dir: Folder that holds, or is to hold, the files.
         per_class: Train images per class, a balanced subset that any larger one contains; `None` for all.
         split_seed: Seed of the choice of validation and of the subset, at least 0.
+        refit: Whether most validation images are to be trained on as well; see `split_indices`.
 
     Raises:
         InputError: Unknown name, a setting out of range, or files that are damaged or can't be obtained.
@@ -35,8 +38,9 @@ def load(name: str, data_dir: Path, *, per_class: int | None = None, split_seed:
         raise InputError(f"the split seed must be at least 0, not {split_seed}")
     read: Labelled = spec.read(name, data_dir, "train")
     images, labels, classes = read.images, read.labels, read.classes
+    stratified = not spec.equal_validation
     train, val = split_indices(
-        labels, len(classes), per_class=per_class, split_seed=split_seed, stratified=not spec.equal_validation
+        labels, len(classes), per_class=per_class, split_seed=split_seed, stratified=stratified, refit=refit
     )
     arrays = images[train], labels[train], images[val], labels[val]
     return Dataset(name, classes, *arrays, fingerprint=_fingerprint(name, classes, arrays))
@@ -79,6 +83,7 @@ def split_indices(
     per_class: int | None = None,
     split_seed: int = 0,
     stratified: bool = False,
+    refit: bool = False,
 ) -> tuple[Indices, Indices]:
     """Draw validation, then train, so that validation is the same for every `per_class`.
 
@@ -89,6 +94,7 @@ def split_indices(
         split_seed: Seed of the draw, at least 0.
         stratified: Whether validation holds a sixth of every class, so that it has the shares that a test set has;
             otherwise as many of every class as a sixth of the smallest.
+        refit: Whether five of six validation images are moved to train, for nets between which nothing is chosen.
 
     Returns:
         Positions in `labels` of train and of validation, both increasing.
@@ -102,15 +108,16 @@ def split_indices(
         raise InputError(f"each class needs {VALIDATION_DIVISOR} train images or more; the smallest has {smallest}")
     held_out = (sizes if stratified else np.full(class_count, smallest)) // VALIDATION_DIVISOR
     check_per_class(per_class, largest=smallest - smallest // VALIDATION_DIVISOR)
+    still_out = np.maximum(1, held_out // VALIDATION_DIVISOR) if refit else held_out
     rng = np.random.default_rng(split_seed)
     shuffled = [rng.permutation(np.flatnonzero(labels == label)) for label in range(class_count)]
     train = np.concatenate(
         [
-            positions[held : None if per_class is None else held + per_class]
-            for positions, held in zip(shuffled, held_out, strict=True)
+            positions[out : None if per_class is None else held + per_class]
+            for positions, out, held in zip(shuffled, still_out, held_out, strict=True)
         ]
     )
-    val = np.concatenate([positions[:held] for positions, held in zip(shuffled, held_out, strict=True)])
+    val = np.concatenate([positions[:out] for positions, out in zip(shuffled, still_out, strict=True)])
     return np.sort(train), np.sort(val)
 
 

@@ -1,6 +1,7 @@
 """From the best cells of a grid to tested nets. Heavy to import; `grid.confirm` is the light door.
 
-Validation data choose; test data only report: a net that has been tested is never tested again.
+Validation data choose; test data only report: a net that has been tested is never tested again. With `--refit` the best
+finalist is trained on most validation images as well: nothing is left to choose.
 """
 
 import sys
@@ -32,15 +33,12 @@ from grid.record.predictor import register
 from grid.record.recorder import Recorder
 from grid.record.spool import Parked
 from grid.record.store import UNREACHABLE, Store, StoredTrial
-from grid.recorded import FIRST_FINALIST_SEED
+from grid.recorded import CONFIRM, FINALIST_KINDS, FIRST_FINALIST_SEED
 from grid.store_uri import slug
 from grid.ties import tied_with_best
 from grid.train.checkpoints import Checkpoints
 from grid.tune import connection
 from grid.wording import count, first_line
-
-KIND = "confirm"
-"""Of the runs of finalists in the store."""
 
 
 @dataclass(frozen=True)
@@ -74,25 +72,43 @@ def confirm(request: Confirmation) -> int:
     trained = [trial.config for trial in stored.values()]
     for config in trained:
         check_known(config)
-    check = check_code(store, [*stored.values(), *store.trials(KIND).values()], accept=request.accept_code)
+    earlier = [*stored.values(), *(trial for kind in FINALIST_KINDS for trial in store.trials(kind).values())]
+    check = check_code(store, earlier, accept=request.accept_code)
     dataset = _load_as_before(manifest, trained, request)
-    chosen, also_tied = choose(ranked, request.top, val_images=len(dataset.val_labels))
+    if request.refit:
+        chosen, also_tied = [_best_tested(store)], 0
+        dataset = load_recorded(manifest, request.experiment, request.data_dir, refit=True)
+    else:
+        chosen, also_tied = choose(ranked, request.top, val_images=len(dataset.val_labels))
     test_images, test_labels = load_test(dataset.name, request.data_dir, dataset)
-    checkpoints = Checkpoints(request.storage, slug(request.store, f"{request.experiment} {KIND}"))
+    checkpoints = Checkpoints(request.storage, slug(request.store, f"{request.experiment} {request.kind}"))
     with ExitStack() as stack:
-        spool = become_driver(store, stack, spool=request.spool, storage=request.storage, kind=KIND)
+        spool = become_driver(store, stack, spool=request.spool, storage=request.storage, kind=request.kind)
         finalists = Finalists(chosen, also_tied, trained, Prepared(dataset, spool, store), checkpoints, check)
         trials, exit_code = _train(request, finalists)
         if exit_code:
             return exit_code
         try:
             test = FinalTest.prepare(trials, store, dataset, checkpoints, test_images, test_labels)
-            for trial in _untested(store, trials):
+            for trial in _untested(store, request.kind, trials):
                 test.run(trial)
             return max(_conclude(request, store, trials), 1 if Parked(spool).lines else 0)
         except UNREACHABLE as error:
             problem = f"can't record the test results of the finalists: {first_line(error)}"
             raise InputError(f"{problem}; fix it and run the same command again") from error
+
+
+def _best_tested(store: Store) -> RankedCell:
+    """Return the finalist that is best by validation.
+
+    Raises:
+        InputError: None is tested.
+    """
+    tested = [trial for trial in store.trials(CONFIRM).values() if "test_accuracy" in trial.metrics]
+    ranked = rank_cells(map(summarise_trial, tested))
+    if not ranked:
+        raise InputError(f"no finalist of '{store.experiment}' is tested; run the same command without --refit first")
+    return ranked[0]
 
 
 def choose(ranked: Sequence[RankedCell], top: int, *, val_images: int) -> tuple[list[RankedCell], int]:
@@ -161,6 +177,7 @@ def _train(request: Confirmation, finalists: Finalists) -> tuple[list[TrialConfi
     with connection.connected(cluster, request.concurrency, checkpoints, device=request.device) as packing:
         trials = finalist_trials(finalists.chosen, finalists.trained, request.seeds, packing)
         dataset = finalists.prepared.dataset
+        trials = [replace(trial, data_fingerprint=dataset.fingerprint) for trial in trials]
         images = len(dataset.train_labels)
         packing = try_nodes(trials, dataset.image_shape, len(dataset.classes), images, packing)
         training = Training(packing, checkpoints, keep_weights=True)
@@ -171,37 +188,39 @@ def _train_left(request: Confirmation, trials: Sequence[TrialConfig], finalists:
     training.checkpoints.check()
     prepared = finalists.prepared
     store = prepared.store
-    recorder = Recorder(store, prepared.spool, KIND)
+    recorder = Recorder(store, prepared.spool, request.kind)
     recorder.recover()
-    stored = store.trials(KIND)
+    stored = store.trials(request.kind)
     left_out = describe_left_out(store)
     record = describe_command("grid.confirm", request, finalists.check, training.packing.devices)
     recorder.begin({}, stored, command=record_command(store, record), source=describe_source(record))
     plan = Plan([], {}, list(trials), frozenset(trial.trial_key for trial in trials), rule=NO_STOPPING)
     asha = Asha.of(plan.rule, trials[0].epochs)
-    facts = _describe(trials, finalists.also_tied) | left_out | dict(finalists.check.facts)
+    refit_on = len(prepared.dataset.train_labels) if request.refit else None
+    facts = _describe(trials, finalists.also_tied, refit_on) | left_out | dict(finalists.check.facts)
     ready = Ready(plan, stored, asha, finalists.check, facts)
     watcher, delivered = train_all(ready, prepared.dataset, recorder, training)
     return finish(watcher, recorder, delivered=delivered)
 
 
-def _untested(store: Store, trials: Sequence[TrialConfig]) -> list[StoredTrial]:
-    stored = store.trials(KIND)
+def _untested(store: Store, kind: str, trials: Sequence[TrialConfig]) -> list[StoredTrial]:
+    stored = store.trials(kind)
     known = [stored[trial.trial_key] for trial in trials if trial.trial_key in stored]
     return [trial for trial in known if trial.status == "completed" and "test_accuracy" not in trial.metrics]
 
 
-def _describe(trials: Sequence[TrialConfig], also_tied: int) -> dict[str, str]:
+def _describe(trials: Sequence[TrialConfig], also_tied: int, refit_on: int | None = None) -> dict[str, str]:
     cells = {trial.cell_key for trial in trials}
     seeds, epochs = count(len(trials) // len(cells), "new seed"), count(trials[0].epochs, "epoch")
-    facts = {"finalists": f"{count(len(cells), 'cell')} x {seeds}, {epochs} each"}
+    trainings = f"{count(len(cells), 'cell')} x {seeds}, {epochs} each"
+    facts = {"refit": f"{trainings}, on {refit_on:,} images"} if refit_on else {"finalists": trainings}
     if also_tied:
         facts["not confirmed"] = f"{count(also_tied, 'more cell')} may be as good; --top N confirms more of each model"
     return facts
 
 
 def _conclude(request: Confirmation, store: Store, trials: Sequence[TrialConfig]) -> int:
-    stored = store.trials(KIND)
+    stored = store.trials(request.kind)
     ended = [stored[trial.trial_key] for trial in trials if trial.trial_key in stored]
     tested = [trial for trial in ended if "test_accuracy" in trial.metrics]
     ranked = rank_cells(map(summarise_trial, ended))

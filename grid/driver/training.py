@@ -70,20 +70,21 @@ class Ready:
     """What a person should know first."""
 
 
-def load_recorded(manifest: Mapping[str, Any], experiment: str, data_dir: Path) -> Dataset:
+def load_recorded(manifest: Mapping[str, Any], experiment: str, data_dir: Path, *, refit: bool = False) -> Dataset:
     """Load the data set that an experiment was trained on, by name, size and split.
 
     Args:
         manifest: Of the experiment.
         experiment: Its name.
         data_dir: Holds the files, which may be others by now.
+        refit: As for `load`.
 
     Raises:
         InputError: The manifest does not say which, or the files can't be read.
     """
     match manifest:
         case {"data": {"name": str(name), "per_class": int() | None as per_class}, "order_seed": int(split_seed)}:
-            return load(name, data_dir, per_class=per_class, split_seed=split_seed)
+            return load(name, data_dir, per_class=per_class, split_seed=split_seed, refit=refit)
     raise InputError(f"'{experiment}' does not say what it was trained on (grid.json); run grid.run again")
 
 

@@ -16,6 +16,7 @@ from grid.masking import mask, mask_arguments
 from grid.parts.registry import Levels
 from grid.plan.asha import DEFAULT_RULE, StoppingRule
 from grid.plan.budget import NO_LIMIT, Budget
+from grid.recorded import CONFIRM, REFIT
 from grid.store_uri import check_store_uri, write_problem
 
 LIMITS = {"epochs": 100_000, "seeds": 1_000, "concurrency": 100_000}
@@ -168,6 +169,13 @@ class Confirmation(Place):
     """Replicates of each finalist; all finalists share their seeds."""
     register: str | None
     """Name under which the winner is put into MLflow's registry; None to register nothing."""
+    refit: bool = False
+    """Whether not the finalists are trained, but the best of them again, on most validation images as well."""
+
+    @property
+    def kind(self) -> str:
+        """Of the runs that are recorded."""
+        return REFIT if self.refit else CONFIRM
 
     def __post_init__(self) -> None:
         super().__post_init__()
