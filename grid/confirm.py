@@ -21,10 +21,12 @@ from grid.arguments import (
     for_programs,
     run_command,
 )
+from grid.config import InputError
 from grid.parts.files import load_files
 from grid.plan.request import Confirmation, read_place
 from grid.tune.limits import largest_object_store
 
+DEFAULT_TOP = 3
 INTERRUPTED = "interrupted; run the same command to continue"
 
 
@@ -59,10 +61,12 @@ def read_confirmation(options: argparse.Namespace) -> Confirmation:
     Raises:
         InputError: A value is wrong.
     """
+    if options.refit and options.top is not None:
+        raise InputError("--refit trains the best finalist alone; leave --top out")
     load_files(options.parts)
     return Confirmation(
         experiment=options.experiment,
-        top=options.top,
+        top=DEFAULT_TOP if options.top is None else options.top,
         seeds=options.seeds,
         register=options.register,
         refit=options.refit,
@@ -77,7 +81,7 @@ def _parser() -> Parser:
         "Run the same command again to continue; nothing is tested twice.",
     )
     add_experiment(parser)
-    parser.add_argument("--top", type=int, default=3, metavar="N", help="at most N finalists per model (3)")
+    parser.add_argument("--top", type=int, metavar="N", help=f"at most N finalists per model ({DEFAULT_TOP})")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="replicates per finalist (5)")
     parser.add_argument("--register", metavar="NAME", help="register the winner in MLflow's model registry")
     parser.add_argument(

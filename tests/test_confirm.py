@@ -17,6 +17,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--top", "0"], "--top must be 1 to 1,000, got 0"),
         (["--seeds", "0"], "--seeds must be 1 to 1,000, got 0"),
+        (["--refit", "--top", "1"], "--refit trains the best finalist alone; leave --top out"),
         (["--concurrency", "0"], "--concurrency must be 1 to 100,000, got 0"),
         (["--experiment", " "], "--experiment must be 1 to 200 printable characters"),
         (["--register", "a/b"], "--register must be a name without / and :, got 'a/b'"),

@@ -102,12 +102,14 @@ def _best_tested(store: Store) -> RankedCell:
     """Return the finalist that is best by validation.
 
     Raises:
-        InputError: None is tested.
+        InputError: None is tested, or some are not yet.
     """
-    tested = [trial for trial in store.trials(CONFIRM).values() if "test_accuracy" in trial.metrics]
-    ranked = rank_cells(map(summarise_trial, tested))
-    if not ranked:
-        raise InputError(f"no finalist of '{store.experiment}' is tested; run the same command without --refit first")
+    finalists = store.trials(CONFIRM).values()
+    untested = sum(trial.status in ("", "completed") and "test_accuracy" not in trial.metrics for trial in finalists)
+    ranked = rank_cells(summarise_trial(trial) for trial in finalists if trial.status in FINAL_STATUSES)
+    if untested or not ranked:
+        what = f"{count(untested, 'net')} not tested yet" if untested else "no tested finalist"
+        raise InputError(f"'{store.experiment}' has {what}; run the same command without --refit first")
     return ranked[0]
 
 
