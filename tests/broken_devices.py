@@ -32,18 +32,25 @@ class Sticky(Trial):
 
 
 class Crowded(Trial):
-    """Trains, if no more than `MOST` processes of its kind are there."""
+    """Trains, if no more than `MOST` processes of its kind are there; the first ones wait until there are more."""
 
     def __init__(self, config: TrialConfig, data: DeviceData):
         super().__init__(config, data)
-        (Path(os.environ["CROWD"]) / str(os.getpid())).touch()
+        self._folder = Path(os.environ["CROWD"])
+        (self._folder / str(os.getpid())).touch()
 
     def run_epoch(self) -> EpochReport:
-        time.sleep(0.2)  # so that all of them are there at once
-        crowd = [mark for mark in Path(os.environ["CROWD"]).iterdir() if Path("/proc", mark.name).exists()]
-        if len(crowd) > MOST:
+        too_many = self._folder / "too many"
+        deadline = time.monotonic() + 300  # processes of a busy machine start one after the other
+        while not too_many.exists() and not self._is_crowded() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if self._is_crowded():
+            too_many.touch()
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         return super().run_epoch()
+
+    def _is_crowded(self) -> bool:
+        return sum(Path("/proc", mark.name).exists() for mark in self._folder.iterdir()) > MOST
 
 
 class OneHuge(Trial):

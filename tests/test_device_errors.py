@@ -111,7 +111,7 @@ def test_after_a_sticky_error_one_process_is_replaced_and_no_trial_fails(
 
 
 @pytest.mark.slow
-def test_out_of_memory_lets_one_trial_less_run_at_once(dataset: Dataset, packing: Packing, tmp_path: Path) -> None:
+def test_out_of_memory_lets_one_fewer_trial_run_at_once(dataset: Dataset, packing: Packing, tmp_path: Path) -> None:
     notes = train(Crowded, 16, dataset, packing, tmp_path)
     assert [status for status, _ in notes.ends.values()] == ["completed"] * 16
     assert notes.notices
