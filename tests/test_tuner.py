@@ -146,17 +146,17 @@ def test_a_control_that_asha_would_have_stopped_is_reported_as_such_once(
 
 
 def test_workers_train_many_trials_whatever_becomes_of_one(dataset: Dataset, packing: Packing, tmp_path: Path) -> None:
-    """One trial diverges, and one raises: it has failed, with its traceback."""
+    """One trial diverges, which is neither stopped nor completed, and one raises: it has failed, with its traceback."""
     wild, broken = replace(CONFIG, learning_rate=1e20, batch_norm=False), replace(CONFIG, seed=OneWrong.WRONG)
     others = [replace(CONFIG, seed=seed) for seed in range(6)]
     before = worker_pids()
-    notes = run([wild, broken, *others], dataset, packing, tmp_path, begin=OneWrong)
+    notes = run([wild, broken, *others], dataset, packing, tmp_path, begin=OneWrong, asha=Asha((1,)))
     assert notes.ends[wild.trial_key] == ("diverged", "")
     status, error = notes.ends[broken.trial_key]
     assert status == "failed"
     assert error.startswith("Traceback")
     assert error.strip().endswith("ValueError: a wrong shape")
-    assert [notes.ends[other.trial_key] for other in others] == [("completed", "")] * 6
+    assert "completed" in {notes.ends[other.trial_key][0] for other in others} <= {"completed", "stopped"}
     assert 1 <= len(notes.worker_pids - before) <= packing.concurrency
 
 

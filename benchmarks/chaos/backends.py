@@ -1,4 +1,4 @@
-"""What a disturbed grid is kept on: files, as on a laptop, or servers, as of a cluster; and how each fails."""
+"""What a disturbed grid is kept on: files, as on a laptop, or servers, as of a cluster."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
