@@ -101,12 +101,12 @@ def tabulate(
     return table, notes + describe_unreadable(unreadable, noun) + strays
 
 
-def lost_finalists(finalists: pd.DataFrame) -> list[str]:
-    """Return notes on finalists' trainings that have no accuracy; no table of cells shows them."""
+def lost_finalists(finalists: pd.DataFrame, noun: str) -> list[str]:
+    """Return notes on trainings of finalists, or refits, that have no accuracy; no table of cells shows them."""
     trainings = finalists["status"].value_counts()
     cells = finalists.groupby("status")["cell_key"].nunique()
     return [
-        f"{count(int(trainings[status]), 'training')} of {count(int(cells[status]), 'finalist')} {status}: "
+        f"{count(int(trainings[status]), 'training')} of {count(int(cells[status]), noun)} {status}: "
         "their means are over the remaining seeds"
         for status in ("diverged", "failed")
         if status in trainings

@@ -39,7 +39,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def record(store: Store, folder: Path, status: str | None, epochs_run: int = 1, kind: str = "trial") -> None:
-    config = replace(CONFIG, seed=1003) if kind == "confirm" else CONFIG
+    config = CONFIG if kind == "trial" else replace(CONFIG, seed=1003)
     recorder = Recorder(store, Spool(folder / "spool.jsonl"), kind)
     recorder.begin({"grid.json": b'{"data": {"val_images": 940}}'}, {})
     recorder.started(config, control=True)
@@ -256,11 +256,12 @@ def test_metrics_without_an_epoch_are_ignored(store: Store, tmp_path: Path) -> N
     assert [name for name in row if name.startswith("val_accuracy_at_")] == ["val_accuracy_at_1"]
 
 
-def test_a_note_counts_diverged_finalists(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "noun"), [("confirm", "finalist"), ("refit", "refit")])
+def test_a_note_counts_diverged_finalists_and_refits(kind: str, noun: str, store: Store, tmp_path: Path) -> None:
     record(store, tmp_path, "stopped")
-    record(store, tmp_path, "diverged", kind="confirm")
+    record(store, tmp_path, "diverged", kind=kind)
     (note,) = read_experiment(store.uri, "some grid").notes
-    assert note == "1 training of 1 finalist diverged: their means are over the remaining seeds"
+    assert note == f"1 training of 1 {noun} diverged: their means are over the remaining seeds"
 
 
 def test_tests_of_older_stores_compare_with_validation_by_their_plain_accuracy(store: Store, tmp_path: Path) -> None:
