@@ -19,7 +19,7 @@ set -uo pipefail
 give_up() { echo "cluster-slurm.sh: $1" >&2; exit 2; }
 time_is_up= driver=
 trap 'time_is_up=yes; [ -z "$driver" ] || kill $driver' USR1  # the driver ends the epochs that run, and saves them
-trap '[ -n "$driver" ] && kill $driver || exit 143' TERM
+trap '[ -z "$driver" ] || kill -KILL $driver; exit 143' TERM  # it has no Ray any more, and would wait for it
 
 cd "$SLURM_SUBMIT_DIR" || exit 2
 source .venv/bin/activate || give_up "no .venv in $PWD; run make setup there"
@@ -43,14 +43,18 @@ address_of() {
 export -f address_of
 address=$(address_of "$head"):$port
 
+# remove_folder: although what writes there may be about to end.
+remove_folder() { until rm -rf "$folder" 2>/dev/null; do sleep 0.2; done; }
+export -f remove_folder
+
 # start_ray NODES OPTION...: a step that runs Ray on so many nodes, with the GPUs that Slurm gave it, and tidies up.
 start_ray() {
     srun --overlap --nodes="$1" --ntasks="$1" --cpus-per-task="$cpus" "$2" bash -c '
-        mkdir -m 700 $folder 2>/dev/null || { [ -O $folder ] && [ ! -L $folder ]; } || exit 1
-        trap "rm -rf $folder" EXIT
+        mkdir -m 700 $folder 2>/dev/null || { [ -O $folder ] && [ ! -L $folder ] && chmod 700 $folder; } || exit 1
+        trap remove_folder EXIT
         log=$folder/$SLURMD_NODENAME.log
         ray start --block --node-ip-address="$(address_of $SLURMD_NODENAME)" "$@" >$log 2>&1 &
-        trap "exec 2>/dev/null; kill -KILL $!; exit" TERM  # all that it has started ends with it, at once
+        trap "exec 2>/dev/null; kill -KILL $!; wait; exit" TERM  # all that it has started ends with it, at once
         wait $! || tail $log >&2' ray "${@:3}" \
         --num-cpus="$cpus" --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 &
 }
@@ -73,7 +77,7 @@ while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[2]):
 END
 [ -z "$time_is_up" ] || give_up "the time was up before anything trained; give --time=15:00 or more"
 
-trap 'rm -rf $folder' EXIT  # what the driver wrote there after Ray had ended
+trap remove_folder EXIT  # what the driver wrote there after Ray had ended
 python -m grid.run --address "$address" "$@" &
 driver=$!
 wait $driver

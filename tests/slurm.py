@@ -26,7 +26,6 @@ AuthType=auth/munge
 CredType=cred/munge
 # A job that goes back into the queue waits as long as its old credentials are valid: two minutes by default.
 AuthInfo=socket={folder}/munge/socket,cred_expire=10
-KillWait=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
