@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
+# Tests wait about a third of their time, so there is one process more than CPUs; the longest files begin first.
+WORKERS := $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
+LONGEST := $(foreach name,servers slurm experiment tuner,tests/test_$(name).py)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-all gpu-report compat check lint types imports format clean
@@ -23,13 +26,14 @@ run: setup  ## run the quick grid offline: 32 trials, a ranked table in minutes
 
 test: setup  ## run the fast tests, one real Ray run and one real kill among them (minutes)
 	@# bits are compared, so these train on the CPU; those of a GPU see it, and skip where there is none
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m "not slow and not gpu"
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
 	$(BIN)/python -m pytest -q -m gpu tests/test_gpu.py
 
 test-all: test  ## run all tests: clusters, failures, browser, notebooks, wheel (half an hour)
 	@# the simulated hosts see nothing of this machine's Ray, so their tests run beside the others
 	$(BIN)/python -m pytest -m slow tests/test_cluster.py & hosts=$$!; \
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --ignore tests/test_cluster.py; others=$$?; \
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m slow $(LONGEST) tests \
+		--ignore tests/test_cluster.py; others=$$?; \
 	wait $$hosts && exit $$others
 
 gpu-report: setup  ## on a machine with a GPU: its tests and step times, on one page (minutes)

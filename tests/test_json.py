@@ -1,10 +1,7 @@
 """What the commands print for programs and papers: held against the schema in docs/, and against the text."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,23 +89,6 @@ def test_a_forecast_is_answered_by_the_schema_and_its_text_is_on_stderr(
     check("dry_run", answer)
     assert (answer["cells"], answer["trials"], answer["budget"], answer["rungs"]) == (32, 32, 9, [3])
     assert f"{answer['epochs']:,.0f} expected of 288" in printed.err
-
-
-@pytest.mark.slow
-def test_a_run_and_a_confirmation_are_answered_by_the_schema(glyphs_dir: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    place = ["--data-dir", str(glyphs_dir), "--address", "local", "--json"]
-    held = ["--only", "model=mlp", "--only", "activation=relu", "--only", "dropout=off", "--only", "batch_norm=off"]
-    grid = ["grid.run", "--grid", "smoke", *held, "--per-class", "10", "--epochs", "1", "--no-report"]
-    confirm = ["grid.confirm", "--experiment", "smoke-glyphs-10-per-class-1-epochs", "--top", "1", "--seeds", "1"]
-    for command, rows in ((grid, 2), (confirm, 2)):
-        done = subprocess.run(
-            [sys.executable, "-m", *command, *place], cwd=tmp_path, env=environment, capture_output=True, timeout=1800
-        )
-        assert done.returncode == 0, done.stderr
-        answer = json.loads(done.stdout)
-        check("run", answer)
-        assert (answer["exit_code"], len(answer["cells"])) == (0, rows)
 
 
 def test_nothing_known_is_null() -> None:

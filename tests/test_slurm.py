@@ -17,7 +17,7 @@ from tests.waiting import wait_until
 ROOT = Path(__file__).parents[1]
 LACKING = missing() or ("" if (Path(sys.prefix) / "bin" / "activate").exists() else "needs a virtual environment")
 PATIENCE_SECONDS = 900.0
-TRIALS = 64
+TRIALS = 32
 wait = partial(wait_until, seconds=PATIENCE_SECONDS, every=0.5)
 pytestmark = [
     pytest.mark.slow,
@@ -37,7 +37,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 def test_a_grid_whose_time_is_up_and_that_is_cancelled_is_completed_and_leaves_nothing(
     cluster: Slurm, glyphs_dir: Path
 ) -> None:
-    grid = ["--grid", "smoke", "--only=model=mlp", "--seeds=4", "--per-class=60", "--controls=0", "--no-report"]
+    grid = ["--grid", "smoke", "--only=model=mlp", "--seeds=2", "--per-class=60", "--controls=0", "--no-report"]
     script = [
         "--nodes=2",
         "--cpus-per-task=2",

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from grid.record.commands import commands_of, read_command
 from grid.record.lease import Lease
 from grid.record.store import Store
 from grid.train.code_version import NUMERIC_CODE
+from tests.test_json import check as check_answer
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "store.md").read_text()
@@ -107,8 +109,8 @@ def test_analysis_reads_only_documented_names() -> None:
 
 
 @pytest.fixture(scope="module")
-def real_store(glyphs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """A tiny grid with early stopping, a control that is drawn later, and its finalists, by the commands."""
+def recorded(glyphs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, list[dict[str, Any]]]:
+    """A tiny grid with early stopping, a control that is drawn later, and its finalists; what the commands print."""
     folder = tmp_path_factory.mktemp("real")
     uri, shared = f"sqlite:///{folder}/mlflow.db", ["--data-dir", str(glyphs_dir), "--address", "local"]
     small = ["--only", "model=mlp", "--only", "optimizer=adam", "--only", "dropout=off", "--per-class", "20"]
@@ -116,12 +118,26 @@ def real_store(glyphs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> St
     own = ["--only", "activation=relu", "--only", "clipping=1.0,0.1"]
     grid = ["grid.run", "--grid", "smoke", *small, *parts, *own, "--epochs", "2", "--controls", "0"]
     confirm = ["grid.confirm", "--top", "1", "--seeds", "1", *parts]
+    answers: list[dict[str, Any]] = []
     for command in (grid, [*grid, "--more-controls", "1"], confirm):
-        arguments = [*command, *shared, "--store", uri, "--experiment", "tiny"]
-        subprocess.run([sys.executable, "-m", *arguments], cwd=folder, check=True, capture_output=True)
+        arguments = [*command, *shared, "--store", uri, "--experiment", "tiny", "--json"]
+        done = subprocess.run([sys.executable, "-m", *arguments], cwd=folder, check=True, capture_output=True)
+        answers.append(json.loads(done.stdout))
     store = Store(uri, "tiny")
     store.create()
-    return store
+    return store, answers
+
+
+@pytest.fixture(scope="module")
+def real_store(recorded: tuple[Store, list[dict[str, Any]]]) -> Store:
+    return recorded[0]
+
+
+@pytest.mark.slow
+def test_commands_that_train_are_answered_by_the_schema(recorded: tuple[Store, list[dict[str, Any]]]) -> None:
+    for answer in recorded[1]:
+        check_answer("run", answer)
+        assert (answer["exit_code"], len(answer["cells"])) == (0, 4)
 
 
 @pytest.mark.slow
