@@ -22,7 +22,7 @@ from statistics import median
 import pandas as pd
 import torch
 
-from grid.arguments import Parser, add_data_dir, run_command
+from grid.arguments import Parser, add_data_dir, positive, run_command
 from grid.config import CHOICES, InputError, Params, TrialConfig
 from grid.data.catalogue import NAMES, find_dataset
 from grid.data.dataset import Dataset
@@ -74,9 +74,9 @@ def _parser() -> Parser:
     parser.add_argument("--report", type=Path, metavar="FILE", help="print the tables of this file; train nothing")
     parser.add_argument("--data", default="glyphs", metavar="NAME", help=f"{', '.join(NAMES)} (glyphs)")
     add_data_dir(parser)
-    parser.add_argument("--per-class", type=int, metavar="N", help="training images per class (all)")
-    parser.add_argument("--epochs", type=int, default=3, metavar="N", help="epochs of each training (3)")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="trainings of each cell and rate (1)")
+    parser.add_argument("--per-class", type=positive, metavar="N", help="training images per class (all)")
+    parser.add_argument("--epochs", type=positive, default=3, metavar="N", help="epochs of each training (3)")
+    parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="trainings of each cell and rate (1)")
     parser.add_argument("--below", type=int, default=2, metavar="N", help="rates below the base rate (2)")
     parser.add_argument("--above", type=int, default=2, metavar="N", help="rates above the base rate (2)")
     parser.add_argument("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS), help="(all)")

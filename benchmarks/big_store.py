@@ -34,8 +34,8 @@ from analysis.rank import rank_cells
 from analysis.stopping.figures import audit_stopping
 from analysis.store import Experiment, read_experiment
 from benchmarks.servers import postgres
-from grid.arguments import Parser
-from grid.config import FACTORS, TrialConfig
+from grid.arguments import Parser, positive, run_command
+from grid.config import FACTORS, InputError, TrialConfig
 from grid.metrics import EPOCH_METRICS, RUNG_METRIC
 from grid.parts import LEVELS
 from grid.parts.registry import GRIDS
@@ -274,10 +274,10 @@ def format_seconds(seconds: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Fill a store, check it, measure, and print the table."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fill a store, check it, measure, print the table, and return the exit code."""
     parser = Parser(prog="python -m benchmarks.big_store", description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=10_000, metavar="N", help="trials in the store (10000)")
+    parser.add_argument("--runs", type=positive, default=10_000, metavar="N", help="trials in the store (10000)")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="keep the store in this folder (a temporary one)")
     parser.add_argument("--postgres", action="store_true", help="in PostgreSQL (Debian: postgresql) instead of sqlite")
     options = parser.parse_args(arguments)
@@ -285,12 +285,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--postgres {lacking}")
     if options.folder and (options.folder / "mlflow.db").exists():
         parser.error(f"--folder {options.folder} already contains a store; pass another folder")
+    return run_command(parser.name, lambda: _measure_in(options.folder, options.runs, in_postgres=options.postgres))
+
+
+def _measure_in(kept: Path | None, runs: int, *, in_postgres: bool) -> int:
     with ExitStack() as stack:
-        folder = (options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = (kept or Path(stack.enter_context(tempfile.TemporaryDirectory()))).absolute()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"can't make the folder {folder}: {error.strerror}; pass another --folder") from error
         stack.enter_context(chdir(folder))  # where MLflow puts the files of a store that is not sqlite
-        uri = stack.enter_context(postgres.postgres()).uri if options.postgres else f"sqlite:///{folder}/mlflow.db"
-        trials = simulate_grid(options.runs)
+        uri = stack.enter_context(postgres.postgres()).uri if in_postgres else f"sqlite:///{folder}/mlflow.db"
+        trials = simulate_grid(runs)
         begun = time.perf_counter()
         fill_store(uri, trials)
         filled = time.perf_counter() - begun
@@ -298,7 +305,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epochs = sum(trial.epochs_run for trial in trials)
         print(f"{len(trials):,} trials, {epochs:,} epochs, {count_bytes(uri) / 1e6:.0f} MB, written in {filled:.0f} s")
         print(format_seconds(measure(uri, folder)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from scipy.stats import t
 
-from grid.arguments import Parser, add_data_dir, run_command
+from grid.arguments import Parser, add_data_dir, positive, run_command
 from grid.config import InputError, TrialConfig, cell_name
 from grid.data.catalogue import NAMES, find_dataset
 from grid.data.load import load
@@ -52,9 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.fast_paths", description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="glyphs", metavar="NAME", help=f"{', '.join(NAMES)} (glyphs)")
     add_data_dir(parser)
-    parser.add_argument("--per-class", type=int, default=100, metavar="N", help="training images per class (100)")
-    parser.add_argument("--epochs", type=int, default=5, metavar="N", help="epochs of each training (5)")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="pairs of trainings per cell, at least 2 (5)")
+    parser.add_argument("--per-class", type=positive, default=100, metavar="N", help="training images per class (100)")
+    parser.add_argument("--epochs", type=positive, default=5, metavar="N", help="epochs of each training (5)")
+    parser.add_argument(
+        "--seeds", type=positive, default=5, metavar="N", help="pairs of trainings per cell, at least 2 (5)"
+    )
     parser.add_argument(
         "--precision", default="auto", choices=["auto", "float32", "bfloat16"], help="precision of the fast way (auto)"
     )

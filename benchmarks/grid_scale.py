@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from mlflow.tracking import MlflowClient
 
-from grid.arguments import Parser
+from grid.arguments import Parser, positive, run_command
 from grid.config import TrialConfig
 from grid.data.dataset import Dataset
 from grid.driver.watcher import Watcher, restore_rungs
@@ -162,19 +162,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.grid_scale", description=__doc__.splitlines()[0])
     sizes = " ".join(map(str, SIZES))
     parser.add_argument(
-        "--trials", type=int, nargs="+", default=list(SIZES), metavar="N", help=f"sizes of the grids ({sizes})"
+        "--trials", type=positive, nargs="+", default=list(SIZES), metavar="N", help=f"sizes of the grids ({sizes})"
     )
     parser.add_argument("--quick", action="store_true", help=f"run one grid of {QUICK[0]} trials")
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.in_this_process:
-        with tempfile.TemporaryDirectory(prefix="scale-") as folder:
-            print(json.dumps(asdict(measure(options.trials[0], Path(folder)))))
+
+    def report() -> int:
+        if options.in_this_process:
+            with tempfile.TemporaryDirectory(prefix="scale-") as folder:
+                print(json.dumps(asdict(measure(options.trials[0], Path(folder)))))
+            return 0
+        print(HEADER, flush=True)
+        for trials in QUICK if options.quick else options.trials:
+            print(measure_in_subprocess(trials).line, flush=True)
         return 0
-    print(HEADER, flush=True)
-    for trials in QUICK if options.quick else options.trials:
-        print(measure_in_subprocess(trials).line, flush=True)
-    return 0
+
+    return run_command(parser.name, report)
 
 
 def measure_in_subprocess(trials: int) -> Cost:

@@ -32,7 +32,7 @@ import numpy as np
 
 from benchmarks.grid_speed_table import OURS, Row, append_row, check_alike, read_rows, read_store, report
 from benchmarks.peers.common import open_dataset
-from grid.arguments import Parser, add_data_dir, run_command
+from grid.arguments import Parser, add_data_dir, positive, run_command
 from grid.config import InputError
 from grid.data.catalogue import NAMES
 from grid.data.load import load, split_indices
@@ -291,12 +291,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME[,NAME]",
         help=f"{', '.join(CONTENDERS)} ({DEFAULT_CONTENDERS})",
     )
-    parser.add_argument("--repeats", type=int, metavar="N", help="runs of each contender (3)")
+    parser.add_argument("--repeats", type=positive, metavar="N", help="runs of each contender (3)")
     parser.add_argument("--data", default="glyphs", metavar="NAME", help=f"{', '.join(READ_BY_PEERS)} (glyphs)")
     add_data_dir(parser)
-    parser.add_argument("--per-class", type=int, metavar="N", help="training images per class (all)")
-    parser.add_argument("--epochs", type=int, default=3, metavar="N", help="budget of a trial that is not stopped (3)")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="trials of each cell (1)")
+    parser.add_argument("--per-class", type=positive, metavar="N", help="training images per class (all)")
+    parser.add_argument(
+        "--epochs", type=positive, default=3, metavar="N", help="budget of a trial that is not stopped (3)"
+    )
+    parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="trials of each cell (1)")
     parser.add_argument("--quick", action="store_true", help="try it out: 2 cells, 20 images per class, 1 repeat")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="add a line per run to this file")
     parser.add_argument("--report", type=Path, metavar="FILE", help="print the tables of such a file, run nothing")

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
-from grid.arguments import Parser, run_command
+from grid.arguments import Parser, positive, run_command
 from grid.config import InputError
 from grid.data.glyphs import render_if_missing
 from grid.tune.private_ray import SWITCH, TOUCHES
@@ -30,7 +30,7 @@ PLAIN = "1"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 2 if an argument is wrong."""
     parser = Parser(prog="python -m benchmarks.start_speed", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="grids per contender (5)")
+    parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="grids per contender (5)")
     parser.add_argument("--without", metavar="TOUCH[,TOUCH]", help=f"{', '.join(TOUCHES)} (each, and all at once)")
     options = parser.parse_args(arguments)
 

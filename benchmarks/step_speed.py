@@ -14,8 +14,9 @@ Everything else that a step does, from batch norm to the optimizer, therefore lo
 import argparse
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -25,8 +26,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from grid.arguments import Parser
-from grid.config import TrialConfig, cell_name
+from grid.arguments import Parser, positive, run_command
+from grid.config import InputError, TrialConfig, cell_name
 from grid.parts.registry import ACTIONS, LEVELS, MODELS, OPTIMIZERS
 from grid.train.hardware import keep_freed_memory, numeric_settings
 from grid.train.trial import DeviceData, Trial, random_data
@@ -39,9 +40,16 @@ SECONDS = 1.5
 """Time spent on each matrix size when the peak is measured."""
 
 
-def main() -> None:
-    """Measure each trial and print the table."""
-    options = _arguments()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure each trial, print the table, and return the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    return run_command(parser.name, lambda: _report(options))
+
+
+def _report(options: argparse.Namespace) -> int:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no GPU here; use --device cpu")
     torch.set_num_threads(options.threads)
     keep_freed_memory()  # as a worker does
     data = random_images(options.images, options.device)
@@ -61,12 +69,13 @@ def main() -> None:
         )
         if options.profile:
             print(top_operators(config, data, options.profile))
+    return 0
 
 
-def _arguments() -> argparse.Namespace:
+def _parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.step_speed", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="kind of device (cpu)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (1, as for a trial)")
+    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="CPU threads (1, as for a trial)")
     parser.add_argument(
         "--models", nargs="+", choices=list(MODELS), default=["mlp", "cnn"], help="nets to train (mlp and cnn)"
     )
@@ -74,21 +83,23 @@ def _arguments() -> argparse.Namespace:
         "--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS), help="precisions (both)"
     )
     parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adam", help="optimizer (adam)")
-    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images per step (128)")
-    parser.add_argument("--images", type=int, default=6400, metavar="N", help="training images per epoch (6400)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed epochs; the median is printed (5)")
+    parser.add_argument("--batch-size", type=positive, default=128, metavar="N", help="images per step (128)")
+    parser.add_argument("--images", type=positive, default=6400, metavar="N", help="training images per epoch (6400)")
+    parser.add_argument(
+        "--repeats", type=positive, default=5, metavar="N", help="timed epochs; the median is printed (5)"
+    )
     parser.add_argument(
         "--techniques", action="store_true", help="time augmentation, mixup, ... as well, each beside the bare trial"
     )
     parser.add_argument(
         "--profile",
-        type=int,
+        type=positive,
         nargs="?",
         const=15,
         metavar="ROWS",
         help="print the slowest operators of each trial (15)",
     )
-    return parser.parse_args()
+    return parser
 
 
 def trials(options: argparse.Namespace) -> Iterator[TrialConfig]:
@@ -179,4 +190,4 @@ def _device_name(device: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

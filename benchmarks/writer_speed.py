@@ -8,9 +8,11 @@ receives the same reports one after another, because it blocks the loop until ea
 """
 
 import statistics
+import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,8 +20,8 @@ from ray.air.integrations.mlflow import MLflowLoggerCallback
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.registry import register_trainable
 
-from grid.arguments import Parser
-from grid.config import TrialConfig
+from grid.arguments import Parser, positive, run_command
+from grid.config import InputError, TrialConfig
 from grid.metrics import EPOCH_METRICS, EpochReport
 from grid.record.recorder import Recorder
 from grid.record.spool import Spool
@@ -52,16 +54,22 @@ class Speed:
     """Samples of the time between a report and its arrival in the store."""
 
 
-def main() -> None:
-    """Measure both writers and print the table."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure both writers, print the table, and return the exit code."""
     parser = Parser(prog="python -m benchmarks.writer_speed", description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=100, metavar="N", help="trials at once (100)")
+    parser.add_argument("--trials", type=positive, default=100, metavar="N", help="trials at once (100)")
     parser.add_argument("--rate", type=float, default=2.0, metavar="X", help="reports per second and trial (2)")
     parser.add_argument("--seconds", type=float, default=30.0, metavar="S", help="how long the recorder is fed (30)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    return run_command(parser.name, lambda: _report(options.trials, options.rate, options.seconds))
+
+
+def _report(trials: int, rate: float, seconds: float) -> int:
+    if rate <= 0 or seconds <= 0:
+        raise InputError("--rate and --seconds must be above 0")
     with tempfile.TemporaryDirectory() as name:
-        ours = feed_recorder(Path(name), options.trials, options.trials * options.rate, options.seconds)
-        rays = feed_callback(Path(name), options.trials, reports=min(200, ours.reports))
+        ours = feed_recorder(Path(name), trials, trials * rate, seconds)
+        rays = feed_callback(Path(name), trials, reports=min(200, ours.reports))
     print(
         f"{'writer':<22} {'reports':>7} {'reports/s':>9} {'cost: median':>12} {'p99':>9} {'lag: median':>11} {'max':>7}"
     )
@@ -72,6 +80,7 @@ def main() -> None:
     print(f"median lag of grid.record.recorder: {early:.2f} s in the first third, {late:.2f} s in the last")
     ratio = statistics.median(rays.costs) / statistics.median(ours.costs)
     print(f"with Ray's callback, a report blocks the driver {ratio:,.0f} times as long (medians of one run)")
+    return 0
 
 
 def feed_recorder(folder: Path, trials: int, rate: float, seconds: float) -> Speed:
@@ -144,4 +153,4 @@ def print_speed(name: str, speed: Speed) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -56,6 +56,17 @@ class Parser(argparse.ArgumentParser):
         return self.prog.removeprefix("python -m ")
 
 
+def positive(text: str) -> int:
+    """Return a number of things, the type of an option.
+
+    Raises:
+        argparse.ArgumentTypeError: Not a whole number, or less than 1.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+    return int(text)
+
+
 def add_experiment(options: Options) -> None:
     """Add `--experiment`, for a command that reads one."""
     options.add_argument("--experiment", required=True, metavar="NAME", help="MLflow experiment that holds the grid")

@@ -82,6 +82,12 @@ def _fresh_ray() -> Iterator[None]:
         raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let readers keep what they have read in a folder of the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def glyphs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder with the glyphs in it, rendered once; tests do not write to it."""

@@ -30,12 +30,9 @@ from grid.record.spool import Spool
 from grid.record.store import Store
 from grid.store_uri import check_store_uri
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 CONFIG = TrialConfig(learning_rate=1e-3, epochs=9, seed=3, lr_scale=0.5)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def record(store: Store, folder: Path, status: str | None, epochs_run: int = 1, kind: str = "trial") -> None:

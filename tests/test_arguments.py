@@ -1,5 +1,6 @@
 """How every command meets the machine: output that can't be written, errors that no one has foreseen."""
 
+import argparse
 import json
 import math
 import re
@@ -8,11 +9,13 @@ import sys
 import tempfile
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from grid.arguments import print_json, run_command, write_output
+from benchmarks import big_store, step_speed, writer_speed
+from grid.arguments import positive, print_json, run_command, write_output
 from grid.config import InputError
 
 PRINTS = """
@@ -168,3 +171,31 @@ def test_json_has_null_for_what_is_not_finite(capsys: pytest.CaptureFixture[str]
         "rows": [{"low": None, "level": "on"}],
         "ends": [0.5, None],
     }
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "x", "", "1_0"])
+def test_a_number_of_things_is_1_or_more(text: str) -> None:
+    assert positive("12") == 12
+    with pytest.raises(argparse.ArgumentTypeError, match=f"^must be 1 or more, got {re.escape(text)}$"):
+        positive(text)
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "said"),
+    [
+        (writer_speed.main, ["--rate", "0"], "benchmarks.writer_speed: --rate and --seconds must be above 0"),
+        (big_store.main, ["--folder", "/proc/x"], "benchmarks.big_store: can't make the folder /proc/x: No such file"),
+        (step_speed.main, ["--device", "cuda"], "benchmarks.step_speed: --device cuda: torch finds no GPU here; use"),
+    ],
+)
+def test_wrong_input_of_a_benchmark_is_one_line(
+    main: Callable[[list[str]], int],
+    arguments: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)

@@ -20,6 +20,8 @@ from benchmarks.big_store import (
 from benchmarks.servers import postgres
 from grid.metrics import STATUSES
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 
 @pytest.fixture(scope="module")
 def trials() -> list[SimulatedTrial]:
@@ -31,11 +33,6 @@ def uri(trials: list[SimulatedTrial], tmp_path_factory: pytest.TempPathFactory) 
     uri = f"sqlite:///{tmp_path_factory.mktemp('big')}/mlflow.db"
     fill_store(uri, trials)
     return uri
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def test_a_big_grid_has_as_many_seeds_as_necessary() -> None:

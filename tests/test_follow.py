@@ -29,14 +29,11 @@ from grid.record.store import Store
 from tests.chromium import BROWSER, Tab, browsing
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 EVERY = 0.05
 PLANNED = 4
 ACTIVATIONS = ("relu", "gelu", "elu", "leaky_relu")
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 class Run:

@@ -187,8 +187,8 @@ def test_the_text_is_narrow_whatever_the_number_of_grids(summary: pd.DataFrame) 
 
 
 @pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_the_command_prints_the_table_and_returns_it(jobs: int, capsys: pytest.CaptureFixture[str]) -> None:
-    found = main(["--grids", "2", "--seed", "3", "--jobs", str(jobs)])
-    expected = summarise([examine(index, seed=3) for index in range(2)])
-    pd.testing.assert_frame_equal(found, expected)
-    assert capsys.readouterr().out.startswith("2 grids of 216 cells")
+def test_the_command_prints_the_table(jobs: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--grids", "2", "--seed", "3", "--jobs", str(jobs)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("2 grids of 216 cells")
+    assert format_summary(summarise([examine(index, seed=3) for index in range(2)])) in printed

@@ -17,6 +17,8 @@ from grid.record.recorder import Recorder
 from grid.record.spool import Spool
 from grid.record.store import Store
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome here")
 GOOD = [0.3, 0.5, 0.6]
@@ -32,11 +34,6 @@ PROBE = """<script>addEventListener("load", () => {
   parent.postMessage(JSON.stringify({sizes, page: document.documentElement.scrollWidth, window: innerWidth}), "*");
 });</script>
 """
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")

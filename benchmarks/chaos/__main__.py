@@ -9,12 +9,13 @@ undisturbed run recorded. Needs Linux; the failure `spool disk full` needs root,
 without it.
 """
 
+import argparse
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.chaos import infrastructure
@@ -25,7 +26,8 @@ from benchmarks.chaos.drivers import DRIVER_FAILURES, kill_driver
 from benchmarks.chaos.infrastructure import FILE_FAILURES, SERVER_FAILURES, small_disk
 from benchmarks.servers import postgres
 from benchmarks.servers.local import free_port, kill_tree
-from grid.arguments import Parser
+from grid.arguments import Parser, positive, run_command
+from grid.config import InputError
 from grid.wording import count
 
 GRID = ["--grid", "smoke", "--only", "model=mlp", "--per-class", "60", "--epochs", "9", "--seeds", "2"]
@@ -44,9 +46,9 @@ FAILURES = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Inject the failures, print the table, and return 0 if every grid survived with nothing wrong."""
     parser = Parser(prog="python -m benchmarks.chaos", description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20, metavar="N", help="failures to inject (20)")
+    parser.add_argument("--kills", type=positive, default=20, metavar="N", help="failures to inject (20)")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="seed of the schedule (1)")
-    parser.add_argument("--seeds", type=int, default=2, metavar="N", help="replicates per cell, 16 trials each (2)")
+    parser.add_argument("--seeds", type=positive, default=2, metavar="N", help="replicates per cell (2)")
     parser.add_argument(
         "--servers", action="store_true", help="on PostgreSQL (Debian: postgresql) and an S3 API instead of files"
     )
@@ -54,13 +56,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--failure", action="append", choices=list(FAILURES), help="inject only this kind; may be repeated"
     )
     options = parser.parse_args(arguments)
-    rng = random.Random(options.seed)  # noqa: S311  (a schedule)
-    grid = [*GRID[:-1], str(options.seeds)]
-    elsewhere = FILE_FAILURES if options.servers else SERVER_FAILURES
-    if wrong := [kind for kind in options.failure or () if kind in elsewhere]:
+    if wrong := [kind for kind in options.failure or () if kind in _elsewhere(options)]:
         parser.error(f"--failure '{wrong[0]}' is one of {'files' if options.servers else '--servers'} only")
     if options.servers and (lacking := postgres.missing()):
         parser.error(f"--servers {lacking}")
+    return run_command(parser.name, lambda: _inject_all(options))
+
+
+def _elsewhere(options: argparse.Namespace) -> dict[str, Callable[[Arena], None]]:
+    return FILE_FAILURES if options.servers else SERVER_FAILURES
+
+
+def _inject_all(options: argparse.Namespace) -> int:
+    rng = random.Random(options.seed)  # noqa: S311  (a schedule)
+    grid = [*GRID[:-1], str(options.seeds)]
+    elsewhere = _elsewhere(options)
     with (
         tempfile.TemporaryDirectory(prefix="chaos-") as name,
         small_disk(Path(name) / "spool") as is_small,
@@ -74,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             arena.start_driver("undisturbed")
             if code := arena.wait_for_driver():
-                parser.exit(1, f"the undisturbed run ended with exit code {code}:\n{arena.log}")
+                raise InputError(f"the undisturbed run ended with exit code {code}:\n{arena.log}")
             survived, experiments = run_schedule(arena, schedule)
             result = audit(arena.uri, arena.folder, "undisturbed", experiments, backend.checkpoints())
             result.two_drivers = arena.two_drivers

@@ -5,6 +5,7 @@
 Prints how often the intervals of `analysis` cover the truth, and how far off other ways to estimate the effects are.
 """
 
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -15,7 +16,7 @@ import pandas as pd
 from benchmarks.planted.coverage import examine, format_summary, summarise
 from benchmarks.planted.grids import COUNTS, EPOCHS, RUNGS
 from benchmarks.processes import run_all
-from grid.arguments import Parser
+from grid.arguments import Parser, positive, run_command
 
 
 def run(grids: int, seed: int, jobs: int) -> pd.DataFrame:
@@ -23,23 +24,25 @@ def run(grids: int, seed: int, jobs: int) -> pd.DataFrame:
     return summarise(run_all(partial(examine, seed=seed), range(grids), jobs, "grids"))
 
 
-def main(arguments: Sequence[str] | None = None) -> pd.DataFrame:
-    """Simulate and analyse grids; print the summary and return it."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Simulate and analyse grids, print the summary, and return the exit code."""
     parser = Parser(prog="python -m benchmarks.planted", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--grids", type=int, default=1000, metavar="N", help="grids to simulate (1000)")
+    parser.add_argument("--grids", type=positive, default=1000, metavar="N", help="grids to simulate (1000)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the simulation (0)")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (1)")
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="processes (1)")
     options = parser.parse_args(arguments)
-    begun = time.monotonic()
-    summary = run(options.grids, options.seed, options.jobs)
-    cells = int(np.prod(COUNTS))
-    print(
-        f"{options.grids:,} grids of {cells} cells, 1 or 2 seeds, {EPOCHS} epochs, rungs {RUNGS}, seed {options.seed}"
-    )
-    print(format_summary(summary))
-    print(f"{time.monotonic() - begun:.0f} s")
-    return summary
+
+    def report() -> int:
+        begun = time.monotonic()
+        summary = run(options.grids, options.seed, options.jobs)
+        grids = f"{options.grids:,} grids of {int(np.prod(COUNTS))} cells"
+        print(f"{grids}, 1 or 2 seeds, {EPOCHS} epochs, rungs {RUNGS}, seed {options.seed}")
+        print(format_summary(summary))
+        print(f"{time.monotonic() - begun:.0f} s")
+        return 0
+
+    return run_command(parser.name, report)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

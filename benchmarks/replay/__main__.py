@@ -20,7 +20,7 @@ from benchmarks.replay.curves import EPOCHS, PATH, describe, load_curves
 from benchmarks.replay.examine import DRAWS, IMPORTANCE, RULES, SETTINGS, Setting, examine
 from benchmarks.replay.importance import HINT, missing_packages
 from benchmarks.replay.summary import format_draws, format_estimators, format_importances, format_rules
-from grid.arguments import Parser, run_command
+from grid.arguments import Parser, positive, run_command
 
 FORMATS: Mapping[str, Callable[[pd.DataFrame], str]] = {
     "default": format_estimators,
@@ -46,11 +46,11 @@ def run(curves: Path, settings: Sequence[Setting], draws: int, seed: int, jobs: 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Replay, print the tables, and return the exit code."""
     parser = Parser(prog="python -m benchmarks.replay", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--draws", type=int, default=1000, metavar="N", help="replays of each setting (1000)")
+    parser.add_argument("--draws", type=positive, default=1000, metavar="N", help="replays of each setting (1000)")
     parser.add_argument("--only", choices=tuple(SETTINGS), help="one of the tables")
     parser.add_argument("--curves", type=Path, default=PATH, metavar="FILE", help="table of curves (curves.csv)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws (0)")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (1)")
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="processes (1)")
     options = parser.parse_args(arguments)
 
     def report() -> int:
