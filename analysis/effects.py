@@ -54,13 +54,16 @@ def _evidence(effects: FinalEffects) -> str:
 def _difference_lines(effects: FinalEffects) -> list[str]:
     """Return the largest difference of each factor, the factors that matter first."""
     bounds = effects.differences.groupby("factor")["high"].max()
-    lines = [f"{'what matters':<15} {'best over worst':<26} {'points':>6}  {'95% interval':<15} {'verdict'}"]
-    for row in difference_rows(effects.differences).to_dict("records"):
+    rows = difference_rows(effects.differences).to_dict("records")
+    width = max([15, *(len(row["factor"]) for row in rows)])
+    rest = max(41 - width, *(len(f"{row['level']} over {row['other_level']}") for row in rows)) if rows else 26
+    lines = [f"{'what matters':<{width}} {'best over worst':<{rest}} {'points':>6}  {'95% interval':<15} {'verdict'}"]
+    for row in rows:
         verdict = "sure" if row["sure"] else f"at most {100 * bounds[row['factor']]:.2f}"
         verdict = "unknown" if isnan(row["high"]) else verdict
         levels = f"{row['level']} over {row['other_level']}"
         ends = format_interval(row["low"], row["high"])
-        lines.append(f"{row['factor']:<15} {levels:<26} {100 * row['difference']:>6.2f}  {ends:<15} {verdict}")
+        lines.append(f"{row['factor']:<{width}} {levels:<{rest}} {100 * row['difference']:>6.2f}  {ends:<15} {verdict}")
     return lines
 
 
@@ -92,7 +95,8 @@ def _earned_lines(effects: FinalEffects) -> list[str]:
     """Return what each of the best levels earns over the plain one, and all of them together."""
     if effects.earned is None:
         return []
-    lines = [f"{'what the best levels earn, in points':<38} {'alone':>12} {'on average':>13} {'added last':>13}"]
+    which = "the best levels" if effects.earned.surely_better else "all techniques"
+    lines = [f"{f'what {which} earn, in points':<38} {'alone':>12} {'on average':>13} {'added last':>13}"]
     for row in effects.earned.table.to_dict("records"):
         name = f"{row['factor']}={row['level']} over {row['plain']}"
         columns = [
@@ -199,7 +203,7 @@ def describe_earned(effects: FinalEffects) -> dict[str, Any] | None:
     if earned is None:
         return None
     sums = {name: asdict(getattr(earned, name)) for name in ("summed", "together", "beyond")}
-    return {"levels": to_records(earned.table), **sums}
+    return {"surely_better": earned.surely_better, "levels": to_records(earned.table), **sums}
 
 
 def measure(experiment: Experiment, epoch: int | str | None) -> FinalEffects | RungEffects:

@@ -1,11 +1,12 @@
 import json
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.effects import describe_earned, format_final_effects
+from analysis.effects import _difference_lines, describe_earned, format_final_effects
 from analysis.estimates.earned import Earned
 from analysis.estimates.final_effects import FinalEffects, measure_final_effects
 from grid.config import FACTORS
@@ -81,12 +82,39 @@ def test_in_a_grid_of_many_levels_the_figures_are_those_of_the_means() -> None:
     assert found.beyond.value == pytest.approx(0, abs=1e-9)  # the levels of these grids add up
 
 
-def test_nothing_is_said_where_fewer_than_two_factors_have_a_level_surely_better_than_the_plain_one() -> None:
+def test_where_fewer_than_two_factors_surely_earn_something_all_of_two_levels_are_measured() -> None:
     only = planted(noise=1e-3).never_stopped().query("model == 'mlp' and optimizer == 'sgd'")
     effects = measure_final_effects(only)
+    found = earned(effects)
+    assert not found.surely_better
+    assert found.table["factor"].to_list() == ["batch_norm", "dropout"]
+    assert found.table["alone"].to_list() == pytest.approx([0.02, 0.0], abs=2e-3)
+    assert found.together.value == pytest.approx(0.02, abs=2e-3)
+    assert found.together.value == pytest.approx(found.summed.value + found.beyond.value)
+    assert "what all techniques earn, in points" in format_final_effects(effects)
+    document = describe_earned(effects)
+    assert document is not None
+    assert document["surely_better"] is False
+
+
+def test_nothing_is_said_of_one_technique() -> None:
+    only = planted(noise=1e-3).never_stopped().query("model == 'mlp' and optimizer == 'sgd' and dropout == 'off'")
+    effects = measure_final_effects(only)
     assert effects.earned is None
-    assert "best levels earn" not in format_final_effects(effects)
+    assert "earn" not in format_final_effects(effects)
     assert describe_earned(effects) is None
+
+
+def test_long_names_of_factors_have_room() -> None:
+    rows = [
+        {"factor": factor, "level": "ema", "other_level": "off", "difference": 0.0013, "low": -0.0023, "high": 0.005}
+        for factor in ("weight_averaging", "mixup")
+    ]
+    effects = measure_final_effects(planted(noise=1e-3).never_stopped())
+    heading, *lines = _difference_lines(replace(effects, differences=pd.DataFrame(rows).assign(sure=False)))
+    assert {line.index("ema over off") for line in lines} == {heading.index("best over worst")}
+    assert {line.index("at most") for line in lines} == {heading.index("verdict")}
+    assert max(map(len, (heading, *lines))) <= 80
 
 
 def test_the_text_has_a_line_per_technique_and_says_how_they_combine() -> None:

@@ -39,6 +39,10 @@ class Earned:
     Factors whose plain level may be the best are averaged over. All accuracies are fractions.
     """
 
+    surely_better: bool
+    """Whether all of these levels surely beat their plain ones. Otherwise fewer than two do, and these are the second
+    levels of all factors of two, which the data did not choose, whatever they earn."""
+
     table: pd.DataFrame
     """A row per factor, in their order: `factor`, `level`, `plain` (the level it is compared with), then `alone` (added
     to plain levels of the other rows), `average` (over all levels of all factors) and `last` (added to the best levels
@@ -58,9 +62,9 @@ def measure_earned(
     differences: pd.DataFrame,
     confidence: float,
 ) -> Earned | None:
-    """Return what the best levels earn.
+    """Return what the best levels earn, or what all second levels of factors of two earn if fewer than two are sure.
 
-    None unless two factors surely have a better level than their first, and all pairs of such factors can be estimated.
+    None if there are no two such factors either, or if a pair of them can't be estimated.
 
     Args:
         terms: Of the two-way model.
@@ -70,12 +74,15 @@ def measure_earned(
         confidence: Of all intervals, in (0, 1).
     """
     model = _Model({term.name: term for term in terms}, weights)
-    best = {factor: level for factor, level in _best_levels(differences).items() if factor not in MATTERS_WITH}
-    plain = {factor: model.terms[factor].labels[0][1] for factor in best}
+    levels = {factor: [label[1] for label in model.terms[factor].labels] for factor in differences["factor"].unique()}
+    levels = {factor: names for factor, names in levels.items() if factor not in MATTERS_WITH}
     surely = differences[differences["sure"]]
     sure = set(zip(surely["factor"], surely["level"], surely["other_level"], strict=True))
-    best = {factor: level for factor, level in best.items() if (factor, level, plain[factor]) in sure}
-    plain = {factor: plain[factor] for factor in best}
+    best = {factor: level for factor, level in _best_levels(differences).items() if factor in levels}
+    best = {factor: level for factor, level in best.items() if (factor, level, levels[factor][0]) in sure}
+    if not (surely_better := len(best) > 1):
+        best = {factor: names[1] for factor, names in levels.items() if len(names) == 2}
+    plain = {factor: levels[factor][0] for factor in best}
     pairs = list(combinations(best, 2))
     if not pairs or any(f"{first} x {second}" not in model.terms for first, second in pairs):
         return None
@@ -90,7 +97,7 @@ def measure_earned(
     columns: dict[str, Any] = {"factor": list(best), "level": list(best.values()), "plain": list(plain.values())}
     for name, found in rows.items():
         columns |= {name: found[:, 0], f"{name}_low": found[:, 1], f"{name}_high": found[:, 2]}
-    return Earned(pd.DataFrame(columns), *(Estimate(*map(float, row)) for row in sums))
+    return Earned(surely_better, pd.DataFrame(columns), *(Estimate(*map(float, row)) for row in sums))
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def effects(verdict: Verdict) -> Section | None:
 
 
 def _earned(earned: Earned) -> Table:
-    """Return what each of the best levels earns over the plain one."""
+    """Return what each of the best levels, or each technique, earns over the plain one."""
     rows = earned.table
     halves = {which: (rows[f"{which}_high"] - rows[f"{which}_low"]) / 2 for which in ("alone", "average", "last")}
     shown = pd.DataFrame({"factor": rows["factor"], "level": rows["level"] + " over " + rows["plain"]})
@@ -156,11 +156,12 @@ def _earned(earned: Earned) -> Table:
         shown[title] = [
             f"{points(value)} ±{100 * half:.2f}" for value, half in zip(rows[which], halves[which], strict=True)
         ]
+    chosen = "" if earned.surely_better else "Fewer than two earn something for sure, so these are all of two levels. "
     return Table(
-        "What the best levels earn",
+        "What the best levels earn" if earned.surely_better else "What all techniques earn",
         shown,
-        "In points, over the plain level, the first of each factor: added to the plain levels of the other rows, "
-        "averaged over all levels of all other factors, and added to the best levels of the other rows. "
+        f"{chosen}In points, over the plain level, the first of each factor: added to the plain levels of the other "
+        "rows, averaged over all levels of all other factors, and added to the levels of the other rows. "
         f"{sentence(describe_together(earned))}",
     )
 
