@@ -392,11 +392,14 @@ def withdraw(name: str) -> None:
 def cell_name(cell: Mapping[str, str]) -> str:
     """Return a cell's name for people, such as `cnn cosine gelu adam batch_norm momentum=0.5`.
 
-    Neither `off` nor `none` is shown, nor a setting that is at its default, or empty because it does not matter there.
+    Neither `off` nor `none` is shown, nor a setting that is at its default, or does not matter there.
     """
     words = [factor if cell[factor] == "on" else cell[factor] for factor in FACTORS if factor in cell]
+    idle = idle_settings(cell)
     changed = [
-        f"{name}={cell[name]}" for name, default in SETTINGS.items() if cell.get(name, default) not in (default, "")
+        f"{name}={cell[name]}"
+        for name, default in SETTINGS.items()
+        if name not in idle and cell.get(name, default) not in (default, "")
     ]
     return " ".join(word for word in (*words, *changed) if word not in ("off", "none"))
 

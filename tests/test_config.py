@@ -138,6 +138,8 @@ def test_switches_are_spelled_on_and_off() -> None:
 
 def test_a_cell_is_named_by_its_levels() -> None:
     assert cell_name(replace(plain, dropout=True, regularization="l2").cell) == "mlp constant relu adam l2 dropout"
+    small = {"hidden_sizes": "16", "channels": "8-16-32"}  # an MLP has no channels
+    assert cell_name({**plain.cell, **small}) == "mlp constant relu adam hidden_sizes=16"
 
 
 def test_a_name_tells_seed_and_learning_rate_scale() -> None:
