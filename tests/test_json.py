@@ -16,15 +16,11 @@ from benchmarks.planted.grids import Plan, plant
 from grid.check import main as check_main
 from grid.record.store import Store
 from grid.run import main as run_main
+from tests.schema import SCHEMA, check_answer
 from tests.test_compare import again, experiment
 
-SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "json-schema.json").read_text())
 COMMANDS = {"rank": rank.main, "effects": effects.main, "audit": audit.main}
 COLUMNS = {"val acc": ["81.80%", "7.00%"], "cell": ["a_b | c", "x"]}
-
-
-def check(name: str, answer: Any) -> None:
-    Draft202012Validator({**SCHEMA, "$ref": f"#/$defs/{name}"}).validate(answer)
 
 
 def test_the_schema_is_one() -> None:
@@ -41,7 +37,7 @@ def test_a_real_store_is_answered_by_the_schema_and_nothing_else_is_printed(
     assert COMMANDS[name]([*where, "--json"]) == 0
     printed = capsys.readouterr()
     answer = json.loads(printed.out, parse_constant=pytest.fail)  # NaN is no JSON
-    check(name, answer)
+    check_answer(name, answer)
     assert answer["experiment"] == "finished"
     assert COMMANDS[name](where) == 0
     text = " ".join(capsys.readouterr().out.split())
@@ -63,7 +59,7 @@ def test_a_comparison_is_answered_by_the_schema() -> None:
     rng = np.random.default_rng(0)
     trials = plant(Plan(controls=100), rng).trials.assign(lr_scale=1.0)
     before, after = experiment(trials, "old", {"commit": "a"}), experiment(again(trials, rng), "new", {})
-    check("compare", json.loads(json.dumps(compare.describe(*compare.compare(before, after), before, after))))
+    check_answer("compare", json.loads(json.dumps(compare.describe(*compare.compare(before, after), before, after))))
 
 
 def test_parts_of_a_file_are_answered_by_the_schema(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,7 +68,7 @@ def test_parts_of_a_file_are_answered_by_the_schema(tmp_path: Path, capsys: pyte
     assert check_main([str(file), "--json"]) == 1
     printed = capsys.readouterr()
     answer = json.loads(printed.out)
-    check("check", answer)
+    check_answer("check", answer)
     assert answer["parts"] == ["activation broken"]
     assert answer["faults"] > 0
     assert answer["findings"][0]["text"] in printed.err
@@ -86,7 +82,7 @@ def test_a_forecast_is_answered_by_the_schema_and_its_text_is_on_stderr(
     assert run_main(["--grid", "smoke", "--per-class", "10", *place, "--dry-run", "--json"]) == 0
     printed = capsys.readouterr()
     answer = json.loads(printed.out)
-    check("dry_run", answer)
+    check_answer("dry_run", answer)
     assert (answer["cells"], answer["trials"], answer["budget"], answer["rungs"]) == (32, 32, 9, [3])
     assert f"{answer['epochs']:,.0f} expected of 288" in printed.err
 

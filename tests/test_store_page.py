@@ -21,7 +21,7 @@ from grid.record.commands import commands_of, read_command
 from grid.record.lease import Lease
 from grid.record.store import Store
 from grid.train.code_version import NUMERIC_CODE
-from tests.test_json import check as check_answer
+from tests.schema import check_answer
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "store.md").read_text()
