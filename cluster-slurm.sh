@@ -19,7 +19,7 @@ set -uo pipefail
 give_up() { echo "cluster-slurm.sh: $1" >&2; exit 2; }
 time_is_up= driver=
 trap 'time_is_up=yes; [ -z "$driver" ] || kill $driver' USR1  # the driver ends the epochs that run, and saves them
-trap '[ -z "$driver" ] || kill -KILL $driver; exit 143' TERM  # it has no Ray any more, and would wait for it
+trap '[ -z "$driver" ] || kill -KILL $driver 2>/dev/null; exit 143' TERM  # it has no Ray any more, and would wait for it
 
 cd "$SLURM_SUBMIT_DIR" || exit 2
 source .venv/bin/activate || give_up "no .venv in $PWD; run make setup there"
@@ -43,8 +43,8 @@ address_of() {
 export -f address_of
 address=$(address_of "$head"):$port
 
-# remove_folder: although what writes there may be about to end.
-remove_folder() { until rm -rf "$folder" 2>/dev/null; do sleep 0.2; done; }
+# remove_folder: for four seconds, as what writes there may be about to end.
+remove_folder() { for _ in {1..20}; do rm -rf "$folder" 2>/dev/null && break; sleep 0.2; done; }
 export -f remove_folder
 
 # start_ray NODES OPTION...: a step that runs Ray on so many nodes, with the GPUs that Slurm gave it, and tidies up.
