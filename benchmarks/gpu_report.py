@@ -34,7 +34,7 @@ from grid.plan.sharing import measure_sharing
 from grid.train.hardware import numeric_settings
 for model in ("mlp", "cnn", "resnet"):
     params = {**numeric_settings("cuda"), "model": model, "epochs": "9", "learning_rate": "0.01"}
-    found = measure_sharing([TrialConfig.from_params(params)], (1, 28, 28), 47, 94_000, MAX_TRIALS_PER_GPU)
+    found = measure_sharing([TrialConfig.from_params(params)], DataShape((1, 28, 28), 47, 94_000), MAX_TRIALS_PER_GPU)
     speeds = ", ".join(f"{number} at once {speed:,.0f}" for number, speed in found.speeds.items())
     print(f"{model}: images per second: {speeds}; one thread of a CPU {found.cpu_speed:,.0f}; {found}")
 """

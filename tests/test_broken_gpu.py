@@ -8,6 +8,7 @@ import pytest
 import ray
 
 from grid.config import TrialConfig
+from grid.data.dataset import DataShape
 from grid.data.load import load
 from grid.driver.try_nodes import try_nodes
 from grid.plan.packing import Node, Packing
@@ -32,7 +33,7 @@ def test_how_trials_share_a_gpu_is_measured_by_processes_of_a_worker(
     node = Node(2, 2, 2**33)
     on_gpus = replace(packing, nodes=(node,))
     trial = TrialConfig(learning_rate=0.1, epochs=3, hidden_sizes="8")  # on CPUs, as there is no GPU
-    found = try_nodes([trial], (1, 28, 28), 47, 512, on_gpus)
+    found = try_nodes([trial], DataShape((1, 28, 28), 47, 512), on_gpus)
     assert capsys.readouterr().err == ""
     assert found.sharing is not None
     assert found.sharing.speeds[1] > 0

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from grid.config import InputError, TrialConfig
+from grid.data.dataset import DataShape
 from grid.driver.try_nodes import try_nodes
 from grid.plan.packing import Packing
 from grid.run import main
@@ -16,7 +17,7 @@ from grid.train.trial import Trial
 
 PLAIN = TrialConfig(learning_rate=0.1, epochs=3, hidden_sizes="8", channels="4-8", dense_size=8)
 NETS = [replace(PLAIN, model=model) for model in ("mlp", "cnn", "resnet")]
-SHAPE, CLASSES = (1, 28, 28), 47
+SHAPE = DataShape((1, 28, 28), 47, 940)
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver"
 SMOKE = ["--grid", "smoke", "--per-class", "10", "--address", "local"]
 
@@ -35,23 +36,23 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
 
 
 def test_sound_nets_on_a_sound_device_are_no_problem() -> None:
-    assert try_steps(NETS, SHAPE, CLASSES, 940) == ""
+    assert try_steps(NETS, SHAPE) == ""
 
 
 def test_a_batch_is_no_larger_than_the_images_and_a_schedule_no_shorter_than_on_more() -> None:
     whole = replace(PLAIN, batch_size=100_000)
     short = replace(PLAIN, lr_schedule="one_cycle", epochs=2, warmup_share=0.2)
-    assert try_steps([whole, short], SHAPE, CLASSES, 940) == ""
+    assert try_steps([whole, short], SHAPE) == ""
 
 
 def test_one_cell_that_fails_does_not_refuse_its_net() -> None:
     vanishing = replace(PLAIN, model="cnn", channels="4-4-4-4-4-4")
-    assert try_steps([vanishing, replace(PLAIN, model="cnn")], SHAPE, CLASSES, 940) == ""
-    assert "can't train model 'cnn'" in try_steps([vanishing], SHAPE, CLASSES, 940)
+    assert try_steps([vanishing, replace(PLAIN, model="cnn")], SHAPE) == ""
+    assert "can't train model 'cnn'" in try_steps([vanishing], SHAPE)
 
 
 def test_a_net_that_can_not_take_the_images_is_named() -> None:
-    problem = try_steps(NETS, (1, 2, 2), CLASSES, 940)
+    problem = try_steps(NETS, replace(SHAPE, image=(1, 2, 2)))
     assert problem.startswith(
         "can't train model 'cnn' for a single step (InputError: channels=4-8 halve images of 2 x 2"
     )
@@ -78,11 +79,11 @@ def test_what_a_device_lacks_is_one_line_with_what_to_do(
     error: Exception, says: str, failing: Callable[[Exception], None]
 ) -> None:
     failing(error)
-    problem = try_steps(NETS, SHAPE, CLASSES, 940)
+    problem = try_steps(NETS, SHAPE)
     assert says in problem
     assert "\n" not in problem
     with pytest.raises(InputError) as caught:
-        try_nodes(NETS, SHAPE, CLASSES, 940, Packing(1, 1.0, 0.0), connected=False)
+        try_nodes(NETS, SHAPE, Packing(1, 1.0, 0.0), connected=False)
     assert str(caught.value) == f"this machine {problem}"
 
 

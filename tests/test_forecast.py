@@ -9,6 +9,7 @@ from benchmarks.replay.curves import PATH
 from benchmarks.replay.draws import Table, draw_controls, replay
 from benchmarks.replay.examine import prepare
 from grid.config import TrialConfig
+from grid.data.dataset import DataShape
 from grid.parts.registry import GRIDS
 from grid.plan.asha import DEFAULT_RULE, NO_STOPPING, StoppingRule
 from grid.plan.forecast import EndSpread, calibrate, expected_epochs, expected_widths, forecast
@@ -79,7 +80,7 @@ def test_the_cost_is_epochs_times_images_times_seconds_over_the_slots() -> None:
 
 
 def test_calibration_times_every_model() -> None:
-    seconds, spread = calibrate(trials(name="smoke"), classes=47)
+    seconds, spread = calibrate(trials(name="smoke"), DataShape((1, 28, 28), 47, 94_000))
     assert set(seconds) == {"mlp", "cnn"}
     assert 0 < seconds["mlp"] < seconds["cnn"] < 1
     assert spread >= 0

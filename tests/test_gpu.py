@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from grid.config import TrialConfig
-from grid.data.dataset import Dataset
+from grid.data.dataset import Dataset, DataShape
 from grid.parts import LEVELS
 from grid.parts.registry import GRIDS
 from grid.plan.sharing import measure_sharing
@@ -186,7 +186,7 @@ def test_an_error_of_the_gpu_is_recognised_and_stays() -> None:
 
 def test_trials_that_share_this_gpu_are_measured() -> None:
     plain = made({"model": "cnn"}, DEVICE, "auto").config
-    sharing = measure_sharing([plain], (1, 28, 28), CLASSES, IMAGES, 2)
+    sharing = measure_sharing([plain], DataShape((1, 28, 28), CLASSES, IMAGES), 2)
     assert sorted(sharing.speeds) == [1, 2]
     assert 2**26 < sharing.trial_bytes < 2**33
 
@@ -194,4 +194,4 @@ def test_trials_that_share_this_gpu_are_measured() -> None:
 def test_the_canary_finds_nothing_here() -> None:
     plain = made({"model": "mlp"}, DEVICE, "auto").config
     nets = [replace(plain, model=model) for model in ("mlp", "cnn", "resnet")]
-    assert try_steps(nets, (1, 28, 28), CLASSES, IMAGES) == ""
+    assert try_steps(nets, DataShape((1, 28, 28), CLASSES, IMAGES)) == ""

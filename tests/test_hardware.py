@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.step_speed import random_images
 from grid.config import InputError, TrialConfig
+from grid.data.dataset import DataShape
 from grid.surroundings import cpu_name
 from grid.train.canary import try_steps
 from grid.train.hardware import numeric_settings, precision_problem, use_precision
@@ -69,7 +70,10 @@ def test_a_precision_that_gpus_lack_is_refused(precision, gpus):
     lacks = f"has a GPU of a compute capability below 8.0, which lacks {precision}; a grid can have --precision float32"
     assert precision_problem("cuda", precision) == lacks
     assert (
-        try_steps([TrialConfig(learning_rate=0.1, epochs=1, device="cuda", precision=precision)], (1, 28, 28), 47, 940)
+        try_steps(
+            [TrialConfig(learning_rate=0.1, epochs=1, device="cuda", precision=precision)],
+            DataShape((1, 28, 28), 47, 940),
+        )
         == lacks
     )
     assert precision_problem("cuda", "float32") == precision_problem("cpu", "bfloat16") == ""

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from grid.config import InputError, TrialConfig
+from grid.data.dataset import DataShape
 from grid.driver import try_nodes as module
 from grid.driver.messages import describe_cost, describe_packing
 from grid.driver.try_nodes import try_nodes
@@ -16,7 +17,7 @@ from grid.plan.packing import Packing, Sharing, most_per_gpu, pack, pack_as_meas
 from grid.plan.sharing import NotMeasuredError, measure_sharing
 
 GIB = 2**30
-SHAPE, CLASSES, IMAGES = (1, 28, 28), 47, 512
+SHAPE = DataShape((1, 28, 28), 47, 512)
 PLAIN = TrialConfig(learning_rate=0.1, epochs=3, hidden_sizes="8", channels="4-8", dense_size=8)
 NETS = [PLAIN, replace(PLAIN, model="cnn")]
 FASTER = Sharing({1: 1000.0, 2: 1900.0, 4: 2600.0, 8: 2650.0}, GIB, 100.0)
@@ -34,36 +35,36 @@ def test_numbers_of_trials_double(most: int, expected: list[int]) -> None:
 
 
 def test_real_processes_train_the_slowest_net_alone_and_together() -> None:
-    sharing = measure_sharing(NETS, SHAPE, CLASSES, IMAGES, 2)
+    sharing = measure_sharing(NETS, SHAPE, 2)
     assert sorted(sharing.speeds) == [1, 2]
     assert sharing.trial_bytes == 0
     assert 1 / 3 < sharing.speeds[1] / sharing.cpu_speed < 3  # the same net on the same kind of device
-    fast = measure_sharing(NETS[:1], SHAPE, CLASSES, IMAGES, 1)
+    fast = measure_sharing(NETS[:1], SHAPE, 1)
     assert fast.speeds[1] > 2 * sharing.speeds[1]  # an MLP of 8 units beside a CNN
 
 
 def test_no_more_trials_are_started_than_the_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     free = iter([5 * GIB, 3 * GIB])
     monkeypatch.setattr(sharing_module, "_free_bytes", lambda device: next(free))
-    sharing = measure_sharing(NETS[:1], SHAPE, CLASSES, IMAGES, 8)
+    sharing = measure_sharing(NETS[:1], SHAPE, 8)
     assert sharing.trial_bytes == 2 * GIB
     assert sorted(sharing.speeds) == [1, 2]
 
 
 def test_what_keeps_a_trial_from_training_is_said() -> None:
     with pytest.raises(NotMeasuredError, match="InputError: channels=4-8 halve images of 2 x 2"):
-        measure_sharing(NETS[1:], (1, 2, 2), CLASSES, IMAGES, 1)
+        measure_sharing(NETS[1:], replace(SHAPE, image=(1, 2, 2)), 1)
 
 
 def test_a_process_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharing_module, "PATIENCE_SECONDS", 0.01)
     with pytest.raises(NotMeasuredError, match="does not answer in time"):
-        measure_sharing(NETS, SHAPE, CLASSES, IMAGES, 1)
+        measure_sharing(NETS, SHAPE, 1)
 
 
 def test_one_cell_that_fails_does_not_matter() -> None:
     vanishing = replace(PLAIN, model="cnn", channels="4-4-4-4-4-4")
-    assert measure_sharing([vanishing, *NETS], SHAPE, CLASSES, IMAGES, 1).speeds[1] > 0
+    assert measure_sharing([vanishing, *NETS], SHAPE, 1).speeds[1] > 0
 
 
 class Answers:
@@ -93,7 +94,7 @@ def test_what_was_measured_before_a_process_died_counts(times: list[int], speeds
 
 def test_a_net_of_a_parts_file_is_measured() -> None:
     load_files([Path(__file__).parents[1] / "examples" / "own_activation.py"])
-    assert measure_sharing([replace(PLAIN, activation="squared_relu")], SHAPE, CLASSES, IMAGES, 1).speeds[1] > 0
+    assert measure_sharing([replace(PLAIN, activation="squared_relu")], SHAPE, 1).speeds[1] > 0
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,7 @@ def test_trying_the_nodes_returns_the_measured_packing(
 ) -> None:
     packing = replace(pack(8, 1, 80 * GIB), machines="1 node with a GPU", devices=("T4",), bfloat16=False)
     monkeypatch.setattr(module, "measure_sharing", lambda *arguments: FASTER)
-    tried = try_nodes(NETS, SHAPE, CLASSES, IMAGES, packing, connected=False)
+    tried = try_nodes(NETS, SHAPE, packing, connected=False)
     assert tried == replace(pack(8, 1, 80 * GIB), concurrency=4, gpus_per_trial=0.25)
     assert (tried.machines, tried.devices, tried.bfloat16) == ("1 node with a GPU", ("T4",), False)
 
@@ -170,10 +171,10 @@ def test_trying_the_nodes_returns_the_measured_packing(
         raise NotMeasuredError("has died")
 
     monkeypatch.setattr(module, "measure_sharing", fail)
-    assert try_nodes(NETS, SHAPE, CLASSES, IMAGES, packing, connected=False) is packing
+    assert try_nodes(NETS, SHAPE, packing, connected=False) is packing
     assert_said(capsys, "has died")
     monkeypatch.setattr(module, "measure_sharing", lambda *arguments: 1 / 0)
-    assert try_nodes(NETS, SHAPE, CLASSES, IMAGES, packing, connected=False) is packing
+    assert try_nodes(NETS, SHAPE, packing, connected=False) is packing
     assert_said(capsys, "ZeroDivisionError: division by zero")
 
 
@@ -181,7 +182,7 @@ def test_a_number_of_the_user_that_does_not_fit_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(module, "measure_sharing", lambda *arguments: NO_FASTER)
-    tried = try_nodes(NETS, SHAPE, CLASSES, IMAGES, pack(8, 1, 80 * GIB, 6), connected=False)
+    tried = try_nodes(NETS, SHAPE, pack(8, 1, 80 * GIB, 6), connected=False)
     assert tried.concurrency == 6
     assert capsys.readouterr().err == "note: on this machine a GPU holds 2 trials at once, fewer than asked for\n"
 
@@ -194,6 +195,6 @@ def assert_said(capsys: pytest.CaptureFixture[str], reason: str) -> None:
 def test_nothing_is_measured_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "measure_sharing", None)
     packing = Packing(2, 1.0, 0.0)
-    assert try_nodes(NETS, SHAPE, CLASSES, IMAGES, packing, connected=False) is packing
+    assert try_nodes(NETS, SHAPE, packing, connected=False) is packing
     with pytest.raises(InputError):
-        try_nodes(NETS, (1, 2, 2), CLASSES, IMAGES, packing, connected=False)
+        try_nodes(NETS, replace(SHAPE, image=(1, 2, 2)), packing, connected=False)

@@ -48,6 +48,17 @@ def check_sizes(labels: Labels, classes: Sequence[str], where: str, remedy: str,
 
 
 @dataclass(frozen=True)
+class DataShape:
+    """What time and memory of a training depend on, of the images."""
+
+    image: tuple[int, int, int]
+    """Channels, height and width of an image."""
+    classes: int
+    train_images: int
+    """How many there are."""
+
+
+@dataclass(frozen=True)
 class Dataset:
     """Train and validation images of one data set, without its test set."""
 
@@ -71,3 +82,8 @@ class Dataset:
         """Channels, height and width of an image."""
         *channels, height, width = self.train_images.shape[1:]
         return (*channels, height, width) if channels else (1, height, width)
+
+    @property
+    def shape(self) -> DataShape:
+        """Its shape, without the images."""
+        return DataShape(self.image_shape, len(self.classes), len(self.train_labels))

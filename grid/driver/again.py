@@ -53,8 +53,7 @@ def run(request: Again) -> int:
         ExitStack() as stack,
     ):
         trials = [as_now(trial.config, dataset, packing) for trial in drawn]
-        images = len(dataset.train_labels)
-        packing = try_nodes(trials, dataset.image_shape, len(dataset.classes), images, packing)
+        packing = try_nodes(trials, dataset.shape, packing)
         checkpoints.check()
         store = Store(request.store, request.experiment)
         spool = become_driver(store, stack, spool=request.spool, storage=request.storage)

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from grid.data.catalogue import find_dataset
+from grid.data.dataset import DataShape
 from grid.data.load import is_on_disk, load
 from grid.driver.messages import describe_cost, describe_packing, describe_plan, print_facts
 from grid.driver.try_nodes import try_nodes
@@ -36,28 +37,27 @@ def run(request: Request, ends: forecast.EndSpread | None = None) -> dict[str, A
     else:
         where = connection.connected(cluster, request.concurrency, device=request.device)
     with where as packing:
-        train_images, classes, image_shape, source = _look_at_data(request)
-        plan = make_plan(request, packing=packing, fingerprint="", train_images=train_images)
+        shape, source = _look_at_data(request)
+        plan = make_plan(request, packing=packing, fingerprint="", train_images=shape.train_images)
         if packing.device == "cpu" or find_gpus()[0] or (cluster and connection.cluster_has_gpu()):  # else none is up
-            images = train_images, packing
-            packing = try_nodes(plan.trials, image_shape, classes, *images, connected=cluster is not None)
-        (seconds_per_image, spread), timed_on = _calibrate(plan, classes, image_shape, packing)
+            packing = try_nodes(plan.trials, shape, packing, connected=cluster is not None)
+        (seconds_per_image, spread), timed_on = _calibrate(plan, shape, packing)
     cost = forecast.forecast(
         plan.trials,
         plan.controls,
         plan.rule,
         seconds_per_image=seconds_per_image,
         spread=spread,
-        train_images=train_images,
+        train_images=shape.train_images,
         slots=packing.slots,
     )
-    data = {"data": f"{request.data}, {train_images:,} training images {source}"}
+    data = {"data": f"{request.data}, {shape.train_images:,} training images {source}"}
     expected = describe_cost(cost, timed_on, packing, request.budget.price_per_hour)
     ends = ends or forecast.ASSUMED
     factor, widths = _widths(plan, ends)
     effects = {"effects": _explain_widths(factor, widths, ends)} if widths else {}
     print_facts(describe_plan(request, plan) | describe_packing(packing) | data | expected | effects)
-    described = {"train_images": train_images, "timed_on": timed_on, "widest": factor}
+    described = {"train_images": shape.train_images, "timed_on": timed_on, "widest": factor}
     return _describe(request, plan, packing, cost) | described | {"widths": [asdict(width) for width in widths]}
 
 
@@ -101,23 +101,21 @@ def _explain_widths(factor: str, widths: Sequence[forecast.Width], ends: forecas
     return textwrap.fill(text, 68, subsequent_indent=" " * 11, break_on_hyphens=False)
 
 
-def _calibrate(
-    plan: Plan, classes: int, image_shape: tuple[int, int, int], packing: Packing
-) -> tuple[forecast.Calibration, str]:
+def _calibrate(plan: Plan, shape: DataShape, packing: Packing) -> tuple[forecast.Calibration, str]:
     """Time a few trials where they would run, and say where that was; no machine is started for it."""
     if packing.device == "cpu" or find_gpus()[0]:
-        return forecast.calibrate(plan.trials, classes, image_shape), "this machine"
+        return forecast.calibrate(plan.trials, shape), "this machine"
     if connection.cluster_has_gpu():
-        arguments = plan.trials, classes, image_shape
-        return connection.call_remote(forecast.calibrate, *arguments, packing=packing), "a GPU of the cluster"
+        return connection.call_remote(forecast.calibrate, plan.trials, shape, packing=packing), "a GPU of the cluster"
     on_cpu = [replace(trial, device="cpu", fused=False) for trial in plan.trials]
-    return forecast.calibrate(on_cpu, classes, image_shape), "this machine's CPU, as no GPU is up: expect less"
+    return forecast.calibrate(on_cpu, shape), "this machine's CPU, as no GPU is up: expect less"
 
 
-def _look_at_data(request: Request) -> tuple[int, int, tuple[int, int, int], str]:
-    """Return the numbers of training images and of classes, the shape of an image, and the source of all that."""
+def _look_at_data(request: Request) -> tuple[DataShape, str]:
+    """Return the shape of the data, and where it is known from."""
     sizes = find_dataset(request.data, request.data_dir).sizes
     if sizes is None or is_on_disk(request.data, request.data_dir):
         dataset = load(request.data, request.data_dir, per_class=request.per_class, split_seed=ORDER_SEED)
-        return len(dataset.train_images), len(dataset.classes), dataset.image_shape, "on this disk"
-    return sizes.split_sizes(request.per_class)[0], sizes.class_count, (1, 28, 28), "(not on this disk yet)"
+        return dataset.shape, "on this disk"
+    train_images, _ = sizes.split_sizes(request.per_class)
+    return DataShape((1, 28, 28), sizes.class_count, train_images), "(not on this disk yet)"

@@ -63,8 +63,7 @@ def prepare(
     remote = packing.device != "cpu" or packing.machines != THIS_MACHINE
     if remote:
         await_ray()
-    trials, images = first_and_last_of_each_model(request, packing), len(dataset.train_labels)
-    packing = try_nodes(trials, dataset.image_shape, len(dataset.classes), images, packing, connected=remote)
+    packing = try_nodes(first_and_last_of_each_model(request, packing), dataset.shape, packing, connected=remote)
     store = Store(request.store, request.experiment)
     spool = become_driver(store, stack, spool=request.spool, storage=request.storage)
     draw = import_module("grid.driver.pictures").sample_sheet

@@ -180,8 +180,7 @@ def _train(request: Confirmation, finalists: Finalists) -> tuple[list[TrialConfi
         trials = finalist_trials(finalists.chosen, finalists.trained, request.seeds, packing)
         dataset = finalists.prepared.dataset
         trials = [replace(trial, data_fingerprint=dataset.fingerprint) for trial in trials]
-        images = len(dataset.train_labels)
-        packing = try_nodes(trials, dataset.image_shape, len(dataset.classes), images, packing)
+        packing = try_nodes(trials, dataset.shape, packing)
         training = Training(packing, checkpoints, keep_weights=True)
         return trials, _train_left(request, trials, finalists, training)
 

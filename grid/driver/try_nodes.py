@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grid.config import InputError, TrialConfig
+from grid.data.dataset import DataShape
 from grid.plan.packing import Packing, Sharing, most_per_gpu, pack_as_measured
 from grid.plan.sharing import NotMeasuredError, measure_sharing
 from grid.train.canary import try_steps
@@ -14,9 +15,7 @@ from grid.wording import count, first_line
 
 def try_nodes(
     trials: Sequence[TrialConfig],
-    image_shape: tuple[int, int, int],
-    classes: int,
-    train_images: int,
+    shape: DataShape,
     packing: Packing,
     *,
     connected: bool = True,
@@ -25,9 +24,7 @@ def try_nodes(
 
     Args:
         trials: The first and the last one of each net are tried.
-        image_shape: Channels, height and width of the images.
-        classes: Number of classes.
-        train_images: Number of training images.
+        shape: Of the data that they train on.
         packing: Where trials run.
         connected: Whether Ray is; otherwise they are tried in this process.
 
@@ -41,7 +38,7 @@ def try_nodes(
     for trial in trials:
         by_model.setdefault(trial.model, []).append(trial)
     tried = [trial for of_model in by_model.values() for trial in dict.fromkeys((of_model[0], of_model[-1]))]
-    arguments = tried, image_shape, classes, train_images
+    arguments = tried, shape
     if connected:
         said = connection.call_on_nodes(try_steps, *arguments, packing=packing, failing="can't train a step")
         problems = {f"node {name}": problem for name, problem in said.items()}

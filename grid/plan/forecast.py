@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from scipy.stats import studentized_range
 
 from grid.config import TrialConfig
+from grid.data.dataset import DataShape
 from grid.plan.asha import DEFAULT_RULE, Asha, StoppingRule
 from grid.train.hardware import one_thread
 from grid.train.trial import DeviceData, Trial, random_data
@@ -77,20 +78,17 @@ def expected_epochs(
     return dict(epochs)
 
 
-def calibrate(
-    trials: Sequence[TrialConfig], classes: int, image_shape: tuple[int, int, int] = (1, 28, 28)
-) -> Calibration:
+def calibrate(trials: Sequence[TrialConfig], shape: DataShape) -> Calibration:
     """Time a few trials of each model on random pixels.
 
     Args:
         trials: The first few of each model are timed, their order being random.
-        classes: Number of classes of the data set.
-        image_shape: Channels, height and width of its images.
+        shape: Of the data that they train on.
 
     Returns:
         Seconds per training image for each model, and the largest spread among them (standard deviation / mean).
     """
-    data = random_data(CALIBRATION_IMAGES, image_shape, classes, trials[0].device)
+    data = random_data(CALIBRATION_IMAGES, shape.image, shape.classes, trials[0].device)
     by_model: dict[str, list[float]] = defaultdict(list)
     with one_thread():
         for trial in trials:

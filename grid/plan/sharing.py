@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from grid.config import TrialConfig
+from grid.data.dataset import DataShape
 from grid.parts.files import PartsFile, load, loaded
 from grid.plan.packing import Sharing
 from grid.train.hardware import keep_freed_memory, numeric_settings, one_thread
@@ -37,35 +38,31 @@ class NotMeasuredError(Exception):
     """A process that was to train for the measurement ended, or did not answer."""
 
 
-def measure_sharing(
-    trials: Sequence[TrialConfig], image_shape: tuple[int, int, int], classes: int, train_images: int, most: int
-) -> Sharing:
+def measure_sharing(trials: Sequence[TrialConfig], shape: DataShape, most: int) -> Sharing:
     """Measure how fast trials are that share the first device of this machine.
 
     Args:
         trials: One or a few for each net. Memory is that of the hungriest, speed that of the slowest.
-        image_shape: Channels, height and width of the images.
-        classes: Number of classes.
-        train_images: Number of training images.
+        shape: Of the data that they train on.
         most: Trials at once that are of interest.
 
     Raises:
         NotMeasuredError: Not even one of them trains, or other programs use the device.
     """
-    data, device = (image_shape, classes, train_images), trials[0].device
+    device = trials[0].device
     deadline = time.monotonic() + PATIENCE_SECONDS
     _check_idle(device)
     with ExitStack() as stack:
         before = _free_bytes(device)
-        first = _Child(stack, trials, data, deadline)
+        first = _Child(stack, trials, shape, deadline)
         slowest = first.answer()
         left = _free_bytes(device)
         if device == "cuda" and left >= before:
             raise NotMeasuredError("other programs use its memory")
         more = min(most - 1, int(ROOM * left / (before - left))) if left < before else most - 1
-        others = [_Child(stack, trials[slowest : slowest + 1], data, deadline) for _ in range(more)]
+        others = [_Child(stack, trials[slowest : slowest + 1], shape, deadline) for _ in range(more)]
         speeds = _speeds([first, *(child for child in others if child.is_ready())])
-    return Sharing(speeds, before - left, _cpu_speed(trials[slowest], data))
+    return Sharing(speeds, before - left, _cpu_speed(trials[slowest], shape))
 
 
 def _speeds(children: Sequence["_Child"]) -> dict[int, float]:
@@ -95,13 +92,13 @@ class _Child:
         self,
         stack: ExitStack,
         trials: Sequence[TrialConfig],
-        data: tuple[tuple[int, int, int], int, int],
+        shape: DataShape,
         deadline: float,
     ):
         self._deadline = deadline
         context = multiprocessing.get_context("spawn")  # a fork could not use the GPU
         self._connection, theirs = context.Pipe()
-        process = context.Process(target=_train_on_request, args=(theirs, loaded(), trials, *data), daemon=True)
+        process = context.Process(target=_train_on_request, args=(theirs, loaded(), trials, shape), daemon=True)
         process.start()
         theirs.close()  # so that the death of the process is seen
         stack.callback(process.join, GONE_SECONDS)  # not for ever: a process may be stuck in a driver
@@ -141,9 +138,7 @@ def _train_on_request(
     connection: Connection,
     files: Sequence[PartsFile],
     trials: Sequence[TrialConfig],
-    image_shape: tuple[int, int, int],
-    classes: int,
-    train_images: int,
+    shape: DataShape,
 ) -> None:
     """Say which of the trials is the slowest, then train it for as long as asked, again and again."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the process that asked
@@ -151,7 +146,7 @@ def _train_on_request(
         torch.set_num_threads(1)
         keep_freed_memory()
         load(files)
-        everything = random_data(train_images, image_shape, classes, trials[0].device)  # takes its memory
+        everything = random_data(shape.train_images, shape.image, shape.classes, trials[0].device)  # takes its memory
         data = _first(everything, max(FEW_IMAGES, 2 * trials[0].batch_size))
         seconds = [_epoch_seconds(trial, data) for trial in trials]
         if all(isinstance(each, str) for each in seconds):
@@ -203,11 +198,10 @@ def _speed(training: Trial, seconds: float) -> float:
     return epochs * len(training.data.train_labels) / taken
 
 
-def _cpu_speed(trial: TrialConfig, data: tuple[tuple[int, int, int], int, int]) -> float:
+def _cpu_speed(trial: TrialConfig, shape: DataShape) -> float:
     """Return training images per second of one thread of a CPU; 0 if none trains this net."""
-    image_shape, classes, train_images = data
     params = {**trial.to_params(), **numeric_settings("cpu"), "epochs": f"{LONGER}"}
-    images = random_data(min(train_images, 4 * trial.batch_size), image_shape, classes)
+    images = random_data(min(shape.train_images, 4 * trial.batch_size), shape.image, shape.classes)
     with one_thread():
         try:
             return _speed(_begun(TrialConfig.from_params(params), images), SECONDS)

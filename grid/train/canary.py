@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from grid.config import TrialConfig
+from grid.data.dataset import DataShape
 from grid.train.device_errors import DeviceError
 from grid.train.hardware import precision_problem
 from grid.train.trial import Trial, random_data
@@ -21,7 +22,7 @@ LONGER = 100
 CPU_HINT = "or pass --device cpu"
 
 
-def try_steps(trials: Iterable[TrialConfig], image_shape: tuple[int, int, int], classes: int, most_images: int) -> str:
+def try_steps(trials: Iterable[TrialConfig], shape: DataShape) -> str:
     """Return why a net can't be trained in this process; empty if all can.
 
     What a device lacks counts at once. Another error counts if no trial of its net gets through: a single cell that
@@ -29,9 +30,7 @@ def try_steps(trials: Iterable[TrialConfig], image_shape: tuple[int, int, int], 
 
     Args:
         trials: One or a few for each net.
-        image_shape: Channels, height and width of the images.
-        classes: Number of classes.
-        most_images: Training images, of which a batch has no more.
+        shape: Of the data. A batch has no more than its training images.
     """
     errors: dict[str, str] = {}
     sound: set[str] = set()
@@ -39,8 +38,8 @@ def try_steps(trials: Iterable[TrialConfig], image_shape: tuple[int, int, int], 
         if problem := precision_problem(trial.device, trial.precision):
             return problem
         try:
-            number = STEPS * max(1, min(trial.batch_size, most_images))
-            images = random_data(number, image_shape, classes, trial.device)
+            number = STEPS * max(1, min(trial.batch_size, shape.train_images))
+            images = random_data(number, shape.image, shape.classes, trial.device)
             longer = replace(trial, epochs=trial.epochs + LONGER, batch_size=max(2, number // STEPS))
             Trial(longer, images).run_epoch()
         except Exception as error:  # noqa: BLE001  (whatever a net, a driver or torch raises)
