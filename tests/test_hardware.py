@@ -32,7 +32,7 @@ params = {"model": "cnn", "batch_norm": "on", "dropout": "on", "learning_rate": 
 config = TrialConfig.from_params(numeric_settings("cpu", "float32") | params)
 trial = Trial(config, random_images(640, "cpu"))
 page_faults(3)
-print(page_faults(3))
+print(min(page_faults(1) for _ in range(3)))  # others come where the system reclaims memory meanwhile
 """
 
 
@@ -159,6 +159,6 @@ def test_training_steps_reuse_freed_memory_without_a_page_fault_each_time():
         )
         for how in ("returned", "kept")
     )
-    if returned < 1000:
+    if returned < 300:
         pytest.skip(f"nothing to save: only {returned} page faults without it, as large pages may yield")
-    assert kept < returned / 10  # about 50,000 page faults in 15 steps otherwise
+    assert kept < returned / 10  # about 16,000 page faults in 5 steps otherwise
