@@ -322,9 +322,6 @@ def _check(options: argparse.Namespace) -> None:
     options.models = MODELS if options.model == "both" else (options.model,)
     options.repeats = (1 if options.quick else 3) if options.repeats is None else options.repeats
     options.per_class = QUICK_PER_CLASS if options.quick and options.per_class is None else options.per_class
-    for name in ("repeats", "epochs", "seeds"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} must be at least 1, got {getattr(options, name)}")
 
 
 if __name__ == "__main__":
