@@ -23,7 +23,7 @@ from grid.record.spool import Spool
 from grid.record.store import Store
 from grid.wording import count
 
-DRAWS = 20
+DRAWS = 12
 
 
 @pytest.fixture(scope="module")
@@ -216,8 +216,8 @@ def test_every_rule_leaves_the_effects_unbiased(table: Table, within: tuple[str,
     assert root_mean_square(main_effects["error"]) < 0.003
 
 
-def test_the_command_prints_all_tables_in_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--draws", "1"]) == 0
+def test_the_command_prints_all_tables_in_80_columns(mlp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--draws", "1", "--curves", str(mlp)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert any(line.startswith("3%       ours") for line in lines)
