@@ -6,6 +6,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 # Tests wait about a third of their time, so there is one process more than CPUs; the longest files begin first.
 WORKERS := $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
 LONGEST := $(foreach name,servers slurm experiment tuner,tests/test_$(name).py)
+OTHERS := $(filter-out $(LONGEST) tests/test_cluster.py,$(wildcard tests/test_*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-all gpu-report compat check lint types imports format clean
@@ -32,8 +33,7 @@ test: setup  ## run the fast tests, one real Ray run and one real kill among the
 test-all: test  ## run all tests: clusters, failures, browser, notebooks, wheel (half an hour)
 	@# the simulated hosts see nothing of this machine's Ray, so their tests run beside the others
 	$(BIN)/python -m pytest -m slow tests/test_cluster.py & hosts=$$!; \
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m slow $(LONGEST) tests \
-		--ignore tests/test_cluster.py; others=$$?; \
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m slow $(LONGEST) $(OTHERS); others=$$?; \
 	wait $$hosts && exit $$others
 
 gpu-report: setup  ## on a machine with a GPU: its tests and step times, on one page (minutes)
