@@ -3,6 +3,7 @@
 import os
 import time
 from pathlib import Path
+from uuid import uuid4
 
 import ray
 import torch
@@ -10,6 +11,7 @@ import torch
 from grid.config import TrialConfig
 from grid.metrics import EpochReport
 from grid.train.trial import DeviceData, Trial
+from grid.tune.room import MOST_FAILURES
 
 ILLEGAL = "CUDA error: an illegal memory access was encountered"
 MOST = 3
@@ -91,10 +93,14 @@ class Wrong(Trial):
 
 
 class Broken(Trial):
-    """Trains, but not on the second of two GPUs."""
+    """Trains, but not on the second of two GPUs; the first one waits until that has failed often enough."""
 
     def run_epoch(self) -> EpochReport:
+        failures = Path(os.environ["FAILURES"])
         if ray.get_gpu_ids() == [1]:
+            (failures / uuid4().hex).touch()
             raise torch.AcceleratorError(ILLEGAL)
-        time.sleep(1)  # the other one comes back meanwhile, again and again
+        deadline = time.monotonic() + 300  # processes of a busy machine take long to start
+        while len(list(failures.iterdir())) < MOST_FAILURES and time.monotonic() < deadline:
+            time.sleep(0.1)
         return super().run_epoch()

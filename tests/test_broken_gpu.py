@@ -19,7 +19,8 @@ from tests.test_device_errors import train
 
 
 @pytest.fixture
-def packing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Packing]:
+def packing(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Packing]:
+    monkeypatch.setenv("FAILURES", str(tmp_path_factory.mktemp("failures")))
     init = ray.init
     monkeypatch.setattr(ray, "init", lambda **options: init(**options | {"num_gpus": 2}))
     yield replace(connect(None, 2), gpus_per_trial=1.0)
