@@ -32,7 +32,7 @@ test: setup  ## run the fast tests, one real Ray run and one real kill among the
 
 test-all: test  ## run all tests: clusters, failures, browser, notebooks, wheel (half an hour)
 	@# the simulated hosts see nothing of this machine's Ray, so their tests run beside the others
-	$(BIN)/python -m pytest -m slow tests/test_cluster.py & hosts=$$!; \
+	@$(BIN)/python -m pytest -m slow tests/test_cluster.py & hosts=$$!; \
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m slow $(LONGEST) $(OTHERS); others=$$?; \
 	wait $$hosts && exit $$others
 
