@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
-# Tests wait about a third of their time, so there is one process more than CPUs; the longest files begin first.
+# Fast tests wait for a third of their time, so there is one process more than CPUs; of the slow ones the longest begin first.
 WORKERS := $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
 LONGEST := $(foreach name,servers slurm experiment tuner,tests/test_$(name).py)
 OTHERS := $(filter-out $(LONGEST) tests/test_cluster.py,$(wildcard tests/test_*.py))
@@ -33,7 +33,7 @@ test: setup  ## run the fast tests, one real Ray run and one real kill among the
 test-all: test  ## run all tests: clusters, failures, browser, notebooks, wheel (half an hour)
 	@# the simulated hosts see nothing of this machine's Ray, so their tests run beside the others
 	@$(BIN)/python -m pytest -m slow tests/test_cluster.py & hosts=$$!; \
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m slow $(LONGEST) $(OTHERS); others=$$?; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow $(LONGEST) $(OTHERS); others=$$?; \
 	wait $$hosts && exit $$others
 
 gpu-report: setup  ## on a machine with a GPU: its tests and step times, on one page (minutes)
