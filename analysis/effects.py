@@ -54,16 +54,18 @@ def _evidence(effects: FinalEffects) -> str:
 def _difference_lines(effects: FinalEffects) -> list[str]:
     """Return the largest difference of each factor, the factors that matter first."""
     bounds = effects.differences.groupby("factor")["high"].max()
-    rows = difference_rows(effects.differences).to_dict("records")
+    found = difference_rows(effects.differences)
+    rows = found.assign(levels=found["level"] + " over " + found["other_level"]).to_dict("records")
     width = max([15, *(len(row["factor"]) for row in rows)])
-    rest = max(41 - width, *(len(f"{row['level']} over {row['other_level']}") for row in rows)) if rows else 26
+    rest = max([41 - width, *(len(row["levels"]) for row in rows)])
     lines = [f"{'what matters':<{width}} {'best over worst':<{rest}} {'points':>6}  {'95% interval':<15} {'verdict'}"]
     for row in rows:
         verdict = "sure" if row["sure"] else f"at most {100 * bounds[row['factor']]:.2f}"
         verdict = "unknown" if isnan(row["high"]) else verdict
-        levels = f"{row['level']} over {row['other_level']}"
         ends = format_interval(row["low"], row["high"])
-        lines.append(f"{row['factor']:<{width}} {levels:<{rest}} {100 * row['difference']:>6.2f}  {ends:<15} {verdict}")
+        lines.append(
+            f"{row['factor']:<{width}} {row['levels']:<{rest}} {100 * row['difference']:>6.2f}  {ends:<15} {verdict}"
+        )
     return lines
 
 

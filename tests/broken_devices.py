@@ -12,6 +12,7 @@ from grid.config import TrialConfig
 from grid.metrics import EpochReport
 from grid.train.trial import DeviceData, Trial
 from grid.tune.room import MOST_FAILURES
+from tests.waiting import wait_until
 
 ILLEGAL = "CUDA error: an illegal memory access was encountered"
 MOST = 3
@@ -100,7 +101,5 @@ class Broken(Trial):
         if ray.get_gpu_ids() == [1]:
             (failures / uuid4().hex).touch()
             raise torch.AcceleratorError(ILLEGAL)
-        deadline = time.monotonic() + 300  # processes of a busy machine take long to start
-        while len(list(failures.iterdir())) < MOST_FAILURES and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_until(lambda: len(list(failures.iterdir())) >= MOST_FAILURES, 300, every=0.1)
         return super().run_epoch()
