@@ -19,7 +19,17 @@ from scipy import stats
 from analysis.formatting import TABLES, to_records
 from analysis.store import Experiment, read_experiment
 from analysis.summaries import summarise_trials
-from grid.arguments import TEXT, Parser, add_experiment, add_output, add_store, print_json, run_command, write_output
+from grid.arguments import (
+    TEXT,
+    Parser,
+    add_experiment,
+    add_output,
+    add_store,
+    positive,
+    print_json,
+    run_command,
+    write_output,
+)
 from grid.config import InputError, cell_name, factors_among
 from grid.metrics import STATUSES
 from grid.ranking import RankedCell
@@ -449,14 +459,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_experiment(parser)
     add_store(parser)
-    parser.add_argument("--top", type=int, default=20, metavar="N", help="cells of the grid to print (20)")
+    parser.add_argument("--top", type=positive, default=20, metavar="N", help="cells of the grid to print (20)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write all ranked cells to FILE")
     add_output(parser)
     options = parser.parse_args(arguments)
 
     def rank() -> int:
-        if options.top < 1:
-            raise InputError(f"--top must be 1 or more, got {options.top}")
         experiment = read_experiment(options.store, options.experiment)
         cells = rank_cells(experiment.trials, experiment.finalists, val_images=experiment.val_images)
         if options.csv:

@@ -285,8 +285,9 @@ def test_a_missing_store_is_reported_in_one_line_with_exit_code_2(
 
 
 def test_a_wrong_top_is_reported_in_one_line_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--experiment", "x", "--top", "0"]) == 2
-    assert capsys.readouterr().err == "analysis.rank: --top must be 1 or more, got 0\n"
+    with pytest.raises(SystemExit, match="2"):
+        main(["--experiment", "x", "--top", "0"])
+    assert capsys.readouterr().err == "analysis.rank: argument --top: must be 1 or more, got 0; see --help\n"
 
 
 def test_the_balanced_accuracy_is_of_the_ranked_scale_and_seeds_at_the_end_alone() -> None:
