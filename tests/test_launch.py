@@ -1,5 +1,6 @@
 """How a run starts: workers import early, no unused server is started, and a problem is one line."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,19 @@ ask = ray.remote(num_cpus=1)(lambda: [name in sys.modules for name in ("grid.tun
 print(ray.get(ask.remote()))
 servers = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
 print([any(name in server for server in servers) for name in ("gcs_server", "monitor", "dashboard/dashboard.py")])
+connection.disconnect()
+"""
+
+SILENT = """
+import time
+from grid.tune import connection
+
+connection.QUIET_SECONDS, connection.ANSWER_SECONDS = 0.5, 1
+packing = connection.connect(None, 1)
+print(list(connection.call_on_nodes(time.sleep, 60, packing=packing, failing="can't sleep").values()))
+connection.ANSWER_SECONDS = 1200
+print(list(connection.call_on_nodes(int, "7", packing=packing, failing="can't read").values()))
+print(list(connection.call_on_nodes(int, "x", packing=packing, failing="can't read").values()))
 connection.disconnect()
 """
 
@@ -44,6 +58,18 @@ def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_workers_import_early_and_a_private_ray_starts_no_unused_servers(tmp_path: Path) -> None:
     done = python("-c", EARLY, cwd=tmp_path)
     assert done.stdout.splitlines() == ["[True, True]", "[True, False, False]"], done.stderr
+
+
+@pytest.mark.slow
+def test_a_node_that_does_not_answer_is_named_early_and_given_up_late(tmp_path: Path) -> None:
+    done = python("-c", SILENT, cwd=tmp_path)
+    assert done.stdout.splitlines() == [
+        "['does not answer within 1 s; wait until it is less busy, or take it out']",
+        "[7]",
+        "[\"can't read (ValueError: invalid literal for int() with base 10: 'x')\"]",
+    ], done.stderr
+    named, *_ = done.stderr.splitlines()
+    assert re.fullmatch(r"note: waiting for 127\.0\.0\.1 \(.+\), silent for 0 s: busy, or down", named)
 
 
 @pytest.mark.slow

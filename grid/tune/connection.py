@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import psutil
 import ray
-from ray.exceptions import AuthenticationError, GetTimeoutError, RayError
+from ray.exceptions import AuthenticationError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from grid.config import InputError
@@ -30,17 +30,20 @@ from grid.tune.limits import SMALLEST_OBJECT_STORE, UNLIMITED, check_thread_limi
 from grid.tune.preflight import (
     ANSWER_SECONDS,
     HINT,
+    QUIET_SECONDS,
     CodeVersion,
     NodeReport,
     inspect_node,
     marked_storage,
     plan_packing,
 )
-from grid.wording import first_line, last_line
+from grid.wording import count, first_line, last_line
 
 RAY_OPTIONS: dict[str, Any] = {"logging_level": "CRITICAL", "log_to_driver": False, "configure_logging": True}
 OBJECT_STORE_SHARE = 0.3
 """Of the memory, as Ray has it by default."""
+MOST_NAMED = 3
+"""Nodes that a note names; a cluster may have hundreds."""
 NO_START = "wait until it is less busy, or look at its limits (ulimit -a), free memory and /dev/shm"
 _leaving = ExitStack()
 """What is to be undone when Ray is left."""
@@ -208,15 +211,28 @@ def _ask(
         name: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(*calls[name])
         for name, node_id in node_ids.items()
     }
-    ray.wait(list(pending.values()), num_returns=len(pending), timeout=ANSWER_SECONDS, fetch_local=False)
-    return {name: _answer(answer, failing) for name, answer in pending.items()}
+    if silent := _silent(pending, QUIET_SECONDS):
+        print(f"note: waiting for {_listed(silent)}, silent for {QUIET_SECONDS:.0f} s: busy, or down", file=sys.stderr)
+        silent = _silent(pending, ANSWER_SECONDS - QUIET_SECONDS)
+    late = f"does not answer within {ANSWER_SECONDS:.0f} s; wait until it is less busy, or take it out"
+    return {name: late if name in silent else _answer(answer, failing) for name, answer in pending.items()}
 
 
-def _answer(pending: Any, failing: Callable[[str], str]) -> Any:
+def _silent(pending: Mapping[str, Any], seconds: float) -> list[str]:
+    """Return the names of nodes that have not answered after so many seconds at most."""
+    _, missing = ray.wait(list(pending.values()), num_returns=len(pending), timeout=seconds, fetch_local=False)
+    return [name for name, answer in pending.items() if answer in missing]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return the first names, and how many there are beside them."""
+    others = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + f" and {count(others, 'other')}" * (others > 0)
+
+
+def _answer(answered: Any, failing: Callable[[str], str]) -> Any:
     try:
-        return ray.get(pending, timeout=1)
-    except GetTimeoutError:
-        return f"does not answer within {ANSWER_SECONDS:.0f} s; see `ray status`, or take it out"
+        return ray.get(answered)
     except RayError as error:
         return failing(last_line(error))
 

@@ -23,8 +23,10 @@ from grid.tune.machines import HEAD, describe, is_known_for_bfloat16, to_node, w
 from grid.tune.private_ray import autoscaler_configuration
 from grid.wording import first_line
 
-ANSWER_SECONDS = 120.0
-"""How long a node may take to report; it imports torch first."""
+QUIET_SECONDS = 30.0
+"""After which a node that has not answered is named on the screen."""
+ANSWER_SECONDS = 900.0
+"""How long a node may take to answer: it imports torch first, perhaps beside a hundred other processes."""
 STORAGE_HINT = "mount the same folder on all nodes, or pass --storage s3://BUCKET"
 HINT = "bring the cluster up again with this folder (`ray up`)"
 
