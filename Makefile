@@ -5,8 +5,8 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 # Fast tests wait for a third of their time, so there is one process more than CPUs; of the slow ones the longest begin first.
 WORKERS := $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
-LONGEST := $(foreach name,servers slurm experiment tuner,tests/test_$(name).py)
-OTHERS := $(filter-out $(LONGEST) tests/test_cluster.py,$(wildcard tests/test_*.py))
+LONGEST := $(foreach name,cluster servers slurm experiment tuner,tests/test_$(name).py)
+OTHERS := $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-all gpu-report compat check lint types imports format clean
@@ -31,10 +31,8 @@ test: setup  ## run the fast tests, one real Ray run and one real kill among the
 	$(BIN)/python -m pytest -q -m gpu tests/test_gpu.py
 
 test-all: test  ## run all tests: clusters, failures, browser, notebooks, wheel (half an hour)
-	@# the simulated hosts see nothing of this machine's Ray, so their tests run beside the others
-	@$(BIN)/python -m pytest -m slow tests/test_cluster.py & hosts=$$!; \
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow $(LONGEST) $(OTHERS); others=$$?; \
-	wait $$hosts && exit $$others
+	@# each starts processes of its own, so more at once would only wait for one another
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow $(LONGEST) $(OTHERS)
 
 gpu-report: setup  ## on a machine with a GPU: its tests and step times, on one page (minutes)
 	$(BIN)/python -m benchmarks.gpu_report
