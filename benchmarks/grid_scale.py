@@ -1,15 +1,16 @@
-"""Does the cost per trial grow with the grid? Runs grids of 100, 1,000 and 10,000 trials whose training takes no time.
+"""Does the cost per trial grow with the grid? Runs grids of 96, 1,920 and 9,600 trials whose training takes no time.
 
-    python -m benchmarks.grid_scale     # 5 minutes on two cores; --quick: 15 s
+    python -m benchmarks.grid_scale     # 6 minutes on two cores; --quick: 30 s
 
-Plan, Ray, Tune, ASHA, worker processes, checkpoints, spool, recorder and the sqlite store are real. Only the training
-of an epoch is replaced, by the next value of a curve, which takes microseconds. Each grid consists of the first trials
-of `full`, with as many seeds as necessary, and runs in a process of its own, two trials at once. Afterwards its store
-is checked: each trial must have exactly one run, which has ended with a status.
+What `grid.run` calls is called: plan, Ray, Tune, ASHA, worker processes, checkpoints, spool, recorder, the sqlite store
+and the table at the end are real. Only the training of an epoch is replaced, by the next value of a curve, which takes
+microseconds. Each grid runs in a process of its own, two trials at once. Afterwards its store is checked: each trial
+must have exactly one run, which has ended with a status.
 """
 
 import argparse
 import contextlib
+import io
 import json
 import math
 import os
@@ -22,33 +23,28 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from mlflow.tracking import MlflowClient
 
 from grid.arguments import Parser, positive, run_command
 from grid.config import TrialConfig
-from grid.data.dataset import Dataset
-from grid.driver.watcher import Watcher, restore_rungs
+from grid.driver import experiment
+from grid.driver.training import Training
+from grid.driver.watcher import Watcher
 from grid.metrics import FINAL_STATUSES, EpochReport
 from grid.parts.registry import GRIDS
-from grid.plan.asha import Asha
 from grid.plan.request import DEFAULT_CONTROLS, Request
-from grid.plan.space import cross
-from grid.plan.trials import Plan, make_plan
-from grid.record.lease import Lease
-from grid.record.recorder import Recorder
-from grid.record.spool import open_spool
-from grid.record.store import Store
+from grid.plan.trials import Plan
+from grid.record.store import Store, StoredTrial
 from grid.train.checkpoints import Checkpoints
 from grid.train.trial import DeviceData, Trial
-from grid.tune import connection, tuner
+from grid.tune import connection
 
-SIZES = (100, 1_000, 10_000)
-QUICK = (60,)
+SIZES = ("smoke:3", "full:1", "full:5")
+QUICK = ("smoke:2",)
 AT_ONCE = 2
 EPOCHS = 9
 DIVERGING = 0.02
@@ -62,13 +58,13 @@ class Cost:
     trials: int
     reports: int
     planning: float
-    """From the request to the first call of Tune: store, plan, recorder, watcher."""
+    """Until Tune is called: plan, comparison with the store, recorder, watcher."""
     starting: float
     """From then to the first report: the worker processes import torch."""
     running: float
     """From the first report to the return of Tune."""
-    delivering: float
-    """From then until all reports have arrived in the store."""
+    ending: float
+    """From then until all reports are in the store and the table is printed."""
     next_trial: float
     """Median time in a worker between the last step of a trial and the first step of the next trial."""
     next_epoch: float
@@ -79,7 +75,7 @@ class Cost:
     @property
     def per_trial(self) -> float:
         """Seconds per trial, without the start of the workers."""
-        return (self.planning + self.running + self.delivering) / self.trials
+        return (self.planning + self.running + self.ending) / self.trials
 
     @property
     def line(self) -> str:
@@ -87,17 +83,17 @@ class Cost:
         per_report = self.running / self.reports
         return (
             f"{self.trials:>6,} {self.reports:>7,} {self.planning:>6.1f} {self.starting:>6.1f} {self.running:>6.1f} "
-            f"{self.delivering:>8.1f} {self.per_trial * 1000:>6.1f} {per_report * 1000:>7.1f} "
+            f"{self.ending:>6.1f} {self.per_trial * 1000:>6.1f} {per_report * 1000:>7.1f} "
             f"{self.next_trial * 1000:>6.1f} {self.next_epoch * 1000:>6.1f} {self.megabytes:>6,.0f}"
         )
 
 
 HEADER = """\
-                                     seconds    ms for each    ms to next driver
-trials reports   plan  start    run  deliver  trial  report  trial  epoch     MB"""
+                                   seconds    ms for each    ms to next driver
+trials reports   plan  start    run    end  trial  report  trial  epoch     MB"""
 
 
-class RecordedTrial(Trial):
+class CurveTrial(Trial):
     """Yields a curve that depends on the trial key alone; reports as `train_loss` the seconds since the last step."""
 
     last_step_at = math.nan
@@ -114,11 +110,11 @@ class RecordedTrial(Trial):
     def run_epoch(self) -> EpochReport:
         """Take the next value of the curve."""
         begun = time.perf_counter()
-        waited = 0.0 if math.isnan(RecordedTrial.last_step_at) else begun - RecordedTrial.last_step_at
+        waited = 0.0 if math.isnan(CurveTrial.last_step_at) else begun - CurveTrial.last_step_at
         self.epoch += 1
         diverged = self._diverges and self.epoch == 2
         accuracy = math.nan if diverged else self._asymptote * (1 - math.exp(-self.epoch / self._pace))
-        RecordedTrial.last_step_at = time.perf_counter()
+        CurveTrial.last_step_at = time.perf_counter()
         return EpochReport(
             epoch=self.epoch,
             train_loss=waited,
@@ -126,7 +122,7 @@ class RecordedTrial(Trial):
             val_loss=1 - accuracy,
             val_accuracy=accuracy,
             learning_rate=self.config.learning_rate,
-            epoch_seconds=RecordedTrial.last_step_at - begun,
+            epoch_seconds=CurveTrial.last_step_at - begun,
             samples_per_second=1.0,
             diverged=diverged,
         )
@@ -141,13 +137,26 @@ class RecordedTrial(Trial):
 
 
 class Stopwatch(Watcher):
-    """A watcher that also notes the time of the first report and the waiting times between steps."""
+    """A watcher that also notes when what begins, and the waiting times between steps."""
 
-    def __init__(self, *parts: Any, **settings: Any):
-        super().__init__(*parts, **settings)
+    def __init__(self, plan: Plan, *parts: Any, **settings: Any):
+        super().__init__(plan, *parts, **settings)
+        self.plan = plan
+        self.planned_at = math.nan
+        self.trained_at = math.nan
         self.first_report_at = math.nan
         self.to_next_trial: list[float] = []
         self.to_next_epoch: list[float] = []
+
+    def resume(self, stored: Mapping[str, StoredTrial]) -> None:
+        """Do what a watcher does, then note the time."""
+        super().resume(stored)
+        self.planned_at = time.perf_counter()
+
+    def clear_checkpoints(self) -> None:
+        """Note that all have been trained, then do what a watcher does."""
+        self.trained_at = time.perf_counter()
+        super().clear_checkpoints()
 
     def epoch_ended(self, config: TrialConfig, report: EpochReport, *, stopped: bool, spared: bool = False) -> None:
         """Note the times, then do what a watcher does."""
@@ -160,30 +169,42 @@ class Stopwatch(Watcher):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a grid of each size in a process of its own and print the table."""
     parser = Parser(prog="python -m benchmarks.grid_scale", description=__doc__.splitlines()[0])
-    sizes = " ".join(map(str, SIZES))
     parser.add_argument(
-        "--trials", type=positive, nargs="+", default=list(SIZES), metavar="N", help=f"sizes of the grids ({sizes})"
+        "--grids", type=size, nargs="+", default=list(map(size, SIZES)), metavar="GRID[:SEEDS]", help=" ".join(SIZES)
     )
-    parser.add_argument("--quick", action="store_true", help=f"run one grid of {QUICK[0]} trials")
+    parser.add_argument("--quick", action="store_true", help=f"run {QUICK[0]} alone")
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
 
     def report() -> int:
         if options.in_this_process:
+            ((grid, seeds),) = options.grids
             with tempfile.TemporaryDirectory(prefix="scale-") as folder:
-                print(json.dumps(asdict(measure(options.trials[0], Path(folder)))))
+                print(json.dumps(asdict(measure(grid, seeds, Path(folder)))))
             return 0
         print(HEADER, flush=True)
-        for trials in QUICK if options.quick else options.trials:
-            print(measure_in_subprocess(trials).line, flush=True)
+        for grid, seeds in map(size, QUICK) if options.quick else options.grids:
+            print(measure_in_subprocess(grid, seeds).line, flush=True)
         return 0
 
     return run_command(parser.name, report)
 
 
-def measure_in_subprocess(trials: int) -> Cost:
+def size(text: str) -> tuple[str, int]:
+    """Read `GRID` or `GRID:SEEDS`.
+
+    Raises:
+        argparse.ArgumentTypeError: There is no such grid, or the seeds are no number from 1.
+    """
+    grid, _, seeds = text.partition(":")
+    if grid not in GRIDS:
+        raise argparse.ArgumentTypeError(f"no grid is called '{grid}'; there are {', '.join(GRIDS)}")
+    return grid, positive(seeds or "1")
+
+
+def measure_in_subprocess(grid: str, seeds: int) -> Cost:
     """Run a grid in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.grid_scale", "--in-this-process", "--trials", str(trials)]
+    command = [sys.executable, "-m", "benchmarks.grid_scale", "--in-this-process", "--grids", f"{grid}:{seeds}"]
     with tempfile.TemporaryDirectory(prefix="scale-cwd-") as folder:
         path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
         environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
@@ -191,75 +212,53 @@ def measure_in_subprocess(trials: int) -> Cost:
     return Cost(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure(trials: int, folder: Path) -> Cost:
-    """Run a grid of recorded trials in this process, check its store, and return what it cost."""
-    dataset = blank_dataset()
-    request = request_of(trials, folder)
+def measure(grid: str, seeds: int, folder: Path) -> Cost:
+    """Run a grid with trials that take no time, by what `grid.run` calls; check its store, and return what it cost."""
+    request = request_of(grid, seeds, folder)
     checkpoints = Checkpoints(request.storage, request.experiment)
-    packing = connection.connect(None, AT_ONCE, checkpoints)
-    try:
+    watches: list[Stopwatch] = []
+
+    def watch(*parts: Any, **settings: Any) -> Stopwatch:
+        watches.append(Stopwatch(*parts, **settings))
+        return watches[-1]
+
+    with (
+        connection.connected(None, request.concurrency, checkpoints, device=request.device) as packing,
+        contextlib.ExitStack() as stack,
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        prepared, packing = experiment.prepare(request, packing, checkpoints, stack)
+        training = Training(packing, checkpoints, make_trial=CurveTrial, watch=watch)
         begun = time.perf_counter()
-        store = Store(request.store, request.experiment)
-        store.create()
-        spool_of_grid = open_spool(request.spool, request.store, request.experiment)
-        with contextlib.closing(spool_of_grid) as spool, Lease(store):
-            recorder = Recorder(store, spool)
-            recorder.recover()
-            plan = cut(
-                make_plan(
-                    request, packing=packing, fingerprint=dataset.fingerprint, train_images=len(dataset.train_labels)
-                ),
-                trials,
-            )
-            asha = Asha.of(plan.rule, request.epochs)
-            restore_rungs(asha, store.trials())
-            recorder.begin({"grid.json": b"{}"}, {})
-            watcher = Stopwatch(plan, recorder, checkpoints, rungs=asha.rungs, concurrency=packing.concurrency)
-            watcher.resume({})
-            planned = time.perf_counter()
-            with contextlib.redirect_stdout(sys.stderr):
-                tuner.run_trials(
-                    watcher.todo,
-                    dataset,
-                    watcher,
-                    asha=asha,
-                    controls=plan.controls,
-                    packing=packing,
-                    checkpoints=checkpoints,
-                    begin=RecordedTrial,
-                )
-                checkpoints.clear()
-            ended = time.perf_counter()
-            assert recorder.close(finished=True), recorder.error
-            delivered = time.perf_counter()
-            megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    finally:
-        connection.disconnect()
-    check_store(store, plan)
+        code = experiment.run(request, prepared, training)
+        done = time.perf_counter()
+        megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    assert code == 0, code
+    (watcher,) = watches
+    check_store(prepared.store, watcher.plan)
     return Cost(
-        trials=trials,
+        trials=watcher.total,
         reports=len(watcher.to_next_trial) + len(watcher.to_next_epoch),
-        planning=planned - begun,
-        starting=watcher.first_report_at - planned,
-        running=ended - watcher.first_report_at,
-        delivering=delivered - ended,
+        planning=watcher.planned_at - begun,
+        starting=watcher.first_report_at - watcher.planned_at,
+        running=watcher.trained_at - watcher.first_report_at,
+        ending=done - watcher.trained_at,
         next_trial=statistics.median(watcher.to_next_trial),
         next_epoch=statistics.median(watcher.to_next_epoch),
         megabytes=megabytes,
     )
 
 
-def request_of(trials: int, folder: Path) -> Request:
-    """Return a request for the grid `full` with enough seeds for a number of trials."""
-    levels = GRIDS["full"].levels
+def request_of(grid: str, seeds: int, folder: Path) -> Request:
+    """Return a request for a grid on a few images; no trial looks at them."""
     return Request(
-        grid="full",
-        levels=levels,
+        grid=grid,
+        levels=GRIDS[grid].levels,
         data="glyphs",
         data_dir=folder / "data",
-        per_class=None,
+        per_class=2,
         epochs=EPOCHS,
-        seeds=math.ceil(trials / len(cross(levels)[0])),
+        seeds=seeds,
         lr_scales=(1.0,),
         controls=DEFAULT_CONTROLS,
         store=f"sqlite:///{folder}/mlflow.db",
@@ -268,14 +267,9 @@ def request_of(trials: int, folder: Path) -> Request:
         spool=folder / "spool",
         address="local",
         concurrency=AT_ONCE,
+        device="cpu",
         precision="float32",
     )
-
-
-def cut(plan: Plan, trials: int) -> Plan:
-    """Return a plan of only the first trials."""
-    kept = plan.trials[:trials]
-    return replace(plan, trials=kept, controls=plan.controls & {trial.trial_key for trial in kept})
 
 
 def check_store(store: Store, plan: Plan) -> None:
@@ -291,12 +285,6 @@ def check_store(store: Store, plan: Plan) -> None:
             assert run.info.status == "FINISHED", run.info
             found[run.data.tags["trial_key"]] += 1
     assert found == Counter(trial.trial_key for trial in plan.trials), "lost or doubled trials"
-
-
-def blank_dataset() -> Dataset:
-    """Return a data set of black images; no trial looks at them."""
-    images, labels = np.zeros((64, 28, 28), dtype=np.uint8), np.zeros(64, dtype=np.int64)
-    return Dataset("glyphs", ("a", "b"), images, labels, images, labels, fingerprint="0" * 16)
 
 
 if __name__ == "__main__":

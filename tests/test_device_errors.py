@@ -90,11 +90,11 @@ def dataset(glyphs_dir: Path) -> Dataset:
     return load("glyphs", glyphs_dir, per_class=10)
 
 
-def train(begin: type[Trial], number: int, dataset: Dataset, packing: Packing, folder: Path) -> Notes:
+def train(make_trial: type[Trial], number: int, dataset: Dataset, packing: Packing, folder: Path) -> Notes:
     notes, trials = Notes(), [replace(CONFIG, seed=seed) for seed in range(number)]
     checkpoints = Checkpoints(str(folder), "test")
     settings = {"controls": (), "packing": packing, "checkpoints": checkpoints}
-    run_trials(trials, dataset, notes, asha=Asha(()), begin=begin, **settings)  # type: ignore[arg-type]
+    run_trials(trials, dataset, notes, asha=Asha(()), make_trial=make_trial, **settings)  # type: ignore[arg-type]
     return notes
 
 

@@ -7,12 +7,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from mlflow.entities import Run
 
 from analysis.store import read_experiment
-from benchmarks.grid_scale import blank_dataset
 from grid.config import InputError, TrialConfig
+from grid.data.dataset import Dataset
 from grid.driver import experiment
 from grid.driver.training import Prepared, Training
 from grid.driver.watcher import restore_rungs
@@ -43,6 +44,12 @@ def accuracy(config: TrialConfig, epoch: int) -> float:
 
 def accuracy_of(trial_key: str, epoch: int) -> float:
     return random.Random(f"{trial_key} {epoch}").uniform(0.2, 0.4) + 0.1 * epoch
+
+
+def blank_dataset() -> Dataset:
+    """Return a data set of black images; no trial looks at them."""
+    images, labels = np.zeros((64, 28, 28), dtype=np.uint8), np.zeros(64, dtype=np.int64)
+    return Dataset("glyphs", ("a", "b"), images, labels, images, labels, fingerprint="0" * 16)
 
 
 class Trainer:

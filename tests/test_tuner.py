@@ -150,7 +150,7 @@ def test_workers_train_many_trials_whatever_becomes_of_one(dataset: Dataset, pac
     wild, broken = replace(CONFIG, learning_rate=1e20, batch_norm=False), replace(CONFIG, seed=OneWrong.WRONG)
     others = [replace(CONFIG, seed=seed) for seed in range(6)]
     before = worker_pids()
-    notes = run([wild, broken, *others], dataset, packing, tmp_path, begin=OneWrong, asha=Asha((1,)))
+    notes = run([wild, broken, *others], dataset, packing, tmp_path, make_trial=OneWrong, asha=Asha((1,)))
     assert notes.ends[wild.trial_key] == ("diverged", "")
     status, error = notes.ends[broken.trial_key]
     assert status == "failed"

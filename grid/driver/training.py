@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from grid.record.store import Store, StoredTrial
 from grid.recorded import MANIFEST, command_path
 from grid.train.checkpoints import Checkpoints
 from grid.train.hardware import numeric_settings
+from grid.train.trial import DeviceData, Trial
 from grid.tune import tuner
 
 
@@ -53,6 +54,10 @@ class Training:
     """Whether to go on though the first trials all fail alike."""
     budget: Budget = NO_LIMIT
     """What the grid may take in all."""
+    make_trial: Callable[[TrialConfig, DeviceData], Trial] = Trial
+    """Makes a trial in a worker; `benchmarks.grid_scale` passes one that steps through a curve."""
+    watch: Callable[..., Watcher] = Watcher
+    """Makes what hears of every event; `benchmarks.grid_scale` passes one with a stopwatch."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ def train_all(ready: Ready, dataset: Dataset, recorder: Recorder, training: Trai
     Raises:
         LeaseLostError: Another driver has taken the experiment over.
     """
-    watcher = Watcher(
+    watcher = training.watch(
         ready.plan,
         recorder,
         training.checkpoints,
@@ -189,6 +194,7 @@ def _train_left(ready: Ready, watcher: Watcher, dataset: Dataset, training: Trai
         checkpoints=training.checkpoints,
         keep_weights=training.keep_weights,
         keep_going=training.keep_going,
+        make_trial=training.make_trial,
         save_each_epoch=training.budget.is_limited,
     )
     watcher.progress.show(last=True)

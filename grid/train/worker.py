@@ -27,7 +27,7 @@ class Worker:
         dataset: Images to train on.
         checkpoints: Where trials are saved, and resumed from.
         checkpoint_epochs: Epochs after which a trial is saved.
-        begin: Makes a trial; `benchmarks.grid_scale` passes one that replays a curve.
+        make_trial: Makes a trial.
         sleep: Waits a number of seconds.
         save_each_epoch: Whether a trial is saved after every epoch that is not its last.
     """
@@ -37,7 +37,7 @@ class Worker:
         dataset: Dataset,
         checkpoints: Checkpoints,
         checkpoint_epochs: tuple[int, ...],
-        begin: Callable[[TrialConfig, DeviceData], Trial] = Trial,
+        make_trial: Callable[[TrialConfig, DeviceData], Trial] = Trial,
         sleep: Callable[[float], None] = time.sleep,
         *,
         save_each_epoch: bool = False,
@@ -45,7 +45,7 @@ class Worker:
         self.checkpoints = checkpoints
         self._dataset = dataset
         self._checkpoint_epochs = checkpoint_epochs
-        self._begin = begin
+        self._make_trial = make_trial
         self._sleep = sleep
         self._save_each_epoch = save_each_epoch
         self._data: DeviceData | None = None
@@ -108,7 +108,7 @@ class Worker:
             self._data = DeviceData.from_dataset(self._dataset, config.device)
         if self._trial is None:
             state = self.checkpoints.load(config.trial_key, config.device)
-            trial = self._begin(config, self._data)
+            trial = self._make_trial(config, self._data)
             if state is not None:
                 trial.load_state_dict(state)
             self._trial = trial

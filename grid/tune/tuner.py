@@ -40,7 +40,7 @@ def run_trials(
     keep_weights: bool = False,
     keep_going: bool = False,
     save_each_epoch: bool = False,
-    begin: Callable[[TrialConfig, DeviceData], Trial] = Trial,
+    make_trial: Callable[[TrialConfig, DeviceData], Trial] = Trial,
 ) -> None:
     """Run trials to their ends; Ray must be connected.
 
@@ -55,10 +55,10 @@ def run_trials(
         keep_weights: Whether a trial is saved after its last epoch as well.
         keep_going: Whether to go on though the first trials all fail alike.
         save_each_epoch: Whether trials are saved after every epoch, because they may be suspended after any.
-        begin: Makes a trial in a worker; `benchmarks.grid_scale` passes one that replays a recorded curve.
+        make_trial: Makes a trial in a worker; `grid.driver.training` says when another one than `Trial`.
     """
     checkpoint_epochs = (*asha.rungs, *({trial.epochs for trial in trials} if keep_weights else ()))
-    worker = Worker(dataset, checkpoints, checkpoint_epochs, begin, save_each_epoch=save_each_epoch)
+    worker = Worker(dataset, checkpoints, checkpoint_epochs, make_trial, save_each_epoch=save_each_epoch)
     queue = Queue(trials, packing.concurrency, listener)
     tune_config = _tune_config(queue, AshaScheduler(asha, controls, listener), packing.concurrency)
     bridge = Bridge(listener, asha, queue, packing, controls=controls, keep_going=keep_going)
