@@ -11,7 +11,8 @@ import pandas as pd
 
 from analysis.store import Experiment, answering
 from grid.recorded import first_values
-from grid.store_uri import slug, waiting_for
+from grid.store_client import waiting_for
+from grid.store_uri import slug
 
 HISTORY_THREADS = 4
 

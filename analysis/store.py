@@ -20,10 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from grid.store_uri import (
-    BUSY_SECONDS,
+from grid.store_client import (
     artifact_contents,
-    check_store_uri,
     client_uri,
     experiment_names,
     find_experiment,
@@ -31,11 +29,10 @@ from grid.store_uri import (
     missing_experiment,
     mlflow_settings,
     repeating,
-    sqlite_path,
-    sqlite_tables,
     store_problem,
     waiting_for,
 )
+from grid.store_uri import BUSY_SECONDS, check_store_uri, sqlite_path, sqlite_tables
 
 os.environ.update(mlflow_settings())
 

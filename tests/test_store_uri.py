@@ -10,15 +10,8 @@ import pytest
 from analysis.store import read_experiment
 from grid.config import InputError
 from grid.record.store import Store
-from grid.store_uri import (
-    artifact_contents,
-    artifact_location,
-    check_store_uri,
-    client_uri,
-    is_default,
-    slug,
-    sqlite_path,
-)
+from grid.store_client import artifact_contents, client_uri
+from grid.store_uri import artifact_location, check_store_uri, is_default, slug, sqlite_path
 
 
 def test_the_default_is_a_file_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

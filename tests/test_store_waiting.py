@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 
 from analysis.store import read_experiment
-from grid import store_uri
+from grid import store_client
 from grid.config import InputError
 from grid.record.store import Store
-from grid.store_uri import check_store_uri, find_proxy, mlflow_settings, waiting_for
+from grid.store_client import mlflow_settings, waiting_for
+from grid.store_uri import check_store_uri, find_proxy
 
 ROOT = Path(__file__).parents[1]
 PROXY_VARIABLES = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY")
@@ -182,7 +183,7 @@ def test_a_server_that_accepts_and_never_answers_is_left_in_time_with_a_word_on_
     ask: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    monkeypatch.setattr(store_uri, "QUIET_SECONDS", 0.2)
+    monkeypatch.setattr(store_client, "QUIET_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         uri = f"http://127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(InputError, match="^can't (use|read) the store http.*timed out"):
@@ -283,7 +284,7 @@ def test_a_quick_answer_is_awaited_in_silence(capsys: pytest.CaptureFixture[str]
 def test_a_secret_is_not_shown_while_waiting(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(store_uri, "QUIET_SECONDS", 0.01)
+    monkeypatch.setattr(store_client, "QUIET_SECONDS", 0.01)
     with waiting_for("postgresql://me:hidden@host/db"):
         time.sleep(0.5)
     assert "waited for the store postgresql://me:***@host/db" in capsys.readouterr().err
@@ -297,7 +298,7 @@ class Terminal(io.StringIO):
 
 
 def test_on_a_terminal_one_line_counts_and_one_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_uri, "QUIET_SECONDS", 0.01)
+    monkeypatch.setattr(store_client, "QUIET_SECONDS", 0.01)
     monkeypatch.setenv("COLUMNS", "30")
     monkeypatch.setattr(sys, "stderr", screen := Terminal())
     with waiting_for("http://127.0.0.1:5000"):
@@ -310,7 +311,7 @@ def test_on_a_terminal_one_line_counts_and_one_stays(monkeypatch: pytest.MonkeyP
 
 
 def test_a_closed_screen_does_not_stop_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_uri, "QUIET_SECONDS", 0.01)
+    monkeypatch.setattr(store_client, "QUIET_SECONDS", 0.01)
     screen = io.StringIO()
     screen.close()
     for stderr in (screen, None):

@@ -13,7 +13,8 @@ from mlflow.tracking import MlflowClient
 
 from grid.config import InputError
 from grid.masking import mask
-from grid.store_uri import BUSY_SECONDS, client_uri, log_in, never_repeat, sqlite_path, sqlite_tables
+from grid.store_client import client_uri, log_in, never_repeat
+from grid.store_uri import BUSY_SECONDS, sqlite_path, sqlite_tables
 
 SETTLED_SECONDS = 5
 """A file that has not changed for so long is in nobody's hands."""

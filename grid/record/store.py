@@ -32,17 +32,16 @@ from grid.recorded import (
     is_parent,
     read_trial,
 )
-from grid.store_uri import (
+from grid.store_client import (
     artifact_contents,
-    artifact_location,
     experiment_names,
     find_experiment,
-    local_path,
     missing_experiment,
     mlflow_settings,
     store_problem,
     waiting_for,
 )
+from grid.store_uri import artifact_location, local_path
 from grid.wording import first_line
 
 os.environ.update(mlflow_settings())
