@@ -302,7 +302,7 @@ def draw_finalists(cells: pd.DataFrame, names: Sequence[str]) -> str:
     """Draw the finalists' validation accuracies with their intervals, and their test accuracies.
 
     Args:
-        cells: Finalists of `analysis.rank.rank_cells`.
+        cells: Finalists of `analysis.estimates.cells.rank_cells`.
         names: Their names, in the same order.
     """
     with mpl.rc_context(STYLE):

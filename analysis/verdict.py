@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 
 from analysis.audit import summarise_loss
+from analysis.estimates.cells import rank_cells
 from analysis.estimates.final_effects import FinalEffects, measure_experiment
 from analysis.estimates.rung_effects import RungEffects, measure_rung_effects
 from analysis.formatting import sentence
-from analysis.rank import rank_cells
 from analysis.stopping.figures import Audit, audit_experiment
 from analysis.store import Experiment
 from grid.config import InputError, cell_name, factors_among
@@ -51,7 +51,7 @@ class Verdict:
 
     experiment: Experiment
     cells: pd.DataFrame
-    """From `analysis.rank.rank_cells`."""
+    """From `analysis.estimates.cells.rank_cells`."""
     effects: FinalEffects | Unavailable = Unavailable("not measured")
     """At the end of training, from all trials."""
     first: RungEffects | Unavailable | None = None

@@ -29,8 +29,8 @@ from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlMetric, Sq
 from sqlalchemy import create_engine, insert, text
 
 from analysis.curves import read_curves
+from analysis.estimates.cells import rank_cells
 from analysis.estimates.rung_effects import measure_rung_effects
-from analysis.rank import rank_cells
 from analysis.stopping.figures import audit_stopping
 from analysis.store import Experiment, read_experiment
 from benchmarks.servers import postgres

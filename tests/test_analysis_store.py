@@ -17,9 +17,9 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from analysis.curves import read_curves
+from analysis.estimates.cells import rank_cells
 from analysis.estimates.final_effects import measure_final_effects
 from analysis.estimates.rung_effects import measure_rung_effects
-from analysis.rank import rank_cells
 from analysis.store import read_artifact, read_artifacts, read_experiment
 from analysis.verdict import name_of
 from grid.config import FACTORS, SETTINGS, InputError, TrialConfig, factors_among

@@ -21,8 +21,9 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from analysis.curves import read_curves
+from analysis.estimates.cells import rank_cells
 from analysis.page.render import _subtitle
-from analysis.rank import format_ranking, rank_cells
+from analysis.rank import format_ranking
 from analysis.store import Experiment, read_experiment
 from analysis.verdict import Verdict, analyse, headline
 from grid.config import InputError

@@ -338,8 +338,8 @@ def test_a_reason_is_given_once() -> None:
 
 
 def test_no_column_of_a_table_can_be_the_name_of_a_factor() -> None:
-    from analysis.rank import COLUMNS as RANKED  # noqa: PLC0415
-    from analysis.rank import PLACE_COLUMNS  # noqa: PLC0415
+    from analysis.estimates.cells import COLUMNS as RANKED  # noqa: PLC0415
+    from analysis.estimates.cells import PLACE_COLUMNS  # noqa: PLC0415
     from analysis.trial_table import COLUMNS  # noqa: PLC0415
 
     fields = {field.name for field in dataclasses.fields(TrialConfig)}

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis.rank import format_ranking, main, rank_cells
+from analysis.estimates.cells import rank_cells
+from analysis.rank import format_ranking, main
 from analysis.store import Experiment
 from grid.config import FACTORS
 from grid.parts import LEVELS

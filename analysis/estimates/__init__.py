@@ -1,1 +1,1 @@
-"""Estimates what the levels do: after a rung, and at the end of a training that was stopped early."""
+"""Estimates how good cells are, and what levels do: after a rung, and at the end of trainings stopped early."""

@@ -13,9 +13,9 @@ from markupsafe import Markup
 from analysis import plot
 from analysis.audit import WORDING, caption_of
 from analysis.curves import read_curves
+from analysis.estimates.cells import combine_halves, rank_refits
 from analysis.estimates.earned import Earned, describe_together
 from analysis.formatting import INTERVAL, format_table, hundredths, number, percent, points, sentence
-from analysis.rank import combine_halves, rank_refits
 from analysis.stopping.figures import Audit
 from analysis.store import Experiment, read_artifact, read_artifacts
 from analysis.verdict import Unavailable, Verdict, name_of

@@ -8,9 +8,9 @@ import pandas as pd
 from scipy.linalg import block_diag, helmert
 from statsmodels.regression.linear_model import OLS
 
+from analysis.estimates.cells import rank_cells
 from analysis.estimates.final_effects import FinalEffects, measure_final_effects
 from analysis.estimates.rung_effects import measure_rung_effects
-from analysis.rank import rank_cells
 from analysis.stopping.figures import audit_stopping
 from benchmarks.planted.grids import (
     CORRELATIONS,
