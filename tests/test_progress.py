@@ -107,7 +107,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run() -> None:
 def test_diverged_and_failed_trials_have_no_rank_but_are_counted() -> None:
     table = top_table([summary("diverged", 2, 0.9, cell=CNN), summary("failed", 0, None), summary("completed", 9, 0.7)])
     assert table.splitlines()[1].split()[1] == "70.00%"
-    assert table.splitlines()[-1] == "1 of 1 cells shown; 3 trials: 1 completed, 1 diverged, 1 failed"
+    assert table.splitlines()[-1] == "1 of 1 cell shown; 3 trials: 1 completed, 1 diverged, 1 failed"
 
 
 def test_an_empty_table_says_so() -> None:

@@ -12,7 +12,7 @@ from typing import TextIO
 from grid.config import cell_name
 from grid.metrics import STATUSES
 from grid.ranking import RankedCell, TrialSummary, rank_cells
-from grid.wording import explain_spared, format_seconds
+from grid.wording import count, explain_spared, format_seconds
 
 TERMINAL_SECONDS = 0.5
 """Between two updates of the line on a terminal."""
@@ -108,26 +108,26 @@ class Progress:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
-def top_table(summaries: Sequence[TrialSummary], count: int = 10) -> str:
+def top_table(summaries: Sequence[TrialSummary], top: int = 10) -> str:
     """Return the best cells as a table, at most 80 columns wide if all learning-rate scales are 1.
 
     Cells of which more than half of the replicates diverged have no rank; trials are counted below by status.
 
     Args:
         summaries: Trials that have ended, all with the same budget.
-        count: Rows.
+        top: Rows.
     """
     if not summaries:
         return "no trial has ended yet"
     ranked = rank_cells(summaries)
     lines = [f"{'rank':>4}  {'val acc':>7}  {'epochs':<8}  cell"]
-    for rank, cell in enumerate(ranked[:count], start=1):
+    for rank, cell in enumerate(ranked[:top], start=1):
         lines.append(f"{rank:>4}  {cell.mean:>7.2%}{'*' if cell.spared else ' '} {_budget(cell):<8}  {_name(cell)}")
     counts = Counter(summary.status for summary in summaries)
     by_status = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
-    shown = f"{min(count, len(ranked))} of {len(ranked)} cells shown"
-    marked = [(rank, cell.spared_mean) for rank, cell in enumerate(ranked[:count], start=1) if cell.spared]
-    return "\n".join([*lines, *explain_spared(marked), f"{shown}; {len(summaries)} trials: {by_status}"])
+    shown = f"{min(top, len(ranked))} of {count(len(ranked), 'cell')} shown"
+    marked = [(rank, cell.spared_mean) for rank, cell in enumerate(ranked[:top], start=1) if cell.spared]
+    return "\n".join([*lines, *explain_spared(marked), f"{shown}; {count(len(summaries), 'trial')}: {by_status}"])
 
 
 def _name(ranked: RankedCell) -> str:
