@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").iterdir())
 PARTS = [path for path in EXAMPLES if path.name.startswith("own_")]
 FASHION = Path("/usr/share/datasets/fashion-mnist")
+CLOTHES = {"T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"}
 SCRIPTS = [path for path in EXAMPLES if path.suffix == ".py"]
 
 
@@ -41,10 +42,14 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, **caches, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
 
 
+def python(*arguments: str, folder: Path, variables: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command, used = [sys.executable, *arguments], variables or environment(folder)
+    return subprocess.run(command, cwd=folder, env=used, capture_output=True, text=True, check=False)
+
+
 def run(name: str, folder: Path, *arguments: str) -> str:
     """Run an example as its docstring says, with nothing on stderr, and return what it prints."""
-    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
+    done = python(str(ROOT / "examples" / name), *arguments, folder=folder)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
@@ -83,8 +88,8 @@ HELD = [word for held in ("model=mlp", "dropout=off", "optimizer=adam") for word
 def run_grid(path: Path, folder: Path, *options: str) -> str:
     """Run the command of an example of parts with further options, and return what it prints."""
     words = shlex.split(command_of(path).replace(f"examples/{path.name}", str(path)))
-    command = [sys.executable, *words[1:], "--address", "local", "--per-class", "20", "--epochs", "3", *options]
-    done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
+    options = ("--address", "local", "--per-class", "20", "--epochs", "3", *options)
+    done = python(*words[1:], *options, folder=folder)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
@@ -126,52 +131,33 @@ def test_a_net_and_data_of_your_own_are_confirmed_and_read_images_without_the_pr
     assert "small_resnet one_cycle relu" in printed
     experiment = re.findall(r"--experiment (\S+)", printed)[0]
     options = ["--experiment", experiment, "--top", "1", "--seeds", "2", "--register", "clothes", "--address", "local"]
-    confirm = [sys.executable, "-m", "grid.confirm", *options, "--data-dir", str(images)]
-    refused = subprocess.run(confirm, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
+    confirm = ["-m", "grid.confirm", *options, "--data-dir", str(images)]
+    refused = python(*confirm, folder=folder)
     assert refused.returncode == 2
     assert (
         "unknown model 'small_resnet'; choose from cnn, mlp, resnet, or add it with --parts FILE.py" in refused.stderr
     )
-    done = subprocess.run(
-        [*confirm, "--parts", str(path)],
-        cwd=folder,
-        env=environment(folder),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python(*confirm, "--parts", str(path), folder=folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    (folder / "elsewhere").mkdir()
+    words = read_without_the_project(folder)
+    assert len(words) == 2
+    assert set(words) <= CLOTHES
+
+
+def read_without_the_project(folder: Path) -> list[str]:
+    """Return what the registered model takes two black images for, in a process that sees no file of the project."""
     code = (
         "import mlflow, numpy as np\n"
         f"mlflow.set_tracking_uri('sqlite:///{folder}/mlflow.db')\n"
         "model = mlflow.pyfunc.load_model('models:/clothes/1')\n"
         "print(model.predict(np.zeros((2, 28, 28), dtype=np.uint8)))\n"
     )
+    (folder / "elsewhere").mkdir()
     alone = {name: value for name, value in environment(folder).items() if name != "PYTHONPATH"}
-    read = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        cwd=folder / "elsewhere",
-        env=alone,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    read = python("-P", "-c", code, folder=folder / "elsewhere", variables=alone)
     assert read.returncode == 0, read.stderr
-    words = ast.literal_eval(read.stdout.strip().splitlines()[-1])
-    assert len(words) == 2
-    assert set(words) <= {
-        "T-shirt",
-        "trousers",
-        "pullover",
-        "dress",
-        "coat",
-        "sandal",
-        "shirt",
-        "sneaker",
-        "bag",
-        "boot",
-    }
+    words: list[str] = ast.literal_eval(read.stdout.strip().splitlines()[-1])
+    return words
 
 
 def test_the_store_is_read_into_pandas_whatever_its_first_rung_is(folder: Path, store: Store) -> None:

@@ -134,14 +134,9 @@ def _measure(pairs: pd.DataFrame, column: str, epoch: int, *, at_the_end: bool) 
     rows, differences = pairs[kept].reset_index(drop=True), values[kept, 1] - values[kept, 0]
     if rows.empty:
         raise InputError("they have no unstopped control in common" if at_the_end else "no trial reached it in both")
-    factors = factors_among(rows.columns)
-    varied: Levels = {factor: names for factor in factors if len(names := in_order(factor, rows[factor])) > 1}
-    terms = [term for term in estimable_terms(rows, varied, complete=False) if len(term.parts) == 1]
+    terms = _main_effects(rows)
     design = coding_matrix(terms)
     left = len(rows) - design.shape[1]
-    if left < FEWEST_PAIRS_LEFT:
-        needed = design.shape[1] + FEWEST_PAIRS_LEFT
-        raise InputError(f"{len(rows)} pairs are too few to compare {len(varied)} factors; {needed} are needed")
     labels, contrasts = _contrasts(terms)
     basis = np.linalg.qr(design)[0]
     residuals = differences - basis @ (basis.T @ differences)
@@ -174,6 +169,21 @@ def _measure(pairs: pd.DataFrame, column: str, epoch: int, *, at_the_end: bool) 
         levels=table,
         p=float(p[0]),
     )
+
+
+def _main_effects(rows: pd.DataFrame) -> list[Term]:
+    """Return the terms of the mean and of each factor's levels.
+
+    Raises:
+        InputError: The pairs are too few for them.
+    """
+    factors = factors_among(rows.columns)
+    varied: Levels = {factor: names for factor in factors if len(names := in_order(factor, rows[factor])) > 1}
+    terms = [term for term in estimable_terms(rows, varied, complete=False) if len(term.parts) == 1]
+    needed = coding_matrix(terms).shape[1] + FEWEST_PAIRS_LEFT
+    if len(rows) < needed:
+        raise InputError(f"{len(rows)} pairs are too few to compare {len(varied)} factors; {needed} are needed")
+    return terms
 
 
 def _contrasts(terms: Sequence[Term]) -> tuple[list[tuple[str, ...]], Array]:
