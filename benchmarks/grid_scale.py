@@ -1,6 +1,6 @@
 """Does the cost per trial grow with the grid? Runs grids of 96, 1,920 and 9,600 trials whose training takes no time.
 
-    python -m benchmarks.grid_scale     # 6 minutes on two cores; --quick: 30 s
+    python -m benchmarks.grid_scale     # minutes; --quick: half a minute
 
 What `grid.run` calls is called: plan, Ray, Tune, ASHA, worker processes, checkpoints, spool, recorder, the sqlite store
 and the table at the end are real. Only the training of an epoch is replaced, by the next value of a curve, which takes
@@ -44,7 +44,7 @@ from grid.train.trial import DeviceData, Trial
 from grid.tune import connection
 
 SIZES = ("smoke:3", "full:1", "full:5")
-QUICK = ("smoke:2",)
+QUICK = "smoke:2"
 AT_ONCE = 2
 EPOCHS = 9
 DIVERGING = 0.02
@@ -137,7 +137,7 @@ class CurveTrial(Trial):
 
 
 class Stopwatch(Watcher):
-    """A watcher that also notes when what begins, and the waiting times between steps."""
+    """A watcher that also notes when each phase ends, and the waiting times between steps."""
 
     def __init__(self, plan: Plan, *parts: Any, **settings: Any):
         super().__init__(plan, *parts, **settings)
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--grids", type=size, nargs="+", default=list(map(size, SIZES)), metavar="GRID[:SEEDS]", help=" ".join(SIZES)
     )
-    parser.add_argument("--quick", action="store_true", help=f"run {QUICK[0]} alone")
+    parser.add_argument("--quick", action="store_true", help=f"run {QUICK} alone")
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
 
@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(json.dumps(asdict(measure(grid, seeds, Path(folder)))))
             return 0
         print(HEADER, flush=True)
-        for grid, seeds in map(size, QUICK) if options.quick else options.grids:
+        for grid, seeds in [size(QUICK)] if options.quick else options.grids:
             print(measure_in_subprocess(grid, seeds).line, flush=True)
         return 0
 

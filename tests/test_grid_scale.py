@@ -91,5 +91,5 @@ def test_a_small_grid_runs_from_end_to_end(capsys: pytest.CaptureFixture[str]) -
 def test_a_wrong_grid_is_one_line(grid: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["--grids", grid])
-    message = capsys.readouterr().err
-    assert problem in message.splitlines()[-1]
+    (message,) = capsys.readouterr().err.splitlines()
+    assert problem in message

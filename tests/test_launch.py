@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from grid.tune.connection import _listed
+
 EARLY = """
 import sys
 import psutil
@@ -70,6 +72,11 @@ def test_a_node_that_does_not_answer_is_named_early_and_given_up_late(tmp_path: 
     ], done.stderr
     named, *_ = done.stderr.splitlines()
     assert re.fullmatch(r"note: waiting for 127\.0\.0\.1 \(.+\), silent for 0 s: busy, or down", named)
+
+
+def test_of_many_silent_nodes_the_first_are_named() -> None:
+    assert _listed(["a", "b", "c"]) == "a, b, c"
+    assert _listed(["a", "b", "c", "d", "e"]) == "a, b, c and 2 others"
 
 
 @pytest.mark.slow
