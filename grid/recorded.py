@@ -31,7 +31,7 @@ MANIFEST = "grid.json"
 ROUNDS = "more_controls.json"
 """Artifact of the parent run: see `parse_rounds`."""
 GRID_SECONDS = "grid_seconds"
-"""Tag of a trial: in how many seconds trials of its grid had been trained when its last epoch ended, in all."""
+"""Tag of the parent run: in how many seconds trials have been trained, by all commands. Older stores: of the trials."""
 COMMAND_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 
 

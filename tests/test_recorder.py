@@ -501,6 +501,28 @@ def test_reports_of_a_deleted_run_are_dropped_and_counted_and_the_others_arrive(
     assert [run.data.tags["trial_key"] for run in runs(store)] == [other.trial_key]
 
 
+def test_the_time_spent_is_recorded_once_for_the_grid_and_not_for_finalists(
+    store: Store, recorder: Recorder, tmp_path: Path
+) -> None:
+    for seconds in (1.0, 2.04):
+        recorder.time_spent(seconds)
+    assert recorder.close(finished=False)
+    assert store.grid_seconds() == 2.0
+    with closing(Spool(tmp_path / "killed.jsonl")) as spool:  # of a driver that could deliver nothing
+        Recorder(store, spool, "confirm").time_spent(9.0)
+        Recorder(store, spool).time_spent(5.0)
+        assert Recorder(store, spool).recover() == 1
+    assert store.grid_seconds() == 5.0
+
+
+def test_time_spent_on_a_grid_that_is_deleted_holds_nothing_up(store: Store, recorder: Recorder) -> None:
+    store.client.delete_run(store.parent_id)
+    recorder.time_spent(1.0)
+    record_trial(recorder)
+    wait_until(lambda: [run.data.tags.get("status") for run in runs(store)] == ["completed"])
+    assert (recorder.parked, recorder.dropped) == ({}, {})
+
+
 def test_reports_without_a_run_do_not_block_an_experiment(store: Store, tmp_path: Path) -> None:
     with closing(Spool(tmp_path / "orphan.jsonl")) as spool:
         Recorder(store, spool).epoch_ended(CONFIG, EpochReport(epoch=2, **METRICS), is_rung=False)

@@ -1,4 +1,5 @@
 import errno
+import itertools
 import math
 import os
 import signal
@@ -17,6 +18,7 @@ from grid.record.recorder import Recorder
 from grid.record.spool import Spool
 from grid.record.store import Store, StoredTrial
 from grid.train.checkpoints import Checkpoints
+from grid.tune.recovery import AwakeClock
 
 CONFIG = TrialConfig(learning_rate=1e-3, epochs=9)
 CONTROL = replace(CONFIG, seed=1)
@@ -154,7 +156,7 @@ def test_a_decision_to_stop_is_recorded_with_the_epoch_it_follows(store: Store, 
     watcher.started(CONFIG)
     watcher.epoch_ended(CONFIG, report(1), stopped=True)
     (epoch,) = events(spool, "epoch")
-    assert epoch["tags"] == {"stopped_at_epoch": "1", "grid_seconds": "0.0"}
+    assert epoch["tags"] == {"stopped_at_epoch": "1"}
 
 
 def test_a_control_that_would_have_been_stopped_is_recorded_as_such_and_resumes(store: Store, spool: Spool) -> None:
@@ -162,9 +164,23 @@ def test_a_control_that_would_have_been_stopped_is_recorded_as_such_and_resumes(
     watcher.started(CONTROL)
     watcher.epoch_ended(CONTROL, report(1), stopped=False, spared=True)
     (epoch,) = events(spool, "epoch")
-    assert epoch["tags"] == {"would_stop_at_epoch": "1", "grid_seconds": "0.0"}
+    assert epoch["tags"] == {"would_stop_at_epoch": "1"}
     spared = replace(stored(CONTROL, "", accuracies=(0.5,)), control=True, stop_epoch=1)
     assert watch(store, spool, {CONTROL.trial_key: spared}).todo == [CONFIG, CONTROL]
+
+
+def test_time_is_recorded_though_no_epoch_ends_and_goes_on_where_the_last_run_was(
+    store: Store, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = itertools.count(100.0, 0.5)
+    monkeypatch.setattr("grid.driver.watcher.AwakeClock", lambda: AwakeClock(lambda: next(now)))
+    store.record_seconds(7.0)
+    older = replace(stored(CONFIG, "", accuracies=(0.4,)), tags={"grid_seconds": "9.0"})
+    watcher = watch(store, spool, {CONFIG.trial_key: older})
+    for _ in range(9):
+        watcher.tick()
+    watcher.record_spent()
+    assert [event["seconds"] for event in events(spool, "spent")] == [11.0, 13.0, 13.5]
 
 
 def test_a_suspended_trial_is_recorded_and_does_not_count_as_ended(store: Store, spool: Spool) -> None:

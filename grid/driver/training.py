@@ -159,6 +159,7 @@ def train_all(ready: Ready, dataset: Dataset, recorder: Recorder, training: Trai
     with watcher.until_interrupted():
         if watcher.todo and not watcher.exhausted:
             _train_left(ready, watcher, dataset, training)
+            watcher.record_spent()
         finished = len(watcher.summaries) == watcher.total and not watcher.lost
         if finished and not training.keep_weights:
             watcher.clear_checkpoints()

@@ -5,6 +5,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 
 from grid.config import TrialConfig
@@ -19,6 +20,9 @@ from grid.record.recorder import Recorder
 from grid.record.store import StoredTrial
 from grid.train.checkpoints import Checkpoints, StorageError
 from grid.tune.recovery import AwakeClock
+
+RECORD_SECONDS = 2.0
+"""Between two records of how long the grid has been trained: as much may be forgotten when the driver is killed."""
 
 
 class Watcher:
@@ -75,6 +79,7 @@ class Watcher:
         self._budget = budget
         self._clock = AwakeClock()
         self._spent_before = Spent(0.0, 0)
+        self._recorded_seconds = 0.0
         self._epochs = 0
 
     @property
@@ -99,7 +104,9 @@ class Watcher:
         Args:
             stored: What the store has, by trial key.
         """
-        self._spent_before = spent_on(stored.values())
+        earlier = spent_on(stored.values())
+        self._spent_before = replace(earlier, seconds=max(earlier.seconds, self._recorder.store.grid_seconds()))
+        self._recorded_seconds = self._spent_before.seconds
         self._check_budget()
         known = [stored[trial.trial_key] for trial in self.todo if trial.trial_key in stored]
         self._accuracies = {trial.config.trial_key: list(trial.val_accuracies) for trial in known}
@@ -135,9 +142,7 @@ class Watcher:
             self._stop_epochs[config.trial_key] = report.epoch
         is_rung = report.epoch in self._rungs
         self._record(
-            lambda: self._recorder.epoch_ended(
-                config, report, is_rung=is_rung, stopped=stopped, spared=spared, grid_seconds=self.spent.seconds
-            )
+            lambda: self._recorder.epoch_ended(config, report, is_rung=is_rung, stopped=stopped, spared=spared)
         )
         self.progress.epoch_ended(config.cell, report.epoch_seconds, report.metrics.get("val_accuracy"))
 
@@ -158,9 +163,16 @@ class Watcher:
         self.interrupted = self.interrupted or self.lost
         self._clock.look()
         self._check_budget()
+        if self.spent.seconds >= self._recorded_seconds + RECORD_SECONDS:
+            self.record_spent()
         self.progress.running = len(self._running)
         self.progress.trouble = self._recorder.trouble
         self.progress.show()
+
+    def record_spent(self) -> None:
+        """Record how long the grid has been trained, by all commands."""
+        self._recorded_seconds = self.spent.seconds
+        self._record(lambda: self._recorder.time_spent(self._recorded_seconds))
 
     def notice(self, problem: str) -> None:
         """Show what has gone wrong."""
@@ -260,7 +272,7 @@ class Watcher:
 
 
 def spent_on(trials: Iterable[StoredTrial]) -> Spent:
-    """Return what earlier runs of a grid have taken: each trial knows how much that was when its last epoch ended."""
+    """Return what the trials of a grid say that earlier runs have taken; the seconds are those of an older store."""
     seconds, epochs = 0.0, 0
     for trial in trials:
         seconds = max(seconds, trial.grid_seconds)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
 from grid.record.courier import Refusal
-from grid.record.events import Ended, EpochEnded, Event, Started, Suspended, from_json
+from grid.record.events import Ended, EpochEnded, Event, Started, Suspended, TimeSpent, from_json
 from grid.record.spool import Line
 from grid.record.store import UNREACHABLE, Store
 
@@ -44,12 +44,14 @@ class EventCarrier:
         self._attach = attach
 
     def group_of(self, line: Line) -> str:
-        """Return the key of the trial."""
+        """Return the key of the trial; empty for what is of the grid."""
         return str(line.get("trial_key", ""))
 
     def deliver(self, group: str, lines: Sequence[Line], *, again: bool) -> None:
         """Deliver events of a trial, or drop them if their run was deleted."""
         events = [_to_event(line) for line in lines]
+        if not group:
+            return self._deliver_time_spent(events)
         if again:
             events = self._without_superseded(group, events)
         try:
@@ -60,10 +62,21 @@ class EventCarrier:
             del self.run_ids[group]
             self._deleted.add(group)
             self.dropped[group] += len(events)
+        return None
 
     def is_refused(self, error: Exception) -> bool:
         """Return whether the store refuses an event for what it contains."""
         return self._store.is_refusal(error)
+
+    def _deliver_time_spent(self, events: Sequence[Event]) -> None:
+        seconds = [event.seconds for event in events if isinstance(event, TimeSpent)]
+        if len(seconds) < len(events):
+            raise Refusal("an event of a trial that does not name the trial")
+        try:
+            self._store.record_seconds(max(seconds))
+        except UNREACHABLE as error:
+            if not self._store.is_gone(self._store.parent_id, error):
+                raise
 
     def _deliver(self, trial_key: str, events: Sequence[Event], *, again: bool) -> None:
         params: Mapping[str, str] = {}

@@ -1,4 +1,4 @@
-"""The four events in the life of a trial, as they wait in the spool: started, epoch ended, ended, suspended.
+"""What is recorded, as it waits in the spool: what has happened to a trial, and the time that has been spent.
 
 On disk each is one line of JSON. Spools of earlier versions are read as well, so the names there never change.
 """
@@ -56,9 +56,24 @@ class Suspended:
     time: int
 
 
-Event = Started | EpochEnded | Ended | Suspended
+@dataclass(frozen=True, kw_only=True)
+class TimeSpent:
+    """Trials of a grid have been trained for so long, by all commands together; an event of no trial."""
 
-KINDS: dict[str, type[Event]] = {"start": Started, "epoch": EpochEnded, "end": Ended, "rest": Suspended}
+    trial_key: str = ""
+    time: int
+    seconds: float
+
+
+Event = Started | EpochEnded | Ended | Suspended | TimeSpent
+
+KINDS: dict[str, type[Event]] = {
+    "start": Started,
+    "epoch": EpochEnded,
+    "end": Ended,
+    "rest": Suspended,
+    "spent": TimeSpent,
+}
 """Name on disk -> event."""
 _NAMES = {event: name for name, event in KINDS.items()}
 

@@ -20,11 +20,10 @@ from grid.masking import mask
 from grid.metrics import FINAL_METRIC, RUNG_METRIC, EpochReport
 from grid.record.courier import Courier, describe
 from grid.record.delivery import ArtifactCarrier, EventCarrier, artifact_line
-from grid.record.events import Ended, EpochEnded, Event, Started, Suspended, to_json
+from grid.record.events import Ended, EpochEnded, Event, Started, Suspended, TimeSpent, to_json
 from grid.record.fence import LeaseLostError
 from grid.record.spool import ParkedLine, Spool, unwritable
 from grid.record.store import UNREACHABLE, Store, StoredTrial
-from grid.recorded import GRID_SECONDS
 from grid.wording import count, first_line, format_seconds
 
 MOST_RESUMES = 150
@@ -247,7 +246,6 @@ class Recorder:
         is_rung: bool,
         stopped: bool = False,
         spared: bool = False,
-        grid_seconds: float | None = None,
     ) -> None:
         """Record what an epoch yielded and, in the same event, what ASHA decided after it.
 
@@ -257,7 +255,6 @@ class Recorder:
             is_rung: Whether ASHA decides at this epoch.
             stopped: Whether it stopped the trial.
             spared: Whether it would have stopped it here, were it not an unstopped control.
-            grid_seconds: In which trials of the grid were trained by then, over all commands; None if unknown.
         """
         metrics = report.metrics
         if is_rung and "val_accuracy" in metrics:
@@ -267,7 +264,6 @@ class Recorder:
         tags = {"stopped_at_epoch": str(report.epoch)} if stopped else {}
         tags |= {"would_stop_at_epoch": str(report.epoch)} if spared else {}
         tags |= {"val_correct": b64encode(report.val_correct).decode()} if report.val_correct else {}
-        tags |= {} if grid_seconds is None else {GRID_SECONDS: f"{grid_seconds:.1f}"}
         tags |= self._tags_of_resumed(config.trial_key)
         if report.machine != self._machines.get(config.trial_key, {}):
             tags |= report.machine
@@ -317,6 +313,15 @@ class Recorder:
     def suspended(self, config: TrialConfig) -> None:
         """Record that a trial waits for the next run to resume it."""
         self._append(Suspended(trial_key=config.trial_key, time=self._now()))
+
+    def time_spent(self, seconds: float) -> None:
+        """Record in how many seconds trials of the grid have been trained, by all commands; for finalists nothing.
+
+        Args:
+            seconds: Those of earlier commands included.
+        """
+        if self._kind == "trial":
+            self._append(TimeSpent(time=self._now(), seconds=seconds))
 
     def close(self, *, finished: bool, patience_seconds: float = 30.0) -> bool:
         """Deliver what is left, end the parent run, and say whether everything has arrived.

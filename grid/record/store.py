@@ -85,12 +85,8 @@ class StoredTrial:
 
     @property
     def grid_seconds(self) -> float:
-        """In which trials of its grid had been trained when its last epoch ended; 0 if the store does not say."""
-        try:
-            seconds = float(self.tags.get(GRID_SECONDS, ""))
-        except ValueError:
-            return 0.0
-        return seconds if 0 <= seconds < inf else 0.0
+        """In which its grid had been trained when its last epoch ended, in older stores; 0 in others."""
+        return _parse_seconds(self.tags.get(GRID_SECONDS, ""))
 
 
 class Store:
@@ -308,6 +304,19 @@ class Store:
             read, self.left_out = _read(self._search(kind))
             return {key: self._stored(trial) for key, trial in read.items()}
 
+    def grid_seconds(self) -> float:
+        """Return in how many seconds trials of the grid have been trained, by all commands; 0 if nothing is recorded.
+
+        Raises:
+            InputError: The store does not answer.
+        """
+        with self.answering():
+            return _parse_seconds(self.client.get_run(self.parent_id).data.tags.get(GRID_SECONDS, ""))
+
+    def record_seconds(self, seconds: float) -> None:
+        """Record in how many seconds trials of the grid have been trained, by all commands."""
+        self.client.set_tag(self.parent_id, GRID_SECONDS, f"{seconds:.1f}")
+
     def reopen(self, trial: StoredTrial) -> StoredTrial:
         """Return a stopped trial as one that has to continue, as an unstopped control.
 
@@ -371,6 +380,15 @@ def _errors_of_artifact_stores() -> Iterator[None]:
         raise
     except Exception as error:
         raise OSError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def _parse_seconds(text: str) -> float:
+    """Return recorded seconds; 0 for what somebody has edited."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        return 0.0
+    return seconds if 0 <= seconds < inf else 0.0
 
 
 def already_exists(error: mlflow.exceptions.MlflowException) -> bool:
