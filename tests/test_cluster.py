@@ -31,6 +31,17 @@ def _is_set_up() -> bool:
 
 LACKING = missing() or ("" if _is_set_up() else "needs a .venv that is as new as pyproject.toml (make setup)")
 
+PATIENT = """
+import time, torch
+from grid import parts
+
+@parts.activation("patient", shape="rising")
+class Patient(torch.nn.Module):
+    def forward(self, inputs):
+        time.sleep(0.05 if self.training else 0)
+        return torch.relu(inputs)
+"""
+"""A parts file with which trials take long though they compute little."""
 SEEDS = max(2, os.cpu_count() or 2)
 """Enough for minutes on any machine: Ray notices a lost host after half a minute, and restarts it after that."""
 TRIALS = 32 * SEEDS
@@ -216,9 +227,11 @@ def test_the_token_gives_access_and_mlflow_and_the_dashboard_answer_on_the_head_
 
 
 def test_a_grid_survives_the_loss_of_a_worker_host_and_of_the_head(cluster: Cluster) -> None:
-    options = f"--seeds {SEEDS} --controls 0 --data-dir ~/data --storage ~/storage"
-    own = "--only activation=relu,squared_relu --parts examples/own_activation.py"  # which no worker has
-    command = f"python -m grid.run --grid smoke {options} {own}"
+    (cluster.hosts.own_home("head") / "factorial-grid" / "patient.py").write_text(PATIENT)
+    options = f"--seeds {SEEDS} --controls 0 --per-class 20 --data-dir ~/data --storage ~/storage"
+    own = "--only activation=patient,squared_relu"
+    files = "--parts patient.py --parts examples/own_activation.py"  # which no worker has
+    command = f"python -m grid.run --grid smoke --experiment lossy {options} {own} {files}"
     log = cluster.hosts.folder / "grid.log"
     executing = [str(BIN / "ray"), "exec", str(cluster.config), f"cd factorial-grid && {command}"]
     first = cluster.hosts.popen("laptop", executing, ROOT, log)
@@ -244,7 +257,7 @@ def test_a_grid_survives_the_loss_of_a_worker_host_and_of_the_head(cluster: Clus
 
 def check_record(cluster: Cluster) -> None:
     folder = cluster.hosts.own_home("head") / "factorial-grid"
-    found = audit(f"sqlite:///{folder}/mlflow.db", folder, "smoke-glyphs", ["smoke-glyphs"])
+    found = audit(f"sqlite:///{folder}/mlflow.db", folder, "lossy", ["lossy"])
     assert found.trials == TRIALS
     assert found.clean, found
     assert list((cluster.hosts.folder / "storage").glob("*/checkpoints/*")) == []

@@ -46,23 +46,23 @@ def again(
 def test_of_experiments_without_a_change_one_in_twenty_seems_to_have_one() -> None:
     rng = np.random.default_rng(0)
     alarms = 0
-    for _ in range(300):
+    for _ in range(200):
         trials = grid(rng)
         change = change_at_end(pair_trials(trials, again(trials, rng)))
         alarms += change.moved or bool(change.levels["moved"].any())
-    assert alarms / 300 < 0.08
+    assert alarms / 200 < 0.08
 
 
 def test_a_change_as_large_as_is_named_is_found_with_the_chance_that_is_named() -> None:
     rng = np.random.default_rng(0)
     level, found = "adam", 0
-    for _ in range(200):
+    for _ in range(120):
         trials = grid(rng)
         nothing = change_at_end(pair_trials(trials, again(trials, rng))).levels.set_index("level")
         shift = float(nothing.loc[level, "findable"])
         change = change_at_end(pair_trials(trials, again(trials, rng, level=level, shift=shift))).levels
         found += bool(change.set_index("level").loc[level, "moved"])
-    assert POWER - 0.08 < found / 200 < POWER + 0.08
+    assert POWER - 0.08 < found / 120 < POWER + 0.08
 
 
 def test_survivors_do_not_count_at_the_end_even_if_the_other_experiment_has_nothing_else() -> None:

@@ -408,7 +408,7 @@ def test_in_a_browser_the_page_reloads_itself_and_keeps_the_place_of_the_reader(
     ("age", "said", "late"),
     [
         (-100, "Written 0 s ago.", False),  # another clock
-        (60, r"Written 6\d s ago.", False),
+        (60, r"Written (6\d|[7-9]\d|1\d\d) s ago.", False),
         (250, r"Written 4 min ago, no longer updated.", True),
         (7 * 3600, r"Written 7 h ago, no longer updated.", True),
     ],
@@ -433,14 +433,18 @@ def test_in_a_browser_the_age_grows_before_the_eyes_of_the_reader(verdict: Verdi
     wait_until(lambda: tab.value("document.querySelector('#age').innerText") != before)
 
 
+def is_kept(tab: Tab) -> bool:
+    """Select the heading, and return whether the page is still there after more than two of its intervals."""
+    loaded = tab.value("getSelection().selectAllChildren(document.querySelector('h1')), performance.timeOrigin")
+    time.sleep(5)
+    return bool(tab.value("performance.timeOrigin") == loaded)
+
+
 @pytest.mark.slow
 def test_in_a_browser_a_selection_is_not_taken_away(verdict: Verdict, tab: Tab, tmp_path: Path) -> None:
     replace_output(tmp_path / "page.html", stamp(render(verdict, every=2), time.time()))
     tab.open(tmp_path / "page.html")
     wait_until(lambda: bool(tab.value(LOADED)))
-    tab.value("getSelection().selectAllChildren(document.querySelector('h1'))")
-    loaded = tab.value("performance.timeOrigin")
-    time.sleep(5)
-    assert tab.value("performance.timeOrigin") == loaded
+    wait_until(lambda: is_kept(tab))  # on a busy machine the page may be about to reload when it is selected
     tab.value("getSelection().removeAllRanges()")
     wait_for_reload(tab)

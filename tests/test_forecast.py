@@ -79,7 +79,8 @@ def test_the_cost_is_epochs_times_images_times_seconds_over_the_slots() -> None:
     assert cost.seconds == pytest.approx(16 * 1000 * (1e-4 + 1e-3) / 2)
 
 
-def test_calibration_times_every_model() -> None:
+def test_calibration_times_every_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grid.plan.forecast.CALIBRATION_IMAGES", 256)
     seconds, spread = calibrate(trials(name="smoke"), DataShape((1, 28, 28), 47, 94_000))
     assert set(seconds) == {"mlp", "cnn"}
     assert 0 < seconds["mlp"] < seconds["cnn"] < 1

@@ -80,6 +80,7 @@ def test_a_finished_grid_holds_nothing_that_is_not_documented(kind: str, finishe
 
 
 def test_the_tags_of_a_lease_are_documented(store: Store) -> None:
+    store.record_seconds(1.0)
     with Lease(store):
         tags = store.client.get_experiment(store.experiment_id).tags
         lease = store.client.get_experiment_by_name(f"lease 1 on experiment {store.experiment_id}")
