@@ -3,12 +3,14 @@
 Standard library only, so that `--help` and a wrong argument are answered at once.
 """
 
+import _thread
 import argparse
 import io
 import json
 import math
 import os
 import select
+import signal
 import sys
 import tempfile
 import threading
@@ -17,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, Protocol, TextIO
 
 from grid.config import InputError
@@ -29,6 +32,8 @@ DEBUG = "GRID_DEBUG"
 UNEXPECTED = 70
 """Exit code of an error that no one has foreseen (EX_SOFTWARE)."""
 LONGEST_ERROR = 300
+INSIST_SECONDS = 5.0
+"""After Ctrl-C, before it is sent once more to a command that has not ended."""
 
 
 class Options(Protocol):
@@ -235,7 +240,8 @@ def run_command(
     with _surviving_output() as lost, nullcontext() if debug else _quiet(name):
         try:
             _require_folder()
-            exit_code = body()
+            with _insisting():
+                exit_code = body()
         except KeyboardInterrupt:
             print(f"{name}: {interrupted}", file=sys.stderr)
             return 130
@@ -257,6 +263,42 @@ def _require_folder() -> None:
         Path.cwd()
     except OSError as error:
         raise InputError(f"the current folder is gone ({error.strerror}); change to another one") from error
+
+
+@contextmanager
+def _insisting() -> Iterator[None]:
+    """Within the block, send a Ctrl-C once more that has not ended it: some reach a place that swallows exceptions."""
+    kept, kept_hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    if threading.current_thread() is not threading.main_thread() or kept is not signal.default_int_handler:
+        yield
+        return
+    over = threading.Event()
+
+    def repeat(seconds: float) -> None:
+        if not over.wait(seconds):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    def repeat_after(seconds: float) -> None:
+        _thread.start_new_thread(repeat, (seconds,))  # `Thread.start` takes a lock that this thread may hold
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        repeat_after(INSIST_SECONDS)
+        raise KeyboardInterrupt
+
+    def swallowed(unraisable: "sys.UnraisableHookArgs") -> None:  # as in the callbacks of Python's imports
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            repeat_after(0.1)
+        else:
+            kept_hook(unraisable)
+
+    signal.signal(signal.SIGINT, interrupt)
+    sys.unraisablehook = swallowed
+    try:
+        yield
+    finally:
+        over.set()
+        sys.unraisablehook = kept_hook
+        signal.signal(signal.SIGINT, kept)
 
 
 @contextmanager

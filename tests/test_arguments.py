@@ -4,17 +4,20 @@ import argparse
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks import big_store, step_speed, writer_speed
+from grid import arguments
 from grid.arguments import positive, print_json, run_command, write_output
 from grid.config import InputError
 
@@ -152,6 +155,58 @@ def test_wrong_input_and_ctrl_c_have_exit_codes_of_their_own(capsys: pytest.Capt
     assert run_command("some.command", lambda: raise_(InputError("wrong"))) == 2
     assert run_command("some.command", lambda: raise_(KeyboardInterrupt()), interrupted="stopped") == 130
     assert capsys.readouterr().err == "some.command: wrong\nsome.command: stopped\n"
+
+
+@pytest.fixture
+def listening() -> Iterator[None]:
+    """Listen to Ctrl-C as in a terminal; a shell without job control lets background commands ignore it."""
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, kept)
+
+
+def test_ctrl_c_is_sent_once_more_where_a_library_swallows_it(listening: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "INSIST_SECONDS", 0.1)
+    swallowed = []
+
+    def body() -> int:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            swallowed.append("once")
+        time.sleep(1000)
+        return 0
+
+    assert run_command("some.command", body) == 130
+    assert swallowed == ["once"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_that_python_ignores_is_sent_once_more_without_a_word(
+    listening: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(arguments, "INSIST_SECONDS", 1000.0)
+
+    class Dying:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def body() -> int:
+        dying = Dying()
+        del dying
+        time.sleep(1000)
+        return 0
+
+    hook = sys.unraisablehook
+    assert run_command("some.command", body) == 130
+    assert capsys.readouterr().err == "some.command: interrupted\n"
+    assert sys.unraisablehook is hook
+
+
+def test_ctrl_c_that_ends_a_command_is_not_sent_once_more(listening: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "INSIST_SECONDS", 0.1)
+    assert run_command("some.command", lambda: signal.raise_signal(signal.SIGINT) or 0) == 130
+    time.sleep(0.5)
 
 
 @pytest.mark.parametrize(
