@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
+# else each of the many processes that tests start would compile the project again
+unexport PYTHONDONTWRITEBYTECODE
 # Fast tests wait for a third of their time, so there is one process more than CPUs; of the slow ones the longest begin first.
 WORKERS := $(shell n=$$(nproc); echo $$((n < 8 ? n + 1 : 8)))
 LONGEST := $(foreach name,cluster servers slurm experiment tuner,tests/test_$(name).py)

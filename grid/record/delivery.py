@@ -48,10 +48,11 @@ class EventCarrier:
         return str(line.get("trial_key", ""))
 
     def deliver(self, group: str, lines: Sequence[Line], *, again: bool) -> None:
-        """Deliver events of a trial, or drop them if their run was deleted."""
+        """Deliver events of a trial, or drop them if their run was deleted; without a group, those of the grid."""
         events = [_to_event(line) for line in lines]
         if not group:
-            return self._deliver_time_spent(events)
+            self._deliver_time_spent(events)
+            return
         if again:
             events = self._without_superseded(group, events)
         try:
@@ -62,7 +63,6 @@ class EventCarrier:
             del self.run_ids[group]
             self._deleted.add(group)
             self.dropped[group] += len(events)
-        return None
 
     def is_refused(self, error: Exception) -> bool:
         """Return whether the store refuses an event for what it contains."""
