@@ -200,6 +200,15 @@ def first_values(history: Iterable[Point]) -> dict[int, float]:
     return {point.step: point.value for point in latest_first if isfinite(point.value)}
 
 
+def read_grid_seconds(tags: Mapping[str, str]) -> float:
+    """Return the seconds that `GRID_SECONDS` holds; 0 if it is missing or somebody has edited it."""
+    try:
+        seconds = float(tags.get(GRID_SECONDS, ""))
+    except ValueError:
+        return 0.0
+    return seconds if isfinite(seconds) and seconds >= 0 else 0.0
+
+
 def describe_unreadable(reasons: Mapping[str, Iterable[str]], noun: str) -> list[str]:
     """Return a sentence for each reason why runs are left out.
 

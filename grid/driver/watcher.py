@@ -5,7 +5,6 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from types import FrameType
 
 from grid.config import TrialConfig
@@ -18,6 +17,7 @@ from grid.plan.trials import Plan
 from grid.ranking import TrialSummary
 from grid.record.recorder import Recorder
 from grid.record.store import StoredTrial
+from grid.recorded import read_grid_seconds
 from grid.train.checkpoints import Checkpoints, StorageError
 from grid.tune.recovery import AwakeClock
 
@@ -104,8 +104,7 @@ class Watcher:
         Args:
             stored: What the store has, by trial key.
         """
-        earlier = spent_on(stored.values())
-        self._spent_before = replace(earlier, seconds=max(earlier.seconds, self._recorder.store.grid_seconds()))
+        self._spent_before = spent_on(stored.values(), self._recorder.store.grid_seconds())
         self._recorded_seconds = self._spent_before.seconds
         self._check_budget()
         known = [stored[trial.trial_key] for trial in self.todo if trial.trial_key in stored]
@@ -271,11 +270,16 @@ class Watcher:
             self.interrupted = True
 
 
-def spent_on(trials: Iterable[StoredTrial]) -> Spent:
-    """Return what the trials of a grid say that earlier runs have taken; the seconds are those of an older store."""
-    seconds, epochs = 0.0, 0
+def spent_on(trials: Iterable[StoredTrial], grid_seconds: float) -> Spent:
+    """Return what earlier runs of a grid have taken.
+
+    Args:
+        trials: What the store has; in older stores each says how many seconds that were when its last epoch ended.
+        grid_seconds: What the store says of the grid.
+    """
+    seconds, epochs = grid_seconds, 0
     for trial in trials:
-        seconds = max(seconds, trial.grid_seconds)
+        seconds = max(seconds, read_grid_seconds(trial.tags))
         epochs += int(trial.metrics.get("epochs_run", 0)) if trial.status else len(trial.val_accuracies)
     return Spent(seconds, epochs)
 

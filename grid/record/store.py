@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from math import inf, nan
+from math import nan
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -30,6 +30,7 @@ from grid.recorded import (
     drop_twins,
     first_values,
     is_parent,
+    read_grid_seconds,
     read_trial,
 )
 from grid.store_client import (
@@ -82,11 +83,6 @@ class StoredTrial:
     val_accuracies: tuple[float, ...] = ()
     """After each recorded epoch of a trial that has to continue, NaN for a diverged epoch; empty for other trials."""
     tags: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def grid_seconds(self) -> float:
-        """In which its grid had been trained when its last epoch ended, in older stores; 0 in others."""
-        return _parse_seconds(self.tags.get(GRID_SECONDS, ""))
 
 
 class Store:
@@ -311,7 +307,7 @@ class Store:
             InputError: The store does not answer.
         """
         with self.answering():
-            return _parse_seconds(self.client.get_run(self.parent_id).data.tags.get(GRID_SECONDS, ""))
+            return read_grid_seconds(self.client.get_run(self.parent_id).data.tags)
 
     def record_seconds(self, seconds: float) -> None:
         """Record in how many seconds trials of the grid have been trained, by all commands."""
@@ -380,15 +376,6 @@ def _errors_of_artifact_stores() -> Iterator[None]:
         raise
     except Exception as error:
         raise OSError(f"{type(error).__name__}: {first_line(error)}") from error
-
-
-def _parse_seconds(text: str) -> float:
-    """Return recorded seconds; 0 for what somebody has edited."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        return 0.0
-    return seconds if 0 <= seconds < inf else 0.0
 
 
 def already_exists(error: mlflow.exceptions.MlflowException) -> bool:
