@@ -58,7 +58,7 @@ def never_repeat() -> None:
 
 @contextmanager
 def repeating() -> Iterator[None]:
-    """Let MLflow repeat the questions of this block, which may not write, as often as the user has set."""
+    """Let MLflow repeat requests of this block, as often as the user has set: no write that could happen twice."""
     before = os.environ.get(RETRIES_VARIABLE, READER_RETRIES)
     os.environ[RETRIES_VARIABLE] = READER_RETRIES
     try:

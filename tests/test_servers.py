@@ -120,7 +120,8 @@ class Servers:
             text=True,
             check=False,
         )
-        assert done.returncode == 0, done.stdout
+        log = self.folder / "server.log"
+        assert done.returncode == 0, f"{done.stdout}\n{log.read_text()[-2000:]}"
         return done.stdout
 
 

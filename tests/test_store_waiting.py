@@ -220,6 +220,27 @@ def test_what_is_no_mlflow_or_refuses_is_left_at_once(
         ask(f"http://127.0.0.1:{port}")
 
 
+class Dropping(Handler):
+    """Ends its first connection without a word, as a server does that closes an idle one while it is asked."""
+
+    dropped = False
+
+    def answer(self, status: int, content: object) -> None:
+        if type(self).dropped:
+            super().answer(status, content)
+        else:
+            type(self).dropped = True
+            self.close_connection = True
+
+
+@ASKING
+def test_a_connection_that_breaks_once_is_not_the_end(ask: Callable[[str], None]) -> None:
+    handler = type("Once", (Dropping,), {})
+    with serving(handler) as port, pytest.raises(InputError, match="^no experiment 'mine' in .*; it has other$"):
+        ask(f"http://127.0.0.1:{port}")
+    assert handler.dropped
+
+
 class Busy(Handler):
     """Answers as a server does that is asked too much, and counts."""
 

@@ -1,25 +1,61 @@
 """Processes that listen on this machine: a port for them, whether they answer, how they end."""
 
 import contextlib
+import http.client
 import os
+import random
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+PORTS = range(20_000, 32_768)
+"""By default, Linux gives none of these to those who ask for any port, so a server finds its own free again after a
+restart; Ray's workers listen below them."""
+_given: set[int] = set()
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nothing listens on, and never the same twice."""
+    while True:
+        port = random.SystemRandom().choice(PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            if port not in _given:
+                _given.add(port)
+                return port
 
 
-def answers(port: int) -> bool:
-    """Return whether something listens on a port of this machine."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def wait_for_answer(server: subprocess.Popen[bytes], port: int, path: str, log: Path) -> None:
+    """Wait until a server answers an HTTP request, whatever it says.
+
+    Args:
+        server: Its process.
+        port: Of loopback.
+        path: What is asked for, such as `/health`.
+        log: What the server prints.
+
+    Raises:
+        RuntimeError: It has ended.
+        TimeoutError: It does not answer.
+    """
+
+    def answers() -> bool:
+        if server.poll() is not None:
+            raise RuntimeError(f"a server ended with exit code {server.returncode}:\n{log.read_text()[-2000:]}")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        with contextlib.closing(connection):
+            try:
+                connection.request("GET", path)
+                connection.getresponse()
+            except (OSError, http.client.HTTPException):
+                return False
+        return True
+
+    wait_until(answers, 120)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:

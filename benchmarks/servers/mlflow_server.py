@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.servers.local import answers, wait_until
+from benchmarks.servers.local import wait_for_answer
 
 
 def start_mlflow(
@@ -36,5 +36,5 @@ def start_mlflow(
             start_new_session=True,
             env={**os.environ, **environment, **own},
         )
-    wait_until(lambda: answers(port), 120)
+    wait_for_answer(server, port, "/health", folder / "server.log")
     return server

@@ -17,7 +17,7 @@ from typing import Any
 
 import boto3
 
-from benchmarks.servers.local import answers, free_port, kill_tree, wait_until
+from benchmarks.servers.local import free_port, kill_tree, wait_for_answer
 
 BUCKET, USER, REGION = "grid", "grid", "us-east-1"
 RIGHTS = [
@@ -95,7 +95,8 @@ def object_store(folder: Path) -> Iterator[ObjectStore]:
     port, throttled = free_port(), folder / "throttled"
     command = [sys.executable, "-m", "benchmarks.servers.object_store", str(port), str(throttled)]
     rights = {"INITIAL_NO_AUTH_ACTION_COUNT": str(REQUESTS_BEFORE_RIGHTS)}
-    with (folder / "object-store.log").open("ab") as log:
+    file = folder / "object-store.log"
+    with file.open("ab") as log:
         server = subprocess.Popen(
             command,
             cwd=Path(__file__).parents[2],
@@ -105,7 +106,7 @@ def object_store(folder: Path) -> Iterator[ObjectStore]:
             env=os.environ | rights,
         )
     try:
-        wait_until(lambda: answers(port), 120)
+        wait_for_answer(server, port, "/moto-api/", file)
         yield ObjectStore(port, throttled)
     finally:
         kill_tree(server)

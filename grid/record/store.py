@@ -39,6 +39,7 @@ from grid.store_client import (
     find_experiment,
     missing_experiment,
     mlflow_settings,
+    repeating,
     store_problem,
     waiting_for,
 )
@@ -121,13 +122,15 @@ class Store:
     def open(self, *, missing: bool = True) -> None:
         """Create database and experiment if they are missing; another driver may do so at the same time.
 
+        To be called before other threads write through MLflow.
+
         Args:
             missing: Whether a missing experiment may be created.
 
         Raises:
             InputError: The store can't be written, or the experiment is deleted or missing.
         """
-        with self.answering():
+        with self.answering(), repeating():
             found = find_experiment(self.client, self.uri, self.experiment)
             if found is None and not missing:
                 raise missing_experiment(self.experiment, self.uri, experiment_names(self.client))
