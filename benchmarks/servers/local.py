@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-PORTS = range(20_000, 32_768)
+PORTS = range(21_000, 32_768)
 """By default, Linux gives none of these to those who ask for any port, so a server finds its own free again after a
-restart; Ray's workers listen below them."""
+restart; Ray's workers, and the first jobs of `cluster-slurm.sh`, listen below them."""
 _given: set[int] = set()
 
 

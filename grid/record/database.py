@@ -4,6 +4,7 @@ import shlex
 import sqlite3
 import time
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 
 import mlflow.store
@@ -74,12 +75,18 @@ def _schema(path: Path) -> list[str]:
 
 def _check_schema(path: Path, uri: str) -> None:
     """Refuse tables that MLflow would alter: others may be reading them, and what is cut short is lost."""
-    head = ScriptDirectory(str(Path(mlflow.store.__path__[0], "db_migrations"))).get_current_head()
+    head = _newest_schema()
     with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as database:
         while _version(database) != head:
             if time.time() - path.stat().st_mtime > SETTLED_SECONDS:
                 raise InputError(f"can't open the store {mask(uri)}: {_explain(database, uri)}")
             time.sleep(0.2)  # a server is making it
+
+
+@cache
+def _newest_schema() -> str | None:
+    """Return the version of the tables that this MLflow makes, by reading all its migrations."""
+    return ScriptDirectory(str(Path(mlflow.store.__path__[0], "db_migrations"))).get_current_head()
 
 
 def _version(database: sqlite3.Connection) -> str | None:

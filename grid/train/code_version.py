@@ -3,6 +3,7 @@
 import ast
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -101,6 +102,7 @@ def _hash(content: bytes) -> str:
     return sha256(content).hexdigest()[:12]
 
 
+@cache
 def _meaning(source: str | bytes) -> bytes:
     """Return what a source does, in a form that does not depend on the version of Python as `ast.dump` does."""
     return repr(_plain(ast.parse(source))).encode()
