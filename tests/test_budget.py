@@ -205,7 +205,7 @@ def test_what_runs_is_suspended_after_its_epoch_and_none_of_it_is_trained_again(
     store.open()
     trials = store.trials().values()
     epochs = sum(len(store.client.get_metric_history(trial.run_id, "epoch_seconds")) for trial in trials)
-    assert 5 <= epochs <= 5 + 2
+    assert 5 <= epochs <= 5 + 4  # see above
     assert [trial.config.cell["dropout"] for trial in trials].count("on") == 2
     assert "" in {trial.status for trial in trials} <= {"", "completed"}
     assert store.manifest()["first"] == [{"dropout": ["on"]}]
