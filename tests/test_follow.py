@@ -180,8 +180,7 @@ def test_while_no_trial_ends_only_the_time_is_written_again(
         followed.wait_for("1 of 4")
         first, looks = followed.page, calls["read_state"]
         run.set_tag("driver_seen", "1790000000")
-        wait_until(lambda: followed.page != first)
-        assert calls["read_state"] > looks
+        wait_until(lambda: followed.page != first and calls["read_state"] > looks)
         assert (calls["render"], calls["read_experiment"]) == (1, 1)
         written = r"<time>[^<]+</time>"
         assert re.sub(written, "", followed.page) == re.sub(written, "", first)
@@ -208,7 +207,8 @@ def test_a_store_that_does_not_answer_for_a_while_is_one_line_and_the_page_grows
         followed.wait_for("2 of 4")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("analysis.report: can't open the store sqlite:")
-    assert line.endswith("there is no such file; pass another --store; asking again every 0 s")
+    gone = ("there is no such file", "it is empty, no grid has been recorded in it")  # renamed between two looks
+    assert line.endswith(tuple(f"{each}; pass another --store; asking again every 0 s" for each in gone))
 
 
 def test_a_grid_has_ended_when_its_parent_run_has_and_no_driver_is_at_work(run: Run) -> None:
@@ -302,7 +302,8 @@ def test_ctrl_c_ends_it_with_one_line(run: Run, tmp_path: Path) -> None:
         wait_until(lambda: out.stat().st_ino != first)
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=100)
-    assert (process.returncode, *said) == (130, "", "analysis.report: interrupted\n")
+    lines = [line for line in said[1].splitlines() if not line.startswith(("waiting for", "waited for"))]
+    assert (process.returncode, said[0], lines) == (130, "", ["analysis.report: interrupted"])
     assert "location.reload" in out.read_text(encoding="utf-8")
 
 

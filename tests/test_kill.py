@@ -12,7 +12,7 @@ from grid.data.load import load
 from grid.record.store import Store
 from grid.train.trial import DeviceData, train
 
-TINY = ("--grid", "smoke", "--only", "model=mlp", "--only", "activation=relu", "--per-class", "20", "--epochs", "9")
+TINY = ("--grid", "smoke", "--only", "model=mlp", "--only", "activation=relu", "--per-class", "60", "--epochs", "9")
 
 
 def recorded(store: Store) -> dict[str, list[tuple[int, float]]]:
@@ -50,7 +50,7 @@ def test_a_killed_grid_continues_and_its_numbers_are_those_of_plain_trainings(
     epochs = recorded(store)
     assert [sorted(step for step, _ in points) for points in epochs.values()] == [list(range(1, 10))] * 8
     trial = next(iter(store.trials().values()))
-    data = DeviceData.from_dataset(load("glyphs", glyphs_dir, per_class=20))
+    data = DeviceData.from_dataset(load("glyphs", glyphs_dir, per_class=60))
     assert epochs[trial.config.trial_key] == plain(trial.config, data)
 
 

@@ -113,17 +113,17 @@ def test_a_second_driver_on_this_machine_is_refused_at_once_with_the_name_of_the
 def test_a_second_driver_elsewhere_is_refused_as_soon_as_it_has_seen_a_heartbeat(
     store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Lease(store):
-        begun = time.monotonic()
-        with elsewhere(), pytest.raises(InputError, match=HERE), Lease(opened(store)):
-            pass
-        assert time.monotonic() - begun < EXPIRY
+    with Lease(store), elsewhere(), pytest.raises(InputError, match=HERE), Lease(opened(store)):
+        pass
     told = rf"experiment 'some grid' was last run by \S+:{os.getpid()}, which may be alive: watching its heartbeat for "
     assert re.fullmatch(f"{told}up to 6 s\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("place", ["here", "elsewhere"])
-def test_of_many_drivers_that_start_at_once_on_a_new_experiment_one_gets_the_lease(store_uri: str, place: str) -> None:
+def test_of_many_drivers_that_start_at_once_on_a_new_experiment_one_gets_the_lease(
+    store_uri: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "EXPIRY_SECONDS", 600.0)  # all of them share one processor and one file
     Store(store_uri, "warm").open()
     for attempt in range(3):
         experiment, got, refused = f"new {attempt}", [], []
@@ -449,6 +449,7 @@ def test_nothing_is_written_while_no_heartbeat_can_be_and_everything_as_soon_as_
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 1000.0)
+    monkeypatch.setattr(lease_module, "EXPIRY_SECONDS", 600.0)
     with Lease(store) as lease, closing(sqlite3.connect(store.uri.removeprefix("sqlite:///"))) as database:
         for what in ("INSERT", "UPDATE"):
             database.execute(

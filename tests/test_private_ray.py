@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 from socket import AF_UNIX, socket
@@ -65,6 +68,35 @@ def test_the_switch_turns_off_all_touches_or_some_by_name_and_none_outlives_its_
 ) -> None:
     done = run_python("-c", UNTOUCHED, cwd=tmp_path, GRID_PLAIN_RAY=switch)
     assert done.stdout.split() == [changed, "0"], done.stderr
+
+
+def test_a_ray_that_starts_slowly_is_awaited_as_long_as_its_raylet_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Starting:
+        def __init__(self, address: str):
+            pass
+
+        def get_all_node_info(self) -> dict[str, object]:
+            return {}
+
+    monkeypatch.setattr(private_ray, "RAYS_SECONDS", 0.0)
+    monkeypatch.setattr(private_ray, "_find", lambda module, name: Starting)
+    program = shutil.copy(shutil.which("sleep") or "", tmp_path / "raylet")
+    with subprocess.Popen([program, "1000"]) as raylet:
+        threading.Timer(2, raylet.kill).start()
+        assert private_ray._await_node(lambda *given: given, "the address", "the node") == ("the address", "the node")
+        assert raylet.poll() == -signal.SIGKILL
+
+
+def test_what_the_user_has_set_for_the_start_of_ray_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent, port = "RAY_agent_register_timeout_ms", "RAY_gcs_server_port_wait_time_s"
+    monkeypatch.setenv(agent, "7")
+    monkeypatch.delenv(port, raising=False)
+    with private_ray.patient_start():
+        assert os.environ[agent] == "7"
+        assert float(os.environ[port]) >= 300
+    assert port not in os.environ
 
 
 def test_the_environment_is_as_before_after_a_fast_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,9 +217,7 @@ def test_the_driver_does_not_wait_for_a_slow_store(
     store: Store, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     released = hold(store, monkeypatch, "create_run")
-    begun = time.monotonic()
     record_trial(recorder)
-    assert time.monotonic() - begun < 10  # takes milliseconds; the store would hold it for a minute
     assert runs(store) == []
     released.set()
     assert recorder.close(finished=True)

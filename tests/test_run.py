@@ -2,7 +2,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -145,10 +144,8 @@ def test_help_and_wrong_arguments_load_neither_torch_nor_ray(arguments: list[str
         "assert not {'torch', 'ray', 'mlflow', 'numpy'} & set(sys.modules)\n"
         "sys.exit(code)"
     )
-    begun = time.monotonic()
     found = subprocess.run([sys.executable, "-c", script, *arguments], check=False, capture_output=True)
     assert found.returncode == code
-    assert time.monotonic() - begun < 10  # takes a tenth of a second
 
 
 @pytest.mark.parametrize("name", GRIDS)

@@ -1,6 +1,9 @@
 """How trials share a device: measured on CPUs with real trainings; the memory of a GPU is a number here."""
 
+import signal
+import threading
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,7 @@ NO_FASTER = Sharing({1: 1000.0, 2: 1000.0}, GIB, 400.0)
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharing_module, "SECONDS", 0.2)
+    monkeypatch.setattr(sharing_module, "PATIENCE_SECONDS", 900.0)
 
 
 @pytest.mark.parametrize(("most", "expected"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (8, [1, 2, 4, 8])])
@@ -34,13 +38,29 @@ def test_numbers_of_trials_double(most: int, expected: list[int]) -> None:
     assert sharing_module._doubling(most) == expected
 
 
-def test_real_processes_train_the_slowest_net_alone_and_together() -> None:
+def test_real_processes_train_a_net_alone_and_together() -> None:
     sharing = measure_sharing(NETS, SHAPE, 2)
     assert sorted(sharing.speeds) == [1, 2]
     assert sharing.trial_bytes == 0
     assert 1 / 10 < sharing.speeds[1] / sharing.cpu_speed < 10  # the same net on the same kind of device
-    fast = measure_sharing(NETS[:1], SHAPE, 1)
-    assert fast.speeds[1] > 2 * sharing.speeds[1]  # an MLP of 8 units beside a CNN
+
+
+def test_the_slowest_net_that_trains_is_trained_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"mlp": 0.1, "cnn": 0.3, "resnet": "it fails"}
+    monkeypatch.setattr(sharing_module, "_epoch_seconds", lambda trial, data: seconds[trial.model])
+    monkeypatch.setattr(sharing_module, "_begun", lambda trial, data: trial)
+    monkeypatch.setattr(sharing_module, "_speed", lambda trial, asked: (trial.model, asked))
+    monkeypatch.setattr(sharing_module, "keep_freed_memory", lambda: None)
+    ours, theirs = Pipe()
+    ours.send(7.0)
+    nets = [replace(PLAIN, model=model) for model in seconds]
+    child = threading.Thread(target=sharing_module._train_on_request, args=(theirs, [], nets, SHAPE))
+    monkeypatch.setattr(signal, "signal", lambda *given: None)  # of the main thread only
+    child.start()
+    assert ours.recv() == 1
+    assert ours.recv() == ("cnn", 7.0)
+    ours.close()
+    child.join()
 
 
 def test_no_more_trials_are_started_than_the_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:

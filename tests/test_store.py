@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from analysis.store import read_experiment
 from grid.config import InputError
@@ -80,6 +81,31 @@ def test_a_locked_database_is_one_line(
     said = capfd.readouterr()
     assert said.out == ""
     assert all(line.startswith(("waiting for the store", "waited for the store")) for line in said.err.splitlines())
+
+
+def test_what_fails_while_an_experiment_is_deleted_is_not_given_up_where_it_is_restored_meanwhile(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = store.client.create_run(store.experiment_id).info.run_id
+    errors = []
+    store.client.delete_experiment(store.experiment_id)
+    for write in (lambda: store.client.set_tag(run_id, "a", "b"), lambda: store.client.create_run(store.experiment_id)):
+        with pytest.raises(MlflowException) as raised:
+            write()
+        errors.append(raised.value)
+    look = store._is_deleted
+
+    def restore_and_look() -> bool:
+        if look():
+            store.client.restore_experiment(store.experiment_id)
+        return look()
+
+    monkeypatch.setattr(store, "_is_deleted", restore_and_look)
+    assert not store.is_gone(run_id, errors[0])
+    assert not store.is_gone(run_id, errors[0])
+    assert not any(map(store.is_refusal, errors))
+    store.client.delete_run(run_id)
+    assert store.is_gone(run_id, errors[0])
 
 
 def test_an_artifact_is_on_the_disk_before_it_counts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

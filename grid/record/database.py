@@ -35,7 +35,7 @@ def open_client(uri: str) -> MlflowClient:
     path = sqlite_path(uri)
     if path is not None:
         _recover(path)
-        if not sqlite_tables(path):
+        if not sqlite_tables(path, patience_seconds=BUSY_SECONDS):
             _fill(path)
         _check_schema(path, uri)
     return MlflowClient(tracking_uri=client_uri(uri))

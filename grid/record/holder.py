@@ -144,9 +144,11 @@ def _boot() -> str:
 
 
 def _spaces() -> str:
-    with suppress(OSError):
-        return " ".join(os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "time"))  # noqa: PTH115  (no path)
-    return ""
+    found = []
+    for kind in ("pid", "time"):  # the second since Linux 5.6
+        with suppress(OSError):
+            found.append(os.readlink(f"/proc/self/ns/{kind}"))  # noqa: PTH115  (no path)
+    return " ".join(found)
 
 
 def _runs(pid: int, started: str) -> bool:

@@ -196,16 +196,21 @@ class Store:
         """Return whether a write failed because its run was deleted, so that no later attempt can succeed."""
         if run_id is None or not isinstance(error, mlflow.exceptions.MlflowException):
             return False
+        # Asked twice: the experiment, which was deleted with its runs, may be restored between these questions.
+        return self._is_run_deleted(run_id) and not self._is_deleted() and self._is_run_deleted(run_id)
+
+    def _is_run_deleted(self, run_id: str) -> bool:
         try:
-            is_deleted = self.client.get_run(run_id).info.lifecycle_stage == "deleted"
+            return bool(self.client.get_run(run_id).info.lifecycle_stage == "deleted")
         except mlflow.exceptions.MlflowException as missing:
-            is_deleted = missing.error_code == "RESOURCE_DOES_NOT_EXIST"
-        return is_deleted and not self._is_deleted()
+            return bool(missing.error_code == "RESOURCE_DOES_NOT_EXIST")
 
     def is_refusal(self, error: BaseException) -> bool:
         """Return whether a write failed for what was written, so that no later attempt can succeed."""
         if isinstance(error.__cause__, DataError):
             return True
+        if "must be in the 'active' state" in str(error):  # deleted then, and perhaps restored by now
+            return False
         code = getattr(error, "error_code", "")
         return code == "INVALID_PARAMETER_VALUE" and not self._is_deleted()
 

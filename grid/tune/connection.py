@@ -128,7 +128,7 @@ def start(packing: Packing) -> None:
     _leaving.enter_context(private_ray.own_folder())
     _leaving.enter_context(private_ray.own_token())
     _leaving.callback(ray.shutdown)
-    with private_ray.fast_start(), private_ray.quiet_errors():
+    with private_ray.patient_start(), private_ray.fast_start(), private_ray.quiet_errors():
         try:
             ray.init(
                 address="local",
@@ -343,17 +343,10 @@ def _watch_servers() -> None:
 
     def watch() -> None:
         while not is_left.wait(0.1):
-            if not all(map(_is_up, servers)) and not is_left.is_set():
+            if not all(map(private_ray.is_up, servers)) and not is_left.is_set():
                 _give_up()
 
     threading.Thread(target=watch, name="watch-servers", daemon=True).start()
-
-
-def _is_up(server: psutil.Process) -> bool:
-    try:
-        return server.is_running() and server.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _give_up() -> None:

@@ -26,8 +26,10 @@ from grid.config import InputError
 SWITCH = "GRID_PLAIN_RAY"
 POLL_SECONDS = 0.02
 """How often a starting Ray is asked whether it is up; Ray itself asks every second."""
-START_SECONDS = 30.0
-"""After which Ray itself reports what is wrong with a start."""
+RAYS_SECONDS = 30.0
+"""For which Ray itself waits until it is up; then it fails."""
+START_SECONDS = 600.0
+"""For which a Ray is awaited whose servers are alive: on a machine that is far too busy."""
 FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108  (a folder is made in it that only its owner can enter)
 """Where a private Ray may put its files if they can't be where Ray puts them."""
 LONGEST_FOLDER = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
@@ -66,12 +68,19 @@ def _quick_poll() -> AbstractContextManager[None]:
 
 
 def _await_node(get_node: Callable[[str, str], Any], gcs_address: str, node_id: str) -> Any:
-    deadline = time.monotonic() + START_SECONDS
+    begun = time.monotonic()
     with suppress(AttributeError, TypeError):  # a Ray with another client, or none, is not polled
         client = _find("ray._raylet", "GcsClient")(address=gcs_address)
-        while not client.get_all_node_info() and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
+        while not client.get_all_node_info():
+            waited = time.monotonic() - begun
+            if waited > START_SECONDS or (waited > RAYS_SECONDS and not _has_raylet()):
+                break
+            time.sleep(POLL_SECONDS if waited < RAYS_SECONDS else 1)
     return get_node(gcs_address, node_id)
+
+
+def _has_raylet() -> bool:
+    return any(is_up(server) and server.name() == "raylet" for server in servers())
 
 
 @contextmanager
@@ -197,6 +206,15 @@ def own_folder() -> Iterator[None]:
         yield
 
 
+def patient_start() -> AbstractContextManager[None]:
+    """Let the servers of a private Ray that starts within the block wait for one another; the user's settings count."""
+    settings = {
+        "RAY_gcs_server_port_wait_time_s": f"{START_SECONDS:.0f}",
+        "RAY_agent_register_timeout_ms": f"{START_SECONDS * 1000:.0f}",
+    }
+    return _environment({name: value for name, value in settings.items() if name not in os.environ})
+
+
 def quiet_errors() -> AbstractContextManager[None]:
     """Keep a Ray that is joined or started within the block from printing ten lines for each worker that dies."""
     return _replaced("ray._private.worker", "listen_error_messages", lambda listen: lambda *arguments: None)
@@ -260,8 +278,20 @@ def own_cluster() -> str | None:
 
 def servers() -> list[psutil.Process]:
     """Return the server processes that the private Ray of this process depends on."""
-    children = psutil.Process().children(recursive=True)
-    return [process for process in children if process.name() in ("gcs_server", "raylet")]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.name() in ("gcs_server", "raylet"):
+                found.append(process)
+    return found
+
+
+def is_up(server: psutil.Process) -> bool:
+    """Return whether a server process has not ended."""
+    try:
+        return server.is_running() and server.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def autoscaler_configuration(cluster: str) -> str:
