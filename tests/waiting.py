@@ -19,3 +19,9 @@ def wait_until(
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds:.0f} s {explain()}"
         time.sleep(every)
+
+
+def without_waiting(stderr: str) -> str:
+    """Return what was printed without the lines that a busy machine adds: that a store or a node is waited for."""
+    waiting = ("waiting for the store", "waited for the store", "note: waiting for")
+    return "".join(line for line in stderr.splitlines(keepends=True) if not line.startswith(waiting))
