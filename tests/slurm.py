@@ -37,6 +37,9 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
+# Of a machine that is far too busy.
+MessageTimeout=100
+BatchStartTimeout=600
 MpiDefault=none
 SwitchType=switch/none
 JobAcctGatherType=jobacct_gather/none

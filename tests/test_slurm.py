@@ -52,7 +52,7 @@ def test_a_grid_whose_time_is_up_and_that_is_cancelled_is_completed_and_leaves_n
     assert "2 nodes, 4 CPUs" in cluster.log(job)
     with suspended_driver(job):  # else the grid may be over first
         check_closed(cluster, job)
-    cluster.call("scancel", "--batch", "--signal=USR1", job)  # as Slurm itself does when the time is nearly up
+        cluster.call("scancel", "--batch", "--signal=USR1", job)  # as Slurm itself does when the time is nearly up
     wait(lambda: cluster.of(job, "Restarts") == "1", explain=lambda: cluster.log(job))
     assert "interrupted" in cluster.log(job)
     wait_until_it_trains(cluster, job, times=2)
