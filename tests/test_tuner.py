@@ -247,7 +247,8 @@ class Killer(Notes):
         if report.epoch >= self.after and not self.killed:
             self.killed = worker_pids()
             for pid in self.killed:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # of an earlier test, just ended
+                    os.kill(pid, signal.SIGKILL)
 
 
 def test_the_death_of_a_worker_costs_at_most_a_rung_and_no_bit(
@@ -302,7 +303,8 @@ class Stopper(Notes):
         if report.epoch == 2 and self.times:
             self.times -= 1
             for pid in worker_pids():
-                os.kill(pid, signal.SIGSTOP)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSTOP)
 
 
 @pytest.mark.parametrize("times", [1, 2])

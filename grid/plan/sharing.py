@@ -20,7 +20,7 @@ from grid.train.trial import DeviceData, Trial, random_data
 
 SECONDS = 1.5
 """Of training, for each number of trials."""
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 300.0
 """How long all of it may take, the import of torch in every process included; what is known by then has to do."""
 FEW_IMAGES = 1280
 """In an epoch that is timed: on more, an epoch takes longer, but an image does not."""
