@@ -27,6 +27,7 @@ settings.register_profile("busy machine", deadline=None)  # other work must not 
 settings.load_profile("busy machine")
 install_import_hook(["nets", "grid.train"], "beartype.beartype")
 
+from grid import store_client  # noqa: E402
 from grid.config import OWN, TrialConfig, withdraw  # noqa: E402
 from grid.data.glyphs import render_if_missing  # noqa: E402
 from grid.driver.pictures import confusion_picture, mistake_sheet, sample_sheet  # noqa: E402
@@ -41,6 +42,12 @@ from grid.train.evaluation import confused_pairs, per_class  # noqa: E402
 from grid.tune.private_ray import listen_on  # noqa: E402
 
 os.environ.pop("MLFLOW_TRACKING_URI", None)  # keep tests out of the user's store
+
+
+@pytest.fixture(autouse=True)
+def _no_word_while_a_store_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep a busy machine from adding lines to what is printed here."""
+    monkeypatch.setattr(store_client, "QUIET_SECONDS", 1e6)
 
 
 @pytest.fixture(autouse=True)

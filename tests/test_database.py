@@ -25,6 +25,7 @@ from grid.record.moved import find_move
 from grid.record.recorder import Recorder
 from grid.record.spool import Spool
 from grid.record.store import Store
+from tests.waiting import without_waiting
 
 MIGRATIONS = str(Path(mlflow.store.__path__[0], "db_migrations"))
 CREATE = "import sys; from grid.record.store import Store; Store(f'sqlite:///{sys.argv[1]}', sys.argv[2]).create()"
@@ -77,9 +78,7 @@ def test_drivers_that_start_at_once_in_a_fresh_folder_share_one_store(tmp_path: 
         for name in experiments
     ]
     for driver in drivers:
-        said = driver.communicate()[1].splitlines()
-        assert [line for line in said if not line.startswith(("waiting for the store", "waited for the store"))] == []
-        assert driver.returncode == 0
+        assert (without_waiting(driver.communicate()[1]), driver.returncode) == ("", 0)
     client = MlflowClient(f"sqlite:///{path}")
     assert {found.name for found in client.search_experiments()} == {"Default", *experiments}
 

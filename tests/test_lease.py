@@ -380,6 +380,19 @@ def test_a_holder_is_dead_only_if_that_is_certain(changed: dict[str, Any], dead:
     assert holder.is_dead(Holder.here(lock="3:4")) == dead
 
 
+def test_a_kernel_without_time_namespaces_knows_those_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = os.readlink
+
+    def read_older(path: str) -> str:
+        if path.endswith("/time"):
+            raise FileNotFoundError(path)
+        return read(path)
+
+    monkeypatch.setattr(os, "readlink", read_older)
+    gone = Holder(**{**Holder.here().__dict__, "pid": 2**22 + 1})
+    assert Holder.from_tags(gone.to_tags()).is_dead(Holder.here())
+
+
 def test_a_lease_whose_name_was_purged_is_held_on(store: Store) -> None:
     with Lease(store) as lease:
         purge(store)

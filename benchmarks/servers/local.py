@@ -55,7 +55,7 @@ def wait_for_answer(server: subprocess.Popen[bytes], port: int, path: str, log: 
                 return False
         return True
 
-    wait_until(answers, 120)
+    wait_until(answers, 600)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:

@@ -40,7 +40,7 @@ class NumericCode:
     @classmethod
     def here(cls) -> "NumericCode":
         """Return the code of this process."""
-        meanings = {file.name: _hash(_meaning(file.text)) for file in loaded()}
+        meanings = {file.name: _hash_meaning(file.text) for file in loaded()}
         parts = {part: meanings[origin] for part, origin in ORIGINS.items() if origin in meanings}
         return replace(cls.of(_root(), version("torch")), parts=parts)
 
@@ -49,7 +49,7 @@ class NumericCode:
         """Return the code below a folder that holds `grid` and `nets`."""
         found = [file for part in NUMERIC_CODE for file in sorted([root / part, *(root / part).rglob("*.py")])]
         sources = [file for file in found if file.suffix == ".py" and file.name != Path(__file__).name]
-        return cls({str(file.relative_to(root)): _hash(_meaning(file.read_bytes())) for file in sources}, torch)
+        return cls({str(file.relative_to(root)): _hash_meaning(file.read_bytes()) for file in sources}, torch)
 
     @property
     def digest(self) -> str:
@@ -103,9 +103,9 @@ def _hash(content: bytes) -> str:
 
 
 @cache
-def _meaning(source: str | bytes) -> bytes:
-    """Return what a source does, in a form that does not depend on the version of Python as `ast.dump` does."""
-    return repr(_plain(ast.parse(source))).encode()
+def _hash_meaning(source: str | bytes) -> str:
+    """Return the hash of what a source does."""
+    return _hash(repr(_plain(ast.parse(source))).encode())  # `ast.dump` depends on the version of Python
 
 
 def _plain(node: Any) -> Any:
